@@ -430,7 +430,7 @@ class Recoverer:
     def _diverged(self, step: int, what: str) -> UserError:
         rate, steps = self.schedule.rate, self.schedule.steps
         return UserError(
-            f"--recover_rate {rate:.2g}: in step {step + 1} of {steps} {what} not finite; try a "
+            f"--recover_lr {rate:.2g}: in step {step + 1} of {steps} {what} not finite; try a "
             "smaller one, or --dtype float32"
         )
 

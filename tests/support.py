@@ -49,7 +49,7 @@ ALONE = DistContext(CPU, alone=True)
 HALF = Sparsity(0.5)
 LIMIT = 600  # seconds after which a process that a test waits for hangs, on a busy machine too
 PROGRESS = re.compile(r"\[\d+:\d\d[<,]")  # a line of a progress bar
-QUICK = ["--device", "cpu", "--seqlen", "32", "--nsamples", "8", "--prompts", "0"]
+QUICK = ["--device", "cpu", "--seqlen", "32", "--nsamples", "8", "--completions", "0"]
 
 
 @dataclass(frozen=True)

@@ -53,7 +53,7 @@ KINDS = {
     "q4_0, trained": ["bfloat16", *TRIM, *Q4_0, *TRAIN],
     "q4_0, float32, trained": ["deep", *TRIM, *Q4_0, *TRAIN],
     "q4_0, trained by rank": ["bfloat16", *Q4_0, *TRAIN, "--recover_rank", "4"],
-    "trained in vain": ["deep", *WANDA, *TRAIN, "--recover_rate", "0.5"],  # the first is kept
+    "trained in vain": ["deep", *WANDA, *TRAIN, "--recover_lr", "0.5"],  # the first is kept
     "q4_0, neurons, trained": ["wide", *TRIM, *NEURONS, *Q4_0, *TRAIN],
 }
 STEPS = {"pruning": "--prune_method", "rounding": "--quantize", "recovering": "--recover"}
@@ -141,7 +141,7 @@ def alike(one: dict[str, Tensor], two: dict[str, Tensor]) -> float:
 @pytest.mark.parametrize(("kind", "way"), CASES, ids=lambda name: name.replace(" ", "-"))
 def test_the_same_model(kind: str, way: str, plain: Path, place: Path, tmp_path: Path) -> None:
     argv = flags(kind, tmp_path)
-    away = ["--offload", tmp_path / "away"]
+    away = ["--offload_folder", tmp_path / "away"]
     if way == "loaded again":
         (again,) = reloaded(plain / "model", plain / "out", *BASE)["evaluation"]
         assert again["bits_per_byte"] == pytest.approx(figures(plain)[1], rel=1e-6)

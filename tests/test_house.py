@@ -68,6 +68,9 @@ PRIVATE = {
     "tests/data/test_chats.py": {
         "transformers.utils.chat_template_utils": "render_jinja_template",
     },
+    "tests/data/test_dates.py": {
+        "transformers.utils.chat_template_utils": "_compile_jinja_template",
+    },
     "tests/commands/test_demo.py": {
         "transformers.tokenization_utils_tokenizers": "_tokenizer",
     },
@@ -206,16 +209,37 @@ def test_private_names_are_there() -> None:
         assert there, f"{module} has no {name} any more: see {test}"
 
 
+def slugs(page: Path) -> set[str]:
+    """The anchors of a page's headings, as GitHub makes them."""
+    text = re.sub(r"(?ms)^```.*?^```", "", page.read_text("utf-8"))
+    heads = [re.sub(r"\]\([^)]*\)", "", head) for head in re.findall(r"(?m)^#+ (.+)", text)]
+    return {re.sub(r"[^\w\- ]", "", head.lower()).replace(" ", "-") for head in heads}
+
+
 def test_pages_name_flags_and_files_that_exist() -> None:
     known = vars(build_parser().parse_args(["--model", "m"]))
+    programs = [*sources("lib"), *(ROOT / "tests/bench").rglob("*.py")]
+    options = {  # strings that may name a flag
+        flag for file in programs for flag in re.findall(r'"-*(\w[\w-]*)"', file.read_text("utf-8"))
+    }
+    others = {"help", "no-deps", "target"}  # of pip, and of torchrun, accelerate and wanda
+    others |= {"nproc_per_node", "multi_gpu", "num_processes", "eval_zero_shot"}
     started = r"(?:main\.py|(?:launch\.sh|langprune) prune) ([^`|#\n]*)"
     wrong = []
-    for page in (*ROOT.glob("*.md"), *ROOT.glob("lib/**/*.*"), *ROOT.glob("tests/bench/**/*.*")):
+    folders = "lib", "docs", "tests/bench"
+    for page in (*ROOT.glob("*.md"), *(file for f in folders for file in ROOT.glob(f"{f}/**/*.*"))):
         if page.suffix not in (".md", ".py") or page.name == "CHANGELOG.md":
             continue
         text = page.read_text("utf-8").replace("\\\n", " ")
-        flags = re.findall(r"(?<!\S)--([a-z_]+)", " ".join(re.findall(started, text)))
+        flags = re.findall(r"(?<!\S)--(\w+)", " ".join(re.findall(started, text)))
         wrong += [f"{page}: --{flag}" for flag in flags if flag not in known]
-        links = re.findall(r"\]\(([^):#]+)(?:#[\w-]*)?\)", text) if page.suffix == ".md" else ()
-        wrong += [f"{page}: {link}" for link in links if not (page.parent / link).exists()]
+        if page.suffix != ".md":
+            continue
+        if ROOT / "docs" in page.parents:  # the flags of any command
+            named = set(re.findall(r"(?<![\w-])--([a-z][\w-]*)", text))
+            wrong += [f"{page}: --{flag}" for flag in sorted(named - options - others)]
+        for link, anchor in re.findall(r"\]\((?!\w+:)([^)#]*)#?([^)]*)\)", text):
+            file = page.parent / link if link else page
+            if not file.exists() or anchor and anchor not in slugs(file):
+                wrong.append(f"{page}: {link}#{anchor}")
     assert not wrong, "\n".join(wrong)

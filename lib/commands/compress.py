@@ -1,6 +1,6 @@
 """Make a model small for one language, in as many minutes as are given, by one command.
 
-    langprune compress MODEL OUT --language uk [--minutes 30] [--megabytes N] [--for packed]
+    langprune compress MODEL OUT --language uk [--minutes 30] [--megabytes N] [--for mlx]
 
 The vocabulary is trimmed to the language, the weights are rounded on its text to llama.cpp's q4_0,
 and those of a base model trained from there: OUT is a plain dense folder that every engine loads,
@@ -58,13 +58,15 @@ PLANS = {
     PACKED: "--prune_method admm --sparsity_ratio 0.5 --allocation error "
     "--replace_sparse_layers --quantize int4",
 }
-ENGINES = {"vllm": "compressed-tensors", "mlx": "mlx", "onnx": "onnx"}  # beside OUT.gguf
+ENGINES = "compressed-tensors", "mlx", "onnx"  # beside OUT.gguf; formats of export
 SMALLER = {  # what removes as much as --megabytes asks for
     NEURONS: f"--prune_method admm --sparsity_type {NEURONS} --sparsity_ratio",
     EXPERTS: f"--prune_method contribution --sparsity_type {EXPERTS} --sparsity_ratio",
 }
 FEW_DIALOGUES, TEST_DIALOGUES = 16, 32  # that are worth it; that are held out
-OWN_FLAGS = "calibration_data eval_only recover save save_model resume offload trim_vocabulary"
+OWN_FLAGS = (
+    "calibration_data eval_only recover save save_model resume offload_folder trim_vocabulary"
+)
 CHARACTERS = {"test": 1_000_000, "train": 20_000_000}  # read of a language's text
 # on a CPU, where main.py's 128 windows of up to 4096 tokens would take most of the time
 CPU_WINDOWS, CPU_SEQLEN, CPU_REHEARSED = 32, 512, 2
@@ -92,10 +94,11 @@ def main(argv: list[str]) -> None:
         raise UserError(f"{others[0]}: give flags of main.py after MODEL and OUT")
     if not (args.language or args.data):
         raise UserError("--language: name one, such as uk, or give texts of your own by --data")
-    args.save = args.save or f"{args.out.rstrip('/')}-compress"
-    check_writable("--save", args.save)
-    held = f"--save {args.save}: another command works there; wait for its end, or name another OUT"
-    with exclusive_lock(Path(f"{Path(args.save)}.lock"), held):
+    args.work_dir = args.work_dir or f"{args.out.rstrip('/')}-compress"
+    check_writable("--work_dir", args.work_dir)
+    held = f"--work_dir {args.work_dir}: another command works there. Wait for its end, or name "
+    held += "another OUT."
+    with exclusive_lock(Path(f"{Path(args.work_dir)}.lock"), held):
         run = begin(args, [*others, *passed_on])
         try:
             if not run.plan:
@@ -198,10 +201,10 @@ def begin(args: argparse.Namespace, passed_on: list[str]) -> Compression:
     from .export.__main__ import check_installed
     from .gguf.__main__ import check_new
 
-    folder, out = Path(args.save), args.out.rstrip("/")
+    folder, out = Path(args.work_dir), args.out.rstrip("/")
     file = folder / PLAN
     if not file.is_file():
-        check_new_folder("--save", args.save)
+        check_new_folder("--work_dir", args.work_dir)
     kept = json.loads(file.read_text("utf-8")) if file.is_file() else {}
     if args.language:
         language_text(args.language)  # raises for what is none
@@ -229,11 +232,11 @@ def begin(args: argparse.Namespace, passed_on: list[str]) -> Compression:
     if plan and changed:
         name, before, now = changed
         raise UserError(
-            f"--save {folder}: was begun with {name} {before!r}, now it is {now!r}; give the same "
-            "again, or remove the folder"
+            f"--work_dir {folder}: was begun with {name} {before!r}, now it is {now!r}; give the "
+            "same again, or remove the folder"
         )
     gguf = f"{out}.gguf" if target == ANY else None
-    exports = {f"{out}-{one}": ENGINES[one] for one in args.target if one in ENGINES}
+    exports = {f"{out}-{one}": one for one in args.target if one in ENGINES}
     if not plan:
         check_new_folder("OUT", out)
         if gguf:
@@ -303,7 +306,7 @@ def answer_prompts(run: Compression, texts: Texts) -> Texts:
     from ..run.texts import default_tests
 
     args, parsed, folder = run.args, run.parsed, run.folder / DIALOGUES
-    if parsed.no_template:
+    if parsed.no_chat_template:
         return texts
     sources = parse_sources(texts.data, "--data", mixture=True, column=parsed.column)
     if not load_tokenizer(run.checkpoint).chat_template:
@@ -348,7 +351,7 @@ def make_plan(run: Compression, texts: Texts) -> Plan:
     tokens = 0 if untrained and args.recover is None else args.recover
     job = check_plan(run, texts, tokens, trims=True)
     if job.schedule and args.recover is not None:
-        check_room(job, "--save", run.folder)
+        check_room(job, "--work_dir", run.folder)
     if problem := too_costly(run, texts, job):
         print(f"the vocabulary stays whole: {problem}", flush=True)
         job = check_plan(run, texts, tokens, trims=False)
@@ -424,7 +427,7 @@ def too_costly(run: Compression, texts: Texts, job: Job) -> str | None:
     flags = ["--device", run.device, "--seqlen", str(job.seqlen)]
     flags += model_flags(run, without_tests(texts, job), trims=True)
     flags += ["--eval_data", *cut_tests(job, run.folder / TRIMMING / "tests", min(1, share))]
-    flags += [*without(run.passed_on, NOT_MEASURED), "--prompts", "0", "--eval_only"]
+    flags += [*without(run.passed_on, NOT_MEASURED), "--completions", "0", "--eval_only"]
     facts = run.prune(flags, TRIMMING)["vocabulary"]
     original, trimmed = (facts.get(f"bits_per_byte_{name}") for name in ("original", "trimmed"))
     if not original or trimmed / original - 1 <= TOO_COSTLY:
@@ -441,7 +444,7 @@ def rehearse(run: Compression, job: Job, plan: Plan, flags: list[str], trains: b
     run.announce("Rehearsing with a few windows, to plan the time")
     tokens = trains * (CPU_REHEARSED if run.on_cpu else GPU_REHEARSED) * job.seqlen
     flags = [*flags, *(PLANS[run.target].split() if plan.type == "q4_0" else [])]
-    flags += ["--nsamples", str(REHEARSED_ROUNDING), "--prompts", "1"]
+    flags += ["--nsamples", str(REHEARSED_ROUNDING), "--completions", "1"]
     flags += ["--eval_data", *cut_tests(job, run.folder / REHEARSAL, 0)]
     flags += training(tokens, without(run.passed_on, NOT_REHEARSED))
     start = time.monotonic()
@@ -471,7 +474,7 @@ def measure_original(run: Compression) -> None:
         return
     run.announce("Measuring the model as it is")
     flags = ["--model", run.args.model, *run.plan.common, *without(run.passed_on, NOT_MEASURED)]
-    run.prune([*flags, "--prompts", "0", "--eval_data", *run.plan.tests, "--eval_only"], DENSE)
+    run.prune([*flags, "--completions", "0", "--eval_data", *run.plan.tests, "--eval_only"], DENSE)
 
 
 def make_small(run: Compression) -> None:
@@ -624,14 +627,14 @@ def _parser() -> argparse.ArgumentParser:
     add("--recover", help=text, type=NATURAL, metavar="TOKENS")
     text = "that a chat model writes, to be compressed on (default: 256; 0 for none)"
     add("--dialogues", help=text, type=NATURAL, default=256, metavar="N")
-    text = "any: OUT, and OUT.gguf; vllm, mlx or onnx: beside these the same four bits in a folder "
-    text += "of that engine; packed: the smallest, for transformers on an x86-64 CPU (default: any)"
+    text = "any: OUT and OUT.gguf; a format of export: the same 4 bits for vLLM, MLX or ONNX too; "
+    text += "packed: the smallest, for transformers on an x86-64 CPU (default: any)"
     targets = dict(choices=(*PLANS, *ENGINES), nargs="+", default=[ANY])
     add("--for", help=text, dest="target", metavar="ENGINE", **targets)
     text = "remove neurons, of a mixture experts, until the GGUF file is as small (default: none)"
     add("--megabytes", help=text, type=POSITIVE, metavar="N")
     add("--device", help="where blocks are computed (default: the first GPU, else cpu)")
-    add("--save", help="for text, plan and figures (default: OUT-compress)", metavar="FOLDER")
+    add("--work_dir", help="text, plan and figures (default: OUT-compress)", metavar="FOLDER")
     return parser
 
 

@@ -220,7 +220,7 @@ def untrainable(job: Job, folder: Path) -> str | None:
         problem = f"it takes about {gib(needed)} of memory, of {gib(memory.free)} free"
         return f"{problem}; --recover_rank 16 takes less"
     try:
-        return check_room(job, "--save", folder)
+        return check_room(job, "--work_dir", folder)
     except UserError as error:
         return str(error)
 

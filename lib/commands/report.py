@@ -291,8 +291,8 @@ def differences(
             first, second = one.loc[test], other.loc[test]
             pair = paired(first, second, losses, figure)
             line = {"one": first["index"], "other": second["index"], "by_text": by_text}
-            line |= dict(first[keys]) | {"minus": second["calibrated_on"] if by_text else names[1]}
-            line |= {"measured_on": test, "figure": figure}
+            line |= {"measured_on": test, "figure": figure} | dict(first[keys])
+            line |= {"minus": second["calibrated_on"] if by_text else names[1]}
             lines.append(line | (asdict(mean_interval(*pair)) if pair else {}))
             if pair is None and figure == "loss":
                 reason = "no losses by window of a common seed"
@@ -407,6 +407,18 @@ def _difference_columns(lines: DataFrame) -> dict[str, list[str]]:
         columns["seeds"].append(f"{line.seeds:.0f}")
         columns["documents"].append(f"{line.documents:.0f}")
     return columns
+
+
+def _short(lines: DataFrame, keys: list[str]) -> list[str]:
+    """Return a line for each difference of losses, for a terminal."""
+    texts = [
+        f"differences of the loss, nats a token; {NOT_SIGNIFICANT} is not significant:"
+    ] * bool(len(lines))
+    columns = _difference_columns(lines) if len(lines) else {"difference": []}
+    for mark, (_, line) in zip(columns["difference"], lines.iterrows(), strict=True):
+        name = f"{_row_name(line, keys)} minus {line['minus']}, on {line['measured_on']}"
+        texts.append(f"  {one_line(name)}: {mark.strip('*')}")
+    return texts
 
 
 def caption(table: DataFrame, runs: Runs) -> str:
@@ -538,7 +550,7 @@ def write_report(
 
     by_model = tables(runs)
     losses = {folder: read_losses(folder, results) for folder, results in runs.items()}
-    compared, captions, more = [], [], []
+    compared, captions, more, brief = [], [], [], []
     for table in by_model:
         add_intervals(table, losses)
         lines, problems = differences(table, losses, against)
@@ -554,6 +566,8 @@ def write_report(
             parts += [DIFFERENCES, padded_table(list(columns), cells, left)]
         parts += [BOLD] if table.filter(like="_best").to_numpy().any() else []
         more.append("\n\n".join(filter(None, parts)))
+        losses_alone = lines[lines["figure"] == "loss"] if len(lines) else lines
+        brief.append("\n".join(parts[1 : 1 + len(problems)] + _short(losses_alone, _keys(table))))
     if against and not any(_is_named(row, against) for t in by_model for _, row in t.iterrows()):
         raise UserError(
             f"--against {against}: no run is of it; name one more RUN, or a run's folder"
@@ -581,7 +595,7 @@ def write_report(
         write_text(Path(latex_file), latex(by_model, compared, captions))
     if csv_file:
         write_text(Path(csv_file), all_settings(runs).to_csv(index=False))
-    return report_text(by_model, brief=True, more=more)
+    return report_text(by_model, brief=True, more=brief)
 
 
 def _write_csv(frame: DataFrame, file: Path) -> None:

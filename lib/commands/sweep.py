@@ -39,7 +39,7 @@ OWN_FLAGS = {  # of main.py, which the sweep sets
     *("--model", "--seed", "--calibration_data", "--prune_on_c4", "--eval_data", "--eval_only"),
     *("--prune_method", "--sparsity_ratio", "--sparsity_type", "--save", "--save_model"),
 }
-RECOVERY_FLAGS = ("recover", "recover_rank", "recover_optimizer", "recover_rate", "recover_ce")
+RECOVERY_FLAGS = ("recover", "recover_rank", "recover_optimizer", "recover_lr", "recover_ce_weight")
 PRUNING_FLAGS = (  # of main.py, which a run of the dense model goes without
     *("allocation", "use_variant", "replace_sparse_layers", "quantize"),
     *(*RECOVERY_FLAGS, "resume"),

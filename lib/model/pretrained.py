@@ -283,7 +283,7 @@ def load_model(
     share it one alone `writes`.
     """
     checkpoint = checkpoint.pinned(config)
-    way_out = "are they complete? download them again; where memory is short, --offload FOLDER"
+    way_out = "are they complete? download them again; if memory is short, --offload_folder FOLDER"
     bare = skeleton(config, checkpoint)
     unread = getattr(bare, "unread", frozenset())
     skipped = [*get_keys_to_not_convert(bare), *{name.rpartition(".")[0] for name in unread}]

@@ -24,6 +24,7 @@ from ..util.command import one_line
 from ..util.errors import UserError
 from ..util.markdown import escape, padded_table
 from .flags import command_words
+from .flags import packed as packed_by
 from .plan import PRUNED_BEFORE
 from .results import is_trained
 
@@ -76,8 +77,8 @@ FIGURES = {
 }
 LANGUAGE_OF_SET = {"ubertext": "uk", "c4": "en", "fineweb": "en", "wikitext2": "en"}
 # flags that decide neither weights nor figures, or that name a place on this machine
-NOT_SHOWN = set("save resume offload cache_dir device debug".split())
-NOT_SHOWN |= {"prompts", "tasks", "include_path"}
+NOT_SHOWN = set("save resume offload_folder cache_dir device debug".split())
+NOT_SHOWN |= {"completions", "tasks", "include_path"}
 
 
 def model_card(results: Mapping[str, Any], sources: Sequence[str], online: bool = False) -> str:
@@ -89,7 +90,7 @@ def model_card(results: Mapping[str, Any], sources: Sequence[str], online: bool 
     folder = Path(results["flags"].get("save_model") or "").name
     code = card_lines(folder, results.get("loaded_by") or "AutoModelForCausalLM")
     packed, model = "", results["model"]
-    if is_packed := bool(results["flags"].get("replace_sparse_layers")):
+    if is_packed := packed_by(results["flags"]):
         bits = results.get("packed", {}).get("bits", 16)
         values = "as they were" if bits == 16 else f"as {bits}-bit integers"
         name = folder if re.fullmatch(r"[\w.-]+", folder) else "FOLDER"

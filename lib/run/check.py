@@ -160,7 +160,7 @@ def _open_model(args: argparse.Namespace, plan: Plan, longest: int) -> Job:
         config,
         load_bit=args.load_bit,
         changes=next((f"--{name}" for name in changing if getattr(args, name)), None),
-        offload=args.offload,
+        offload=args.offload_folder,
     )
     skeleton = pretrained.skeleton(config, checkpoint)
     blocks_name, blocks = pretrained.decoder_blocks(skeleton)
@@ -202,7 +202,7 @@ def _set_date(job: Job) -> None:
     """Set --date to that of all ranks where the chat template writes one, else to None."""
     args = job.args
     day = args.date or begun_with(args.resume, "--date") or str(date.today())
-    asks = not args.no_template and writes_date(job.tokenizer)
+    asks = not args.no_chat_template and writes_date(job.tokenizer)
     args.date = job.dist.all_gather_object(day if asks else None)[0]
     if args.date:
         set_date(args.date)
@@ -244,10 +244,10 @@ def _schedule(job: Job) -> TrainSchedule:
     return TrainSchedule(
         tokens=args.recover,
         seqlen=job.seqlen,
-        rate=args.recover_rate,
+        rate=args.recover_lr,
         rank=args.recover_rank,
         optimizer=args.recover_optimizer,
-        share=default if args.recover_ce is None else args.recover_ce,
+        share=default if args.recover_ce_weight is None else args.recover_ce_weight,
         seed=args.seed,
         pruned=not plan.rounds or bool(plan.method or plan.teacher),
         ranks=job.dist.size,
@@ -331,13 +331,16 @@ def _check_tokens(job: Job) -> None:
 
 
 def open_store(job: Job) -> Job:
-    """Open the folder of finished blocks: --resume, --offload, or beside --save_model.
+    """Open the folder of finished blocks: --resume, --offload_folder, or beside --save_model.
 
     Returns the job with its fingerprint. Raises UserError if an interrupted run, or another rank,
     has another one.
     """
     args, changes = job.args, job.plan.changes
-    places = [("--resume", args.resume if changes else None), ("--offload", args.offload)]
+    places = [
+        ("--resume", args.resume if changes else None),
+        ("--offload_folder", args.offload_folder),
+    ]
     if changes and args.save_model:
         places.append(("--save_model", str(partial_of(args.save_model))))
     flag, path = next(((flag, path) for flag, path in places if path), (None, None))

@@ -61,7 +61,7 @@ def load(job: Job, cleanup: ExitStack, folder: RunFolder | None) -> BlockRunner:
             pass  # it is measured as it will be saved; blocks in files are cast when fetched
     store = BlockStore
     if fetched:
-        on_disk, narrow = bool(args.offload), job.plan.narrows
+        on_disk, narrow = bool(args.offload_folder), job.plan.narrows
         store = partial(FileBlockStore, folder=blocks_at, on_disk=on_disk, narrow=narrow)
     finished = folder if job.plan.changes else None
     weights = store(model, job.device, save_dtype=save_dtype, finished=finished, dist=job.dist)
@@ -127,14 +127,14 @@ def _block_folder(job: Job, cleanup: ExitStack, folder: RunFolder | None) -> Run
     """Return where this machine keeps changed blocks: the run's own folder, or a temporary one."""
     if folder:
         return folder
-    if job.args.offload:
-        path = Path(f"{job.args.offload}-rank-{job.dist.rank}")
+    if job.args.offload_folder:
+        path = Path(f"{job.args.offload_folder}-rank-{job.dist.rank}")
     else:
         size = sum(parameter.nbytes for parameter in job.skeleton.parameters())
         in_memory = MEMORY.is_dir() and size < shutil.disk_usage(MEMORY).free
         parent = MEMORY if in_memory else None
         path = cleanup.enter_context(temporary_folder(parent))
-    folder = RunFolder("--offload", path)
+    folder = RunFolder("--offload_folder", path)
     cleanup.callback(folder.clear)
     folder.begin({})
     return folder

@@ -150,13 +150,13 @@ class Memory:
             quantized=bool(args.load_bit or getattr(job.config, "quantization_config", None)),
             ranks=dist.size,
         )
-        if args.offload and not memory.apart:
+        if args.offload_folder and not memory.apart:
             raise UserError(
-                f"--offload {args.offload}: the model's blocks share weights, or are quantized; "
-                "leave it out"
+                f"--offload_folder {args.offload_folder}: the model's blocks share weights, or are "
+                "quantized; leave it out"
             )
         many = memory.too_many if gpu else dist.local_size > 1
-        wanted = bool(args.offload or (memory.apart and many))
+        wanted = bool(args.offload_folder or (memory.apart and many))
         return replace(memory, fetched=any(dist.all_gather_object(wanted)))
 
     @cached_property
@@ -523,7 +523,7 @@ class Memory:
                     f"{problem}, and no other way to train fits; leave {shown(self.args, flag)} "
                     "out, or take a smaller model"
                 )
-            how = ", even with its blocks one at a time, as by --offload" * self.fetched
+            how = ", even with its blocks one at a time, as by --offload_folder" * self.fetched
             raise UserError(f"{problem}{how}; use --device cpu, or a smaller model")
 
     def _ways(self, stage: str) -> Iterator[str]:
@@ -618,5 +618,5 @@ def memory_of(
         quantized=bool(args.load_bit),
         ranks=ranks,
     )
-    fetched = bool(args.offload or (memory.apart and memory.too_many))
+    fetched = bool(args.offload_folder or (memory.apart and memory.too_many))
     return replace(memory, fetched=fetched)

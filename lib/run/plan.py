@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 from ..methods.registry import label, method_of
 from ..methods.sparsity import RATIO_TYPES, SMALLER, Sparsity
+from .flags import packed
 
 if TYPE_CHECKING:
     from ..methods.base import PruningMethod
@@ -52,7 +53,7 @@ class Plan:
             tokens=args.recover,
             teacher=args.teacher,
             format=args.quantize or "16",
-            packs=args.replace_sparse_layers,
+            packs=packed(vars(args)),
             measures_only=args.eval_only,
             names_text=bool(args.calibration_data or args.prune_on_c4),
         )

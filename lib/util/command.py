@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import io
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -48,6 +49,14 @@ class Parser(argparse.ArgumentParser):
         prog = typed(command).removeprefix("python ")
         super().__init__(prog=prog, allow_abbrev=False, **options)
 
+    def parse_known_args(self, args=None, namespace=None):
+        """As argparse does, with hyphens in the names of flags as good as underscores."""
+        words = sys.argv[1:] if args is None else args
+        names = [
+            re.sub(r"^--[\w-]+", lambda it: "--" + it[0][2:].replace("-", "_"), w) for w in words
+        ]
+        return super().parse_known_args(names, namespace)
+
     def error(self, message: str) -> NoReturn:
         defer_to_rank0()
         if message.startswith("unrecognized arguments"):
@@ -76,7 +85,8 @@ def add_debug_flag(parser: argparse.ArgumentParser) -> argparse.Action:
 
 def make_parser(name: str, about: str, **options: str) -> argparse.ArgumentParser:
     """Return the parser of a command, with `--debug`; `about` is its module's docstring."""
-    parser = Parser(name, description=about.split("\n")[0], **options)
+    paragraphs = [part for part in about.split("\n\n") if not part.startswith("    ")]
+    parser = Parser(name, description=paragraphs[0], **options)
     add_debug_flag(parser)
     return parser
 
@@ -214,7 +224,8 @@ def describe_error(error: BaseException) -> str | None:
     if isinstance(error, lacking) or any(word in str(error) for word in LACKING):
         return (
             f"out of memory ({error}); try --batch_size 1, a smaller --seqlen or --nsamples, "
-            "--offload FOLDER, or with --recover --recover_optimizer adamw8bit or --recover_rank 16"
+            "--offload_folder FOLDER, or with --recover --recover_optimizer adamw8bit or "
+            "--recover_rank 16"
         )
     return None
 

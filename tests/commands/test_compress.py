@@ -83,7 +83,8 @@ def test_a_model_is_compressed_though_it_was_interrupted(
     shutil.copytree(trained, "dense")
     tiny.write_texts("uk", 120, 8)
     Path("uk/test.jsonl").unlink()  # a tenth is held apart
-    argv = "dense small --data uk --language uk-UA --minutes 1 --device cpu --for vllm".split()
+    argv = "dense small --data uk --language uk-UA --minutes 1 --device cpu".split()
+    argv += ["--for", "compressed-tensors"]
     call, plan, runs = compress.call, compress.plan_time, []
 
     def plan_little(*given: float, **most: int) -> compress_plan.Times:
@@ -109,7 +110,9 @@ def test_a_model_is_compressed_though_it_was_interrupted(
     assert "was begun with megabytes None, now it is 9" in capfd.readouterr().err
     assert run(compress.main, argv) == 1
     out, error = capfd.readouterr()
-    assert error.endswith("small-vllm: not written, see above; the model is saved in small\n")
+    assert error.endswith(
+        "small-compressed-tensors: not written, see above; the model is saved in small\n"
+    )
     # trimming, a rehearsal, dense, small, one for an engine, and two to measure
     assert runs[4] == runs[3] and len(runs) == 8
     assert compress.SAME_SOURCE in out
@@ -333,7 +336,7 @@ def test_a_file_is_never_larger_than_it_is_said_to_be() -> None:
     flags += ["--nsamples", "8", "--trim_vocabulary", "--quantize", "q4_0"]
     job = compress.check_job(list(flags), recover=0)
     outer = compress_plan.vocabulary_bytes(job)
-    succeed(*flags, "--prompts", "0", "--save_model", "small")
+    succeed(*flags, "--completions", "0", "--save_model", "small")
     for kind in ("q4_0", "q8_0"):
         assert (
             call_here("commands.gguf", "small", f"{kind}.gguf", "--type", kind, "--data", "uk") == 0
@@ -505,8 +508,8 @@ def test_commands_start_from_any_folder(capfd: pytest.CaptureFixture) -> None:
         (["--minutes", "inf"], "--minutes: invalid int value: 'inf'"),
         (["--minutes", "0"], "--minutes: 0: must be at least 1"),
         (["--recover", "3"], "--recover 3: less than one step"),
-        (["--save", "mine/thesis.txt"], "--save mine/thesis.txt: is a file"),
-        (["--save", "mine"], "--save mine: holds thesis.txt; name a new folder"),
+        (["--work_dir", "mine/thesis.txt"], "--work_dir mine/thesis.txt: is a file"),
+        (["--work_dir", "mine"], "--work_dir mine: holds thesis.txt; name a new folder"),
         (["--megabytes", "1", "--for", "packed"], "--megabytes 1: leave out --for packed"),
         (["--for", "packed", "any"], "--for packed: no other engine runs that; name it alone"),
         (["--for", "2:4"], "invalid choice: '2:4'"),
@@ -562,10 +565,10 @@ def test_what_another_command_or_the_disk_stands_against(monkeypatch, capfd) -> 
     argv = "dense small --data uk --recover 128".split()
     monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=100_000))
     said = _refused([*argv, "--nsamples", "8"], capfd)
-    assert "--save small-compress: training keeps up to" in said and "98 KiB free" in said
+    assert "--work_dir small-compress: training keeps up to" in said and "98 KiB free" in said
     with exclusive_lock(Path("small-compress.lock"), ""):
         said = _refused(argv, capfd)
-    assert "--save small-compress: another command works there" in said
+    assert "--work_dir small-compress: another command works there" in said
 
 
 def test_nothing_is_packed_where_packed_weights_are_slow(monkeypatch, capfd) -> None:

@@ -60,7 +60,7 @@ def test_flags_of_a_run(texts) -> None:
     uk, en = texts
     argv = ["--models", "m", *WANDA, "--calibration", f"{uk}=3,{en}=1", "--out", "o", "--seeds", 5]
     passed_on = ["--nsamples", "7", "--resume", "r", "--trim_vocabulary", "--recover", "999"]
-    passed_on += ["--recover_ce", "0.5", "--allocation", "error", "--replace_sparse_layers"]
+    passed_on += ["--recover_ce_weight", "0.5", "--allocation", "error", "--replace_sparse_layers"]
     runs = planned(*argv, "--save_models", passed_on=[*passed_on, "--quantize", "int4"])
     dense, wanda = map(build_parser().parse_args, runs.values())
     assert dense.eval_only and not dense.save_model and not dense.resume
@@ -69,7 +69,7 @@ def test_flags_of_a_run(texts) -> None:
     assert dense.eval_data == wanda.eval_data == [str(uk), str(en)]
     assert wanda.calibration_data == [f"{uk}=3", f"{en}=1"]
     assert (wanda.seed, wanda.sparsity_ratio, wanda.nsamples) == (5, 0.5, 7)
-    assert (wanda.recover, wanda.recover_ce, wanda.quantize) == (999, 0.5, "int4")
+    assert (wanda.recover, wanda.recover_ce_weight, wanda.quantize) == (999, 0.5, "int4")
     name = "m/wanda-50-uk=0.75+en=0.25-seed5"
     assert wanda.save == f"o/{name}" and wanda.save_model == f"o/{name}/model"
     assert wanda.resume == f"r/{name}"  # finished blocks of two runs do not meet

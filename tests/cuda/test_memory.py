@@ -32,7 +32,7 @@ SUMS = {
         OUTSIDE + 3 * BLOCKS * BLOCK + TRAINED + (BLOCKS + 40) * BATCH + 4 * MATRIX + LOGITS
     ),
 }
-FLAGS = ["--seqlen", "32", "--nsamples", "32", "--batch_size", "2", "--prompts", "0"]
+FLAGS = ["--seqlen", "32", "--nsamples", "32", "--batch_size", "2", "--completions", "0"]
 FLAGS += ["--calibration_data", "uk", "--eval_data", "uk", "--device", "cuda:0"]
 
 
@@ -64,12 +64,12 @@ def test_what_a_card_needs_on_paper(argv: str, device: Any, tmp_path: Path) -> N
 # progress bars: the stage that each shows, and the steps after which its tensors are there
 BARS = {"dense": ("measure", 0), "measuring errors": ("allocate", 3), "pruning": ("prune", 1)}
 BARS |= {"rounding": ("quantize", 3), "recovering": ("train", 2)}
-TRAIN = ["--recover", "96", "--recover_ce", "0.1"]
+TRAIN = ["--recover", "96", "--recover_ce_weight", "0.1"]
 RUNS = {
     "all": ["--prune_method", "admm", "--allocation", "error", "--quantize", "q4_0", *TRAIN],
     "by rank": ["--quantize", "q4_0", *TRAIN, "--recover_rank", "4"],
     "neurons": ["--prune_method", "sparsegpt", "--sparsity_type", "neurons", *TRAIN],
-    "fetched": ["--prune_method", "sparsegpt", "--offload", "away"],
+    "fetched": ["--prune_method", "sparsegpt", "--offload_folder", "away"],
 }
 
 
@@ -172,7 +172,7 @@ def test_what_can_not_fit_is_refused_before_weights_are_read(
     argv: list[str], share: float, words: str, device: Any, tmp_path: Path, monkeypatch: Any
 ) -> None:
     watched = Watched(monkeypatch)
-    fetched = [] if "--recover" in argv else ["--offload", "away"]
+    fetched = [] if "--recover" in argv else ["--offload_folder", "away"]
     succeed("--model", "dense", *FLAGS, *argv, *fetched, "--save", tmp_path / "fits")
     stages = watched.memory.stages.values()  # where memory is short hidden states are on the host
     most = max(sum(terms.values()) - terms.get("hidden states", 0) for terms in stages)
@@ -188,7 +188,7 @@ def test_what_can_not_fit_is_refused_before_weights_are_read(
 def test_test_windows_take_no_more_than_there_is(device: Any, tmp_path: Path) -> None:
     """They are far more than calibration windows, which decide where hidden states are."""
     argv = ["--model", "dense", *FLAGS, "--nsamples", "2", "--eval_data", "many"]
-    argv += ["--prune_method", "wanda", "--offload", "away"]
+    argv += ["--prune_method", "wanda", "--offload_folder", "away"]
     found = {}
     for room in (10**10, OUTSIDE + 6 * BLOCK):
         before = torch.accelerator.memory_allocated(0)

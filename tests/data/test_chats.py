@@ -108,7 +108,7 @@ def test_what_a_template_can_do_wrong_is_a_line(monkeypatch):
         with pytest.raises(UserError) as caught:
             text_by(tokenizer, Dialogue(json.dumps(SAID)))
         assert problem in str(caught.value) and "\n" not in str(caught.value)
-        assert "--no_template" in str(caught.value)
+        assert "--no_chat_template" in str(caught.value)
 
 
 def test_dialogues_share_windows_and_none_is_lost(tmp_path, caplog):

@@ -26,12 +26,12 @@ from lib.util.errors import UserError
 TERMINATED = 128 + signal.SIGTERM
 BASE = [*QUICK, "--nsamples", "7", "--eval_data", "uk", "--calibration_data", "uk"]
 CASES = {
-    "wanda": "llama --prune_method wanda --prompts 3",
+    "wanda": "llama --prune_method wanda --completions 3",
     "sparsegpt 4:8": "llama --prune_method sparsegpt --sparsity_type 4:8",
     "admm by error": "llama --prune_method admm --sparsity_ratio 0.6 --allocation error",
     "experts": "mixtral --prune_method wanda",
     "one window": "llama --prune_method wanda --nsamples 1",
-    "offloaded": "llama --prune_method wanda --offload away",
+    "offloaded": "llama --prune_method wanda --offload_folder away",
     "packed": "llama --prune_method wanda --sparsity_type 2:4 --replace_sparse_layers",
     "quantized": "llama --prune_method sparsegpt --load_bit 8",
     "recovered": "llama --prune_method wanda --recover 512",

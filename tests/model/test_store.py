@@ -37,7 +37,7 @@ def prune(model: str | Path, folder: Path, *more: object) -> Done:
 
 def test_finished_blocks_become_the_shards_of_the_model(tmp_path: Path) -> None:
     """Nothing is written twice."""
-    done = prune("sharded", tmp_path, "--offload", tmp_path / "away")
+    done = prune("sharded", tmp_path, "--offload_folder", tmp_path / "away")
     assert done.status == 0 and done.complaints == [], done.err
     assert {path.name for path in tmp_path.iterdir()} == {"run", "model"}
     index = json.loads((tmp_path / "model" / "model.safetensors.index.json").read_text())
@@ -80,17 +80,17 @@ def test_a_folder_that_holds_something_is_refused(begun: bool, tmp_path: Path) -
     (away / "block-00000.safetensors").write_bytes(b"mine")
     if begun:
         (away / "job.json").write_text("{}")
-    [line] = prune("tied", tmp_path, "--offload", away).complaints
-    assert f"--offload {away}: " in line
+    [line] = prune("tied", tmp_path, "--offload_folder", away).complaints
+    assert f"--offload_folder {away}: " in line
     assert ("add --resume" if begun else "but no job.json") in line
     assert (away / "block-00000.safetensors").read_bytes() == b"mine"
 
 
 def test_a_disk_that_fills_up_keeps_what_is_finished(tmp_path: Path) -> None:
     with no_file_larger_than(10_000):
-        done = prune("sharded", tmp_path, "--offload", tmp_path / "away")
+        done = prune("sharded", tmp_path, "--offload_folder", tmp_path / "away")
     [line] = done.complaints
-    assert "error: --offload" in line and "block-00000.safetensors can't be written" in line
+    assert "error: --offload_folder" in line and "block-00000.safetensors can't be written" in line
     assert not (tmp_path / "model").exists()
 
 
@@ -110,7 +110,7 @@ def test_a_shard_that_is_damaged_in_the_middle_of_the_run(
             file.write_bytes(data[:2000])
 
     with at("pruning", 1, break_it):
-        done = prune(tmp_path / "sharded", tmp_path, "--offload", tmp_path / "away")
+        done = prune(tmp_path / "sharded", tmp_path, "--offload_folder", tmp_path / "away")
     [line] = done.complaints
     assert done.status == 1 and name in line and "can't be read from" in line
     assert not (tmp_path / "model").exists() and (tmp_path / "away" / "job.json").exists()
@@ -119,5 +119,5 @@ def test_a_shard_that_is_damaged_in_the_middle_of_the_run(
 def test_blocks_that_share_weights_are_not_offloaded(tmp_path: Path) -> None:
     """As Zamba 2's do: one can't be brought without the other."""
     tiny.write_model("sharing", tiny.HYBRIDS["Zamba2"]())
-    done = prune("sharing", tmp_path, "--offload", tmp_path / "away")
+    done = prune("sharing", tmp_path, "--offload_folder", tmp_path / "away")
     assert done.status == 1 and "share weights" in done.complaints[0]

@@ -59,12 +59,19 @@ def test_a_card() -> None:
 
 def test_the_command_has_flags_of_value_zero() -> None:
     """Without them it would train or prune by their defaults."""
-    flags = {"recover": 9, "recover_ce": 0.0, "sparsity_ratio": 0.0, "seed": 0, "batch_size": 2}
+    flags = {
+        "recover": 9,
+        "recover_ce_weight": 0.0,
+        "sparsity_ratio": 0.0,
+        "seed": 0,
+        "batch_size": 2,
+    }
     flags |= {"use_variant": False, "recover_rank": None}
     _, text = parsed(made(flags=made()["flags"] | flags))
-    assert "--recover 9 --recover_ce 0.0 --sparsity_ratio 0.0 --batch_size 2\n" in text.replace(
-        " --save_model small --seed 3", ""
-    ).replace(" --save_model small", "")
+    assert (
+        "--recover 9 --recover_ce_weight 0.0 --sparsity_ratio 0.0 --batch_size 2\n"
+        in text.replace(" --save_model small --seed 3", "").replace(" --save_model small", "")
+    )
 
 
 def cells(text: str) -> list[list[str]]:

@@ -117,7 +117,7 @@ def test_finished_blocks_are_not_pruned_again_wherever_the_model_lies(
         SparseGPT, "prune_", lambda self, *args, **kw: solved.append(1) or own(self, *args, **kw)
     )
     copied = shutil.copytree("model", tmp_path / "elsewhere")  # on another disk, for instance
-    succeed(*begun, "--model", copied, "--offload", tmp_path / "away")
+    succeed(*begun, "--model", copied, "--offload_folder", tmp_path / "away")
     check_same(tmp_path, whole)
     assert not (tmp_path / "kept").exists() and not (tmp_path / "away").exists()
     assert len(solved) == 2 * 4  # of two blocks: q, k and v share an input, gate and up another

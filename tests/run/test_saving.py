@@ -110,7 +110,7 @@ def test_blocks_in_files_become_shards_once_all_is_written(
 
     with monkeypatch.context() as patched:
         patched.setattr("lib.run.save.write_tokenizer_model", fail)
-        done = call(*given, "--resume", kept, "--offload", "away")
+        done = call(*given, "--resume", kept, "--offload_folder", "away")
     assert done.status == 1 and len(list(Path(kept).glob("block-*"))) == 3
     assert Path("new.partial").exists() == (kept == "new.partial")
     assert call(*given, "--resume", kept).status == 0 and not Path(kept).exists()
@@ -171,7 +171,7 @@ def test_what_fails_after_saving_leaves_the_model(
     assert Path("out/results.json").exists() == (step == "run_tasks")
 
 
-@pytest.mark.parametrize("flag", ["--resume", "--offload"])
+@pytest.mark.parametrize("flag", ["--resume", "--offload_folder"])
 def test_tasks_leave_no_folder_of_the_run(
     flag: str, given: list, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -274,6 +274,6 @@ def test_a_model_whose_blocks_were_fetched_can_be_loaded(
         plan = load.plan_memory
         monkeypatch.setattr(load, "plan_memory", lambda job: (True, plan(job)[1]))
     else:
-        argv += ["--resume", "new.partial", "--offload", "away"]
+        argv += ["--resume", "new.partial", "--offload_folder", "away"]
     succeed(*argv, "--save", "out", "--save_model", "new")
     reloaded("new", "out", *texts)

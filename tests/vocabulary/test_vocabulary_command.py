@@ -30,7 +30,7 @@ ROWS = 640  # more than the tokenizer has
 BASE = ["--model", "model", *QUICK]
 TRIM = [*BASE, "--trim_vocabulary"]
 PRUNE = ["--calibration_data", "uk", "--prune_method", "wanda", "--sparsity_type", "2:4"]
-RECOVER = ["--recover", 20 * 256, "--recover_rate", "0.01"]
+RECOVER = ["--recover", 20 * 256, "--recover_lr", "0.01"]
 EMBEDDING = "model.embed_tokens.weight"
 
 

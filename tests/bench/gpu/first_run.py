@@ -63,7 +63,14 @@ class Runs:
         tiny.write_model(folder / "dense", model.bfloat16())
         texts = (tiny.sentences(count, seed, max(40, seqlen)) for count, seed in ((72, 0), (4, 1)))
         tiny.write_texts(self.text, *texts)
-        self.flags = ["--device", str(device), "--prompts", "0", "--calibration_data", self.text]
+        self.flags = [
+            "--device",
+            str(device),
+            "--completions",
+            "0",
+            "--calibration_data",
+            self.text,
+        ]
         self.flags += ["--seqlen", str(seqlen), "--nsamples", "6" if small else "64"]
 
     def run(self, *flags: str) -> dict[str, Any]:
@@ -208,7 +215,7 @@ CHECKS: dict[str, Callable[[Runs], dict[str, Any]]] = {
     "products": check_products,
     "packed, 16 bits": lambda runs: runs.loaded_again(*PACKED),
     "packed, 4 bits": lambda runs: runs.loaded_again(*PACKED, "--quantize", "int4"),
-    "fetched blocks": same_bytes(ADMM, [*ADMM, "--offload", "@away"]),
+    "fetched blocks": same_bytes(ADMM, [*ADMM, "--offload_folder", "@away"]),
     "recovery, twice": same_bytes(RECOVERED, RECOVERED),
     "recovery by 8 bits, twice": same_bytes(EIGHT_BITS, EIGHT_BITS),
     "allocation, twice": same_bytes(BY_ERROR, BY_ERROR),
