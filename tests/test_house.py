@@ -20,7 +20,7 @@ FLOORS = [
     ["data", "methods"],
     ["model"],
     ["pruning"],
-    ["eval", "prune"],
+    ["eval", "prune", "sharded"],
     ["quantize", "remove"],
     ["sparse", "vocabulary"],
     ["recover"],

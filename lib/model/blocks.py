@@ -255,7 +255,9 @@ class BlockRunner:
         resident, blocks = self.weights.zero_copy, len(self.blocks)
         step = self.batch_size if resident else max([1, *map(len, sets)])
         parts = [(n, start) for n, each in enumerate(sets) for start in range(0, len(each), step)]
-        for group in [[part] for part in parts] if resident else [parts] if parts else []:
+        # where ranks fetch blocks together, one without windows does so too
+        idle = self.weights.together and not parts
+        for group in [[part] for part in parts] if resident else [parts] if parts or idle else []:
             windows = [sets[number][start : start + step] for number, start in group]
             total = sum(map(len, windows))
 

@@ -26,7 +26,7 @@ from ..util.files import PARTIAL, check_writable, exclusive_lock, sync, write_te
 JOB, LOCK = "job.json", ".lock"
 DECIDED = "decided"  # in job.json: by the run itself, from what it read
 # without endings
-KEPT = ("block-*", "quantized-*", "start-*", "changed-*", "allocation", "recovery")
+KEPT = ("block-*", "quantized-*", "start-*", "changed-*", "allocation", "recovery*")
 CONVERTED = "converted"  # where transformers writes weights that it converts on loading
 
 
@@ -59,6 +59,13 @@ class RunFolder:
                 self._lock.close()
                 reason = f"{JOB} can't be read ({first_line(error)})"
                 raise UserError(f"{self.label}: {reason}; name another folder") from error
+
+    @classmethod
+    def joined(cls, label: str, path: str, digest: str) -> RunFolder:
+        """Return the main rank's folder for another rank, which writes files of its own there."""
+        folder = cls.__new__(cls)
+        folder.label, folder.path, folder.digest = label, Path(path), digest
+        return folder
 
     def begin(self, job: Mapping[str, Any], **decided: Any) -> None:
         """Write what the run's result depends on; files of other jobs are not read.

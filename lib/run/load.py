@@ -91,7 +91,11 @@ def load_teacher(job: Job, runner: BlockRunner) -> BlockRunner:
     """
     passes = dict(dist=job.dist, batch_size=job.batch_size, state_device=runner.state_device)
     if not job.teacher:
-        return BlockRunner(pretrained.fresh_copy(runner.model), job.device, **passes)
+        store, resident = None, runner.weights.resident
+        model = pretrained.fresh_copy(runner.model, with_blocks=resident)
+        if not resident:
+            store = runner.weights.of_copy(model)
+        return BlockRunner(model, job.device, store, **passes)
     needs_zeros = job.schedule and not (job.plan.narrows or job.smaller)
     if needs_zeros and (zeros := Measured(runner).overall) < LEAST_ZEROS:
         raise UserError(
@@ -132,13 +136,15 @@ def plan_memory(job: Job) -> tuple[bool, dict[str, Any]]:
     quantized = args.load_bit or getattr(config, "quantization_config", None)
     held = [parameter for block in blocks for parameter in block.parameters()]
     # of blocks that share weights one can't be fetched without the other
-    apart = not quantized and not job.schedule and len(held) == len(set(held))
+    apart = not quantized and len(held) == len(set(held))
+    apart = apart and (not job.schedule or dist.size > 1)  # ranks that train share out the blocks
     if args.offload and not apart:
         raise UserError(
             f"--offload {args.offload}: the model's blocks share weights, or are quantized; leave "
             "it out"
         )
     many = 2 * weights + teacher > free if gpu else dist.local_size > 1
+    many = many or bool(job.schedule)
     fetched = any(dist.all_gather_object(bool(args.offload or (apart and many))))
     texts, width = job.texts, config.get_text_config(decoder=True).hidden_size
     windows = 0 if texts.windows is None else len(texts.windows)

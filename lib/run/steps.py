@@ -60,7 +60,7 @@ __all__ = [  # steps of main.run that stand elsewhere
     "save",
 ]
 BEFORE = "perplexity", "bits_per_byte", "kl", "top1_agreement"
-Starts = dict[int, tuple[Tensor, Grid]]  # of `Quantizer`
+Starts = dict[str, tuple[Tensor, Grid]]  # of `Quantizer`
 
 
 def trim(job: Job, runner: BlockRunner) -> None:
