@@ -1,6 +1,7 @@
 """Swaps the linears of a pruned model for packed ones, which save and load packed.
 
-What is stored is described in lib/packed/formats.py, the module in lib/packed/linear.py.
+What is stored is described in lib/packed/formats.py, the module in lib/packed/linear.py: on CUDA it
+multiplies by torch's 2:4 kernels (`to_sparse_semi_structured`) where torch takes the weight.
 """
 
 from __future__ import annotations
@@ -83,7 +84,7 @@ def pack_(
     record["difference"] = relative_difference(unrounded, after[-1])
     bits = "" if record["bits"] == 16 else f" at {record['bits']} bits"
     counts = ", ".join(f"{n} {path}" for path, n in Counter(paths.values()).most_common())
-    lines = [f"packed linears{bits}: {counts}", _line("linears", record)]
+    lines = [f"packed linear layers{bits}: {counts}", _line("linear layers", record)]
     figures = {"packed": record}
     if fmt.bits == 4:
         try:
@@ -116,9 +117,7 @@ def swap_linears_(
                         continue
                     packed = _packed(linear, module, fmt, (scales or {}).get(f"{linear}.weight"))
                     block.set_submodule(path, packed)
-                    has_kernel = runner.device.type == "cpu" and packed.dtype in kernels.DTYPES
-                    by_kernels = has_kernel and kernels.ready()
-                    paths[linear] = "by the kernels" if by_kernels else "unpacked at each forward"
+                    paths[linear] = _path(packed, runner.device)
             experts = (one for one in find_linears(block, name)[0] if one.expert is not None)
             paths |= {one.name: "left dense (experts in one tensor)" for one in experts}
     if all("left dense" in path for path in paths.values()):
@@ -156,7 +155,7 @@ def check_same_outputs(
 
 
 def _record(runner: BlockRunner) -> dict[str, Any]:
-    """Sizes of a model's packed linears, and of the same linears dense, as they will be saved."""
+    """Sizes of a model's packed linear layers, and of the same layers dense, as they are saved."""
     linears = [module for module in runner.model.modules() if isinstance(module, SparseLinear)]
     itemsize = (runner.save_dtype or runner.model.dtype).itemsize
     return {
@@ -196,6 +195,16 @@ def _line(what: str, record: Mapping[str, Any]) -> str:
     if record["bits"] < 16:
         line += f"; {record['bits']} bits change the logits by {record['difference']:.2%}"
     return line
+
+
+def _path(packed: SparseLinear, device: torch.device) -> str:
+    """How a packed linear on its device multiplies there."""
+    if device.type == "cpu":
+        by_kernels = packed.dtype in kernels.DTYPES and kernels.ready()
+        return "by the kernels for packed weights" if by_kernels else "unpacked at each forward"
+    if packed.semi_structure_():
+        return "by torch's 2:4 kernels"
+    return f"unpacked at each forward ({packed.refused})"
 
 
 def _packed(name: str, linear: nn.Module, fmt: Values, scales: Tensor | None) -> SparseLinear:

@@ -14,6 +14,7 @@ LLAMA_3 = """\
 {{- bos_token }}{% for m in messages %}
 {{- '<|start|>' + m.role + '<|end|>\n\n' + m.content | trim + '<|eot|>' }}
 {%- endfor %}{% if add_generation_prompt %}{{ '<|start|>assistant<|end|>\n\n' }}{% endif %}"""
+DATED = LLAMA_3.replace("bos_token", "bos_token + strftime_now('%A %d %B %Y ')", 1)
 GEMMA = """\
 {{ bos_token }}{% if messages[0].role == 'system' %}{{ raise_exception('no system role') }}
 {% endif %}{% for m in messages %}
@@ -46,7 +47,8 @@ ENDS = {LLAMA_3: "<|eot|>", GEMMA: "<end>", QWEN_3: "<|im_end|>", MISTRAL: tiny.
 def tokenizer_with(template: str) -> PreTrainedTokenizerFast:
     """The tiny tokenizer with a template, and a token for each of its marks."""
     tokenizer = tiny.tiny_tokenizer()
-    tokenizer.add_special_tokens({"additional_special_tokens": MARKS.get(template, [])})
+    marks = MARKS.get(LLAMA_3 if template == DATED else template, [])
+    tokenizer.add_special_tokens({"additional_special_tokens": marks})
     tokenizer.chat_template = template
     return tokenizer
 

@@ -6,6 +6,10 @@ the dispatch key CUDA, which lets the CPU's kernels work on the same memory.
 What a GPU would refuse is refused: operands on two devices, integer matrix products, a generator of
 the host, more memory than there is (`set_limit`). Fresh memory is NaN.
 
+torch's 2:4 operators keep two of four values and where they stand, in a layout of our own, and
+multiply by the decoded matrix. That shows how such tensors are made, refused, moved, saved and
+loaded, and never a GPU's numerics or speed.
+
 Limits: no speed, no order of sums, one stream, no NCCL, no bitsandbytes, no TF32, no fused
 attention (compare with the CPU's math path), no Triton. Where torch's internals have moved
 `install` raises, and a line at the end of the suite says so.
@@ -353,3 +357,44 @@ def _fill_python() -> None:
         return there.copy_(torch.empty_like(there).set_(self)).untyped_storage()
 
     plain, torch.storage._StorageBase.clone = torch.storage._StorageBase.clone, clone
+    _add_two_of_four()
+
+
+def _add_two_of_four() -> None:
+    """Add the operators of cuSPARSELt and CUTLASS: torch's own tensors, with their checks, use
+    them."""
+    import torch
+    from torch.sparse import _semi_structured_conversions as conversions
+
+    def compress(dense):  # two of each four, then where they stand: four bits of an integer
+        four = dense.view(-1, 4)
+        at = (four == 0).int().argsort(dim=1, stable=True)[:, :2].sort(1).values
+        where = (at[:, 0] | at[:, 1] << 2).view(-1, 4)
+        shifts = torch.tensor([0, 4, 8, 12]).to(dense.device)
+        where = (where << shifts).sum(1).to(torch.int16)
+        return torch.cat([four.gather(1, at).flatten(), where.view(dense.dtype)])
+
+    def decoded(packed, columns):
+        values, where = packed.split([packed.numel() // 9 * 8, packed.numel() // 9])
+        shifts = torch.tensor([0, 4, 8, 12]).to(packed.device)
+        bits = (where.view(torch.int16).int()[:, None] >> shifts).flatten()
+        at = torch.stack([bits & 3, bits >> 2 & 3], 1)
+        four = packed.new_zeros(len(bits), 4).scatter_(1, at.long(), values.view(-1, 2))
+        return four.view(-1, columns)
+
+    def cusparselt(packed, b, bias=None, alpha=None, out_dtype=None, transpose_result=False, *_):
+        y = torch.nn.functional.linear(b.t(), decoded(packed, len(b)), bias)
+        return y if transpose_result else y.t()
+
+    def cutlass(bias, values, meta, b):
+        if torch.cuda.get_device_capability()[0] != 8:
+            raise RuntimeError("Supported only on GPUs with compute capability 8.x")
+        dense = conversions.sparse_semi_structured_to_dense_cutlass(values, meta)
+        return torch.nn.functional.linear(b.t(), dense, bias).t()
+
+    torch.backends.cusparselt.is_available = lambda: True
+    _add_two_of_four.library = library = torch.library.Library("aten", "IMPL")  # while it lives
+    library.impl("_cslt_compress", compress, "CUDA")
+    library.impl("_cslt_sparse_mm", cusparselt, "CUDA")
+    library.impl("_sparse_semi_structured_addmm", lambda *args, **_: cutlass(*args), "CUDA")
+    library.impl("_sparse_semi_structured_mm", lambda *args, **_: cutlass(None, *args), "CUDA")

@@ -294,6 +294,7 @@ def plan(it: Compression) -> None:
             weight = f"={source.weight:g}" if source.weight else ""
             it.data[index] = PART.sub("", source.text) + ":train" + weight
     common += ["--seqlen", str(job.seqlen)]
+    common += ["--date", job.args.date] if job.args.date else []
     trained = [*common, *trained, *it.data]
     type_, removed, what = "", None, ""
     if it.target == ANY:

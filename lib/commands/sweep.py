@@ -16,6 +16,7 @@ import re
 import shutil
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from datetime import date
 from itertools import product
 from pathlib import Path
 
@@ -31,7 +32,7 @@ from ..run.texts import default_tests
 from ..util import command
 from ..util.command import call
 from ..util.errors import UserError
-from ..util.files import check_writable
+from ..util.files import check_writable, write_text
 
 OWN_FLAGS = {  # of main.py, which the sweep sets
     *("--model", "--seed", "--calibration_data", "--prune_on_c4", "--eval_data", "--eval_only"),
@@ -43,6 +44,7 @@ PRUNING_FLAGS = (  # of main.py, which a run of the dense model goes without
     *(*RECOVERY_FLAGS, "resume"),
 )
 SHARED = ".dense-states"  # folder in --out: what the dense models compute, for all runs
+DATE = "date.txt"  # file in --out: the date that chat templates write, on whatever day it goes on
 
 
 def build_sweep_parser() -> argparse.ArgumentParser:
@@ -155,6 +157,9 @@ def run_all(runs: Mapping[str, Sequence[str]], out: str, report: str | None = No
     print(f"{len(runs)} runs, each in a folder of {out}", flush=True)
     failed: list[str] = []
     seconds: list[float] = []  # of the runs that were not finished before
+    if not (day := Path(out, DATE)).exists():
+        write_text(day, str(date.today()))
+    dated = ["--date", day.read_text("utf-8")]
     shared = Path(out, SHARED)  # where a sweep was killed, the next goes on with what it left
     try:
         for index, (name, flags) in enumerate(runs.items()):
@@ -165,7 +170,7 @@ def run_all(runs: Mapping[str, Sequence[str]], out: str, report: str | None = No
             folder.mkdir(parents=True, exist_ok=True)
             start = time.time()
             try:
-                status = call("commands.sweep_run", shared, "--", *flags)
+                status = call("commands.sweep_run", shared, "--", *dated, *flags)
             except KeyboardInterrupt:
                 raise KeyboardInterrupt("the same command continues") from None
             if status:

@@ -39,6 +39,7 @@ def run(args: argparse.Namespace, shared: Path) -> None:
     if args.save_model and (folder / OUTPUT).is_file():
         for earlier in (args.save_model, partial_of(args.save_model)):
             shutil.rmtree(earlier, ignore_errors=True)
+    args.date = job.args.date
     check_outputs(args)
     job = open_store(replace(job, args=args))
     with (folder / OUTPUT).open("w", encoding="utf-8") as file, redirect_stdout(file):

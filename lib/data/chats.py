@@ -86,10 +86,14 @@ def _dialogue(rows: list[Any]) -> Dialogue | None:
         role, content = (
             row.get(a) or row.get(b) for a, b in (("role", "from"), ("content", "value"))
         )
-        if role not in ROLES:
+        if not isinstance(role, str) or role not in ROLES:
             raise ValueError(f"the role {role!r} is none of {', '.join(ROLES)}; rename it")
         if isinstance(content, list):  # of parts, such as text and images
-            content = "".join(part.get("text") or "" for part in content)
+            texts = [part.get("text") or "" if isinstance(part, dict) else None for part in content]
+            if not all(isinstance(text, str) for text in texts):
+                way_out = 'write a text, or a list of {"type": "text", "text": ...}'
+                raise ValueError(f"the content {str(content)[:80]} is no text; {way_out}")
+            content = "".join(texts)
         more = {key: row[key] for key in KEPT if row.get(key)}
         if not (isinstance(content, str) and content.strip()) and "tool_calls" not in more:
             return None

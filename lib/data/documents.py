@@ -14,8 +14,10 @@ import re
 import zlib
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
+from itertools import chain
 from pathlib import Path
 
+from ..util.command import one_line
 from ..util.errors import first_line
 from . import hub
 from .chats import COLUMNS, Dialogue, Document
@@ -27,9 +29,11 @@ ROW_CHARACTERS = 64  # beside each
 TENTH = 10  # one document in so many is held apart to measure on
 FEW = 20  # documents: fewer are cut at blank lines before that, else at line breaks or blanks
 PIECE_CHARACTERS = 4_000  # at most
+NAMED = 8  # files of a folder, in a message
 ENCODINGS = "utf_16 cp1251 koi8_u cp866 cp1253 cp1250 cp1252".split()  # that are still met
 AROUND = 2**15  # bytes before and after the first that is not UTF-8, which tell the encoding
 PIECE = re.compile(r"(?s).{2000,4000}?\n\s*\n|.{2000,4000}?\n|.{2000,4000}?\s|.{1,4000}")
+SEPARATOR = re.compile(r"(?i)\"?sep=(.)\"?\s*")
 Documents = list[Document] | hub.HubTexts
 log = logging.getLogger(__name__)
 
@@ -101,7 +105,7 @@ def pieces_of(text: Document) -> list[Document]:
 
 
 def _not_measured(source: Source, texts: list[Document]) -> Iterator[Document]:
-    """Yield the texts, of some only pieces, without what stands in the source's test texts."""
+    """Yield the training texts with every passage that occurs in the test texts removed."""
     tests = [text for test in source.tests for text in read_documents(test, "test")[0]]
     measured = {text.strip() for text in tests}.union(*map(pieces_of, tests))
     for text in texts:
@@ -126,15 +130,33 @@ def locations(source: Source, split: str) -> set[object]:
     return {documents.location} if source.hub else {text.strip() for text in documents}
 
 
+def read_line(source: Source, split: str) -> str:
+    """Return a line on what is read of a folder for a split, and what is left out."""
+    paths, left = folder_files(source.path, "train" if is_parted(source, split) else split)
+    size = sum(map(len, read_documents(source, split)[0]))
+    line = f"{source.flag} {source.text}: {len(paths)} file{'s' * (len(paths) > 1)}, "
+    line += f"{size:,} characters read" + f"; left out: {_names(left)}" * bool(left)
+    return one_line(line)
+
+
+def _names(paths: list[Path]) -> str:
+    """Return the names of files and folders, of many the first ones and how many more there are."""
+    names = [path.name + "/" * path.is_dir() for path in paths]
+    more = f"and {len(names) - NAMED} more"
+    return ", ".join([*names[:NAMED], *[more] * (len(names) > NAMED)])
+
+
 def _files_of(source: Source, split: str) -> list[Path]:
     if not source.path.is_dir():
         return [source.path]
-    paths = folder_files(source.path, "train" if is_parted(source, split) else split)
+    paths, _ = folder_files(source.path, "train" if is_parted(source, split) else split)
     if not paths:
-        names = ", ".join(sorted(p.name for p in source.path.iterdir())[:8]) or "nothing"
+        every = sorted(source.path.iterdir())
+        way_out = f"add a file in {', '.join(FILES)}"
+        way_out += ", or name a subfolder" * any(path.is_dir() for path in every)
         raise source.error(
-            f"no train*.jsonl nor other texts in this folder (it holds: {names}); add a file in "
-            f"{', '.join(FILES)}"
+            f"no train*.jsonl nor other texts in this folder (it holds: "
+            f"{_names(every) or 'nothing'}); {way_out}"
         )
     if others := [path for path in paths if not path.is_file()]:
         raise source.error(f"{others[0]} is no file but a pipe, a device or a lost link; remove it")
@@ -144,7 +166,7 @@ def _files_of(source: Source, split: str) -> list[Path]:
 def _read(source: Source, path: Path) -> Iterator[Document | None]:
     kinds = {".parquet": _parquet, ".csv": _csv, ".tsv": _csv} | dict.fromkeys(PLAIN, _plain_text)
     try:
-        yield from kinds.get(path.suffix, _json_lines)(source, path)
+        yield from kinds.get(path.suffix.lower(), _json_lines)(source, path)
     except UnicodeDecodeError as error:
         raise source.error(f"{path}: {conversion(error)}") from None
     except (OSError, EOFError, zlib.error) as error:  # a damaged .gz raises any of them
@@ -173,7 +195,7 @@ def conversion(error: UnicodeDecodeError) -> str:
 
 def _json_lines(source: Source, path: Path) -> Iterator[Document | None]:
     """Yield the text of each row; a line ends at "\\n" alone, and blank lines are no rows."""
-    with (gzip.open if path.suffix == ".gz" else open)(path, "rb") as file:
+    with (gzip.open if path.suffix.lower() == ".gz" else open)(path, "rb") as file:
         for number, line in enumerate(iter(lambda: file.readline(ROWS_CHARACTERS), b""), start=1):
             place = f"{path}, line {number}"
             if len(line) == ROWS_CHARACTERS:
@@ -193,19 +215,34 @@ def _json_lines(source: Source, path: Path) -> Iterator[Document | None]:
 
 
 def _csv(source: Source, path: Path) -> Iterator[Document | None]:
-    """Yield the text of each row of a table with a header, separated by commas, ";" or tabs."""
+    """Yield the text of each row of a table with a header.
+
+    Fields are separated by what Excel's first line `sep=` says, in .tsv by tabs, else by what the
+    header has most of outside quotes: commas, ";", tabs or "|".
+    """
     csv.field_size_limit(ROWS_CHARACTERS)
     with path.open(encoding="utf-8-sig") as file:
         lines = iter(lambda: file.readline(ROWS_CHARACTERS + 1), "")
-        delimiter = max(",;\t", key=next(lines, "").count)
-        file.seek(0)
-        rows = csv.DictReader(lines, delimiter=delimiter, strict=True)
+        header = next(lines, "")
+        said = SEPARATOR.fullmatch(header)  # a line of its own before the header
+        unquoted = re.sub('"[^"]*"', "", header)
+        by = "\t" if path.suffix.lower() == ".tsv" else max(",;\t|", key=unquoted.count)
+        lines, by = (lines, said[1]) if said else (chain([header], lines), by)
+        rows = csv.DictReader(lines, delimiter=by, strict=True)
         try:
             for row in rows:
-                yield text_of(source, row, f"{path}, line {rows.line_num}")
+                place, surplus = f"{path}, line {rows.line_num + bool(said)}", row.pop(None, [])
+                text = text_of(source, row, place)
+                if surplus:
+                    problem = (
+                        f"{place}: has {len(row) + len(surplus)} fields, separated by {by!r}, "
+                    )
+                    problem += f"the header {len(row)}; quote the texts, or give .txt or .jsonl"
+                    raise source.error(problem)
+                yield text
         except csv.Error as error:
-            problem = f"{path}, line {rows.line_num + 1}: not CSV ({error}); quote the texts"
-            raise source.error(problem) from None
+            place = f"{path}, line {rows.line_num + 1 + bool(said)}"
+            raise source.error(f"{place}: not CSV ({error}); quote the texts") from None
 
 
 def _parquet(source: Source, path: Path) -> Iterator[Document | None]:

@@ -22,12 +22,15 @@ INDIVIDUAL = dict(
         "orm=gaz pus=pbt que=quz sqi=als swa=swh uzb=uzn yid=ydd zha=zyb zho=cmn"
     ).split()
 )
+# scripts that Japanese mixes: a short text may have but one of them
+JAPANESE = "HIRAGANA KATAKANA KATAKANA-HIRAGANA IDEOGRAPHIC CJK".split()
 SCRIPTS = {"Hans": "Hani", "Hant": "Hani", "Kore": "Hang"}
 
 
 def script(letter: str) -> str:
-    """Return the script of a letter, by its name in Unicode, such as `LATIN`."""
-    return unicodedata.name(letter, "").partition(" ")[0]
+    """Return the script of a letter, by its name in Unicode, such as `LATIN`; CJK for Japanese."""
+    name = unicodedata.name(letter, "").partition(" ")[0]
+    return "CJK" if name in JAPANESE else name
 
 
 def script_of(text: str) -> str | None:

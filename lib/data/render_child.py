@@ -1,17 +1,18 @@
 """Renders dialogues by a chat template, as a process of its own, since a template may never end.
 
 The first line that it reads is the template, what it is given besides messages, and the seconds
-for one rendering; then each line is [messages, whether an answer is to follow, more]. It answers
-each by a line: the text, and the spans of characters that an assistant has written, its end of turn
-too; or an error.
+for one rendering; then each line is [messages, whether an answer is to follow, the date, more]. It
+answers each by a line: the text, and the spans of characters that an assistant has written, its end
+of turn too; or an error.
 """
 
 import faulthandler
 import json
 import os
 import sys
+from datetime import datetime
 
-from transformers.utils.chat_template_utils import render_jinja_template
+from transformers.utils.chat_template_utils import _compile_jinja_template, render_jinja_template
 
 
 def main() -> None:
@@ -24,7 +25,9 @@ def main() -> None:
 
     for line in sys.stdin:
         try:
-            messages, follows, more = json.loads(line)
+            messages, follows, day, more = json.loads(line)
+            clock = datetime.fromisoformat(day).strftime
+            _compile_jinja_template(template).globals["strftime_now"] = clock  # is cached
             text = text_of(messages, follows)
             answer = {"text": text, "spans": [] if follows else spans_of(text_of, messages, text)}
         except Exception as error:  # noqa: BLE001  a template raises anything

@@ -5,8 +5,9 @@ A source is a built-in name (the table below), a hub data set `owner/name[:confi
 folder (`./c4`), a local name before the hub. `NAME=WEIGHT` gives a source its weight in a mixture.
 A new built-in is one entry of the table.
 
-Of a folder, files named `train*` and `test*` are read, or all. `NAME:test` is the tenth of a local
-text without `test*` that is held apart; who is measured on it is trained on the rest, `NAME:train`.
+Of a folder, files with the word `train` or `test` in their names are read, or all. `NAME:test` is
+the tenth of a local text without a test file, which is held apart: measure on it, and train on the
+rest, `NAME:train`.
 """
 
 from __future__ import annotations
@@ -31,6 +32,8 @@ TABLES = (".csv", ".tsv", ".parquet")
 PLAIN = (".txt", ".md")
 FILES = (*ROWS, *TABLES, *PLAIN)
 PART = re.compile(r":(train|test)$")
+SPLIT = re.compile(r"(?i)(?<![^\W\d_])(train|test)(?:s|ing|set)?(?![^\W\d_])")  # as a word
+ABOUT = re.compile(r"(?i)(readme|licen[cs]e)(?![^\W\d_])")  # names of no corpus
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+(:[^:/]*){0,3}")
 
 
@@ -146,19 +149,23 @@ def mixture_name(sources: Sequence[Source]) -> str:
     return "+".join(f"{s.name}={(s.weight or 1) / total:.3g}" for s in sources)
 
 
-def folder_files(path: Path, split: str) -> list[Path]:
-    """Return the files of one split (`train` or `test`) of a local folder, sorted by name.
+def folder_files(path: Path, split: str) -> tuple[list[Path], list[Path]]:
+    """Return the files of one split (`train` or `test`) of a folder, and what is left out of it.
 
-    Where no file is named `train*`, all that are not named `test*` are the train text. JSON lines
-    are read alone, and plain text only where there is nothing else: it may be a README.
+    Both are sorted by name. Where no file is named `train`, all that are not named `test` are the
+    train text. JSON lines are read alone, then tables; plain text only where there is nothing else,
+    and a README only where there is no other. Hidden files are never read.
     """
-    paths = sorted(p for p in path.iterdir() if p.name.endswith(FILES) and not p.is_dir())
-    named = [p for p in paths if p.name.startswith(split)]
-    others = [p for p in paths if split == "train" and not p.name.startswith(("test", "."))]
+    paths = sorted(p for p in path.iterdir() if not p.name.startswith("."))
+    splits = {p: SPLIT.search(p.name) for p in paths}
+    splits = {p: match and match[1].lower() for p, match in splits.items()}
+    named = [p for p in paths if splits[p] == split]
+    others = [p for p in paths if split == "train" and splits[p] != "test"]
     for group, endings in product((named, others), (ROWS, TABLES, PLAIN)):
-        if chosen := [p for p in group if p.name.endswith(endings)]:
-            return chosen
-    return []
+        files = [p for p in group if p.name.lower().endswith(endings) and not p.is_dir()]
+        if chosen := [p for p in files if not ABOUT.match(p.name)] or files:
+            return chosen, [p for p in others or named if p not in chosen]
+    return [], others or named
 
 
 def text_of(source: Source, row: Mapping[str, object], place: object) -> Document | None:
@@ -192,7 +199,7 @@ def text_of(source: Source, row: Mapping[str, object], place: object) -> Documen
 
 def has_test(source: Source) -> bool:
     """Return whether the source is a local folder with a test text."""
-    return bool(source.path and source.path.is_dir() and folder_files(source.path, "test"))
+    return bool(source.path and source.path.is_dir() and folder_files(source.path, "test")[0])
 
 
 def is_parted(source: Source, split: str) -> bool:
@@ -207,13 +214,14 @@ def _local(text: str, flag: str, column: str) -> Source | None:
         source = _local(PART.sub("", text), flag, column)
         return source and replace(source, text=text, parted=not has_test(source))
     if path.is_dir():
-        draw = JOINED if any(p.name.endswith(PLAIN) for p in folder_files(path, "train")) else ONCE
+        files, _ = folder_files(path, "train")
+        draw = JOINED if any(p.name.lower().endswith(PLAIN) for p in files) else ONCE
         return Source(text, flag, path.resolve().name, path=path, column=column, draw=draw)
-    ending = next((e for e in FILES if path.name.endswith(e)), None)
+    ending = next((e for e in FILES if path.name.lower().endswith(e)), None)
     if path.exists():
         if not path.is_file() or not ending:
             raise UserError(f"{flag} {text}: not a folder, nor a file in {', '.join(FILES)}")
-        name, draw = path.name.removesuffix(ending), JOINED if ending in PLAIN else ONCE
+        name, draw = path.name[: -len(ending)], JOINED if ending in PLAIN else ONCE
         return Source(text, flag, name, path=path, column=column, draw=draw)
     if ending or text.startswith(("/", ".", "~")) or text.count("/") > 1:
         raise UserError(f"{flag} {text}: no such file or folder; check the path")

@@ -2,6 +2,9 @@
 
 A template is a program that comes with the model. It runs in a child (render_child.py), one for all
 dialogues, which ends where a rendering takes too long.
+
+Many templates write the date. A run has one, so that its texts do not depend on the clock: today's,
+or what `set_date` is given.
 """
 
 from __future__ import annotations
@@ -10,6 +13,7 @@ import json
 import subprocess
 import sys
 from collections.abc import Iterator
+from datetime import date, timedelta
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -35,6 +39,11 @@ EXAMPLES = {  # of all that templates write
     "tool call": [ASKED, {"role": "assistant", "content": "", "tool_calls": [CALL]}, RESULT, SAID],
 }
 SECONDS = 20.0  # for one rendering, thousands of times as long as it takes
+CLOCK = "strftime_now"  # what templates call for the date
+# every day of a leap year, and a day of every year, which have all words and numbers of dates
+DAYS = [str(date(2024, 1, 1) + timedelta(days)) for days in range(366)]
+DAYS += [f"{year}-01-01" for year in range(2000, 2100)]
+_date = str(date.today())
 
 
 class Template:
@@ -54,14 +63,17 @@ class Template:
         messages: list[dict[str, Any]],
         follows: bool = False,
         tools: list[dict[str, Any]] | None = None,
+        day: str | None = None,
         **more: bool,
     ) -> tuple[str, list[tuple[int, int]]] | None:
         """Return the text and the assistant's spans of it; None where the template raises.
 
-        `follows`: an answer is to follow. `more` is what else the template is to know.
+        `follows`: an answer is to follow. `day`: the date, if not the run's. `more`: extra template
+        variables.
         """
+        line = json.dumps([messages, follows, day or _date, more | {"tools": tools}])
         try:
-            self.child.stdin.write(json.dumps([messages, follows, more | {"tools": tools}]) + "\n")
+            self.child.stdin.write(line + "\n")
             self.child.stdin.flush()
             answer = json.loads(self.child.stdout.readline())
         except (BrokenPipeError, ValueError):  # it has ended
@@ -74,6 +86,17 @@ class Template:
 
 
 _template = cache(Template)
+
+
+def set_date(day: str) -> None:
+    """Set the date, YYYY-MM-DD, that all templates of this process write."""
+    global _date
+    _date = day
+
+
+def writes_date(tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Return whether the chat template asks for the date."""
+    return CLOCK in str(tokenizer.chat_template)
 
 
 def template_of(tokenizer: PreTrainedTokenizerBase) -> Template:
@@ -98,6 +121,17 @@ def examples(
         tools = TOOLS if kind == "tool call" else None
         if rendering := template_of(tokenizer).render(asked, follows, tools):
             yield kind, {"messages": asked, "tools": tools}, rendering[0]
+
+
+def dated_texts(tokenizer: PreTrainedTokenizerBase) -> Iterator[str]:
+    """Yield the EXAMPLES into which the template writes the date, on each of the DAYS."""
+    template = template_of(tokenizer)
+    for kind, messages in EXAMPLES.items() if writes_date(tokenizer) else ():
+        tools = TOOLS if kind == "tool call" else None
+        first, second = (template.render(messages[:-1], True, tools, day) for day in DAYS[:2])
+        for day in DAYS if first != second else ():
+            if rendering := template.render(messages[:-1], True, tools, day):
+                yield rendering[0]
 
 
 def rendered(

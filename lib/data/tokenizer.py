@@ -29,7 +29,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from ..util.errors import UserError
 from ..util.token_ids import map_token_ids
-from .templates import examples
+from .templates import dated_texts, examples
 from .tokenizer_model import BYTE_TOKENS, CHECK, check_of
 
 FLAG = "--trim_vocabulary"
@@ -182,13 +182,17 @@ class TrimmableTokenizer:
         return ids
 
     def template_ids(self) -> set[int]:
-        """Return the tokens of the chat templates: of literals, text outside tags, and examples."""
+        """Return the tokens of the chat templates: of literals, text outside tags, and examples.
+
+        Where a template writes the date, those of any date are among them.
+        """
         if not self.tokenizer.chat_template:
             return set()
         texts = [*ROLES, *template_texts(self.tokenizer, self.name)]
         try:
             for follows in (False, True):
                 texts += [text for *_, text in examples(self.tokenizer, follows)]
+            texts += dated_texts(self.tokenizer)
         except UserError as error:  # nobody has asked for dialogues
             log.warning("%s", error)
         ids = self.tokenizer(texts, add_special_tokens=False, verbose=False).input_ids

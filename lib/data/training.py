@@ -58,11 +58,10 @@ def training_windows(
     """Cut `count` windows, and some to hold out, from the sources' train text.
 
     What is left of a document after its last whole window is dropped, and so is every window that
-    holds a passage of `tests`, windows (n, seqlen). A document that has more windows than are to be
-    held out is trained on, unless all have, and a single one in part; held out are, where they
-    suffice, documents that `calibration` has not seen. A source with too few windows
-    repeats them in another order. The sources are mixed by weight, and `bos` begins each window, as
-    for `calibration_windows`. Raises UserError if a source has fewer than two windows.
+    holds a passage of `tests`, windows (n, seqlen). Whole documents are held out, short ones and
+    ones that `calibration` has not seen first; of a single document, a span. A source with too few
+    windows repeats them in another order. The sources are mixed by weight, and `bos` begins each
+    window, as for `calibration_windows`. Raises UserError if a source has fewer than two windows.
     """
     weights = [source.weight or 1.0 for source in sources]
     held_out = min(max(HELD_OUT[0], int(HELD_OUT_SHARE * count)), HELD_OUT[1])

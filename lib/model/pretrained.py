@@ -31,6 +31,7 @@ from transformers.core_model_loading import revert_weight_conversion
 from transformers.quantizers.base import get_keys_to_not_convert
 
 from ..data.tokenizer import keep_limits, template_texts
+from ..packed.linear import semi_structured_bytes
 from ..util.errors import UserError
 from .access import (
     INDEX,
@@ -447,9 +448,10 @@ def decoder_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
 
 
 def footprint(model: nn.Module) -> int:
-    """Return the bytes of parameters and buffers on any device, shared ones counted once."""
+    """Return the bytes of parameters, buffers and torch's 2:4 tensors on any device, shared ones
+    counted once."""
     tensors = (*model.parameters(), *model.buffers())
-    return sum(tensor.nbytes for tensor in tensors)
+    return sum(tensor.nbytes for tensor in tensors) + semi_structured_bytes(model)
 
 
 def parameter_bytes(model: nn.Module, dtype: torch.dtype) -> int:

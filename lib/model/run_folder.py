@@ -30,6 +30,14 @@ KEPT = ("block-*", "quantized-*", "start-*", "changed-*", "allocation", "recover
 CONVERTED = "converted"  # where transformers writes weights that it converts on loading
 
 
+def begun_with(path: str | Path | None, name: str) -> Any:
+    """Return what the job.json of a folder has by `name`; None where it has none."""
+    try:
+        return json.loads((Path(path) / JOB).read_text("utf-8")).get(name) if path else None
+    except (OSError, ValueError, AttributeError):  # RunFolder says what is wrong
+        return None
+
+
 class RunFolder:
     """Finished blocks in folder `path`, which `flag` named.
 

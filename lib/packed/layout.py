@@ -26,6 +26,7 @@ BITS = _bits.byte().view(torch.int64).squeeze(1)  # byte -> eight bytes of 0 or 
 # byte -> how many bits are set before each of its eight, as eight bytes in one integer
 PREFIX_POPCOUNT = (_bits.cumsum(1) - _bits).byte().view(torch.int64).squeeze(1)
 POPCOUNT = _bits.sum(1, dtype=torch.int32)
+NOT_2_4 = _bits.view(256, 2, 4).sum(2).amax(1) > 2  # whether one of its halves keeps over two
 
 
 def all_finite(tensor: Tensor) -> bool:
@@ -84,6 +85,11 @@ def kept_of(mask: Tensor, in_features: int) -> Tensor:
     """What a mask says is kept: bool (out, in)."""
     kept = _look_up(BITS, mask).view(torch.bool)
     return kept.view(len(mask), 8 * mask.shape[1])[:, :in_features]
+
+
+def is_two_of_four(mask: Tensor) -> bool:
+    """Whether no four weights side by side, from a multiple of four on, keep more than two."""
+    return not bool(_look_up(NOT_2_4, mask).any())
 
 
 def tiles(rows: int, in_features: int, device: torch.device) -> Iterator[slice]:

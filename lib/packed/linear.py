@@ -1,11 +1,14 @@
 """`SparseLinear`: a linear whose sparse weight stays packed in memory. For inference only.
 
 On a CPU every product goes through the kernels of kernels.cpp, if there is a compiler to build
-them; elsewhere each forward unpacks the one weight it needs.
+them. On CUDA a 2:4 weight is multiplied by torch's semi-structured kernels, where torch takes it:
+its tensor is made at the first forward on the device. Anything else unpacks the one weight it needs
+at each forward.
 """
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -18,7 +21,7 @@ from . import kernels
 from .errors import PackedError
 from .formats import PACKED, Values
 from .kernels import DTYPES
-from .layout import Packed, row_offsets
+from .layout import Packed, is_two_of_four, row_offsets
 
 OWN_FORWARD = "has a forward of its own"
 FORWARDS = nn.Linear.forward, Conv1D.forward
@@ -137,6 +140,8 @@ class SparseLinear(PackedModule):
                 self.register_buffer(name, tensor, persistent=name != "offsets")
         bias = linear.bias
         self.bias = None if bias is None else nn.Parameter(torch.empty_like(bias), False)
+        self.semi_structured: Tensor | None = None  # torch's 2:4 tensor, see `semi_structure_`
+        self.refused = ""  # why there is none; empty: not tried on this device
 
     @classmethod
     def from_linear(
@@ -156,6 +161,8 @@ class SparseLinear(PackedModule):
     def dense(self, dtype: torch.dtype | None = None) -> Tensor:
         """The weight (out, in), in `dtype` or the linear's own."""
         dtype = dtype or self.dtype
+        if self.holds_semi_structured_alone:
+            return self.semi_structured.to_dense().to(dtype)
         self.check()
         return self.fmt.decode(self.packed, self.in_features, dtype=dtype).to(dtype)
 
@@ -167,9 +174,52 @@ class SparseLinear(PackedModule):
     def packed(self) -> Packed:
         return Packed(self.mask, self.weight, self.scale)
 
+    @property
+    def holds_semi_structured_alone(self) -> bool:
+        """Whether torch's 2:4 tensor stands in place of the packed ones, which are empty."""
+        return self.semi_structured is not None and not self.fmt.stored
+
     def count_rows_(self) -> None:
         """Set `offsets` by the mask."""
-        self.offsets = row_offsets(self.mask)
+        if not self.holds_semi_structured_alone:
+            self.offsets = row_offsets(self.mask)
+
+    def semi_structure_(self) -> bool:
+        """Hold the weight as torch's 2:4 tensor if torch takes it; whether it does.
+
+        Tried once, until `pack_again_`. Values of 16 bits are then held by that tensor alone.
+        Integers stay beside it: a kept weight that was rounded to 0 can't be told from the values.
+        """
+        if self.semi_structured is None and not self.refused:
+            self.refused = self._why_not_semi_structured()
+            try:  # libraries and drivers raise exceptions of all classes, and none must end a run
+                tensor = None if self.refused else two_of_four(self.dense(), self.bias)
+            except Exception as error:
+                first = (str(error).splitlines() or [type(error).__name__])[0]
+                tensor, self.refused = None, f"torch: {first}"
+            self.semi_structured = tensor
+            if self.holds_semi_structured_alone:
+                self._set_packed(Packed(self.mask.new_empty(0), self.weight.new_empty(0)))
+                self.offsets = self.offsets.new_empty(0)
+        return self.semi_structured is not None
+
+    def pack_again_(self) -> None:
+        """Hold the packed tensors alone; the next forward asks torch again."""
+        if self.holds_semi_structured_alone:
+            self._set_packed(self.fmt.encode(self.semi_structured.to_dense()))
+            self.offsets = row_offsets(self.mask)
+        self.semi_structured, self.refused = None, ""
+
+    def _why_not_semi_structured(self) -> str:
+        """Why torch is not asked; empty where it is."""
+        hook = getattr(self, "_hf_hook", None)  # accelerate's, which fills and empties the tensors
+        if any(getattr(one, "offload", False) for one in getattr(hook, "hooks", (hook,))):
+            return "offloaded"
+        return "" if is_two_of_four(self.mask) else "not 2:4"
+
+    def _set_packed(self, packed: Packed) -> None:
+        self.mask, self.scale = packed.mask, packed.scale
+        self.weight = nn.Parameter(packed.weight, requires_grad=False)
 
     def forward(self, x: Tensor) -> Tensor:
         """x (..., in) -> (..., out)."""
@@ -190,6 +240,12 @@ class SparseLinear(PackedModule):
             self.check()
         if self.offsets.is_meta and not self.mask.is_meta:  # the mask was fetched
             self.count_rows_()
+        if x.is_cuda and self.way != "dense" and not torch.compiler.is_compiling():
+            self.semi_structure_()
+        tensor = None if self.way == "dense" else self.semi_structured
+        if tensor is not None and tensor.dtype == x.dtype and x.numel():
+            y = F.linear(x.reshape(-1, self.in_features), tensor, self.bias)
+            return y.contiguous().view(*x.shape[:-1], self.out_features)
         return self.multiply(x)
 
     def extra_repr(self) -> str:
@@ -203,14 +259,54 @@ class SparseLinear(PackedModule):
         return self.mask, self.weight, self.offsets, self.scale
 
     def _dense_rows(self, part: slice, dtype: torch.dtype) -> Tensor:
+        if self.holds_semi_structured_alone:
+            return self.dense()[part]
         return self.fmt.decode(self.packed, self.in_features, self.offsets, dtype, part)
 
+    def _apply(self, fn, recurse=True):
+        self.pack_again_()  # every move and cast is of the packed tensors
+        return super()._apply(fn, recurse)
+
+    def __getstate__(self):  # of copies and pickles
+        self.pack_again_()
+        return super().__getstate__()
+
+    def _save_to_state_dict(self, *args):
+        self.pack_again_()
+        super()._save_to_state_dict(*args)
+
     def _load_from_state_dict(self, state_dict, prefix, *rest):
+        self.pack_again_()
         super()._load_from_state_dict(state_dict, prefix, *rest)
         if prefix + "mask" in state_dict and not self.mask.is_meta:
             self.checked = False
             self.count_rows_()
             self.check()
+
+
+def two_of_four(dense: Tensor, bias: Tensor | None = None) -> Tensor:
+    """Torch's tensor of a 2:4 matrix (out, in), whose products with tokens take a `bias` (out,).
+
+    It is of cuSPARSELt, or of CUTLASS where torch was built without cuSPARSELt. Raises what torch
+    raises for the device, dtype or shape, and ArithmeticError where it holds another matrix.
+    """
+    make = torch.sparse.to_sparse_semi_structured
+    if not torch.backends.cusparselt.is_available() and dense.dtype.itemsize == 2:
+        make = torch.sparse.SparseSemiStructuredTensorCUTLASS.from_dense
+    with warnings.catch_warnings():  # torch calls the class a prototype, once
+        warnings.simplefilter("ignore", UserWarning)
+        tensor = make(dense)
+    F.linear(dense[:1], tensor, bias)  # CUTLASS finds no fault with a device earlier
+    if not torch.equal(tensor.to_dense(), dense):
+        raise ArithmeticError("its 2:4 tensor holds another matrix")
+    return tensor
+
+
+def semi_structured_bytes(model: nn.Module) -> int:
+    """Bytes of torch's 2:4 tensors, which are neither parameters nor buffers of a model."""
+    tensors = [getattr(module, "semi_structured", None) for module in model.modules()]
+    parts = [part for one in tensors if one is not None for part in (one.packed, one.meta)]
+    return sum(part.nbytes for part in parts if part is not None)
 
 
 @contextmanager

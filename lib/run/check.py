@@ -10,6 +10,7 @@ import copy
 import shutil
 from collections import Counter
 from dataclasses import replace
+from datetime import date
 from operator import le
 from pathlib import Path
 from typing import Any
@@ -17,9 +18,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..data.documents import are_dialogues, check_source, read_documents
+from ..data.documents import are_dialogues, check_source, read_documents, read_line
 from ..data.samples import as_windows
 from ..data.sources import is_parted
+from ..data.templates import set_date, writes_date
 from ..distributed.context import DistContext, local_device
 from ..methods.sparsity import EXPERTS
 from ..model import pretrained
@@ -28,7 +30,7 @@ from ..model.parts import find_parts
 from ..model.processor import processor_ids
 from ..model.quantized import check_format, stored_bits
 from ..model.rows import config_token_ids, keep_rows_, trimmable_rows
-from ..model.run_folder import JOB, RunFolder
+from ..model.run_folder import JOB, RunFolder, begun_with
 from ..pruning.inputs import check_widths
 from ..recover import CROSS_ENTROPY, TrainSchedule
 from ..remove import experts_left, neurons_left
@@ -65,14 +67,18 @@ def check(
     read += [(each, "train") for each in vocabulary_sources if (each, "train") not in read]
     read += [(source, "test") for source in tests]
     _check_readable(read, hub=False)
+    job = _open_model(args, plan, longest)
+    _set_date(job)
     job = replace(
-        _open_model(args, plan, longest),
+        job,
         shared=shared,
         sources=sources,
         vocabulary_sources=vocabulary_sources,
         tests=tests,
     )
     _check_readable(read, hub=True)
+    folders = [(one, split) for one, split in read if one.path and one.path.is_dir()]
+    job.print(*dict.fromkeys(read_line(one, split) for one, split in folders))
     for test in tests:
         if is_parted(test, "test"):
             count = len(test.read["test"])
@@ -88,6 +94,11 @@ def check(
     if plan.teacher:
         job = _with_teacher(job)
     job = read_texts(job, None)
+    if job.schedule and args.recover < job.seqlen:
+        raise UserError(
+            f"{shown(args, 'recover')}: less than one step, a window of {job.seqlen} tokens; give "
+            f"at least {job.seqlen}, or a smaller --seqlen"
+        )
     width = job.config.get_text_config(decoder=True).hidden_size
     size = args.batch_size or pretrained.default_batch_size(job.device, job.seqlen, width)
     job = replace(job, batch_size=size)
@@ -180,6 +191,16 @@ def _open_model(args: argparse.Namespace, plan: Plan, longest: int) -> Job:
     return job
 
 
+def _set_date(job: Job) -> None:
+    """Set --date to that of all ranks where the chat template writes one, else to None."""
+    args = job.args
+    day = args.date or begun_with(args.resume, "--date") or str(date.today())
+    asks = not args.no_template and writes_date(job.tokenizer)
+    args.date = job.dist.all_gather_object(day if asks else None)[0]
+    if args.date:
+        set_date(args.date)
+
+
 def _vocabulary(job: Job) -> TrimmedVocabulary:
     """Choose the tokens to keep; the smaller tokenizer is checked on every test text.
 
@@ -208,11 +229,6 @@ def _vocabulary(job: Job) -> TrimmedVocabulary:
 def _schedule(job: Job) -> TrainSchedule:
     """Return the schedule of the recovery. Raises UserError if the model can't be recovered."""
     args, plan, flag = job.args, job.plan, shown(job.args, "recover")
-    if args.recover < job.seqlen:
-        raise UserError(
-            f"{flag}: less than one step, a window of {job.seqlen} tokens; give at least "
-            f"{job.seqlen}, or a smaller --seqlen"
-        )
     if stored_bits(job.config):
         raise UserError(f"{flag}: {args.model} is quantized, and its weights can't be trained")
     if args.recover_optimizer == "adamw8bit":

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable, Iterator
+from datetime import date
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -150,6 +151,13 @@ def build_parser() -> argparse.ArgumentParser:
         "no_template",
         "read dialogues as plain text, not as the tokenizer's chat template renders them",
     )
+    flag(
+        "date",
+        "the date that a chat template writes, where it asks for one",
+        type=lambda text: str(date.fromisoformat(text)),
+        metavar="YYYY-MM-DD",
+        shown="today, or what the run was begun with that --resume continues",
+    )
     switch(
         "prune_on_c4",
         "calibrate on English C4, short for --calibration_data c4; the test stays UberText",
@@ -203,7 +211,9 @@ def build_parser() -> argparse.ArgumentParser:
     switch(
         "replace_sparse_layers",
         "swap the pruned linears, of any type, for packed ones before saving: a bit for each "
-        "weight, and the kept values; where zeros are too few to be smaller they stay dense",
+        "weight, and the kept values; where zeros are too few to be smaller they stay dense. On "
+        "CUDA 2:4 in 16 bits multiplies by torch's semi-structured kernels, anything else is "
+        "unpacked at each forward; a CPU (x86-64) has kernels for every pattern",
     )
     flag(
         "quantize",

@@ -45,6 +45,7 @@ def base_results(job: Job, runner: BlockRunner) -> dict[str, Any]:
         "loaded_by": auto_class(job.config).__name__,
         "flags": vars(args),
         "seed": args.seed,
+        "date": args.date,
         "versions": {"langprune": __version__} | versions(),
         "device": f"{device} ({about})",
         "processor": processor(),

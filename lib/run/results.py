@@ -9,6 +9,7 @@ versions (`abilities`, `fidelity`, `depth`, `products`) is ignored. The keys, by
         "sparsity_type": "2:4", "sparsity_ratio": 0.5,      # null where nothing was pruned
         "flags": {...},                                     # all of the command line
         "seed": 0, "versions": {"torch": "2.9"}, "bos": 2,
+        "date": "2026-11-29",                               # that the chat template writes, if any
         "device": "cpu (2 threads)", "processor": "AMD EPYC 9654",
         "calibration": {                                    # null where no text was read
             "name": "uk", "windows": 128, "seqlen": 512, "digest": "...", "sources": [

@@ -117,7 +117,7 @@ def _windows(job: Job, bos: int | None) -> Texts:
         texts.windows, texts.calibration = calibration_windows(job.sources, spec, args.nsamples)
     texts.tests = [test_set(test, spec, args.prompts) for test in job.tests]
     if job.schedule:
-        count = job.schedule.steps * job.schedule.windows
+        count = max(1, job.schedule.steps * job.schedule.windows)
         tests = [test.windows for test in texts.tests]
         texts.training = training_windows(job.sources, spec, count, tests, texts.windows)
     return texts

@@ -228,3 +228,7 @@ def test_a_check_of_launch_sh_gpu_in_small(
     monkeypatch.chdir(tmp_path)
     report = first_run.report_of(name, torch.device("cuda:0"), small=True)
     assert report["result"] == "ok", report
+    if name == "products":
+        assert (
+            report["figures"]["2:4"] == "cusparselt" and "us, 2:4, 4096 tokens" in report["figures"]
+        )

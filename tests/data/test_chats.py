@@ -59,6 +59,9 @@ def test_shapes(tmp_path, row):
         ({"words": "a"}, "or give dialogues: messages or conversation (role, content), "),
         ({"messages": [{"role": "narrator", "content": "a"}]}, "the role 'narrator' is none of"),
         ({"messages": ["a"]}, "the role None is none of"),
+        ({"messages": [{"role": ["user"], "content": "a"}]}, "the role ['user'] is none of"),
+        ({"messages": [{"role": "user", "content": ["a"]}]}, "the content ['a'] is no text; write"),
+        ({"messages": [{"role": "user", "content": [{"text": 5}]}]}, "5}] is no text; write a tex"),
     ],
 )
 def test_other_rows_are_refused(tmp_path, row, problem):

@@ -8,7 +8,7 @@ import pytest
 
 from lib.data.documents import read_documents
 from lib.data.hub import keep_text
-from lib.data.languages import language_text
+from lib.data.languages import is_in, language_text, script_of
 from lib.data.sources import parse_source
 from lib.util.errors import UserError
 
@@ -40,6 +40,13 @@ def test_a_language_has_the_subset_that_fineweb2_calls_it() -> None:
 def test_scripts_regions_and_other_codes(tag: str, text: tuple[str, str]) -> None:
     assert language_text(tag) == text
     assert parse_source(text[1], "--language").sampled
+
+
+def test_japanese_is_one_script() -> None:
+    written = script_of("吾輩は猫である。名前はまだ無い。コーヒーを飲む。")
+    for text in ("東京都庁前駅", "はい", "コーヒー", "人々"):
+        assert script_of(text) == written and is_in(written, set(), text)
+    assert script_of("서울특별시") != written != script_of("Tokyo")
 
 
 @pytest.mark.parametrize("tag", ["", "xx", "Ukrainian", "und", "mul", "українська"])

@@ -15,7 +15,7 @@ from pyarrow import parquet
 from tiny import sentences, write_texts
 
 from lib.data import documents
-from lib.data.documents import check_source, locations, read_documents
+from lib.data.documents import check_source, locations, read_documents, read_line
 from lib.data.sources import AGAIN, BUILT_IN, JOINED, ONCE, has_test, parse_source, parse_sources
 from lib.run.flags import build_parser
 from lib.run.plan import Plan
@@ -166,7 +166,8 @@ def test_folders(tmp_path):
     for name, content, texts in [
         ("readme.md", "one", ["one"]),
         (".hidden.txt", "none", ["one"]),
-        ("b.txt", "two", ["two\n\none"]),  # as one text
+        ("b.txt", "two", ["two"]),
+        ("c.TXT", "one", ["two\n\none"]),  # as one text
         ("test.txt", "none", ["two\n\none"]),
         ("b.csv", "text\nthree", ["three"]),
         ("a.jsonl", rows("four"), ["four"]),
@@ -197,6 +198,77 @@ def test_tables(tmp_path):
     assert "line 3: no column 'text'; there are: id, body; name one by --column" in line
     for name, column in [("o/s", "body"), ("o/s:::own", "own"), ("ubertext", "text")]:
         assert parse_source(name, FLAG, column="body").column == column
+
+
+SEPARATED = {  # what spreadsheets and their users write, the text as `text`
+    "sep.csv": 'sep=;\r\nid;text\r\n1;"a, b; c"\r\n',
+    "SEP.CSV": '"sep=|"\nid|text\n1|a, b\n',
+    "pipe.csv": "id|text\n1|a, b\n",
+    "quoted.csv": '"name, first, last";text\nO;a, b\n',
+    "commas.tsv": "text\na, b; c\n",
+    "one.csv": 'text\n"a, b"\n',
+}
+
+
+@pytest.mark.parametrize("name", SEPARATED)
+def test_separators(tmp_path, name):
+    (tmp_path / name).write_text(SEPARATED[name])
+    (text,) = read(parse_source(str(tmp_path / name), FLAG))
+    assert text in ("a, b", "a, b; c") and (";" in text) == ("; c" in SEPARATED[name])
+
+
+RAGGED = {
+    "text\nодин\nдва, три, чотири\n": "line 3: has 3 fields, separated by ',', the header 1; quote",
+    "id,text,label\n1,a,b\n2,a, b,c\n": "line 3: has 4 fields, separated by ',', the header 3;",
+    "sep=;\nid;text\n1;a;b\n": "line 3: has 3 fields, separated by ';', the header 2;",
+    'text;id\n"a\nb";1\nc;2;\n': "line 4: has 3 fields, separated by ';', the header 2;",
+    "a sentence\nand, another\n": "no column 'text'; there are: a sentence; name one",
+}
+
+
+@pytest.mark.parametrize("content", RAGGED)
+def test_a_row_with_more_fields_than_the_header_ends_it(tmp_path, content):
+    """An unquoted comma would cut the text there."""
+    (tmp_path / "a.csv").write_text(content, encoding="utf-8")
+    line = message(read, parse_source(str(tmp_path / "a.csv"), FLAG))
+    assert "a.csv, " in line and RAGGED[content] in line
+    assert "no column" in line or line.endswith("quote the texts, or give .txt or .jsonl")
+
+
+def test_a_folder_tells_what_is_read_and_what_is_left(tmp_path):
+    def line(split="train"):
+        return read_line(parse_source(str(tmp_path), FLAG), split).removeprefix(
+            f"{FLAG} {tmp_path}: "
+        )
+
+    for number in range(12):
+        (tmp_path / f"{number:02}.TXT").write_text("слово " * 10)
+    (tmp_path / "Readme.md").write_text("about")
+    (tmp_path / "LICENSE.txt").write_text("free")
+    (tmp_path / "more").mkdir()
+    left = "left out: LICENSE.txt, Readme.md, more/"
+    assert line() == f"12 files, {12 * 60 + 22} characters read; {left}"
+    (tmp_path / "meta.csv").write_text("text\nслово\n")
+    left = ", ".join(f"{number:02}.TXT" for number in range(8))
+    assert line() == f"1 file, 5 characters read; left out: {left}, and 7 more"
+
+
+def test_splits_are_whole_words_of_names(tmp_path):
+    names = {
+        "train": ["Train.jsonl", "uk_train-00.JSONL", "training.jsonl", "train2.jsonl"],
+        "test": ["TEST.jsonl", "uk.test.jsonl", "tests.jsonl", "test_1.jsonl", "test-set.jsonl"],
+        "other": ["testament.jsonl", "trainer.jsonl", "contest.jsonl", "protests.jsonl"],
+    }
+    for split, files in names.items():
+        for file in files:
+            (tmp_path / file).write_text(rows(split))
+    source = parse_source(str(tmp_path), FLAG)
+    assert set(read(source)) == {"train"} and set(read(source, "test")) == {"test"}
+    assert "left out: contest.jsonl, protests.jsonl, testament" in read_line(source, "train")
+    assert "5 files, 20 characters" in read_line(source, "test")
+    for file in names["train"]:
+        (tmp_path / file).unlink()
+    assert read(parse_source(str(tmp_path), FLAG)) == ["other"] * 4
 
 
 ENCODED = {

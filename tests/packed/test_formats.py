@@ -7,7 +7,7 @@ from lib.packed import layout
 from lib.packed.embedding import dense_rows, quantize_rows
 from lib.packed.errors import PackedError
 from lib.packed.formats import PACKED
-from lib.packed.layout import kept_of, row_offsets
+from lib.packed.layout import is_two_of_four, kept_of, row_offsets
 
 VALUES, INT4 = PACKED[16], PACKED[4]
 FLOATS = [torch.float32, torch.bfloat16, torch.float16]
@@ -59,6 +59,13 @@ def test_values_of_every_kind_come_back(dtype):
     assert torch.equal(again.nan_to_num(5, 6, 7), weight.to(dtype).nan_to_num(5, 6, 7))
     signed = VALUES.encode(torch.tensor([[-0.0, 0.0, 2.0, -0.0]], dtype=dtype))
     assert signed.weight.tolist() == [2] and not VALUES.decode(signed, 4).signbit().any()
+
+
+def test_two_of_four_is_told_from_every_byte():
+    halves = [(byte & 15, byte >> 4) for byte in range(256)]
+    fits = [max(one.bit_count(), other.bit_count()) <= 2 for one, other in halves]
+    masks = torch.arange(256, dtype=torch.uint8)[:, None, None]
+    assert [is_two_of_four(mask) for mask in masks] == fits
 
 
 @pytest.mark.parametrize("fmt", [VALUES, INT4])

@@ -8,6 +8,8 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from lib.methods.sparsity import Sparsity
+from lib.model.pretrained import footprint
 from lib.packed import kernels
 from lib.packed import linear as packed_linear
 from lib.packed.formats import PACKED
@@ -28,6 +30,12 @@ def dense_linear(rows=24, columns=40, bias=True, dtype=torch.float32, share=0.5)
     )
     linear.weight.data = weight.to(dtype)
     return linear.requires_grad_(False)
+
+
+def two_of_four_linear(rows=24, columns=40):
+    linear = dense_linear(rows, columns, share=0)
+    linear.weight[Sparsity.parse("2:4", 0.5).mask(torch.rand(rows, columns))] = 0
+    return linear
 
 
 def from_linear(linear, bits=16):
@@ -74,6 +82,73 @@ def test_casts_copies_and_state(bits):
         assert torch.equal(half.half().float().scale, scale)
     empty = SparseLinear(dense, packed.nnz, PACKED[bits]).to("meta")
     empty(torch.empty(2, 40, device="meta"))  # shapes alone
+
+
+class StandIn(torch.Tensor):
+    """Stands for torch's 2:4 tensor, which a CPU does not make; tests/cuda has the real ones."""
+
+    meta = None
+    packed = property(lambda self: self.to_dense()[:, ::2])
+
+    def to_dense(self):
+        return self.as_subclass(torch.Tensor)
+
+
+@pytest.mark.parametrize("bits", BITS)
+def test_torchs_tensor_takes_the_place_of_the_packed_ones(bits, monkeypatch):
+    build = lambda dense, bias: dense.clone().as_subclass(StandIn)  # noqa: E731
+    monkeypatch.setattr(packed_linear, "two_of_four", build)
+    linear = two_of_four_linear()
+    if bits == 4:  # of the kept weights some are rounded to 0, and stay marked as kept
+        linear.weight /= 1 + 99 * (torch.rand_like(linear.weight) < 0.3)
+    packed = from_linear(linear, bits)
+    dense, size = packed.to_dense(), footprint(packed)
+    assert (int(torch.count_nonzero(dense.weight)) < packed.nnz) == (bits == 4)
+    before = {name: tensor.clone() for name, tensor in packed.state_dict().items()}
+
+    def as_before(state):
+        return state.keys() == before.keys() and all(
+            torch.equal(state[name], tensor) for name, tensor in before.items()
+        )
+
+    for act in (
+        lambda: packed.state_dict(),
+        lambda: copy.deepcopy(packed).state_dict(),
+        lambda: pickle.loads(pickle.dumps(packed)).state_dict(),
+        lambda: packed.to("cpu").state_dict(),
+        lambda: packed.load_state_dict(before) and packed.state_dict(),
+    ):
+        assert packed.semi_structure_() and packed.semi_structured is not None
+        for shape in [(3, 40), (40,), (5, 2, 40), (0, 40)]:
+            x = torch.randn(shape)
+            torch.testing.assert_close(packed(x), dense(x))
+        with multiplying(packed, "dense"):
+            torch.testing.assert_close(packed(x), dense(x))
+        assert torch.equal(packed.to_dense().weight, dense.weight)
+        assert packed.semi_structured is not None
+        torchs, at_4 = 24 * 20 * 4, size if bits == 4 else packed.bias.nbytes
+        assert footprint(packed) == torchs + at_4
+        assert as_before(act())
+        assert packed.semi_structured is None and footprint(packed) == size
+    packed.semi_structure_()
+    assert packed.to(torch.bfloat16).dtype == packed.to_dense().weight.dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("bits", BITS)
+def test_torchs_error_is_the_reason(bits, monkeypatch):
+    fine = from_linear(two_of_four_linear(), bits)
+    assert not fine.semi_structure_() and "Only CUDA tensors" in fine.refused
+    other = from_linear(dense_linear(), bits)
+    assert not other.semi_structure_() and other.refused == "not 2:4"
+    fine.to("cpu")  # any move: another device may take it
+    fine._hf_hook = type("Hook", (), {"offload": True})()  # as accelerate's
+    assert not fine.semi_structure_() and fine.refused == "offloaded"
+    wrong = lambda dense: (dense + 1).as_subclass(StandIn)  # noqa: E731
+    monkeypatch.setattr(torch.sparse, "to_sparse_semi_structured", wrong)
+    del fine.to("cpu")._hf_hook
+    assert not fine.semi_structure_() and "another matrix" in fine.refused
+    x = torch.randn(3, 40)
+    assert torch.equal(fine(x), fine.to_dense()(x)) and fine.state_dict()
 
 
 @pytest.mark.parametrize("bits", BITS)

@@ -214,6 +214,19 @@ def test_memory_counts_the_teacher_and_what_a_rank_saves(
     assert ", teacher 61 KiB, " in done.out
 
 
+def test_a_step_is_of_the_window_that_texts_allow(tmp_path: Path) -> None:
+    tiny.write_model(tmp_path / "wide", tiny.tiny_llama(max_position_embeddings=1024))
+    texts = tiny.sentences(60, words=60), tiny.sentences(8, 1, words=60)
+    uk = tiny.write_texts(tmp_path / "uk", *texts)
+    argv = ["--model", tmp_path / "wide", "--calibration_data", uk, "--nsamples", 8, *PRUNE]
+    argv += ["--prompts", 0, "--device", "cpu", "--save", tmp_path / "out"]
+    done = call(*argv, "--recover", 600)
+    assert done.status == 0 and "window: 128 tokens" in done.out, done.err
+    assert results(tmp_path / "out")["recovery"]["tokens"] == 512
+    (line,) = call(*argv, "--recover", 100).complaints
+    assert "--recover 100: less than one step, a window of 128 tokens; give at least" in line
+
+
 REFUSED = {
     "zero": ([*PRUNE, "--recover", "0"], 2, "--recover: 0: must be"),
     "less than a step": ([*PRUNE, "--recover", "31"], 1, "--recover 31: less than one step"),
