@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
@@ -71,10 +71,16 @@ class TrainSchedule:
     clip: float = GRADIENT_NORM
     falls: bool = True  # the rate, after its rise: not where weights stay on a grid
     pruned: bool = True  # or else but rounded
+    ranks: int = 1  # that share a step: each has a window at least
 
     @property
     def windows(self) -> int:
         """In a step."""
+        return max(self.windows_alone, min(self.ranks, self.tokens // self.seqlen))
+
+    @property
+    def windows_alone(self) -> int:
+        """In a step of a single rank."""
         wanted = min(max(self.tokens // STEPS, self.least), MOST, self.tokens)
         return max(1, wanted // self.seqlen)
 
@@ -117,8 +123,8 @@ class Whole:
 
     All that stands here is this rank's part where ranks share the parameter out along `dim`; leaves
     that are `alike` are the same in every rank. `dtype` says as what the parameter is saved. Where
-    that is a grid, `start` holds the masters, of the
-    parameter's shape, and it: the parameter is what they are when rounded.
+    that is a grid, `start` holds the masters, of the parameter's shape, and it: the parameter is
+    what they are when rounded. They are taken over, as there is no memory for a copy.
     """
 
     def __init__(
@@ -135,7 +141,7 @@ class Whole:
         if start:
             masters, self.grid = start
             rounded = self.grid.rounded(masters)
-            masters = torch.where(rounded == held, masters, held.to(masters.dtype))
+            masters.copy_(torch.where(rounded == held, masters, held.to(masters.dtype)))
         self.leaves = self.begin(masters)  # what is trained, float32
 
     @property
@@ -197,7 +203,7 @@ class LowRank(Whole):
 
     def begin(self, masters: Tensor) -> dict[str, Tensor]:
         rank, device, shape = self.rank, masters.device, self.parameter.shape
-        self.base = masters.to(self.dtype, copy=True)
+        self.base = masters.to(self.dtype, copy=not self.grid)
         *stack, rows, columns = masters.shape
         down = torch.randn(*shape[:-2], rank, shape[-1], generator=self.generator) / rank**0.5
         if len(shape) > 2 or self.dim == 1:
@@ -220,7 +226,7 @@ class LowRank(Whole):
 def trained_parts(
     runner: BlockRunner,
     whole: bool = False,
-    starts: Mapping[str, tuple[Tensor, Grid]] | None = None,
+    starts: dict[str, tuple[Tensor, Grid]] | None = None,
     rank: int | None = None,
     seed: int = 0,
 ) -> dict[str, Whole]:
@@ -228,7 +234,8 @@ def trained_parts(
 
     These are the linears with zeros, all of them if `whole`, and the norms and biases of the
     blocks; what the blocks share with embeddings or head is left alone. What has been rounded is
-    trained from its `starts`, see `Recoverer`, and matrices get updates of `rank` if there is one.
+    trained from its `starts`, see `Recoverer`, which are taken out, and matrices get updates of
+    `rank` if there is one.
     """
     model, inside, linears, sharded = runner.model, f"{runner.name}.", set(), is_sharded(runner)
     for linear in runner.each_linear():
@@ -247,7 +254,7 @@ def trained_parts(
             continue
         if is_matrix or vector:
             dtype = runner.weights.saved.of(name, parameter)
-            start = (starts or {}).get(name)
+            start = starts.pop(name, None) if starts else None
             if is_matrix and rank:
                 parts[name] = LowRank(parameter, dtype, start, rank, generator, dim, runner.dist)
             else:
@@ -259,8 +266,9 @@ class Recoverer:
     """Trains the model of `runner` in place to do as `teacher` does.
 
     `whole`: all linears of the blocks are trained, not only those with zeros. `starts`: the masters
-    and grids of those that are rounded already, by their parameters' names. Kept are the weights of
-    the least loss on the windows held out. What was measured stands in `curve`, its best at `best`.
+    and grids of those that are rounded already, by their parameters' names, emptied as they are
+    taken over. Kept are the weights of the least loss on the windows held out. What was measured
+    stands in `curve`, its best at `best`.
     """
 
     def __init__(
@@ -271,7 +279,7 @@ class Recoverer:
         text: TrainingText,
         *,
         whole: bool = False,
-        starts: Mapping[str, tuple[Tensor, Grid]] | None = None,
+        starts: dict[str, tuple[Tensor, Grid]] | None = None,
     ) -> None:
         self.runner, self.teacher, self.text = runner, teacher, text
         self.reference = DenseReference(tail_of(teacher), dense_states(teacher, [text.held_out]))
@@ -311,6 +319,11 @@ class Recoverer:
             f"recovery: {how} {self.trained:,} weights{grids} in {schedule.steps} steps of "
             f"{schedule.windows * schedule.seqlen:,} tokens, "
             f"learning rate {schedule.rate:.3g}{alone}",
+            *(
+                f"recovery: a step has {schedule.windows} windows, not {schedule.windows_alone}, "
+                f"as {schedule.ranks} ranks share it; the learning rate does not depend on that"
+                for _ in range(schedule.windows > schedule.windows_alone)
+            ),
             *(
                 f"recovery: {source['name']} has {source['windows']} windows of train text, which "
                 f"are read {source['passes']} times"

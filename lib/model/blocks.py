@@ -80,10 +80,11 @@ class BlockRunner:
 
     It carries what every pass needs: `dist`, the processes that share the work; `batch_size`, the
     windows per forward pass; `state_device`, which holds hidden states between two blocks;
-    `cache_inputs`, whether there is memory for inputs of a block that save passes through it; and
-    `checkpointed`, whether a block's activations are computed again in training. `weights` says in
-    which dtype the model will be saved. All blocks are run at once if `whole`, for those that can't
-    be run one by one.
+    `cache_inputs`, whether there is memory for inputs of a block that save passes through it;
+    `checkpointed`, whether a block's activations are computed again in training; and
+    `most_windows`, whole batches that are measured at a time where blocks are fetched (None: all).
+    `weights` says in which dtype the model will be saved. All blocks are run at once if `whole`,
+    for those that can't be run one by one.
     """
 
     def __init__(
@@ -99,6 +100,7 @@ class BlockRunner:
         cache_inputs: bool = True,
         checkpointed: bool = False,
         whole: bool = False,
+        most_windows: int | None = None,
     ) -> None:
         self.model = model
         self.weights = weights or BlockStore(model, device)
@@ -111,6 +113,7 @@ class BlockRunner:
         self.cache_inputs = cache_inputs
         self.checkpointed = checkpointed
         self.whole = whole
+        self.most_windows = most_windows
         self.output: type | None = None  # the decoder's, if so
         self.tuples = self._probe()
 
@@ -249,24 +252,40 @@ class BlockRunner:
         """Yield hidden states after the last block: number of the set, first window, states.
 
         Where bringing a block costs nothing, each batch goes through all blocks and few states are
-        kept; where blocks are fetched, each sees all sets before the next one is. `on_progress` is
-        called with the number of windows that are done.
+        kept; where blocks are fetched, each sees as many windows as `most_windows` allows before
+        the next one is. `on_progress` is called with the number of windows that are done.
         """
         resident, blocks = self.weights.zero_copy, len(self.blocks)
-        step = self.batch_size if resident else max([1, *map(len, sets)])
-        parts = [(n, start) for n, each in enumerate(sets) for start in range(0, len(each), step)]
-        # where ranks fetch blocks together, one without windows does so too
-        idle = self.weights.together and not parts
-        for group in [[part] for part in parts] if resident else [parts] if parts or idle else []:
-            windows = [sets[number][start : start + step] for number, start in group]
+        most = self.batch_size if resident else self.most_windows or max(1, sum(map(len, sets)))
+        groups: list[list[tuple[int, slice]]] = [[]]
+        room = most
+        for number, each in enumerate(sets):
+            start = 0
+            while start < len(each):
+                # batches begin where they would alone, so that they compute the same
+                room -= room % self.batch_size if room < len(each) - start else 0
+                if not room or (resident and groups[-1]):
+                    groups.append([])
+                    room = most
+                stop = min(start + room, len(each))
+                groups[-1].append((number, slice(start, stop)))
+                room -= stop - start
+                start = stop
+        groups = [group for group in groups if group]
+        if self.weights.together:  # every rank fetches each block as many times as the others
+            most = max(self.dist.all_gather_object(len(groups)))
+            groups += [[]] * (most - len(groups))
+        for group in groups:
+            windows = [sets[number][part] for number, part in group]
             total = sum(map(len, windows))
 
             def on_block(index: int, total=total) -> None:
                 on_progress(total * (index + 1) // blocks - total * index // blocks)
 
             where = self.device if resident else self.state_device
-            for part, states in zip(group, self.run_blocks(windows, on_block, where), strict=True):
-                yield *part, states
+            every = self.run_blocks(windows, on_block, where)
+            for (number, part), states in zip(group, every, strict=True):
+                yield number, part.start, states
 
     @torch.no_grad()
     def logits(self, states: HiddenStates, batch: slice) -> Callable[[Tensor], Tensor]:

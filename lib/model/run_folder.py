@@ -16,8 +16,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor
 
 from ..util.errors import UserError, first_line
@@ -86,13 +87,15 @@ class RunFolder:
         write_text(self.path / JOB, dumps({**job, DECIDED: self.decided}))
 
     def write(self, name: str, tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> Path:
-        """Write tensors and plain facts into `name`.safetensors, whole or not at all."""
+        """Write tensors and plain facts into `name`.safetensors, whole or not at all.
+
+        The host holds a copy of one tensor at a time.
+        """
         file = self.path / f"{name}.safetensors"
         stage = file.with_suffix(PARTIAL)
-        tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
         header = {"format": "pt", "job": self.digest, "facts": json.dumps(facts)}
         try:
-            save_file(tensors, stage, header)
+            write_tensors(stage, tensors, header)
             sync(stage)
             stage.replace(file)
         except (SafetensorError, OSError) as error:
@@ -142,3 +145,27 @@ class RunFolder:
             self._lock.close()
         else:
             self.clear()
+
+
+def write_tensors(file: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
+    """Write a safetensors file of tensors on any device, one after another.
+
+    safetensors itself wants all of them on the host: for a training that is as much as it holds on
+    the device. The format is a header in JSON, behind its length, and then the tensors' bytes.
+    """
+    # those with wide numbers first, so that each is aligned
+    names = sorted(tensors, key=lambda name: (-tensors[name].dtype.itemsize, name))
+    kinds = {name: torch.empty(0, dtype=one.dtype) for name, one in tensors.items()}
+    known, start = json.loads(save(kinds)[8:]), 0  # what safetensors calls their dtypes
+    header: dict[str, Any] = {"__metadata__": dict(metadata)}
+    for name in names:
+        shape, end = list(tensors[name].shape), start + tensors[name].nbytes
+        header[name] = {"dtype": known[name]["dtype"], "shape": shape, "data_offsets": [start, end]}
+        start = end
+    text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    with file.open("wb") as opened:
+        opened.write(len(text).to_bytes(8, "little") + text)
+        for name in names:
+            held = tensors[name].detach().cpu().contiguous().reshape(-1)
+            opened.write(held.view(torch.uint8).numpy())

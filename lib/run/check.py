@@ -244,6 +244,7 @@ def _schedule(job: Job) -> TrainSchedule:
         share=default if args.recover_ce is None else args.recover_ce,
         seed=args.seed,
         pruned=not plan.rounds or bool(plan.method or plan.teacher),
+        ranks=job.dist.size,
     )
 
 
@@ -372,9 +373,9 @@ def check_room(job: Job, flag: str, folder: str | Path) -> None:
     if job.layout:
         config, field = job.config, job.layout.field
         model = pretrained.skeleton_with(config, field, job.left, job.checkpoint) or model
-    # of a weight its best value so far; its master and two averages, float32
-    state = job.dtype.itemsize
-    state += 0 if job.schedule.rank else 12
+    # of a weight its best value so far; its master, float32, and two averages
+    state, eight_bits = job.dtype.itemsize, job.schedule.optimizer == "adamw8bit"
+    state += 0 if job.schedule.rank else 6 if eight_bits else 12
     size = 2 * state + (6 if job.plan.rounds else 0)  # the state is rewritten beside itself
     size *= sum(weight.numel() for weight in model.get_submodule(job.blocks_name).parameters())
     kept = sum(file.stat().st_size for file in Path(folder).rglob("*.safetensors"))

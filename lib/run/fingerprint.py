@@ -56,6 +56,8 @@ def fingerprint(job: Job, weights: bool) -> dict[str, dict[str, Any]]:
         pruning["tokens of --trim_vocabulary"] = job.vocabulary.digest
     if texts.training:
         pruning["windows of --recover"] = texts.training.facts["digest"][:16]
+        if job.schedule.windows > job.schedule.windows_alone:  # more than a single process takes
+            pruning["windows of a step of --recover"] = job.schedule.windows
     pruning |= {f"version of {name}": versions()[name] for name in DECIDING}
     measuring = {f"--{name}": getattr(args, name) for name in FIGURES}
     measuring["tokenizer of --model"] = _content(args.model, job.config, *SETTINGS)

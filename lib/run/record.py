@@ -15,7 +15,7 @@ from .. import __version__
 from ..data.windows import TestSet
 from ..eval import exp
 from ..model.blocks import BlockRunner
-from ..model.pretrained import auto_class, footprint, parameter_bytes
+from ..model.pretrained import auto_class, checkpoint_dtype, footprint, parameter_bytes
 from ..model.rows import TRIMMED_FROM
 from ..util.command import one_line
 from ..util.errors import UserError
@@ -31,7 +31,7 @@ from .results import RESULTS, read_results
 def base_results(job: Job, runner: BlockRunner) -> dict[str, Any]:
     """Return what is known of a run before its first step; see lib/run/results.py."""
     args, plan, device = job.args, job.plan, job.device
-    dtype = runner.save_dtype or runner.model.dtype
+    dtype = checkpoint_dtype(job.config)  # in which it lies on the disk
     if device.type == "cpu":
         threads = torch.get_num_threads()
         about = f"{threads} thread{'s' * (threads > 1)}"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import math
+import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -33,17 +34,44 @@ def malloc_trim() -> None:
         libc.malloc_trim(0)
 
 
-def available() -> int:
-    """Return the bytes that this process can still get from the machine or its container."""
-    free, group = psutil.virtual_memory().available, Path("/sys/fs/cgroup")
+def available(root: Path = Path("/")) -> int:
+    """Return the bytes that this process can still get from the machine, its container or its job.
+
+    Containers, systemd and Slurm limit groups of processes, each inside others (cgroups, of version
+    2 or 1); Slurm may only name what it granted.
+    """
+    free, groups = [psutil.virtual_memory().available], root / "sys/fs/cgroup"
     try:
-        limit, used = (int((group / f"memory.{name}").read_text()) for name in ("max", "current"))
+        lines = (root / "proc/self/cgroup").read_text().splitlines()
+    except OSError:  # not Linux
+        lines = []
+    for line in lines:  # such as 0::/user.slice or 4:memory:/job
+        _, controllers, path = line.split(":", 2)
+        if controllers not in ("", "memory"):
+            continue
+        top = groups / controllers
+        names = ("max", "current", "")
+        if controllers:  # version 1
+            names = "limit_in_bytes", "usage_in_bytes", "total_"
+        own = top / path.lstrip("/")  # a container sees its own group as the top
+        for group in {own, top, *(each for each in own.parents if top in each.parents)}:
+            free += _left(group, *names)
+    for name, times in (("SLURM_MEM_PER_NODE", 1), ("SLURM_MEM_PER_CPU", "SLURM_CPUS_ON_NODE")):
+        granted, count = os.environ.get(name, ""), os.environ.get(str(times), str(times))
+        if granted.isdigit() and count.isdigit() and int(granted):
+            free.append((int(granted) * int(count) << 20) - psutil.Process().memory_info().rss)
+    return max(0, min(free))
+
+
+def _left(group: Path, limit: str, usage: str, prefix: str) -> list[int]:
+    """Return what a cgroup has left, as a list; an empty one where it has no limit."""
+    try:
+        most, used = (int((group / f"memory.{name}").read_text()) for name in (limit, usage))
         lines = (group / "memory.stat").read_text().splitlines()
-    except (OSError, ValueError):  # no container, or "max"
-        return free
-    cached = ("active_file ", "inactive_file ")  # which the system gives up on demand
-    limit += sum(int(line.split()[1]) for line in lines if line.startswith(cached))
-    return max(0, min(free, limit - used))
+    except (OSError, ValueError):  # no such group, or "max"
+        return []
+    cached = (f"{prefix}active_file ", f"{prefix}inactive_file ")  # which the system can give up
+    return [most - used + sum(int(line.split()[1]) for line in lines if line.startswith(cached))]
 
 
 def gib(size: float) -> str:

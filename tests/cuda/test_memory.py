@@ -1,14 +1,22 @@
-"""Two sums of "7B on one card, on paper" (tests/bench/gpu/README.md), in small."""
+"""What a run allocates on a card against the table by which it is planned (lib/run/memory.py)."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
 import tiny
 import torch
-from support import call
+from support import call, results, succeed
+
+from lib.model import pretrained
+from lib.prune import Pruner
+from lib.run import steps
+from lib.run.memory import Memory
+from lib.util.progress import progress
 
 BLOCKS, WIDTH, INNER, TOKENS, RANK = 8, 128, 384, 64, 4  # tokens: of a batch
 MATRIX = 4 * INNER * WIDTH  # bytes of the largest, float32
@@ -32,7 +40,12 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("place")
     sizes = dict(num_hidden_layers=BLOCKS, hidden_size=WIDTH, intermediate_size=INNER)
     tiny.write_model(folder / "model", tiny.tiny_llama(**sizes))
+    tiny.write_model(folder / "dense", tiny.tiny_llama(**(sizes | {"num_hidden_layers": 3})))
+    experts = tiny.EXPERTS | dict(hidden_size=WIDTH, intermediate_size=2 * WIDTH)
+    experts |= dict(num_hidden_layers=3)
+    tiny.write_model(folder / "mixture", tiny.build("mixtral", 0, **experts))
     tiny.write_texts(folder / "uk", train=60, test=3)
+    tiny.write_texts(folder / "many", train=60, test=100)
     return folder
 
 
@@ -45,3 +58,144 @@ def test_what_a_card_needs_on_paper(argv: str, device: Any, tmp_path: Path) -> N
         done = call("--model", "model", *FLAGS, *argv.split(), "--save", tmp_path / str(status))
         assert done.status == status, done.err
     assert "memory" in done.complaints[-1]
+
+
+# progress bars: the stage that each shows, and the steps after which its tensors are there
+BARS = {"dense": ("measure", 0), "measuring errors": ("allocate", 3), "pruning": ("prune", 1)}
+BARS |= {"rounding": ("quantize", 3), "recovering": ("train", 2)}
+TRAIN = ["--recover", "96", "--recover_ce", "0.1"]
+RUNS = {
+    "all": ["--prune_method", "admm", "--allocation", "error", "--quantize", "q4_0", *TRAIN],
+    "by rank": ["--quantize", "q4_0", *TRAIN, "--recover_rank", "4"],
+    "neurons": ["--prune_method", "sparsegpt", "--sparsity_type", "neurons", *TRAIN],
+    "fetched": ["--prune_method", "sparsegpt", "--offload", "away"],
+}
+
+
+class Watched:
+    """The table of a run, the bytes allocated in each of its stages, and the peak of a solver."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, **changed: bool) -> None:
+        self.seen: dict[str, int] = {}
+        self.peaks: dict[str, int] = {}
+        self.before = torch.accelerator.memory_allocated(0)
+        own = {"check": Memory.check, "save": steps.save, "solve": Pruner._solve_}
+        read = pretrained.load_model
+
+        def check(memory: Memory) -> None:
+            self.memory = memory
+            own["check"](memory)
+
+        def save(*args: Any) -> None:
+            self.note("save")
+            own["save"](*args)
+
+        def solve(pruner: Pruner, groups: list) -> dict:
+            torch.accelerator.reset_peak_memory_stats(0)
+            written = own["solve"](pruner, groups)
+            peak = torch.accelerator.max_memory_allocated(0) - self.before
+            self.peaks[pruner.stage] = max(peak, self.peaks.get(pruner.stage, 0))
+            return written
+
+        def load_model(*args: Any, **options: Any) -> Any:
+            model = read(*args, **options)
+            self.note("load")
+            if hasattr(model.config, "num_local_experts"):  # the device lacks grouped products
+                model.set_experts_implementation("eager")
+            return model
+
+        @contextmanager
+        def bar(total: int, label: str, unit: str, shown: bool = True) -> Iterator:
+            stage, after = BARS.get(label, ("", 0))
+            with progress(total, label, unit, shown) as on_progress:
+                done = 0
+
+                def told(count: int, note: str = "") -> None:
+                    nonlocal done
+                    on_progress(count, note)
+                    done += 1
+                    if done == after:
+                        self.note(stage)
+
+                if stage and not after:
+                    self.note(stage)
+                yield told
+
+        monkeypatch.setattr(Memory, "check", check)
+        monkeypatch.setattr(Pruner, "_solve_", solve)
+        monkeypatch.setattr(steps, "save", save)
+        monkeypatch.setattr(pretrained, "load_model", load_model)
+        monkeypatch.setattr("lib.run.job.progress", bar)
+        for name, value in changed.items():
+            monkeypatch.setattr(Memory, name, value)
+
+    def note(self, stage: str) -> None:
+        self.seen[stage] = torch.accelerator.memory_allocated(0) - self.before
+
+
+@pytest.mark.usefixtures("at_place")
+@pytest.mark.parametrize("model", ["dense", "mixture"])
+@pytest.mark.parametrize("case", RUNS)
+def test_a_stage_allocates_what_the_table_says(
+    case: str, model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if (case, model) == ("neurons", "mixture"):
+        return  # its MLPs are experts
+    watched = Watched(monkeypatch, cache_inputs=False)
+    out = ["--save", tmp_path / "out", "--save_model", tmp_path / "model"]
+    succeed("--model", model, *FLAGS, "--dtype", "bfloat16", *RUNS[case], *out)
+    memory, solving = watched.memory, {"statistics", "solver", "untouched block"}
+    assert watched.seen.keys() == memory.stages.keys()
+    for stage, terms in memory.stages.items():
+        kept = sum(size for name, size in terms.items() if name not in solving)
+        if stage == "prune":  # neurons of the first of three blocks are gone by then
+            kept -= (memory.weights - memory.stages["save"]["weights"]) // 3
+        if memory.fetched:  # blocks come and go
+            kept -= memory._block
+            kept -= terms.get("hidden states", 0) * (stage == "measure")
+        assert watched.seen[stage] == pytest.approx(kept, rel=0.02), (stage, terms)
+    for kind, stage in (("block", "prune"), ("quantized", "quantize")):
+        if kind in watched.peaks:  # besides solved matrices of the block, kept until its end
+            assert 0.65 < memory.total(stage) / watched.peaks[kind] < 1.1
+
+
+@pytest.mark.usefixtures("at_place")
+@pytest.mark.parametrize(
+    "argv, share, words",
+    [
+        (["--recover", "512"], 0.8, "--recover 512: training needs "),
+        (["--prune_method", "admm"], 0.9, "Use --prune_method sparsegpt ("),
+    ],
+)
+def test_what_can_not_fit_is_refused_before_weights_are_read(
+    argv: list[str], share: float, words: str, device: Any, tmp_path: Path, monkeypatch: Any
+) -> None:
+    watched = Watched(monkeypatch)
+    fetched = [] if "--recover" in argv else ["--offload", "away"]
+    succeed("--model", "dense", *FLAGS, *argv, *fetched, "--save", tmp_path / "fits")
+    stages = watched.memory.stages.values()  # where memory is short hidden states are on the host
+    most = max(sum(terms.values()) - terms.get("hidden states", 0) for terms in stages)
+    monkeypatch.setattr(pretrained, "load_model", None)
+    device.set_limit(0, torch.accelerator.memory_allocated(0) + int(share * most))
+    done = call("--model", "dense", *FLAGS, *argv, "--save", tmp_path / "refused")
+    assert done.status == 1 and words in done.complaints[-1], done
+    if "--recover" in argv:
+        assert "--recover_rank 16 (" in done.complaints[-1]
+
+
+@pytest.mark.usefixtures("at_place")
+def test_test_windows_take_no_more_than_there_is(device: Any, tmp_path: Path) -> None:
+    """They are far more than calibration windows, which decide where hidden states are."""
+    argv = ["--model", "dense", *FLAGS, "--nsamples", "2", "--eval_data", "many"]
+    argv += ["--prune_method", "wanda", "--offload", "away"]
+    found = {}
+    for room in (10**10, OUTSIDE + 6 * BLOCK):
+        before = torch.accelerator.memory_allocated(0)
+        device.set_limit(0, before + room)
+        torch.accelerator.reset_peak_memory_stats(0)
+        succeed(*argv, "--save", tmp_path / str(room))
+        found[room] = results(tmp_path / str(room))["evaluation"]
+        peak = torch.accelerator.max_memory_allocated(0) - before
+    states = found[room][0]["windows"] * BATCH // 2
+    assert states > room / 2 > 0 and peak < room
+    assert found[room] == found[10**10]

@@ -1,0 +1,183 @@
+"""Memory before a run: the table for models without weights, and what the machine has left."""
+
+from __future__ import annotations
+
+import io
+import shutil
+import weakref
+from contextlib import redirect_stdout
+from pathlib import Path
+
+import psutil
+import pytest
+import tiny
+import torch
+from safetensors.torch import load_file
+from support import QUICK, call, results, succeed
+from transformers import AutoConfig
+
+import main
+from lib.model.run_folder import LOCK, RunFolder
+from lib.run import load, steps
+from lib.run.memory import memory_of
+from lib.util.files import exclusive_lock
+from lib.util.host import available, gib
+
+SIZES = {
+    "8B": dict(hidden_size=4096, intermediate_size=14336, num_hidden_layers=32, heads=32),
+    "70B": dict(hidden_size=8192, intermediate_size=28672, num_hidden_layers=80, heads=64),
+}
+
+
+def llama(size: str) -> AutoConfig:
+    fields = dict(SIZES[size])
+    fields |= dict(num_attention_heads=fields.pop("heads"), num_key_value_heads=8)
+    fields |= dict(vocab_size=128256, tie_word_embeddings=False, dtype="bfloat16")
+    return AutoConfig.for_model("llama", **fields)
+
+
+@pytest.mark.parametrize(
+    ("size", "flags", "gigabytes"),  # weights, the teacher's blocks, and bytes of each weight
+    [
+        ("8B", "", 16.06 + 13.96 + 16 * 6.98),
+        ("8B", "--recover_optimizer adamw8bit", 16.06 + 13.96 + 11.03 * 6.98),
+        ("8B", "--recover_rank 16", 44.7),
+        ("70B", "--recover_rank 16", 418),
+    ],
+)
+def test_training_of_large_models(size: str, flags: str, gigabytes: float) -> None:
+    memory = memory_of(llama(size), f"--recover 500000 {flags}", free=80e9)
+    assert memory.total("train") == pytest.approx(gigabytes * 1e9, rel=2e-3)
+    assert memory.fits() == (gigabytes < 80)
+    assert "| train | " in memory.table() and memory.passing["train"]["logits"] > 0
+
+
+def test_blocks_are_fetched_where_weights_do_not_fit_twice() -> None:
+    one, two = (memory_of(llama("8B"), "--prune_method admm", free=free) for free in (24e9, 80e9))
+    assert (one.fetched, one.hidden_on_device) == (True, False) and one.fits()
+    assert (two.fetched, two.hidden_on_device) == (False, True) and two.fits()
+    tables, block = 2 * 2 * 128256 * 4096, 2 * 218.1e6
+    assert one.total("load") == pytest.approx(tables + block, rel=1e-3)
+    assert one.on_host["prune"]["hidden states"] == 2 * 128 * 4096 * 4096 * 2
+    ranks = memory_of(llama("8B"), "--prune_method admm", free=80e9, ranks=8)
+    assert 8 * ranks.stages["prune"]["hidden states"] == two.stages["prune"]["hidden states"]
+
+
+GROUPS = {  # files of each group; what is left is 500, 300 of it cached
+    "version 2": ("0::/user/job", "", ("max", "current", "stat"), "active_file 300"),
+    "version 1": (
+        "4:memory:/user/job",
+        "memory",
+        ("limit_in_bytes", "usage_in_bytes", "stat"),
+        "total_inactive_file 300",
+    ),
+}
+
+
+@pytest.mark.parametrize("version", GROUPS)
+@pytest.mark.parametrize("limited", ["", "user", "user/job"])
+def test_the_limits_of_groups_of_processes(version: str, limited: str, tmp_path: Path) -> None:
+    line, controller, names, cached = GROUPS[version]
+    (tmp_path / "proc/self").mkdir(parents=True)
+    (tmp_path / "proc/self/cgroup").write_text(f"1:cpu:/other\n{line}\n")
+    for group in ("", "user", "user/job"):
+        folder = tmp_path / "sys/fs/cgroup" / controller / group
+        folder.mkdir(parents=True, exist_ok=True)
+        limit = 1000 if group == limited else 2**62
+        for name, content in zip(names, (limit, 800, f"{cached}\nother 7"), strict=True):
+            (folder / f"memory.{name}").write_text(f"{content}\n")
+    assert available(tmp_path) == 500
+
+
+def test_the_limit_of_a_job_of_slurm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    used = psutil.Process().memory_info().rss
+    monkeypatch.setenv("SLURM_MEM_PER_NODE", str((used >> 20) + 100))
+    assert 50 << 20 < available(tmp_path) < 150 << 20
+    monkeypatch.delenv("SLURM_MEM_PER_NODE")
+    monkeypatch.setenv("SLURM_MEM_PER_CPU", str((used >> 21) + 100))
+    monkeypatch.setenv("SLURM_CPUS_ON_NODE", "2")
+    assert 100 << 20 < available(tmp_path) < 300 << 20
+
+
+def test_training_that_does_not_fit_is_refused_on_a_cpu_too(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = tiny.write_model(tmp_path / "model", tiny.tiny_llama(hidden_size=64).bfloat16())
+    texts = ["--calibration_data", tiny.write_texts(tmp_path / "uk", train=60, test=3)]
+    argv = ["--model", model, *texts, *QUICK, "--dtype", "bfloat16", "--recover", "64"]
+    monkeypatch.setattr("lib.run.memory.available", lambda: 900_000)
+    done = call(*argv, "--save", tmp_path / "out")
+    (line,) = done.complaints
+    assert "--recover 64: training needs" in line and "the machine has 879 KiB free" in line
+    assert done.status == 1 and "Use --recover_rank 16 (" not in line  # wider than it saves
+
+
+def test_blocks_in_memory_of_a_run_that_was_killed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They would fill the memory until the machine restarts; those of a run that lives stay."""
+    monkeypatch.setattr(load, "MEMORY", tmp_path)
+    for name in ("dead", "alive", "other"):
+        folder = tmp_path / f"{load.PREFIX * (name != 'other')}{name}"
+        folder.mkdir()
+        (folder / LOCK).touch()
+        (folder / "changed-00000.safetensors").write_bytes(b"block")
+    with exclusive_lock(tmp_path / f"{load.PREFIX}alive" / LOCK, "used"):
+        load._remove_left()
+        assert {each.name for each in tmp_path.iterdir()} == {f"{load.PREFIX}alive", "other"}
+    shutil.rmtree(tmp_path / "other")
+
+
+def test_tensors_are_copied_to_the_disk_one_after_another(tmp_path: Path) -> None:
+    """In the format of safetensors, of every dtype and shape."""
+    folder = RunFolder("--resume", tmp_path / "kept")
+    folder.begin({})
+    made = {
+        "scalar": torch.tensor(3, dtype=torch.int64),
+        "bytes": torch.arange(7, dtype=torch.uint8),
+        "half ї": torch.randn(3, 5, dtype=torch.bfloat16),
+        "turned": torch.randn(4, 3).T,
+        "none": torch.empty(0, 2),
+        "mask": torch.tensor([True, False]),
+        "double": torch.randn(2, dtype=torch.float64),
+    }
+    most = 0
+
+    class Counted(torch.Tensor):
+        def cpu(self) -> torch.Tensor:
+            nonlocal most
+            alive = [each for each in copies if each() is not None]
+            most = max(most, len(alive) + 1)
+            copy = self.as_subclass(torch.Tensor).clone()
+            copies.append(weakref.ref(copy))
+            return copy
+
+        def detach(self) -> torch.Tensor:
+            return self
+
+    copies: list[weakref.ref] = []
+    file = folder.write("recovery", {k: v.as_subclass(Counted) for k, v in made.items()}, {"a": 1})
+    read, facts = folder.read("recovery")
+    assert facts == {"a": 1} and read.keys() == made.keys() and most <= 2
+    for name, tensor in load_file(file).items():
+        assert tensor.dtype == made[name].dtype and torch.equal(tensor, made[name])
+        assert torch.equal(read[name], tensor)
+    folder.close()
+
+
+def test_what_is_kept_on_disk_and_what_the_model_takes_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = tiny.tiny_llama()
+    blocks = sum(parameter.numel() for parameter in model.model.layers.parameters())
+    argv = ["--model", tiny.write_model(tmp_path / "model", model), *QUICK, "--dtype", "bfloat16"]
+    argv += ["--calibration_data", tiny.write_texts(tmp_path / "uk", train=60, test=3)]
+    succeed(*argv, "--eval_only", "--save", tmp_path / "out")
+    weights = load_file(tmp_path / "model" / "model.safetensors").values()
+    assert results(tmp_path / "out")["dense_bytes"] == sum(one.nbytes for one in weights)
+    monkeypatch.setattr(steps, "load", None)  # what follows is not of interest
+    for optimizer, state in (("adamw", 2 + 4 + 8), ("adamw8bit", 2 + 4 + 2)):
+        more = ["--recover", 64, "--recover_optimizer", optimizer, "--resume", tmp_path / "kept"]
+        with pytest.raises(TypeError), redirect_stdout(io.StringIO()) as out:
+            main.main([*map(str, [*argv, *more, "--save", tmp_path / "out"])])
+        assert f"training keeps up to {gib(2 * state * blocks)} there" in out.getvalue()
