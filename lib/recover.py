@@ -39,7 +39,15 @@ from .model.reference import DenseReference, dense_states, tail_of
 from .model.run_folder import RunFolder
 from .packed.errors import PackedError
 from .packed.formats import Grid
-from .sharded import ShardedStore, is_sharded, local, part_of, read_state, write_state
+from .sharded import (
+    ShardedStore,
+    answered,
+    is_sharded,
+    local,
+    part_of,
+    read_state,
+    write_state,
+)
 from .util.deterministic import deterministic
 from .util.errors import UserError
 
@@ -324,6 +332,7 @@ class Recoverer:
                 f"as {schedule.ranks} ranks share it; the learning rate does not depend on that"
                 for _ in range(schedule.windows > schedule.windows_alone)
             ),
+            *self._shared_out(),
             *(
                 f"recovery: {source['name']} has {source['windows']} windows of train text, which "
                 f"are read {source['passes']} times"
@@ -331,6 +340,13 @@ class Recoverer:
                 if source["passes"] > 1
             ),
         ]
+
+    def _shared_out(self) -> list[str]:
+        if not self.sharded:
+            return []
+        whole = [part.parameter.numel() for part in self.parts.values() if part.dim is None]
+        but = f", but for {len(whole)} tensors of {sum(whole):,}, which each has whole"
+        return [f"recovery: {self.runner.dist.size} ranks share the weights out{but * bool(whole)}"]
 
     @property
     def scales(self) -> dict[str, Tensor]:
@@ -458,7 +474,8 @@ class Recoverer:
         """One step of the optimizer; its loss, in nats a token."""
         schedule = self.schedule
         try:
-            loss = self._accumulate_(step)
+            with answered(self.runner.dist):
+                loss = self._accumulate_(step)
         except RuntimeError as error:
             if not self.strict or "deterministic" not in str(error):
                 raise

@@ -11,6 +11,7 @@ from __future__ import annotations
 import copy
 from collections import Counter
 from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -24,6 +25,7 @@ from .model.linears import find_linears
 from .model.run_folder import RunFolder
 from .model.store import FetchHook, FileBlockStore, set_tensor
 from .packed.formats import Grid
+from .util.errors import UserError
 
 STATE = "recovery"  # the name under which --resume keeps the state of a training
 
@@ -31,6 +33,26 @@ STATE = "recovery"  # the name under which --resume keeps the state of a trainin
 def is_sharded(runner: BlockRunner) -> bool:
     """Whether several ranks share the blocks in training: where these are fetched from files."""
     return runner.dist.size > 1 and not runner.weights.resident
+
+
+def can_share(blocks: nn.Module) -> bool:
+    """Whether no two blocks share a weight, so that one can be shared out without another."""
+    held = [parameter for block in blocks for parameter in block.parameters()]
+    return len(held) == len(set(held))
+
+
+def check_rows(blocks: nn.Module, name: str, ranks: int) -> None:
+    """Raise UserError where a matrix has fewer rows, or a stack fewer experts, than ranks."""
+    for index, block in enumerate(blocks):
+        for linear in find_linears(block, f"{name}.{index}")[0]:
+            one = getattr(linear.module, linear.parameter)
+            rows = linear.shape[0] if linear.expert is None else len(one)
+            if rows < ranks:
+                what = "rows" if linear.expert is None else "experts"
+                raise UserError(
+                    f"WORLD_SIZE {ranks}: {linear.stage} has {rows} {what}, fewer than the ranks "
+                    f"that would share them out for --recover; start at most {rows}"
+                )
 
 
 def shared_along(block: nn.Module, ranks: int) -> dict[str, int | None]:
@@ -113,6 +135,19 @@ def ranks_of_state(folder: RunFolder) -> set[int]:
     return {int(more[0].partition("-")[0]) if more else 1 for _, *more in parts}
 
 
+@contextmanager
+def answered(dist: DistContext) -> Iterator[None]:
+    """Raise UserError where FSDP meets a rank that is gone; another failure stays what it is."""
+    try:
+        yield
+    except RuntimeError as error:
+        lost = any(word in str(error) for word in ("gloo", "Connection", "NCCL"))
+        if lost or isinstance(error, torch_dist.DistError):
+            with dist.collective():
+                raise
+        raise
+
+
 class ShardedStore(FileBlockStore):
     """The blocks of a store of files, of which every rank holds its part.
 
@@ -132,7 +167,8 @@ class ShardedStore(FileBlockStore):
 
     def fetch(self, index: int) -> None:
         twin = self.twins[index]
-        twin.unshard()
+        with answered(self.dist):
+            twin.unshard()
         for path, parameter in twin.named_parameters():
             set_tensor(self.blocks[index], path, parameter.data)
 
@@ -198,4 +234,6 @@ class ShardedStore(FileBlockStore):
         )
         twin.set_gradient_divide_factor(1.0)  # gradients are sums
         twin.set_force_sum_reduction_for_comms(True)
+        if hasattr(twin, "set_reduce_scatter_unused_params"):  # newer than the oldest torch allowed
+            twin.set_reduce_scatter_unused_params(True)
         return twin

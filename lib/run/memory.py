@@ -38,6 +38,7 @@ from ..packed.formats import FORMATS
 from ..pruning.allocation import WINDOWS as ALLOCATION_WINDOWS
 from ..recover import TrainSchedule
 from ..remove import experts_left, neurons_left
+from ..sharded import can_share
 from ..util.errors import UserError
 from ..util.host import available, gib
 from .flags import build_parser, shown
@@ -168,10 +169,9 @@ class Memory:
     @property
     def apart(self) -> bool:
         """Whether one block can be fetched without another; none is while one rank trains."""
-        blocks = self.model.get_submodule(self.blocks_name)
-        held = [parameter for block in blocks for parameter in block.parameters()]
         alone = self.schedule and self.ranks == 1
-        return not self.quantized and not alone and len(held) == len(set(held))
+        blocks = self.model.get_submodule(self.blocks_name)
+        return not self.quantized and not alone and can_share(blocks)
 
     def _part(self, size: int) -> int:
         """What a rank has of what is trained."""
