@@ -180,7 +180,8 @@ class ShardedStore(FileBlockStore):
         """Return the store of files, with the blocks as they are now."""
         for index, block in enumerate(self.blocks):
             with self.on_device(index, write_back=True):
-                pass
+                for parameter in block.parameters():  # FSDP can't free what numpy has seen
+                    parameter.data = parameter.data.clone()
             remove_hook_from_module(block)
             add_hook_to_module(block, FetchHook(self.files, index))
         return self.files
