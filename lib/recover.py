@@ -342,11 +342,13 @@ class Recoverer:
         ]
 
     def _shared_out(self) -> list[str]:
+        size = self.runner.dist.size
         if not self.sharded:
-            return []
+            line = f"recovery: blocks share weights, so each of {size} ranks holds all of them"
+            return [line] * (size > 1)
         whole = [part.parameter.numel() for part in self.parts.values() if part.dim is None]
         but = f", but for {len(whole)} tensors of {sum(whole):,}, which each has whole"
-        return [f"recovery: {self.runner.dist.size} ranks share the weights out{but * bool(whole)}"]
+        return [f"recovery: {size} ranks share the weights out{but * bool(whole)}"]
 
     @property
     def scales(self) -> dict[str, Tensor]:
@@ -410,7 +412,8 @@ class Recoverer:
         kind = partial(torch.optim.AdamW, fused=True)
         if self.schedule.optimizer == "adamw8bit":  # Dettmers et al., arXiv 2110.02861
             from bitsandbytes.optim import AdamW8bit as kind
-        self.optimizer = kind(self.leaves, betas=BETAS, weight_decay=0.0)
+        held = [leaf for leaf in self.leaves if leaf.numel()]  # ranks may have nothing of a matrix
+        self.optimizer = kind(held, betas=BETAS, weight_decay=0.0)
         state = self._resumed(finished if self.sharded else None)
         if not state:
             self._write_()

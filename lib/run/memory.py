@@ -562,11 +562,13 @@ class Memory:
                 yield f"--{name} {value}" + f" ({gib(other.total(stage))})" * (stage != "allocate")
             elif stage == "train":
                 others[f" with --{name} {value}"] = other
+        fewest = CARDS[-1] + 1
         for how, other in others.items() if self.gpu else ():
-            for ranks in CARDS:
+            for ranks in [each for each in CARDS if self.ranks < each < fewest]:
                 many = replace(other, ranks=ranks, fetched=True)
-                if ranks > self.ranks and many.apart and many.fits(stage):
+                if many.apart and many.fits(stage):
                     yield f"{ranks} such cards by torchrun{how} ({gib(many.total(stage))} each)"
+                    fewest = ranks
                     break
 
     def line(self) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -255,7 +256,7 @@ def run_tasks(job: Job, runner: BlockRunner) -> None:
             original = job.vocabulary.original_tokenizer if job.vocabulary else job.tokenizer
             runner.model.to("meta")  # its memory is the dense model's now
             with ExitStack() as cleanup:
-                dense = load(job, cleanup, None).model
+                dense = load(replace(job, schedule=None), cleanup, None).model
                 results["dense_tasks"] = tasks.run_tasks(dense, original, args.tasks, **options)
     write_results(Path(args.save), results)
     print(*tasks.task_lines(results["tasks"], results.get("dense_tasks")), sep="\n", flush=True)
