@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -25,7 +26,7 @@ from .model.blocks import (
 from .model.reference import DenseReference, compared_windows, local_windows
 from .util.errors import UserError
 
-FIGURES = "loss", "dense_loss", "kl", "agreement"  # of each window
+FIGURES = "loss", "dense_loss", "kl", "agreement"  # of each window, by the names of the losses file
 COMPARED_POSITIONS = 64  # of a window, before and after linears are packed
 TRIED_WINDOWS, TRIED_TOKENS = 4, 256  # to see whether the model needs its BOS token
 COLLAPSE = 1.5  # perplexity without BOS over that with it, from which on a model needs it
@@ -42,7 +43,7 @@ def perplexities(
     on_progress: Callable[[int], None] = lambda windows: None,
     reference: DenseReference | None = None,
     only_compared: bool = False,
-) -> list[dict[str, float]]:
+) -> list[dict[str, Any]]:
     """Return the figures of each test set, windows (n, tokens); their masks say what counts.
 
     `perplexity`: exp of the mean over windows of each window's mean negative log-likelihood, with
@@ -52,7 +53,8 @@ def perplexities(
     one's sum; `loss_change`, the mean of their difference window by window; `kl`, the mean
     KL(dense || model) in nats a token; and `top1_agreement`, the share of positions where both have
     the same most likely token; the last three with their standard errors. `only_compared`: all
-    figures are of these windows.
+    figures are of these windows. `by_window`: {one of FIGURES: float32 (windows,)}, nan where a
+    window was not compared.
 
     The ranks of `runner.dist` share the windows, as they did for `reference`. `on_progress` is
     called with the number of this rank's windows that are done. UserError where a loss is not
@@ -85,7 +87,7 @@ def perplexities(
 
 def _means(
     runner: BlockRunner, counts: Tensor, by_window: Tensor, compared: bool
-) -> dict[str, float]:
+) -> dict[str, Any]:
     """Means over windows with `counts` (n,) predicted tokens of FIGURES (figures, n)."""
     losses, dense, *divergences = by_window
     mean = losses.mean().item()
@@ -99,9 +101,14 @@ def _means(
         "perplexity": value,
         "standard_error": value * _standard_error(losses),
         "nats": (losses * counts.to(losses.device)).sum().item(),
+        "by_window": {"loss": losses.float().cpu()},
     }
     if compared:
         chosen = compared_windows(len(counts))
+        for name, values in zip(FIGURES[1:], by_window[1:], strict=True):
+            kept = torch.full((len(counts),), math.nan)
+            kept[chosen] = values[chosen].float().cpu()
+            means["by_window"][name] = kept
         figures = {"loss_change": losses - dense}
         figures |= zip(("kl", "top1_agreement"), divergences, strict=True)
         for name, values in figures.items():

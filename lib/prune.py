@@ -1,49 +1,48 @@
 """Prune a model block by block: observe the inputs of its linear layers, solve, propagate.
 
-`prune` is the whole of it, and `Pruner._block_` what happens to one block, as in Wanda
-(https://github.com/locuslab/wanda), whose names stand here in brackets: the first block's inputs
-are recorded (`prepare_calibration_input`: `BlockRunner.capture`); for each block one pass observes
-the inputs of its linear layers (`WrappedGPT.add_batch`: `PruningMethod.observe`), all of them are
-pruned (`PruningMethod.prune_`), and a second pass takes the hidden states through the pruned block
-(`BlockRunner.advance_`). `check_sparsity` is `Measured` in lib/pruning/check.py.
+`prune` is for a model in memory, and calls `prune_blocks` as main.py does. `Pruner._block_` is what
+happens to one block, as in Wanda (https://github.com/locuslab/wanda), whose names stand here in
+brackets: the first block's inputs are recorded (`prepare_calibration_input`:
+`BlockRunner.capture`); for each block one pass observes the inputs of its linear layers
+(`WrappedGPT.add_batch`: `PruningMethod.observe`), all of them are pruned (`PruningMethod.prune_`),
+and a second pass takes the hidden states through the pruned block (`BlockRunner.advance_`).
+`check_sparsity` is `Measured` in lib/pruning/check.py.
 """
 
 from __future__ import annotations
 
 import copy
+import sys
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
 from math import prod
 from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from .methods.base import PruningMethod
-from .methods.sparsity import Sparsity
+from .methods.registry import method_of
+from .methods.sparsity import UNSTRUCTURED, Sparsity
 from .model.blocks import BlockRunner, HiddenStates
 from .model.linears import experts_by, find_linears
 from .model.matrix import PrunableLinear
+from .model.pretrained import window_length
+from .model.run_folder import PRUNED
 from .packed.layout import all_finite
-from .pruning.allocation import Allocation, by_error, keep_allocation, kept_allocation, uniform
-from .pruning.inputs import Group, merge, observe, own_windows, weight_key
-from .pruning.ordered import OrderedBlock, Stage, find_order
+from .pruning.allocation import Allocation, allocate
+from .pruning.check import Measured
+from .pruning.errors import relative_error
+from .pruning.in_memory import Pruned, runner_of, text_windows
+from .pruning.inputs import BlockNotes, Group, merge, observe, own_windows, weight_key
+from .pruning.masks import packed_masks
+from .pruning.ordered import OrderedBlock, Stage, known_order
 from .util.errors import RunWarning, UserError
 
 UNREACHED = "no calibration token reached it, or it is used without being called"
-
-
-@dataclass
-class BlockNotes:
-    """What pruning one block gave to report, as it is kept with the block."""
-
-    pruned: list[str] = field(default_factory=list)  # linears
-    fallbacks: dict[str, list[str]] = field(default_factory=dict)  # method: experts
-    warnings: list[str] = field(default_factory=list)
-    kept: list[int] = field(default_factory=list)  # neurons or experts that stay
-    routed: list[float] = field(default_factory=list)  # share of the tokens sent to each expert
 
 
 def first_of(names: list[str]) -> str:
@@ -53,42 +52,58 @@ def first_of(names: list[str]) -> str:
 
 
 def prune(
+    model: PreTrainedModel,
+    calibration: Tensor | Sequence[str] | None = None,
+    method: str | type[PruningMethod] = "wanda",
+    sparsity: str | float = 0.5,
+    *,
+    tokenizer: Any = None,
+    seed: int = 0,
+    nsamples: int = 128,
+    seqlen: int | None = None,
+    allocation: str = "uniform",
+    method_args: Mapping[str, Any] | None = None,
+    batch_size: int | None = None,
+    on_progress: Callable[[int], Any] = lambda blocks: None,
+) -> Pruned:
+    """Prune a causal language model of transformers in place, where it is, in its dtype.
+
+    `calibration`: windows of token ids (n, tokens), or texts, of which `nsamples` windows of
+    `seqlen` tokens are drawn by `seed`; None for a method that needs none. `method`: a name of
+    lib/methods/registry.py, FILE.py:CLASS or a class. `sparsity`: a share, or "2:4". `allocation`
+    and `method_args` are as the flags of main.py. Raises UserError.
+    """
+    kind, ratio = (sparsity, None) if isinstance(sparsity, str) else (UNSTRUCTURED, sparsity)
+    wanted = Sparsity.parse(kind, ratio)
+    method = method_of(method, arguments=method_args, kind=kind)
+    length = window_length(model.config, seqlen)
+    gradients, measured = method.needs_gradients, allocation in ("error", "owl")
+    if calibration is None and (method.observes or gradients or measured):
+        raise UserError(f"calibration: {method.__name__} needs windows or texts")
+    if isinstance(calibration, Tensor):
+        length = calibration.shape[1]
+    elif calibration is not None:
+        calibration = text_windows(tokenizer, calibration, length, nsamples, seed)
+    with runner_of(model, length, batch_size, wanted) as runner:
+        layers = allocate(runner, calibration, wanted, allocation, seed, gradients=gradients)
+        pruner = prune_blocks(runner, calibration, method, layers, on_progress)
+        reached = Measured(runner, layers.sparsity, pruner.left_dense)
+        masks = packed_masks(runner, pruner.pruned)
+    shares = reached.shares()["linears"]
+    return Pruned(pruner.errors(), shares, reached.overall, pruner.summary()[1:], masks)
+
+
+def prune_blocks(
     runner: BlockRunner,
     windows: Tensor | None,
     method: type[PruningMethod],
     allocation: Allocation,
     on_progress: Callable[[int], Any] = lambda blocks: None,
 ) -> Pruner:
-    """Prune all linear layers of the decoder blocks in place; the result reports what was done.
-
-    `windows` (n, tokens) are what the model is calibrated on, None for a method that needs none.
-    `on_progress(1)` is called after each block. Raises UserError where a weight or an activation is
-    not finite.
-    """
+    """As `prune`, of a runner that holds the model; the result reports what was done."""
     pruner = Pruner(runner, method, allocation)
     pruner.run(windows, on_progress)
     return pruner
-
-
-def allocate(
-    runner: BlockRunner,
-    windows: Tensor | None,
-    sparsity: Sparsity,
-    rule: str = "uniform",
-    seed: int = 0,
-    on_progress: Callable[[int], Any] = lambda blocks: None,
-) -> Allocation:
-    """Choose how sparse each linear layer becomes: all alike, or by `error` at an equal total.
-
-    What an interrupted run has chosen stays. `on_progress(1)` is called twice for each block.
-    """
-    if rule == "uniform":
-        return uniform(runner, sparsity)
-    allocation = kept_allocation(runner)
-    if allocation is None:
-        allocation = by_error(runner, windows, sparsity.ratio, seed, on_progress)
-        keep_allocation(runner, allocation)
-    return allocation
 
 
 class Pruner:
@@ -100,7 +115,8 @@ class Pruner:
     (`_linears`), and what (`_change_`).
     """
 
-    stage = "block"  # the name under which --resume keeps finished blocks
+    stage = PRUNED  # the name under which --resume keeps finished blocks
+    fallback: str | None = None  # how experts of few tokens are changed, if not by that of a group
 
     def __init__(
         self, runner: BlockRunner, method: type[PruningMethod], allocation: Allocation
@@ -167,6 +183,10 @@ class Pruner:
         """Return what the methods have warned of."""
         return [warning for notes in self.notes for warning in notes.warnings]
 
+    def errors(self) -> dict[str, float]:
+        """Return the relative squared error of each pruned linear's outputs, by its name."""
+        return {name: error for notes in self.notes for name, error in notes.errors.items()}
+
     def _block_(self, index: int) -> None:
         """Prune one block, or load it as it was finished, and take the streams through it."""
         runner, states, ordered = self.runner, self.states, None
@@ -179,7 +199,7 @@ class Pruner:
         linears = self._linears(index)
         if not self._restore_(index, linears):
             if dense and linears:
-                order = self._order(index, linears)
+                order = known_order(self.orders, runner, states, index, linears)
                 both = states, self.dense_states
                 ordered = OrderedBlock(
                     runner, self.method, index, order, dense, *both, self.cache_inputs, need_outputs
@@ -228,19 +248,10 @@ class Pruner:
     def _finish_(self, index: int) -> None:
         """Share the notes of all processes, once the block's linears are pruned."""
         notes = self.notes[-1]
-        of_all = self.dist.all_gather_object((notes.warnings, notes.kept))
-        notes.warnings, notes.kept = (sum(lists, []) for lists in zip(*of_all, strict=True))
-
-    def _order(self, index: int, linears: list[PrunableLinear]) -> list[Stage]:
-        """The order in which the linears' inputs are taken, tried once for a class of blocks."""
-        prefix = f"{self.runner.name}.{index}."
-        names = [(linear.name.removeprefix(prefix), linear.shape) for linear in linears]
-        key = type(self.runner.blocks[index]), *names
-        if key not in self.orders:
-            self.orders[key] = linears, find_order(self.runner, self.states, index, linears)
-        first, order = self.orders[key]
-        own = dict(zip(first, linears, strict=True))
-        return [replace(stage, linears=[own[one] for one in stage.linears]) for stage in order]
+        of_all = self.dist.all_gather_object((notes.warnings, notes.kept, notes.errors))
+        warned, kept, errors = zip(*of_all, strict=True)
+        notes.warnings, notes.kept = sum(warned, []), sum(kept, [])
+        notes.errors = {name: error for each in errors for name, error in each.items()}
 
     def _prune_(
         self, index: int, linears: list[PrunableLinear], ordered: OrderedBlock | None
@@ -268,7 +279,8 @@ class Pruner:
         written: dict[str, Tensor] = {}
         for group, owner in zip(groups, owners, strict=True):
             if group.fallback:
-                self.notes[-1].fallbacks.setdefault(group.fallback, []).append(group.names)
+                name = self.fallback or group.fallback
+                self.notes[-1].fallbacks.setdefault(name, []).append(group.names)
             if owner == self.dist.rank:
                 for linear, matrix in zip(group.linears, self._solved(group), strict=True):
                     self._store_(linear, matrix)
@@ -309,7 +321,12 @@ class Pruner:
         """Prune the matrices (out, in) of a group in place."""
         names, solver = [linear.name for linear in group.linears], group.solver()
         solver.output_costs = [self.allocation.output_costs.get(name) for name in names]
+        solver.output_squares = [group.output_squares.get(name) for name in names]
         solver.prune_(matrices, [self.allocation.sparsity[name] for name in names])
+        if group.method.tokens:
+            for linear, pruned in zip(group.linears, matrices, strict=True):
+                error = relative_error(group.rows, linear.matrix(), pruned)
+                self.notes[-1].errors |= {linear.name: error} if error is not None else {}
 
     def _store_(self, linear: PrunableLinear, matrix: Tensor) -> None:
         linear.set_weight_(matrix)
@@ -325,3 +342,7 @@ class Pruner:
 def _check_finite(tensors: Iterable[Tensor], what: str) -> None:
     if not all(map(all_finite, tensors)):
         raise UserError(f"{what}; try --dtype float32")
+
+
+# so that `from langprune import prune`, which is this module, can be called
+sys.modules[__name__].__class__ = type("Verb", (type(sys),), {"__call__": staticmethod(prune)})

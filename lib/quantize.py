@@ -16,6 +16,7 @@ from torch import Tensor
 from .methods.gptq import GPTQ, Start
 from .model.blocks import BlockRunner
 from .model.matrix import PrunableLinear, SaveDtypes
+from .model.run_folder import ROUNDED, START, of_block
 from .packed.formats import Grid, Int4
 from .packed.linear import why_dense
 from .prune import UNREACHED, Pruner, first_of
@@ -75,7 +76,8 @@ class Quantizer(Pruner):
     where ranks will share the training, this rank's part of them.
     """
 
-    stage = "quantized"
+    stage = ROUNDED
+    fallback = "nearest"
 
     def __init__(
         self, runner: BlockRunner, fmt: Int4, master_dtype: torch.dtype | None = None
@@ -92,8 +94,13 @@ class Quantizer(Pruner):
             raise UserError(NOTHING[fmt.name])
 
     def summary(self) -> list[str]:
-        count, bits = len(self.pruned), self.fmt.bits
+        few = [name for notes in self.notes for name in sum(notes.fallbacks.values(), [])]
+        in_few = sum(len(names.split(", ")) for names in few)
+        count, bits = len(self.pruned) - in_few, self.fmt.bits
         lines = [f"rounded {count} linears to {bits} bits, column by column"]
+        if few:
+            reason = "too few tokens were routed to them"
+            lines.append(f"rounded {in_few} linears to nearest, {reason}: {first_of(few)}")
         dense = self.left_dense.items()
         if left := [name for name, (_, reason) in dense if reason == UNREACHED]:
             lines.append(f"rounded to nearest, {UNREACHED}: {first_of(left)}")
@@ -118,7 +125,7 @@ class Quantizer(Pruner):
                 for linear in linears
                 for part, tensor in self._start(linear)._asdict().items()
             }
-            finished.write(f"start-{index:05d}", named, {})
+            finished.write(of_block(START, index), named, {})
         self._share(index, linears)
         return written
 
@@ -147,7 +154,7 @@ class Quantizer(Pruner):
         return start
 
     def _restore_(self, index: int, linears: list[PrunableLinear]) -> bool:
-        kept = self.runner.weights.read_kept(f"start-{index:05d}") if self.master_dtype else None
+        kept = self.runner.weights.read_kept(of_block(START, index)) if self.master_dtype else None
         if (self.master_dtype and not kept) or not super()._restore_(index, linears):
             return False
         tensors = dict(kept[0]) if kept else {}

@@ -36,7 +36,7 @@ from .distributed.context import DistContext
 from .eval import perplexities
 from .model.blocks import BlockRunner, iter_logits, run_block
 from .model.reference import DenseReference, dense_states, tail_of
-from .model.run_folder import RunFolder
+from .model.run_folder import RECOVERY, RunFolder
 from .packed.errors import PackedError
 from .packed.formats import Grid
 from .sharded import (
@@ -440,7 +440,7 @@ class Recoverer:
                     if self.sharded:
                         write_state(finished, self.runner.dist, self._state(), state)
                     else:
-                        finished.write("recovery", self._state(), state)
+                        finished.write(RECOVERY, self._state(), state)
                     kept = time.monotonic()
                 on_progress(tokens, f"loss {loss:.4f}")
         for part, best in zip(self.parts.values(), self.best_values, strict=True):
@@ -512,7 +512,7 @@ class Recoverer:
     def _diverged(self, step: int, what: str) -> UserError:
         rate, steps = self.schedule.rate, self.schedule.steps
         return UserError(
-            f"--recover_rate {rate:.2g}: in step {step + 1} of {steps} {what} not finite; try a "
+            f"--recover_lr {rate:.2g}: in step {step + 1} of {steps} {what} not finite; try a "
             "smaller one, or --dtype float32"
         )
 
@@ -600,7 +600,7 @@ class Recoverer:
         `folder`: where every rank has kept its part.
         """
         if not self.sharded:
-            kept = self.runner.weights.read_kept("recovery")
+            kept = self.runner.weights.read_kept(RECOVERY)
         else:
             kept = folder and read_state(folder, self.runner.dist)
         if kept is None:

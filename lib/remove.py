@@ -194,6 +194,14 @@ def fewest(layout: PartLayout) -> int:
     return least * layout.groups
 
 
+def possible_counts(layout: PartLayout) -> list[int]:
+    """Return how many neurons or experts a block may have, from all of them downwards."""
+    step = least = multiple_of(layout.count)
+    if layout.kind != NEURONS:
+        step, least = layout.groups, fewest(layout)
+    return [layout.count, *range((layout.count - 1) // step * step, least - 1, -step)]
+
+
 def experts_left(layout: PartLayout, ratio: float) -> int:
     """How many experts stay in each block: about 1 - `ratio` of them, as many of each group.
 

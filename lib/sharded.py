@@ -22,12 +22,10 @@ from torch import Tensor, nn
 from .distributed.context import DistContext
 from .model.blocks import BlockRunner
 from .model.linears import find_linears
-from .model.run_folder import RunFolder
+from .model.run_folder import RECOVERY, RunFolder
 from .model.store import FetchHook, FileBlockStore, set_tensor
 from .packed.formats import Grid
 from .util.errors import UserError
-
-STATE = "recovery"  # the name under which --resume keeps the state of a training
 
 
 def is_sharded(runner: BlockRunner) -> bool:
@@ -102,7 +100,7 @@ def local(tensor: Tensor) -> Tensor:
 
 
 def _state(dist: DistContext) -> str:
-    return f"{STATE}-{dist.rank:05d}-of-{dist.size:05d}"
+    return f"{RECOVERY}-{dist.rank:05d}-of-{dist.size:05d}"
 
 
 def write_state(
@@ -131,7 +129,7 @@ def read_state(
 
 def ranks_of_state(folder: RunFolder) -> set[int]:
     """Return how many ranks share the training whose state is in a folder; 1: it is not shared."""
-    parts = (file.stem.split("-of-") for file in folder.files() if file.stem.startswith(STATE))
+    parts = (file.stem.split("-of-") for file in folder.files() if file.stem.startswith(RECOVERY))
     return {int(more[0].partition("-")[0]) if more else 1 for _, *more in parts}
 
 

@@ -3,22 +3,27 @@
     python main.py --model MODEL --trim_vocabulary --calibration_data uk --prune_method admm ...
     python main.py --model MODEL --trim_vocabulary --vocabulary_data uk en --save_model OUT
 
-It keeps every token that the sources' train text uses, with all tokens that it is merged from;
-the bytes; special and added tokens; the tokens of the chat template and the configs; and, up to a
-multiple of 64, tokens that no text uses but that are written with the texts' letters, most frequent
-first. Special tokens that are merely reserved go, unless a text, the template or a config uses
-them. All other rows of the embedding and the head are removed, which makes the model smaller in
-every engine.
+It keeps every token that the sources' train text uses, with all tokens that it is merged from; the
+bytes; special and added tokens; the tokens of the chat template and the configs. Little text does
+not use all tokens of its language. So a tenth of the documents is held out of a first count; where
+that count's tokens cut it into over RISE more tokens, unused tokens are kept too, those first that
+the scripts of the text make most likely, until the rise is below GOAL. Such tokens also fill the
+rows up to a multiple of 64. Special tokens that are merely reserved go, unless a text, the template
+or a config uses them. All other rows of the embedding and the head are removed, which makes the
+model smaller in every engine.
 
     trimmed = trim_vocabulary(...)      before any weight is read: the smaller tokenizer
     trimmed.prove(sources)              test texts decode to the same text
+    trimmed.hold_out(source, seqlen)    windows of a test text by both tokenizers, of the same bytes
     keep_rows_(model, trimmed.rows)     and check_same_outputs: the model computes the same
 """
 
 from __future__ import annotations
 
 import hashlib
+import json
 import math
+import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -26,20 +31,30 @@ from itertools import chain
 from typing import Any
 
 import torch
+from tokenizers import Tokenizer
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from .data.chats import Document
-from .data.documents import read_documents
+from .data.documents import pieces_of, read_documents
+from .data.samples import Sample, Windows, join, packed
 from .data.sources import Source
 from .data.templates import text_by
 from .data.tokenizer import FLAG, TrimmableTokenizer
-from .data.windows import test_documents
+from .data.windows import sample_of, test_documents
 from .distributed.context import DistContext
 from .model.access import Checkpoint
 from .util.errors import UserError
 from .util.progress import progress
 
+RISE = 0.003  # of the tokens of text held out of the count, from which it is too little text,
+GOAL = 0.001  # and below which tokens that are likely in the language are enough
+HELD_OUT = 10  # every tenth document is held out,
+HELD_CHARACTERS = 1_000_000  # of so much text at most
+UNLIKELY = 3e-8  # expected share of a token in a text, below which it is not worth a row
+MEASURED_BYTES = 2**15  # of a test text, on which both vocabularies are measured,
+MEASURED_TOKENS = 1024  # in windows of at most so many tokens
+TOO_COSTLY = 0.02  # a rise of bits per byte that is warned of
 HUB_CHARACTERS = 100_000_000  # counted of a hub set; local text is counted whole
 BATCH_CHARACTERS = 4_000_000  # tokenised at a time, on all cores
 COMMON_LETTER = 1e-4  # share of the texts' tokens that have a letter, from which it is common
@@ -67,6 +82,8 @@ class TrimmedVocabulary:
     tokenizer: PreTrainedTokenizerBase
     rows: Tensor
     facts: dict[str, Any] = field(default_factory=dict)
+    # of the original and of the trimmed tokenizer, and the bytes that count in each
+    held_out: tuple[Windows, Windows, int] | None = None
 
     @property
     def digest(self) -> str:
@@ -99,6 +116,60 @@ class TrimmedVocabulary:
             lines.append(
                 f"{source.name}: all {test['documents']} test documents read the same, "
                 f"{test['alike']} are cut alike, {test['rise']:+.2%} tokens"
+            )
+        return lines
+
+    def hold_out(self, source: Source, seqlen: int) -> None:
+        """Set `held_out` to windows of a test text, of dialogues the answers, by both tokenizers.
+
+        At most MEASURED_BYTES, spread over the documents. A text's first token is predicted too,
+        from BOS or what else ends a text, so that all its bytes count.
+        """
+        seqlen = min(seqlen, MEASURED_TOKENS)
+        documents = test_documents(source, read_documents(source, "test")[0])
+        piece = re.compile(rf"\S[\s\S]{{0,{seqlen}}}(?=\s|$)")  # hardly ever over seqlen tokens
+        pieces: list[Document] = []
+        for document in documents:
+            pieces += piece.findall(document) if isinstance(document, str) else [document]
+        step = max(1, sum(len(str(each).encode()) for each in pieces) // MEASURED_BYTES)
+        size, cuts, tokenizers = 0, ([], []), (self.original_tokenizer, self.tokenizer)
+        for document in pieces[::step]:
+            pair = [self._sample(each, document) for each in tokenizers]
+            if all(0 < len(sample.ids) <= seqlen for sample in pair):
+                counted = pair[0].ids[pair[0].mask]
+                text = self.original_tokenizer.decode(counted, clean_up_tokenization_spaces=False)
+                size += len((document if isinstance(document, str) else text).encode())
+                for cut, sample in zip(cuts, pair, strict=True):
+                    cut.append(sample)
+        if size:
+            self.held_out = (*(join(list(packed(cut, seqlen))) for cut in cuts), size)
+            self.facts["measured_on"] = {"name": source.name, "bytes": size}
+
+    @staticmethod
+    def _sample(tokenizer: PreTrainedTokenizerBase, document: Document) -> Sample:
+        if not isinstance(document, str):
+            return sample_of(tokenizer, document)
+        begins = tokenizer.bos_token_id
+        begins = tokenizer.eos_token_id if begins is None else begins
+        (ids,) = encode_all(tokenizer, [document])
+        ids = torch.tensor([begins or 0, *ids])
+        return Sample(ids, torch.arange(len(ids)) > 0)
+
+    def record_cost(self, nats_original: float, nats_trimmed: float) -> list[str]:
+        """Record what both models lose on `held_out`, summed in nats; return lines that say it."""
+        facts, size = self.facts, self.held_out[-1]
+        original, trimmed = (nats / math.log(2) / size for nats in (nats_original, nats_trimmed))
+        facts |= {"bits_per_byte_original": original, "bits_per_byte_trimmed": trimmed}
+        cost = trimmed / original - 1
+        name = facts["measured_on"]["name"]
+        lines = [
+            f"trimming costs {cost:+.2%} bits per byte on {size:,} bytes of {name}: original "
+            f"{original:.4f}, trimmed {trimmed:.4f}"
+        ]
+        if cost > TOO_COSTLY:
+            lines.append(
+                f"{FLAG}: over {TOO_COSTLY:.0%} is much: the text does not use enough of the "
+                "vocabulary. Give more text of the language with --vocabulary_data."
             )
         return lines
 
@@ -135,6 +206,8 @@ class TrimmedVocabulary:
             f"vocabulary: {facts['rows']} of {facts['rows_before']} rows stay, "
             f"{facts['tokens']} of {facts['tokens_before']} tokens{reserved}; the texts use "
             f"{facts['used']}"
+            + f", {facts['likely']} likely ones are kept too, since text held out of a first count "
+            f"took {facts['rise']:+.2%} tokens" * bool(facts["likely"])
         )
 
 
@@ -159,7 +232,7 @@ def trim_vocabulary(
     reserved = tokens.reserved_ids() - required
     required = {part for index in required for part in tokens.merge_parts(index)}
     unnamed = sorted(i for i in config_ids if i < rows and i not in tokens.id_to_token)
-    counts = count_tokens(sources, tokenizer, dist)
+    counts, held = count_tokens(sources, tokenizer, dist)
     used = [i for i in counts.nonzero().flatten().tolist() if i in tokens.id_to_token]
     if used and used[-1] >= rows:
         raise UserError(
@@ -167,13 +240,11 @@ def trim_vocabulary(
             f"but the embedding of {checkpoint} has {rows} rows; resize the embedding to the "
             "tokenizer, or remove the tokens that were added to it"
         )
-    chosen = choose_tokens(
-        tokens,
-        counts,
-        required,
-        reserved=reserved | {i for i in tokens.id_to_token if i >= rows},
-        n_unnamed=len(unnamed),
+    options = dict(
+        reserved=reserved | {i for i in tokens.id_to_token if i >= rows}, n_unnamed=len(unnamed)
     )
+    rise, likely = _likely_tokens(tokens, counts, held, required, options)
+    chosen = choose_tokens(tokens, counts, required, likely=likely, **options)
     model_ids = {tokens.token_to_id[token] for token in tokens.model_tokens}
     kept = sorted(chosen, key=lambda index: (index not in model_ids, index))  # added tokens last
     order = _row_order(tokens, kept, unnamed=unnamed, rows=rows)
@@ -185,11 +256,49 @@ def trim_vocabulary(
         "tokens": len(kept),
         "tokens_before": len(tokens.id_to_token),
         "used": len(used),
+        "rise": rise,
+        "likely": likely,
         "reserved": len(reserved - chosen),
         "sources": [source.text for source in sources],
         "digest": trimmed.digest,
     }
     return trimmed
+
+
+def _likely_tokens(
+    tokens: TrimmableTokenizer,
+    counts: Tensor,
+    held: list[str],
+    required: set[int],
+    options: dict[str, Any],
+) -> tuple[float | None, int]:
+    """Return the rise of the tokens of `held` by those of other text, and how many more it needs.
+
+    A first count is that of all texts, `counts` (tokens,), without `held`. The fewest unused tokens
+    are sought, most likely first, with which the rise is at most GOAL; all if none are enough.
+    """
+    if not held:
+        return None, 0
+    ids = encode_all(tokens.tokenizer, held)
+    before = sum(map(len, ids))
+    first = counts - torch.bincount(torch.tensor([*chain(*ids)]), minlength=len(counts))
+
+    order, most = _fill_order(tokens, first)
+
+    def rise(likely: int) -> float:
+        kept = choose_tokens(tokens, first, required, likely=likely, order=order, **options)
+        bare = Tokenizer.from_str(json.dumps(tokens.trimmed_json(sorted(kept))))
+        cut = bare.encode_batch_fast(held, add_special_tokens=False)
+        return sum(len(each.ids) for each in cut) / max(before, 1) - 1
+
+    found = rise(0)
+    if found <= RISE:
+        return found, 0
+    low, high = 0, -(-most // MULTIPLE)
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (low, middle) if rise(middle * MULTIPLE) <= GOAL else (middle, high)
+    return found, high * MULTIPLE
 
 
 def _row_order(
@@ -215,16 +324,19 @@ def choose_tokens(
     *,
     reserved: set[int] | frozenset[int] = frozenset(),
     n_unnamed: int = 0,
+    likely: int = 0,
+    order: list[int] | None = None,
 ) -> set[int]:
     """Return the tokens that stay: `required`, and those that texts use by `counts` (tokens,).
 
     `required` is closed over merges, and every other token comes with its parts. The tokens of
-    `_fill_order` fill the vocabulary, with `n_unnamed` rows that have no token, up to a multiple of
-    MULTIPLE; of those with parts only what fits. `reserved` tokens stay only where texts use them.
+    `_fill_order` fill the vocabulary, with `n_unnamed` rows that have no token, by `likely` more
+    and up to a multiple of MULTIPLE; of those with parts only what fits. `reserved` tokens stay
+    only where texts use them.
     """
-    order, used, chosen = _fill_order(tokens, counts), counts > 0, set(required)
+    order, used, chosen = order or _fill_order(tokens, counts)[0], counts > 0, set(required)
     chosen.update(*(tokens.merge_parts(index) for index in order if used[index]))
-    limit = _round_up(len(chosen) + n_unnamed) - n_unnamed
+    limit = _round_up(len(chosen) + likely + n_unnamed) - n_unnamed
     for index in order:
         if len(chosen) == limit:
             break
@@ -234,21 +346,33 @@ def choose_tokens(
     return chosen
 
 
-def _fill_order(tokens: TrimmableTokenizer, counts: Tensor) -> list[int]:
-    """Return all tokens: by falling count, then those of the texts' common letters, then others.
+def _fill_order(tokens: TrimmableTokenizer, counts: Tensor) -> tuple[list[int], int]:
+    """Return all tokens, by falling count and then most likely first, and how many are likely.
 
-    In equal places the order is the tokenizer's, which learnt its most frequent tokens first.
+    A tokenizer has learned its most frequent tokens first. So, by Zipf's law, the token of rank r
+    among the N of a script has about 1 / (r ln N) of that script's share of the text. Tokens with
+    letters that are not common in the text, and those below UNLIKELY, come last.
     """
     n_letters: Counter[str] = Counter()
+    shares: Counter[str | None] = Counter()  # of scripts; None: no letters
     used = [(i, n) for i, n in enumerate(counts.tolist()) if n and i in tokens.id_to_token]
     for index, n in used:
-        for letter in set(tokens.id_to_token[index]):
+        shares[tokens.scripts[index]] += n
+        for letter in set(tokens.texts[index]):
             n_letters[letter] += n
-    least = COMMON_LETTER * int(counts.sum())
-    common = {letter for letter, n in n_letters.items() if n >= least}
+    total = sum(shares.values())
+    common = {letter for letter, n in n_letters.items() if n >= COMMON_LETTER * total}
     by_count = [index for index, _ in sorted(used, key=lambda item: (-item[1], item[0]))]
-    unused = sorted(tokens.id_to_token.keys() - set(by_count))
-    return by_count + sorted(unused, key=lambda i: not common.issuperset(tokens.id_to_token[i]))
+    ranks: Counter[str | None] = Counter()
+    sizes = Counter(tokens.scripts.values())
+    expected: dict[int, float] = {}
+    for index, script in sorted(tokens.scripts.items()):
+        ranks[script] += 1
+        zipf = ranks[script] * math.log(sizes[script] + 1)
+        known = bool(tokens.texts[index]) and common.issuperset(tokens.texts[index])
+        expected[index] = shares[script] / total / zipf if known and total else 0.0
+    unused = sorted(tokens.id_to_token.keys() - set(by_count), key=lambda i: (-expected[i], i))
+    return by_count + unused, sum(expected[index] >= UNLIKELY for index in unused)
 
 
 def _round_up(rows: int) -> int:
@@ -259,26 +383,34 @@ def _round_up(rows: int) -> int:
 
 def count_tokens(
     sources: Sequence[Source], tokenizer: PreTrainedTokenizerBase, dist: DistContext
-) -> Tensor:
+) -> tuple[Tensor, list[str]]:
     """Return how often each token occurs in the sources' train text: (tokens,) int64.
 
-    The processes of `dist` share the texts. Raises UserError for whatever is wrong with these.
+    And every HELD_OUT-th of the texts, of few ones pieces, up to HELD_CHARACTERS. The processes of
+    `dist` share the texts. Raises UserError for whatever is wrong with these.
     """
     n_tokens = max(tokenizer.get_vocab().values()) + 1
-    counts = torch.zeros(n_tokens, dtype=torch.long)
+    counts, held, room = torch.zeros(n_tokens, dtype=torch.long), [], HELD_CHARACTERS
     for source in sources:
         documents, _ = read_documents(source, "train")
+        if not source.hub and len(documents) < HELD_OUT:
+            documents = [piece for document in documents for piece in pieces_of(document)]
         total, limit = (None, HUB_CHARACTERS) if source.hub else (len(documents), math.inf)
-        what = f"counting tokens of {source.name}"
+        what, seen = f"counting tokens of {source.name}", 0
         with progress(total, what, "text", dist.is_main) as on_progress:
             for batch in batches(documents, limit):
+                for document in batch[-(seen + 1) % HELD_OUT :: HELD_OUT]:
+                    if room > 0:
+                        held.append(text_by(tokenizer, document))
+                        room -= len(held[-1])
+                seen += len(batch)
                 own = [text_by(tokenizer, each) for each in batch[dist.rank :: dist.size]]
                 ids = torch.tensor([*chain(*encode_all(tokenizer, own))], dtype=torch.long)
                 counts += torch.bincount(ids, minlength=n_tokens)
                 on_progress(len(batch))
     counts = counts.to(dist.device)
     dist.sum_([counts])
-    return counts.cpu()
+    return counts.cpu(), held
 
 
 def encode_all(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[list[int]]:

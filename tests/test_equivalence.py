@@ -17,7 +17,7 @@ import processes
 import pytest
 import tiny
 import torch
-from support import QUICK, Done, call, results, weights
+from support import QUICK, Done, call, reloaded, results, weights, whole
 from torch import Tensor
 
 ALIKE = 0.999  # of all weights, where sums are rounded otherwise
@@ -53,7 +53,7 @@ KINDS = {
     "q4_0, trained": ["bfloat16", *TRIM, *Q4_0, *TRAIN],
     "q4_0, float32, trained": ["deep", *TRIM, *Q4_0, *TRAIN],
     "q4_0, trained by rank": ["bfloat16", *Q4_0, *TRAIN, "--recover_rank", "4"],
-    "trained in vain": ["deep", *WANDA, *TRAIN, "--recover_rate", "0.5"],  # the first is kept
+    "trained in vain": ["deep", *WANDA, *TRAIN, "--recover_lr", "0.5"],  # the first is kept
     "q4_0, neurons, trained": ["wide", *TRIM, *NEURONS, *Q4_0, *TRAIN],
 }
 STEPS = {"pruning": "--prune_method", "rounding": "--quantize", "recovering": "--recover"}
@@ -141,13 +141,10 @@ def alike(one: dict[str, Tensor], two: dict[str, Tensor]) -> float:
 @pytest.mark.parametrize(("kind", "way"), CASES, ids=lambda name: name.replace(" ", "-"))
 def test_the_same_model(kind: str, way: str, plain: Path, place: Path, tmp_path: Path) -> None:
     argv = flags(kind, tmp_path)
-    away = ["--offload", tmp_path / "away"]
+    away = ["--offload_folder", tmp_path / "away"]
     if way == "loaded again":
-        dtype = results(plain / "out")["fingerprint"]["pruning"]["--dtype"].split(",")[0]
-        argv = [*BASE, "--model", plain / "model", "--eval_only", "--dtype", dtype]
-        argv += ["--save", tmp_path / "out"]
-        check(call(*argv))
-        assert figures(tmp_path)[:2] == pytest.approx(figures(plain)[:2], rel=1e-6)
+        (again,) = reloaded(plain / "model", plain / "out", *BASE)["evaluation"]
+        assert again["bits_per_byte"] == pytest.approx(figures(plain)[1], rel=1e-6)
         return
     if way.startswith("killed"):
         argv += ["--resume", tmp_path / "kept"]
@@ -165,7 +162,7 @@ def test_the_same_model(kind: str, way: str, plain: Path, place: Path, tmp_path:
     else:
         check(call(*argv, *(away if way == "offloaded" else ["--batch_size", "1"])))
     assert not [name for name in ("kept", "away") if (tmp_path / name).exists()]
-    one, two = weights(plain / "model"), weights(tmp_path / "model")
+    one, two = weights(plain / "model"), whole(tmp_path / "model")
     if way == "offloaded" or way.startswith("killed"):
         assert figures(tmp_path) == figures(plain)
         assert one.keys() == two.keys()

@@ -29,7 +29,7 @@ from ..util.errors import UserError
 from ..util.files import check_writable, write_text
 from ..util.markdown import padded_table
 from ..util.progress import progress
-from .report import heat_map
+from .report_pictures import heat_map
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

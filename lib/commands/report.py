@@ -1,39 +1,45 @@
-"""One table over many runs, and a picture of what each calibration text loses on each test.
+"""One table over many runs, which of its differences could be chance, and pictures.
 
-    bash launch.sh report RUN [RUN ...] [--out FOLDER]
+    bash launch.sh report RUN [RUN ...] [--against dense] [--latex FILE] [--csv FILE] [--out FOLDER]
 
-A RUN is a run's `--save` folder, or a folder that holds such folders. The table and the picture go
-to report.md, unrounded figures to report.csv. The terminal gets a table of one figure for each test
-set.
+A RUN is a run's `--save` folder, or a folder that holds such folders. Tables and pictures go to
+report.md, unrounded figures to report.csv, differences to differences.csv. The terminal gets a
+table of one figure for each test set.
 """
 
 from __future__ import annotations
 
-import math
+import re
 import sys
-import textwrap
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict
+from itertools import combinations
+from math import exp
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..methods.sparsity import SMALLER
 from ..run.plan import PRUNED_BEFORE
-from ..run.results import NONE, RESULTS, read_results
+from ..run.results import NONE, RESULTS, is_trained, read_losses, read_results
+from ..run.significance import holm, mean_interval
 from ..util import command
 from ..util.command import one_line
 from ..util.errors import UserError
 from ..util.files import check_writable, write_text
 from ..util.markdown import EMPTY, padded_table
+from .report_pictures import DENSE, SETTING, curves, picture
 
 if TYPE_CHECKING:
-    from matplotlib.figure import Figure
+    from numpy import ndarray
     from pandas import DataFrame, Series
 
 Runs = Mapping[Path, Mapping[str, Any]]  # {folder: results}
-DENSE = "dense"  # the method and the type of a model that was not pruned
-SETTING, TASK = "setting ", "task "  # what the columns of settings and of tasks begin with
+Losses = Mapping[Path, Mapping[str, Mapping[str, "ndarray"]]]  # of `read_losses` by folder
+TASK = "task "  # what the columns of tasks begin with
 STRICTNESS = ("unstructured", "4:8", "2:4", *SMALLER)  # the order of sparsity types
-WIDEST = 13.0  # inches of a picture
+COMPARED = {"loss": "perplexity", "kl": "kl"}  # by window: the figure of the table that it gives
+LIMIT = 0.05  # of the corrected p of what is significant
+NOT_SIGNIFICANT = "(n.s.)"
 WITH_COLUMN = "seed prune_method sparsity_type sparsity_ratio use_variant prune_on_c4 eval_only"
 RUN_COLUMNS = {  # title: figure, format, unit
     "zeros": ("zeros", ".2%"),
@@ -49,6 +55,7 @@ TEST_COLUMNS = {
     "agreement": ("top1_agreement", ".1%"),
 }
 MEASURES = [name for name, _ in TEST_COLUMNS.values() if name != "rise"]
+SIZES = "windows", "tokens", "compared_windows"  # of a test set
 NOTES = {
     "MB": "MB: bytes of the saved model's files, in millions.",
     "perplexity": "Perplexity: lower is better; ± is the standard deviation over seeds.",
@@ -58,6 +65,12 @@ NOTES = {
     "agreement": "agreement: share of positions with the dense model's most likely token.",
     "bits/byte": "Bits per byte compare models of different tokenizers; perplexities do not.",
 }
+BOLD = "Bold: the best of the rows that differ in the calibration text alone, if significantly so."
+DIFFERENCES = f"""\
+Differences: nats a token, of the loss or of KL from the dense model, paired by test window; in
+brackets 95% intervals, each by itself, over documents and seeds; with one seed for that draw alone.
+p is corrected by Holm's rule over the table. {NOT_SIGNIFICANT}: not significant, p is {LIMIT} or
+more, or a test of one document, which says nothing of others.""".replace("\n", " ")
 
 
 def load_runs(paths: Iterable[str | Path]) -> dict[Path, dict[str, Any]]:
@@ -89,8 +102,8 @@ def tables(runs: Runs) -> list[DataFrame]:
     lines = [
         _run_columns(folder, results)
         | {"measured_on": test["name"]}
-        | {"digest": (test.get("digest") or f"{test.get('source')} {test.get('tokens')}")[:8]}
-        | {name: test.get(name) for name in MEASURES}
+        | {"digest": test.get("digest") or f"{test.get('source')} {test.get('tokens')}"}
+        | {name: test.get(name) for name in (*MEASURES, *SIZES)}
         for folder, results in runs.items()
         for test in results["evaluation"]
     ]
@@ -114,7 +127,7 @@ def _run_columns(folder: Path, results: Mapping[str, Any]) -> dict[str, Any]:
         rows += f" ({vocabulary.get('digest')})"
     text = results.get("calibration") or results.get("recovery", {}).get("text") or {}
     variant = " variant" if results.get("flags", {}).get("use_variant") else ""
-    trained = "recovery" in results and results["method"] != "recovered"
+    trained = is_trained(results) and results["method"] != "recovered"
     columns = {
         "folder": folder,
         "model": results["model"].rstrip("/"),
@@ -145,13 +158,15 @@ def _keys(names: Iterable[str]) -> list[str]:
 
 def _summarised(lines: DataFrame) -> DataFrame:
     """Average the runs of one model that differ in nothing but the seed."""
+    import pandas
+
     pruned = lines[lines["type"] != DENSE]
     counts = (lines if pruned.empty else pruned).nunique()
     same = [name for name in lines if name.startswith(SETTING) and counts[name] < 2]
     lines = lines.drop(columns=same).dropna(axis="columns", how="all")
     keys = [*_keys(lines), "measured_on"]
     lines = lines.fillna(dict.fromkeys(keys, EMPTY))
-    lines["measured_on"] = _unique_names(lines["measured_on"], lines["digest"])
+    lines["measured_on"] = _unique_names(lines["measured_on"], lines["digest"].str[:8])
     lines["calibrated_on"] = _unique_names(lines["calibrated_on"], lines["sources"])
     spread = {*MEASURES, *(name for name in lines if name.startswith(TASK))}
     means = [name for name in lines if name in spread | {"zeros", "saved_bytes"}]
@@ -162,6 +177,7 @@ def _summarised(lines: DataFrame) -> DataFrame:
     table = table.join(groups[spread].std().add_suffix("_deviation"))
     table["seeds"] = groups["seed"].nunique()
     table["folders"] = groups["folder"].agg(lambda folders: " ".join(map(str, folders)))
+    table["runs"] = groups[["seed", "folder"]].apply(lambda run: dict(run.values.tolist()))
     table = table.reset_index()
     is_dense = table["type"] == DENSE
     dense = table[is_dense].drop_duplicates("measured_on").set_index("measured_on")
@@ -172,7 +188,13 @@ def _summarised(lines: DataFrame) -> DataFrame:
     tests = list(lines["measured_on"].unique())
     table = table.assign(pruned=~is_dense, test=table["measured_on"].map(tests.index))
     order = ["pruned", "method", "strictness", "ratio", *keys[1:-1], "test"]
-    return table.sort_values(order, ignore_index=True).drop(columns=["pruned", "test"])
+
+    def numbers(column: Series) -> Series:
+        found = pandas.to_numeric(column, errors="coerce")
+        return found if column.name in keys and found.notna().any() else column
+
+    table = table.sort_values(order, ignore_index=True, key=numbers)
+    return table.drop(columns=["pruned", "test"])
 
 
 def _unique_names(names: Series, identities: Series) -> Series:
@@ -181,10 +203,139 @@ def _unique_names(names: Series, identities: Series) -> Series:
     return names.where(~several, names + " (" + identities + ")")
 
 
-def report_text(tables: Sequence[DataFrame], brief: bool = False) -> str:
+def paired(
+    one: Series, other: Series | None, losses: Losses, figure: str
+) -> tuple[ndarray, ndarray] | None:
+    """Return a figure of one line less that of another on the same windows, and their documents.
+
+    Shapes: (seeds, windows), (windows,). Seeds that both have are paired; a model that no seed
+    decides is paired with each. None where there is no such seed, or nothing kept by window.
+    """
+    import numpy
+
+    kept, documents = [], None
+    for line in (one, other) if other is not None else (one,):
+        sets = {seed: losses[run].get(line["digest"], {}) for seed, run in line["runs"].items()}
+        kept.append({seed: each[figure] for seed, each in sets.items() if figure in each})
+        documents = next((each["document"] for each in sets.values() if each), documents)
+    seeds = set.intersection(*(set(each) for each in kept))
+    for index, line in enumerate((one, other)[: len(kept)]):
+        if line["calibrated_on"] == NONE and len(kept[index]) == 1:  # drawn by no seed
+            (only,) = kept[index].values()
+            seeds = set(kept[1 - index]) if len(kept) > 1 else seeds
+            kept[index] = dict.fromkeys(seeds, only)
+    if not seeds:
+        return None
+    each = [
+        numpy.stack([by_seed[seed] for seed in sorted(seeds)]).astype(float) for by_seed in kept
+    ]
+    values = each[0] - each[1] if len(each) > 1 else each[0]
+    measured = numpy.isfinite(values).all(0)
+    return (values[:, measured], documents[measured]) if measured.any() else None
+
+
+def add_intervals(table: DataFrame, losses: Losses) -> None:
+    """Add 95% intervals to a table of `tables`: perplexity_low, perplexity_high, kl_low, kl_high.
+
+    That of a perplexity is of the loss over the dense model's, where that is in the table: a text
+    that is hard for both says nothing of their difference.
+    """
+    dense = table[table["type"] == DENSE].drop_duplicates("measured_on").set_index("measured_on")
+    for index, line in table.iterrows():
+        has_dense = line["measured_on"] in dense.index and line["type"] != DENSE
+        over = dense.loc[line["measured_on"]] if has_dense else None
+        for figure, name in COMPARED.items():
+            pair = paired(line, over if figure == "loss" else None, losses, figure)
+            if pair is None or name not in table:
+                continue
+            found = mean_interval(*pair)
+            for end in ("low", "high"):
+                away, value = getattr(found, end) - found.mean, line[name]
+                table.loc[index, f"{name}_{end}"] = (
+                    value * exp(away) if figure == "loss" else value + away
+                )
+
+
+def differences(
+    table: DataFrame, losses: Losses, against: str | None = None
+) -> tuple[DataFrame, list[str]]:
+    """Compare rows on the same test windows; return a line for each, and why others have none.
+
+    Rows are compared that differ in the calibration text alone, and every row with that of
+    `against`: `dense`, or a run's folder. `difference` is a row's figure less the other's, with
+    `low`, `high`, and `p` by Holm's rule over all lines. Columns perplexity_best and kl_best are
+    added to `table`: whether a cell is significantly below all that it is compared with in its
+    calibration text alone.
+    """
+    import pandas
+
+    keys, lines = _keys(table), []
+    problems: dict[str, dict[str, None]] = {}
+    rows = [
+        row.reset_index().set_index("measured_on") for _, row in table.groupby(keys, sort=False)
+    ]
+    named = [_is_named(row.iloc[0], against) for row in rows]
+    for (one, is_first), (other, is_second) in combinations(zip(rows, named, strict=True), 2):
+        if is_first and not is_second:  # the named one is taken off
+            one, other = other, one
+        texts = {row["calibrated_on"].iloc[0] for row in (one, other)}
+        apart = [key for key in keys if one[key].iloc[0] != other[key].iloc[0]]
+        by_text = apart == ["calibrated_on"] and NONE not in texts
+        if not by_text and is_first == is_second:
+            continue
+        names = [_row_name(row.iloc[0], keys) for row in (one, other)]
+        tests = [test for test in one.index if test in other.index]
+        if not tests:
+            problems.setdefault("no common test windows", {})[" minus ".join(names)] = None
+        for test, figure in ((test, figure) for test in tests for figure in COMPARED):
+            first, second = one.loc[test], other.loc[test]
+            pair = paired(first, second, losses, figure)
+            line = {"one": first["index"], "other": second["index"], "by_text": by_text}
+            line |= {"measured_on": test, "figure": figure} | dict(first[keys])
+            line |= {"minus": second["calibrated_on"] if by_text else names[1]}
+            lines.append(line | (asdict(mean_interval(*pair)) if pair else {}))
+            if pair is None and figure == "loss":
+                reason = "no losses by window of a common seed"
+                problems.setdefault(reason, {})[" minus ".join(names)] = None
+    reasons = [
+        f"not compared, {reason}: {_first_of(list(all_))}" for reason, all_ in problems.items()
+    ]
+    if not lines:
+        return pandas.DataFrame(), reasons
+    frame = pandas.DataFrame(lines).rename(columns={"mean": "difference"})
+    frame = frame.reindex(columns=list(dict.fromkeys([*frame, "difference", "low", "high", "p"])))
+    frame["p"] = holm(frame["p"])
+    frame["significant"] = frame["p"] < LIMIT
+    for figure, name in COMPARED.items():
+        pairs = frame[frame["by_text"] & (frame["figure"] == figure)]
+        won = [
+            (pairs["significant"] & (sign * pairs["difference"] < 0)).set_axis(pairs[side])
+            for side, sign in (("one", 1), ("other", -1))
+        ]
+        best = pandas.concat(won).groupby(level=0).all().astype(bool)
+        table[f"{name}_best"] = table.index.isin(best.index[best])
+    return frame.drop(columns=["one", "other", "by_text"]).dropna(subset="difference"), reasons
+
+
+def _first_of(names: list[str]) -> str:
+    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+    return ", ".join(names[:3]) + more
+
+
+def _row_name(row: Series, keys: Sequence[str]) -> str:
+    return " ".join(dict.fromkeys(row[key] for key in keys if row[key] not in (NONE, EMPTY)))
+
+
+def _is_named(row: Series, against: str | None) -> bool:
+    if against in (None, DENSE):
+        return against == row["type"]
+    return Path(against).resolve() in {folder.resolve() for folder in row["runs"].values()}
+
+
+def report_text(tables: Sequence[DataFrame], brief: bool = False, more: Sequence[str] = ()) -> str:
     """Return all runs as Markdown: one table, or one for each model and vocabulary.
 
-    `brief`: with one figure for each test set, for a terminal.
+    `brief`: with one figure for each test set, for a terminal. `more`: what follows each table.
     """
     parts, titles = [], set()
     if len(tables) > 1:
@@ -192,7 +343,7 @@ def report_text(tables: Sequence[DataFrame], brief: bool = False) -> str:
             f"**{len(tables)} tables, not to be compared with each other:** "
             "their runs are of different models or vocabularies."
         )
-    for table in tables:
+    for number, table in enumerate(tables):
         columns = _columns(table, brief)
         titles |= {title.rpartition(" ")[2] for title in columns}
         tests = ", ".join(dict.fromkeys(table["measured_on"]))
@@ -200,6 +351,7 @@ def report_text(tables: Sequence[DataFrame], brief: bool = False) -> str:
         parts.append(f"### {one_line(', '.join(about))}")
         parts += list(table["note"][:1]) if "note" in table else []
         parts.append(padded_table(list(columns), list(zip(*columns.values(), strict=True)), left=3))
+        parts += list(more)[number : number + 1]
     parts.append("\n".join(f"- {note}" for title, note in NOTES.items() if title in titles))
     return "\n\n".join(part for part in parts if part) + "\n"
 
@@ -225,114 +377,248 @@ def _columns(table: DataFrame, brief: bool) -> dict[str, list[str]]:
 
 
 def _cells(lines: DataFrame, name: str, form: str, unit: float = 1) -> list[str]:
-    """Return a figure of each line as text, `±` its deviation over seeds; `–` for none."""
+    """Return a figure of each line as text, `±` its deviation over seeds; `–` for none.
+
+    What is significantly best stands between `**`.
+    """
     cells = []
     for _, line in lines.iterrows():
         value, spread = line.get(name), line.get(f"{name}_deviation", 0)
         text = EMPTY if value is None or value != value else format(value / unit, form)
-        cells.append(text + (f" ± {format(spread, form)}" if spread > 0 else ""))
+        text += f" ± {format(spread, form)}" if spread > 0 else ""
+        cells.append(f"**{text}**" if line.get(f"{name}_best") in (True,) else text)
     return cells
 
 
-def picture(table: DataFrame) -> Figure | None:
-    """Draw bits per byte over the dense model's, calibrated on (rows) x measured on (columns).
+def _difference_columns(lines: DataFrame) -> dict[str, list[str]]:
+    """Return {title: a cell for each line} of `differences`; bold where it is significant."""
+    columns = {name.removeprefix(SETTING).replace("_", " "): list(lines[name]) for name in lines}
+    names = list(columns)[: list(columns).index("difference")]
+    columns = {name: columns[name] for name in names}
+    columns["figure"] = [{"kl": "KL"}.get(figure, figure) for figure in lines["figure"]]
+    columns |= {name: [] for name in ("difference", "95% interval", "p", "seeds", "documents")}
+    for line in lines.itertuples():
+        tested = line.p == line.p
+        text = f"{line.difference:+.4f}"
+        mark = f"**{text}**" if line.significant else f"{text} {NOT_SIGNIFICANT}"
+        columns["difference"].append(mark)
+        columns["95% interval"].append(f"[{line.low:+.4f}, {line.high:+.4f}]" if tested else EMPTY)
+        columns["p"].append(f"{line.p:.2g}" if tested else EMPTY)
+        columns["seeds"].append(f"{line.seeds:.0f}")
+        columns["documents"].append(f"{line.documents:.0f}")
+    return columns
 
-    Unlike perplexities, they compare languages of different scripts. Each type and method has axes
-    of its own, with a row for a method that reads no text; their colors, which the color-blind tell
-    apart, have one logarithmic scale. None where fewer than two texts were calibrated on, or
-    without a dense run.
+
+def _short(lines: DataFrame, keys: list[str]) -> list[str]:
+    """Return a line for each difference of losses, for a terminal."""
+    texts = [
+        f"differences of the loss, nats a token; {NOT_SIGNIFICANT} is not significant:"
+    ] * bool(len(lines))
+    columns = _difference_columns(lines) if len(lines) else {"difference": []}
+    for mark, (_, line) in zip(columns["difference"], lines.iterrows(), strict=True):
+        name = f"{_row_name(line, keys)} minus {line['minus']}, on {line['measured_on']}"
+        texts.append(f"  {one_line(name)}: {mark.strip('*')}")
+    return texts
+
+
+def caption(table: DataFrame, runs: Runs) -> str:
+    """Return what a table's figures are of: calibration, test windows, dtype, processor, commit."""
+    results = [runs[folder] for of_row in table["runs"] for folder in of_row.values()]
+
+    def values(*path: str) -> str:
+        texts = {}
+        for value in results:
+            for key in path:
+                value = (value or {}).get(key)
+            texts |= {} if value is None else {str(value): None}
+        return " or ".join(texts)
+
+    parts = []
+    if count := values("calibration", "windows"):
+        length = values("calibration", "seqlen")
+        parts.append(f"calibrated on {count} windows of {length} tokens")
+    for test, lines in table.groupby("measured_on", sort=False):
+        if "windows" not in lines or (line := lines.iloc[0])["windows"] != line["windows"]:
+            continue
+        part = f"measured on {test}: {line['windows']:.0f} windows, {line['tokens']:,.0f} tokens"
+        compared = lines["compared_windows"].max() if "compared_windows" in lines else None
+        if compared is not None and compared < line["windows"]:
+            part += f" (KL and agreement on {compared:.0f} of these windows)"
+        parts.append(part)
+    parts.append(values("fingerprint", "pruning", "--dtype"))
+    parts.append(values("processor"))
+    commits = {}
+    for commit in filter(None, (each.get("commit") for each in results)):
+        commits[commit["hash"][:10] + ", with changes" * commit["changed"]] = None
+    parts += [f"commit {' or '.join(commits)}"] * bool(commits)
+    text = one_line("; ".join(filter(None, parts)))
+    return f"{text[:1].upper()}{text[1:]}." if text else ""
+
+
+def latex(
+    tables: Sequence[DataFrame], compared: Sequence[DataFrame], captions: Sequence[str]
+) -> str:
+    """Return the tables, perplexity and KL, and their differences for LaTeX with `booktabs`."""
+    parts = ["% \\usepackage{booktabs}"]
+    for table, lines, about in zip(tables, compared, captions, strict=True):
+        columns, tests = _columns(table, brief=False), list(dict.fromkeys(table["measured_on"]))
+        names = [name.removeprefix(SETTING).replace("_", " ") for name in _keys(table)]
+        shown = {("", name): columns[name] for name in names}
+        for test in tests:
+            figures = {"perplexity": "perplexity", "KL": "KL, nats"}
+            shown |= {
+                (test, words): columns[f"{test} {figure}"]
+                for figure, words in figures.items()
+                if f"{test} {figure}" in columns
+            }
+        model = Path(table["model"].iloc[0]).name
+        bold = (
+            f" {BOLD}"
+            if any(cell[:2] == "**" for cells in shown.values() for cell in cells)
+            else ""
+        )
+        parts.append(_booktabs(shown, f"{model}. {about} {NOTES['perplexity']}{bold}"))
+        if len(lines):
+            shown = {("", name): cells for name, cells in _difference_columns(lines).items()}
+            parts.append(_booktabs(shown, f"{model}. {about} {DIFFERENCES}"))
+    return "\n\n".join(parts) + "\n"
+
+
+def _booktabs(columns: Mapping[tuple[str, str], list[str]], about: str) -> str:
+    """Return a table of {(heading over several columns, title): cells}."""
+    groups = list(dict.fromkeys(group for group, _ in columns))
+    widths = [sum(group == each for each, _ in columns) for group in groups]
+    titles = [title for _, title in columns]
+    left = titles.index("difference") if "difference" in titles else widths[0]
+    head, rules, start = [], [], 1
+    for group, width in zip(groups, widths, strict=True):
+        head.append(f"\\multicolumn{{{width}}}{{c}}{{{_tex(group)}}}")
+        rules += [f"\\cmidrule(lr){{{start}-{start + width - 1}}}"] if group else []
+        start += width
+    lines = [" & ".join(head) + " \\\\", " ".join(rules)] if len(groups) > 1 else []
+    lines += [" & ".join(map(_tex, titles)) + " \\\\", "\\midrule"]
+    lines += [" & ".join(map(_tex, row)) + " \\\\" for row in zip(*columns.values(), strict=True)]
+    begin = f"\\begin{{tabular}}{{{'l' * left}{'r' * (len(columns) - left)}}}"
+    top = ["\\begin{table}", "\\centering", f"\\caption{{{_tex(about)}}}", begin, "\\toprule"]
+    return "\n".join([*top, *lines, "\\bottomrule", "\\end{tabular}", "\\end{table}"])
+
+
+def _tex(text: str) -> str:
+    """Return any text, and `**bold**`, for LaTeX."""
+    special = {"\\": "\\textbackslash{}", "~": "\\textasciitilde{}", "^": "\\textasciicircum{}"}
+    special |= {letter: f"\\{letter}" for letter in "&%$#_{}"} | {"±": "$\\pm$", EMPTY: "--"}
+    text = "".join(special.get(letter, letter) for letter in one_line(str(text)))
+    text = re.sub(r"(?<![\w.])-(?=\d)", "$-$", text)
+    return re.sub(r"\*\*(.+?)\*\*", r"\\textbf{\1}", text)
+
+
+def all_settings(runs: Runs) -> DataFrame:
+    """Return a line for each run: its command, every setting, and the figures of each test set."""
+    import pandas
+
+    lines = []
+    for folder, results in runs.items():
+        names = [test["name"] for test in results["evaluation"]]
+        tests = {
+            test["name"] if names.count(test["name"]) == 1 else f"{test['name']} {number}": test
+            for number, test in enumerate(results["evaluation"])
+        }
+        left_out = "allocation", "perplexity", "notes"  # by linear; a copy; sentences
+        kept = {name: value for name, value in results.items() if name not in left_out}
+        first = {"folder": str(folder), "command": results.get("command")}
+        lines.append(first | kept | {"evaluation": tests})
+    frame = pandas.json_normalize(lines)
+    lists = [n for n in frame if n[:6] != "flags." and frame[n].map(type).isin([list]).any()]
+    linears = [name for name in frame if name.startswith("sparsity.linears.")]
+    return frame.drop(columns=[*lists, *linears])
+
+
+def write_report(
+    runs: Runs,
+    out: Path,
+    against: str | None = None,
+    latex_file: str | None = None,
+    csv_file: str | None = None,
+) -> str:
+    """Write report.md, report.csv, differences.csv and pictures into `out`; return brief tables.
+
+    `latex_file` gets the tables for LaTeX, `csv_file` all settings of every run. UserError where no
+    row is that of `against`.
     """
     import pandas
-    from matplotlib.colors import LogNorm
-    from matplotlib.figure import Figure
-    from matplotlib.ticker import LogLocator
+    from matplotlib import rc_context
 
-    labels = set(table.loc[table["type"] != DENSE, "calibrated_on"]) - {NONE}
-    first = [name for name in dict.fromkeys(table["measured_on"]) if name in labels]
-    labels = first + sorted(labels - set(first))  # in the order of the tests
-    if "more_bits" not in table or len(labels) < 2:
-        return None
-    rows = table[table["more_bits"].map(math.isfinite)]
-    without, rows = (rows[(rows["calibrated_on"] == NONE) == none] for none in (True, False))
-    if rows.empty:
-        return None
-    tests = list(dict.fromkeys(rows["measured_on"]))
-    groups = dict(list(rows.groupby(["strictness", "ratio", "type", "method"], dropna=False)))
-    width, height = 1.2 + 0.62 * max(3, len(tests)), 1.2 + 0.42 * max(3, len(labels))
-    columns = max(1, min(rows["method"].nunique(), int(WIDEST / width)))
-    lines = math.ceil(len(groups) / columns)
-    size = max(7.0, columns * width), 0.8 + lines * height
-    figure = Figure(figsize=size, layout="constrained")
-    title = f"{Path(table['model'].iloc[0]).name}: bits per byte over dense, by calibration and "
-    title = textwrap.fill(f"{title}test text", int(9 * size[0]))
-    figure.suptitle(title, fontsize=12, fontweight="bold")
-    panels = list(figure.subplots(lines, columns, squeeze=False).flat)
-    for panel in panels[len(groups) :]:
-        panel.set_axis_off()
-    shown = rows["more_bits"].clip(lower=1e-3)
-    norm = LogNorm(shown.min() / 1.05, shown.max() * 1.05, clip=True)
-    for axes, ((*_, kind, method), group) in zip(panels, groups.items(), strict=False):
-        plain = without[without["type"] == kind].assign(calibrated_on="no text")
-        own = pandas.concat([group, plain.drop_duplicates("measured_on")])
-        cells = own.pivot_table("more_bits", "calibrated_on", "measured_on", sort=False)
-        cells = cells.reindex(index=[*labels, *["no text"] * (len(plain) > 0)], columns=tests)
-        cells = cells.dropna(how="all")
-        cells.index = [n if len(n) < 25 else f"{n.count('+') + 1} mixed" for n in cells.index]
-        form = "+.2f" if cells.stack().median() >= 0.1 else "+.3f"
-        image = heat_map(axes, cells, norm, form)
-        axes.set_title(f"{method} {kind}", fontsize=10)
-        axes.set(ylabel="calibrated on", xlabel="measured on")
-    scale = dict(ticks=LogLocator(subs=(1, 2, 5)), format="{x:,.10g}")
-    about = "bits per byte over dense (log scale)"
-    figure.colorbar(image, ax=panels, aspect=40, label=about, **scale).minorticks_off()
-    return figure
-
-
-def heat_map(axes: Any, cells: DataFrame, norm: Any, form: str, cmap: str = "cividis") -> Any:
-    """Draw a table with its figures in format `form`; nan stays blank."""
-    values = cells.to_numpy(float)
-    image = axes.imshow(values, aspect="auto", cmap=cmap, norm=norm)
-    slanted = {"rotation": 45, "ha": "right", "rotation_mode": "anchor"}
-    long = max(len(str(name)) for name in cells.columns) > 4
-    axes.set_xticks(range(cells.shape[1]), cells.columns, **slanted if long else {})
-    axes.set_yticks(range(cells.shape[0]), cells.index)
-    size = 7.5 if len(values.T) > 6 else 9
-    for row, line in enumerate(values):
-        for column, value in enumerate(line):
-            if math.isfinite(value):
-                dark = sum(image.cmap(norm(value))[:3]) < 1.35
-                look = {"color": "white" if dark else "black", "fontsize": size}
-                axes.text(column, row, format(value, form), ha="center", va="center", **look)
-    axes.spines[:].set_visible(False)
-    axes.tick_params(length=0)
-    return image
-
-
-def write_report(runs: Runs, out: Path) -> str:
-    """Write report.md, report.csv and the picture into folder `out`; return brief tables."""
-    import pandas
-
-    out.mkdir(parents=True, exist_ok=True)
     by_model = tables(runs)
-    parts = [report_text(by_model).strip()]
+    losses = {folder: read_losses(folder, results) for folder, results in runs.items()}
+    compared, captions, more, brief = [], [], [], []
+    for table in by_model:
+        add_intervals(table, losses)
+        lines, problems = differences(table, losses, against)
+        compared.append(lines)
+        captions.append(caption(table, runs))
+        parts = [captions[-1], *(f"- {problem}" for problem in problems)]
+        if len(lines):
+            columns = _difference_columns(lines)
+            cells, left = (
+                list(zip(*columns.values(), strict=True)),
+                list(columns).index("difference"),
+            )
+            parts += [DIFFERENCES, padded_table(list(columns), cells, left)]
+        parts += [BOLD] if table.filter(like="_best").to_numpy().any() else []
+        more.append("\n\n".join(filter(None, parts)))
+        losses_alone = lines[lines["figure"] == "loss"] if len(lines) else lines
+        brief.append("\n".join(parts[1 : 1 + len(problems)] + _short(losses_alone, _keys(table))))
+    if against and not any(_is_named(row, against) for t in by_model for _, row in t.iterrows()):
+        raise UserError(
+            f"--against {against}: no run is of it; name one more RUN, or a run's folder"
+        )
+    out.mkdir(parents=True, exist_ok=True)
+    text = [report_text(by_model, more=more).strip()]
     for number, table in enumerate(by_model, 1):
-        name = f"languages-{number}" if len(by_model) > 1 else "languages"
-        if figure := picture(table):  # the same figures give the same bytes
-            figure.savefig(out / f"{name}.png", dpi=150, metadata={"Software": None})
-            parts.append(f"![{name}]({name}.png)")
-    write_text(out / "report.md", "\n\n".join(parts) + "\n")
+        figures = {"languages": picture(table)} | curves(table, _keys(table))
+        for name, figure in figures.items():
+            name = f"{name}-{number}" if len(by_model) > 1 else name
+            if figure:  # the same figures give the same bytes
+                figure.savefig(out / f"{name}.png", dpi=150, metadata={"Software": None})
+                with rc_context({"pdf.fonttype": 42}):  # which publishers ask for
+                    figure.savefig(out / f"{name}.pdf", metadata={"CreationDate": None})
+                text.append(f"![{name}]({name}.png)")
+    write_text(out / "report.md", "\n\n".join(text) + "\n")
     frame = pandas.concat(by_model) if by_model else pandas.DataFrame()
-    frame = frame.drop(columns=["folder", "strictness", "seed"], errors="ignore")
+    dropped = ["folder", "strictness", "seed", "runs", *frame.filter(like="_best")]
+    _write_csv(frame.drop(columns=dropped, errors="ignore"), out / "report.csv")
+    if any(map(len, compared)):
+        of_model = zip((table["model"].iloc[0] for table in by_model), compared, strict=True)
+        frame = pandas.concat([lines.assign(model=model) for model, lines in of_model])
+        _write_csv(frame, out / "differences.csv")
+    if latex_file:
+        write_text(Path(latex_file), latex(by_model, compared, captions))
+    if csv_file:
+        write_text(Path(csv_file), all_settings(runs).to_csv(index=False))
+    return report_text(by_model, brief=True, more=brief)
+
+
+def _write_csv(frame: DataFrame, file: Path) -> None:
     short = {name: name.removeprefix(SETTING).removeprefix(TASK) for name in frame}
-    write_text(out / "report.csv", frame.rename(columns=short).to_csv(index=False))
-    return report_text(by_model, brief=True)
+    write_text(file, frame.rename(columns=short).to_csv(index=False))
 
 
 def main(argv: list[str]) -> None:
     parser = command.make_parser("report", __doc__)
     parser.add_argument("--out", default="report", help="folder for the files (default: report)")
+    about = "compare every row with this one too: dense, or a run's folder (default: none)"
+    parser.add_argument("--against", metavar="RUN", help=about)
+    about = "also write the tables for LaTeX with booktabs (default: not)"
+    parser.add_argument("--latex", metavar="FILE", help=about)
+    about = "also write a line for each run and seed: its command and all settings (default: not)"
+    parser.add_argument("--csv", metavar="FILE", help=about)
     parser.add_argument("runs", nargs="+", metavar="RUN", help="run folder, or a folder of them")
     args = parser.parse_args(argv)
     check_writable("--out", args.out)
-    print(write_report(load_runs(args.runs), Path(args.out)))
+    for flag in ("latex", "csv"):
+        if file := getattr(args, flag):
+            check_writable(f"--{flag}", str(Path(file).parent))
+    more = [args.against] if args.against not in (None, DENSE) else []
+    runs = load_runs([*args.runs, *more])
+    print(write_report(runs, Path(args.out), args.against, args.latex, args.csv))
     print(f"wrote {args.out}/report.md", file=sys.stderr)

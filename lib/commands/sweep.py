@@ -1,11 +1,12 @@
 """Run many prunings: models x methods x types x ratios x calibration sets x seeds.
 
     bash launch.sh sweep --models MODEL --calibration uk en uk=0.5,en=0.5 --seeds 0 1 2
-        --out runs -- --nsamples 64 --device cpu
+        --vary nsamples=8,32,128 --out runs -- --device cpu
 
-What follows `--` goes to every run of main.py. Each run is a process of its own and has its own
-folder in `--out` (see sweep_run.py). Finished runs are kept, so that the same command continues
-after an interruption and retries failed runs. At the end comes the report on all runs.
+What follows `--` goes to every run of main.py. Each value of a `--vary` gives runs of their own, of
+the dense model too where its figures depend on that flag. Each run is a process of its own and has
+its own folder in `--out` (see sweep_run.py). Finished runs are kept, so that the same command
+continues after an interruption and retries failed runs. At the end comes the report on all runs.
 """
 
 from __future__ import annotations
@@ -38,11 +39,12 @@ OWN_FLAGS = {  # of main.py, which the sweep sets
     *("--model", "--seed", "--calibration_data", "--prune_on_c4", "--eval_data", "--eval_only"),
     *("--prune_method", "--sparsity_ratio", "--sparsity_type", "--save", "--save_model"),
 }
-RECOVERY_FLAGS = ("recover", "recover_rank", "recover_optimizer", "recover_rate", "recover_ce")
+RECOVERY_FLAGS = ("recover", "recover_rank", "recover_optimizer", "recover_lr", "recover_ce_weight")
 PRUNING_FLAGS = (  # of main.py, which a run of the dense model goes without
     *("allocation", "use_variant", "replace_sparse_layers", "quantize"),
     *(*RECOVERY_FLAGS, "resume"),
 )
+DRAWING_FLAGS = ("nsamples",)  # which decide nothing where no calibration text is read
 SHARED = ".dense-states"  # folder in --out: what the dense models compute, for all runs
 DATE = "date.txt"  # file in --out: the date that chat templates write, on whatever day it goes on
 
@@ -64,6 +66,10 @@ def build_sweep_parser() -> argparse.ArgumentParser:
     several("calibration", f"as --calibration_data; {mixture}", default=["ubertext"])
     several("eval_data", "default: the test texts of the calibration sets, else ubertext")
     several("seeds", "default: 0", type=int, default=[0])
+    about = "a flag of main.py and its values, each for runs of its own: nsamples=8,32,128; of a "
+    about += "switch on,off; may be given several times"
+    vary = dict(action="append", default=[], metavar="FLAG=VALUE,...")
+    parser.add_argument("--vary", help=about, **vary)
     parser.add_argument("--save_models", action="store_true", help="keep every pruned model")
     parser.add_argument("--out", default="runs", help="folder of the runs (default: runs)")
     return parser
@@ -75,6 +81,7 @@ def plan(args: argparse.Namespace, passed_on: Sequence[str]) -> dict[str, list[s
     for flag in (word.split("=")[0] for word in passed_on):
         if flag in OWN_FLAGS:
             parser.error(f"{flag} after '--': the sweep sets it; use the sweep's own flags")
+    varied = [_values(given, passed_on) for given in args.vary]
     check_writable("--out", args.out)
     mixtures = [[one] if Path(one).exists() else one.split(",") for one in args.calibration]
     parsed = [parse_sources(parts, "--calibration", mixture=True) for parts in mixtures]
@@ -87,13 +94,13 @@ def plan(args: argparse.Namespace, passed_on: Sequence[str]) -> dict[str, list[s
     passed_on = [*passed_on, *["--debug"] * args.debug]
     runs: dict[str, list[str]] = {}
     for model, parent in zip(args.models, folders, strict=True):
-        for short, point in _points(args, calibrations, passed_on):
+        for short, point in _points(args, calibrations, passed_on, varied):
             name = f"{parent}/{short}"
             if name in runs:
                 raise UserError(f"--out {args.out}: two runs would be {name}; give no value twice")
             folder = str(Path(args.out, name))
             flags = ["--model", model, *point, "--eval_data", *tests, "--save", folder]
-            if args.save_models and short != "dense":
+            if args.save_models and "--eval_only" not in point:
                 flags += ["--save_model", f"{folder}/model"]
             of_run = parser.parse_args(flags)
             if of_run.trim_vocabulary and not of_run.vocabulary_data:  # all of the same tokens
@@ -113,11 +120,41 @@ def without(passed_on: Sequence[str], names: Sequence[str] = PRUNING_FLAGS) -> l
     return parser.parse_known_args(passed_on)[1]
 
 
+def _values(given: str, passed_on: Sequence[str]) -> list[tuple[str, str, list[str]]]:
+    """Return (flag, its part of a run's name, its words for main.py) of each value of a --vary."""
+    name, _, values = given.partition("=")
+    name = name.removeprefix("--")
+    option, defaults = f"--{name}", vars(build_parser().parse_args(["--model", "m"]))
+    is_switch, problem = defaults.get(name) is False, None
+    if name not in defaults or not values:
+        problem = "give a flag of main.py and its values, such as nsamples=8,32"
+    elif option in OWN_FLAGS:
+        problem = "the sweep sets it; use the sweep's own flags"
+    elif option in (word.split("=")[0] for word in passed_on):
+        problem = f"{option} stands after '--' too; leave that out"
+    elif is_switch and not {*values.split(",")} <= {"on", "off"}:
+        problem = f"is a switch; give {name}=on,off"
+    if problem:
+        raise UserError(f"--vary {given}: {problem}")
+    words = {value: [option, value] for value in values.split(",")}
+    if is_switch:
+        words = {value: [option] * (value == "on") for value in values.split(",")}
+    texts = [f"{name}={value}" for value in words]
+    named = zip(_names(texts, texts), words.values(), strict=True)
+    return [(name, f"-{part}", each) for part, each in named]
+
+
 def _points(
-    args: argparse.Namespace, calibrations: dict[str, list[str]], passed_on: Sequence[str]
+    args: argparse.Namespace,
+    calibrations: dict[str, list[str]],
+    passed_on: Sequence[str],
+    varied: Sequence[Sequence[tuple[str, str, list[str]]]],
 ) -> Iterator[tuple[str, list[str]]]:
-    """Yield the dense run, then every pruning: its name, and its flags besides the model."""
-    yield "dense", ["--eval_only", *without(passed_on)]
+    """Yield the dense runs, then every pruning: its name, and its flags besides the model."""
+    of_dense = [v for v in varied if v[0][0] not in (*PRUNING_FLAGS, *DRAWING_FLAGS)]
+    for values in product(*of_dense):
+        more, words = _joined(values)
+        yield f"dense{more}", ["--eval_only", *without(passed_on), *words]
     parser = build_parser()
     for method, kind in product(args.methods, args.types):
         n, _, m = kind.partition(":")
@@ -126,14 +163,25 @@ def _points(
             name = f"{method}-{share}" + f"-{kind}" * (kind in SMALLER)
             flags = ["--prune_method", method, "--sparsity_type", kind]
             flags += ["--sparsity_ratio", str(ratio), *passed_on]
-            of_point = parser.parse_args(["--model", "any", *flags])
-            check_flags(parser, of_point)
-            if not Plan.of(of_point).reads_train:  # no set, no seed
-                yield name, flags
-                continue
-            for (text, parts), seed in product(calibrations.items(), args.seeds):
-                drawn = ["--seed", str(seed), "--calibration_data", *parts]
-                yield f"{name}-{text}-seed{seed}", [*flags, *drawn]
+            textless: set[str] = set()  # a value that decides nothing gives the same run again
+            for values in product(*varied):
+                of_point = parser.parse_args(["--model", "any", *flags, *_joined(values)[1]])
+                check_flags(parser, of_point)
+                reads = Plan.of(of_point).reads_train
+                more, words = _joined([v for v in values if reads or v[0] not in DRAWING_FLAGS])
+                if not reads:  # no set, no seed
+                    if more not in textless:
+                        yield f"{name}{more}", [*flags, *words]
+                    textless.add(more)
+                    continue
+                for (text, parts), seed in product(calibrations.items(), args.seeds):
+                    drawn = ["--seed", str(seed), "--calibration_data", *parts]
+                    yield f"{name}{more}-{text}-seed{seed}", [*flags, *words, *drawn]
+
+
+def _joined(values: Sequence[tuple[str, str, list[str]]]) -> tuple[str, list[str]]:
+    """Return what several varied flags add to a run's name, and to its flags."""
+    return "".join(part for _, part, _ in values), [word for *_, words in values for word in words]
 
 
 def _names(texts: Sequence[str], short: Sequence[str]) -> list[str]:

@@ -27,7 +27,9 @@ def run(args: argparse.Namespace, shared: Path) -> None:
     from ..run.check import check, check_outputs, open_store
 
     folder, printed = Path(args.save), io.StringIO()
-    outputs = dict(save_model=None, resume=None, offload=None)  # what is finished stays as it is
+    outputs = dict(
+        save_model=None, resume=None, offload_folder=None
+    )  # what is finished stays as it is
     with redirect_stdout(printed):
         job = check(argparse.Namespace(**vars(args) | outputs), shared)
     if (folder / RESULTS).is_file():

@@ -22,7 +22,7 @@ def unpack_folder(source: str, target: str) -> None:
     folder = Path(source)
     if not (folder / "config.json").is_file():
         raise UserError(f"IN {source}: no model folder (it has no config.json)")
-    check_new_folder("OUT", target)
+    check_new_folder("OUT", target, staged=True)
 
     from transformers import AutoConfig
 

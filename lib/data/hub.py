@@ -7,6 +7,7 @@ a few windows cost a few megabytes. The current commit is looked up first, and t
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -15,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from ..util.errors import UserError, hub_problem
-from ..util.files import staged_folder
+from ..util.files import partial_of, staged_folder
 from ..util.progress import progress
 from .chats import COLUMNS, Document, row_of
 from .languages import codes_of
@@ -103,7 +104,11 @@ def load(source: Source, split: str) -> tuple[HubTexts, str | None]:
 
 
 def keep_text(source: Source, folder: Path, characters: dict[str, int]) -> None:
-    """Write the first texts of each split into a new folder, `characters` of them at least."""
+    """Write the first texts of each split into a new folder, `characters` of them at least.
+
+    The folder is this program's alone, as is what a killed run has left beside it.
+    """
+    shutil.rmtree(partial_of(folder), ignore_errors=True)
     with staged_folder(folder, source.flag) as stage:
         for split, limit in characters.items():
             texts, count = load(source, split)[0], 0

@@ -1,7 +1,7 @@
 """Renders dialogues by a chat template, as a process of its own, since a template may never end.
 
 The first line that it reads is the template, what it is given besides messages, and the seconds
-for one rendering; then each line is [messages, whether an answer is to follow, the date, more]. It
+of one rendering; then each line is [messages, whether an answer is to follow, the date, more]. It
 answers each by a line: the text, and the spans of characters that an assistant has written, its end
 of turn too; or an error.
 """
@@ -9,6 +9,7 @@ of turn too; or an error.
 import faulthandler
 import json
 import os
+import signal
 import sys
 from datetime import datetime
 
@@ -19,7 +20,7 @@ def main() -> None:
     template, given, seconds = json.loads(sys.stdin.readline())
 
     def text_of(messages: list[dict], follows: bool = False) -> str:
-        faulthandler.dump_traceback_later(seconds, exit=True)  # also amid a product of strings
+        limit(seconds)
         options = given | more | {"chat_template": template, "add_generation_prompt": follows}
         return render_jinja_template([messages], **options)[0][0]
 
@@ -32,8 +33,21 @@ def main() -> None:
             answer = {"text": text, "spans": [] if follows else spans_of(text_of, messages, text)}
         except Exception as error:  # noqa: BLE001  a template raises anything
             answer = {"error": f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"}
-        faulthandler.cancel_dump_traceback_later()
+        limit(0)
         print(json.dumps(answer), flush=True)
+
+
+def limit(seconds: float) -> None:
+    """End this process after so many seconds from now, amid a product of strings too; 0: do not.
+
+    They are the processor's, where the system counts these: a loaded machine ends no template.
+    """
+    if hasattr(signal, "setitimer"):
+        signal.setitimer(signal.ITIMER_PROF, seconds)
+    elif seconds:
+        faulthandler.dump_traceback_later(seconds, exit=True)
+    else:
+        faulthandler.cancel_dump_traceback_later()
 
 
 def spans_of(text_of, messages: list[dict], text: str) -> list[tuple[int, int]]:

@@ -42,6 +42,12 @@ class Windows:
         return torch.cat([mask[:, 1:], mask[:, -1:]], 1)
 
 
+def spread(count: int, most: int | None) -> list[int]:
+    """Return the numbers of at most `most` (None: all) of `count` windows, at equal distances."""
+    chosen = count if most is None else min(count, most)
+    return [index * count // chosen for index in range(chosen)]
+
+
 def as_windows(windows: Tensor | Windows) -> Windows:
     """Return windows of which the ids alone (n, tokens) may be given."""
     return windows if isinstance(windows, Windows) else Windows(windows)

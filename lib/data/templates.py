@@ -82,7 +82,9 @@ class Template:
         return None if self.problem else (answer["text"], answer["spans"])
 
     def _error(self, problem: str) -> UserError:
-        return UserError(f"{self.name}: its chat template {problem}; mend it, or add --no_template")
+        return UserError(
+            f"{self.name}: its chat template {problem}; mend it, or add --no_chat_template"
+        )
 
 
 _template = cache(Template)
@@ -107,7 +109,7 @@ def template_of(tokenizer: PreTrainedTokenizerBase) -> Template:
     except ValueError:
         raise UserError(
             f"{name}: its tokenizer has no chat template, which dialogues need; give plain text, "
-            "or read them as such by --no_template"
+            "or read them as such by --no_chat_template"
         ) from None
     return _template(name, template, json.dumps(tokenizer.special_tokens_map))
 

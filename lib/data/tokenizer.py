@@ -18,17 +18,18 @@ import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from copy import deepcopy
-from functools import cache
+from functools import cache, cached_property
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 from jinja2 import Environment, TemplateSyntaxError, nodes
-from tokenizers import pre_tokenizers
+from tokenizers import decoders, pre_tokenizers
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from ..util.errors import UserError
 from ..util.token_ids import map_token_ids
+from .languages import script_of
 from .templates import dated_texts, examples
 from .tokenizer_model import BYTE_TOKENS, CHECK, check_of
 
@@ -110,15 +111,39 @@ class TrimmableTokenizer:
         self.model_tokens = [t for t, _ in vocab] if self.kind == "Unigram" else list(vocab)
         if len(set(self.model_tokens)) < len(self.model_tokens):
             raise _refused(name, "one with duplicate tokens")
+        self.parts: dict[int, set[int]] = {}  # by `merge_parts`
         self.ranks: dict[tuple[str, str], int] = {}
         for rank, merge in enumerate(model.get("merges") or ()):
             self.ranks.setdefault(tuple(merge), rank)
+
+    @cached_property
+    def texts(self) -> dict[int, str]:
+        """The text of each token as it is written; "" for a byte, or a part of a letter."""
+        level = decoders.ByteLevel() if self.is_byte_level else None
+        texts = {}
+        for index, token in self.id_to_token.items():
+            text = level.decode([token]) if level else token
+            is_part = token in BYTE_TOKENS or "\ufffd" in text
+            texts[index] = "" if is_part else text
+        return texts
+
+    @cached_property
+    def scripts(self) -> dict[int, str | None]:
+        """The script of most letters of each token; None where it has none."""
+        return {index: script_of(text) for index, text in self.texts.items()}
+
+    @property
+    def is_byte_level(self) -> bool:
+        components = (self.data["pre_tokenizer"], self.data["decoder"])
+        return any(part.get("type") == "ByteLevel" for part in _components(components))
 
     def merge_parts(self, index: int) -> set[int]:
         """Return the ids of a token and of all tokens that its merges go through.
 
         A token that no merges lead to (a special one, or one that is only taken whole) needs none.
         """
+        if index in self.parts:
+            return self.parts[index]
         token = self.id_to_token[index]
         pieces = list(token)
         parts = {token, *pieces}
@@ -129,11 +154,11 @@ class TrimmableTokenizer:
                 if pair in self.ranks
             ]
             if not ranked:
-                return {index}
+                return self.parts.setdefault(index, {index})
             _, place = min(ranked)
             pieces[place : place + 2] = ["".join(pieces[place : place + 2])]
             parts.add(pieces[place])
-        return {self.token_to_id[part] for part in parts}
+        return self.parts.setdefault(index, {self.token_to_id[part] for part in parts})
 
     def reserved_ids(self) -> set[int]:
         """Return the special tokens that stand in for tokens to come, such as `<unused42>`.
@@ -159,7 +184,7 @@ class TrimmableTokenizer:
         # as bytes, the sign for a blank would stay a sign
         texts = (part.get(key) for part in _components(components) for key in SUBSTITUTES)
         needed |= {text for text in texts if isinstance(text, str)}
-        if any(part.get("type") == "ByteLevel" for part in _components(components)):
+        if self.is_byte_level:
             needed |= set(pre_tokenizers.ByteLevel.alphabet())
         elif model.get("byte_fallback") and BYTE_TOKENS <= self.token_to_id.keys():
             needed |= BYTE_TOKENS

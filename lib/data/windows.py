@@ -25,7 +25,7 @@ from ..util.errors import UserError
 from . import hub
 from .chats import Dialogue, Document
 from .documents import Documents, are_dialogues, read_documents
-from .samples import Sample, Windows, as_windows, join, packed, prepend, windows_of
+from .samples import Sample, Windows, as_windows, join, packed, prepend, spread, windows_of
 from .sources import AGAIN, JOINED, Source, mixture_name
 from .templates import sample_of_dialogue, template_of, text_by
 
@@ -243,19 +243,24 @@ class TestSet:
     facts: dict
     prompts: Sequence[Tensor] = ()  # (tokens,) each, int64
     dialogues: Sequence[Dialogue] = ()  # whose prompts are answered
+    documents: Tensor | None = None  # (windows,), int64: which one the middle token is of
 
     @property
     def ids(self) -> Tensor:
         return as_windows(self.windows).ids
 
 
-def test_set(source: Source, spec: WindowSpec, n_prompts: int = 0) -> TestSet:
+def test_set(
+    source: Source, spec: WindowSpec, n_prompts: int = 0, most: int | None = None
+) -> TestSet:
     """Cut the test text into windows: its documents are joined and tokenised as one text.
 
     What is left after the last whole window is dropped. Of a large set only the first documents
     (`hub.TEST_DOCUMENTS`) and `TEST_BYTES` are used, the same ones by every tokenizer. With `bos`
     each window is that token and seqlen - 1 tokens of the text. Dialogues are packed, and only what
-    an assistant says is measured. Raises UserError if the text is shorter than one window.
+    an assistant says is measured; each of their windows counts as a document. Of more windows than
+    `most`, so many are taken at equal distances. Raises UserError if the text is shorter than one
+    window.
     """
     documents, revision = read_documents(source, "test")
     texts = test_documents(source, documents)
@@ -264,7 +269,8 @@ def test_set(source: Source, spec: WindowSpec, n_prompts: int = 0) -> TestSet:
         cut = list(packed_dialogues(source, spec, texts))
         if not cut:
             raise source.error("no test dialogue has an answer that the chat template takes")
-        windows = join(cut)
+        documents = torch.tensor(spread(count := len(cut), most))
+        windows = join([cut[number] for number in documents])
         counted = windows.counted[:, :-1]
         answers = [ids[mask] for ids, mask in zip(windows.ids[:, 1:], counted, strict=True)]
         said = (spec.tokenizer.decode(ids, clean_up_tokenization_spaces=False) for ids in answers)
@@ -272,7 +278,7 @@ def test_set(source: Source, spec: WindowSpec, n_prompts: int = 0) -> TestSet:
         more = {"dialogues": len(texts), "answer_tokens": int(counted.sum())}
         asked = list(islice((each for each in texts if isinstance(each, Dialogue)), ASKED))
     else:
-        windows, size = _text_windows(source, spec, texts)
+        windows, size, documents, count = _text_windows(source, spec, texts, most)
         length = min(PROMPT, spec.seqlen // 2)
         prompts = list(islice(_prompts(texts, spec, length), n_prompts))
         if len(prompts) < n_prompts:  # few documents, such as one long one
@@ -282,29 +288,37 @@ def test_set(source: Source, spec: WindowSpec, n_prompts: int = 0) -> TestSet:
     facts = {"name": source.name, "source": source.text, "revision": revision}
     facts |= {"windows": len(ids), "seqlen": spec.seqlen, "tokens": ids.numel(), "bytes": size}
     facts |= {"bos": spec.bos, "digest": digest(ids)} | more
-    return TestSet(source.name, windows, facts, prompts[:n_prompts], asked)
+    facts |= {"of_windows": count} if count > len(ids) else {}
+    return TestSet(source.name, windows, facts, prompts[:n_prompts], asked, documents)
 
 
-def _text_windows(source: Source, spec: WindowSpec, texts: Sequence[str]) -> tuple[Tensor, int]:
-    """Return the windows (n, seqlen) of test texts, and the bytes that they cover."""
+def _text_windows(
+    source: Source, spec: WindowSpec, texts: Sequence[str], most: int | None
+) -> tuple[Tensor, int, Tensor, int]:
+    """Return windows (n, seqlen) of test texts, their bytes and documents (n,); and of how many."""
     seqlen, bos = spec.seqlen, spec.bos
-    text = source.separator.join(text_by(spec.tokenizer, each) for each in texts)
+    pieces = [text_by(spec.tokenizer, each) for each in texts]
+    text = source.separator.join(pieces)
     if source.sampled:
         text = text.encode()[: TEST_BYTES * seqlen].decode(errors="ignore")
     encoding = encode(spec.tokenizer, text)
     ids = encoding.input_ids[0].long()
     first = int(bos is not None and len(ids) > 0 and ids[0] == bos)
-    ids = ids[first:]
+    ids, sizes = ids[first:], token_bytes(encoding, text)
     step = seqlen if bos is None else seqlen - 1  # tokens of the text in each window
     count = len(ids) // step
     if not count:
         problem = f"the test text has {len(ids)} tokens, less than one window of {step}"
         way_out = f"use --seqlen {len(ids)} or less" if len(ids) > 1 else "give a longer text"
         raise TextTooShort(source, f"{problem}; {way_out}", len(ids))
-    windows = ids[: count * step].view(count, step)
-    sizes = token_bytes(encoding, text)[first:][: count * step].view(count, step)
+    each_token = ids, sizes[first:], sizes.cumsum(0)[first:]
+    cut = (each[: count * step].view(count, step) for each in each_token)
+    windows, sizes, places = (each[spread(count, most)] for each in cut)
     covered = sizes[:, step + 1 - seqlen :].sum().item()  # after BOS the first is predicted too
-    return windows if bos is None else prepend(windows, bos), covered
+    ends = torch.tensor([len((piece + source.separator).encode()) for piece in pieces]).cumsum(0)
+    documents = torch.searchsorted(ends, places[:, step // 2].contiguous())
+    windows = windows if bos is None else prepend(windows, bos)
+    return windows, covered, documents, count
 
 
 def test_documents(source: Source, documents: Iterable[Document]) -> Sequence[Document]:

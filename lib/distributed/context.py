@@ -163,12 +163,17 @@ def _reason(error: Exception) -> str:
 
 
 def local_device(device: torch.device) -> torch.device:
-    """Return this rank's own GPU, counted from `device`, where a machine runs several."""
-    local = environment_number("LOCAL_RANK", 0)
-    if device.type == "cpu" or local == 0:
+    """Return this rank's own GPU, counted from `device`, where a machine runs several.
+
+    A single one that a rank sees is its own (`srun --gpus-per-task=1`), unless torchrun, under
+    which all see the same, has started the ranks.
+    """
+    local, count = environment_number("LOCAL_RANK", 0), torch.accelerator.device_count()
+    alone = count == 1 and "TORCHELASTIC_RUN_ID" not in os.environ
+    if device.type == "cpu" or local == 0 or alone:
         return device
     index = device.index + local
-    if index >= torch.accelerator.device_count():
+    if index >= count:
         raise UserError(
             f"--device {device}: rank {local} of this machine needs {device.type}:{index}, which "
             "it lacks; start as many ranks as it has GPUs"

@@ -17,11 +17,18 @@ class PruningMethod:
     One object is made for each distinct input. It observes what flows there, batch after batch;
     its statistics are added up over processes; then it prunes the linears that receive the input.
 
-    `output_costs`, set before `prune_` where they are known: of each linear, what the square of an
-    error in its outputs costs (out_i,).
+    Set before `prune_`, of each linear: `output_costs`, where they are known or a class
+    `needs_gradients`: what the square of an error in its outputs costs (out_i,), which is the mean
+    square of the gradient there (lib/pruning/fisher.py); `output_squares`, if it `needs_outputs`:
+    the sum over tokens of the squares of its outputs (out_i,), float64, without the bias.
+
+    What a class declares as a number, text or truth value is a parameter: --method_args sets it.
     """
 
+    revision: ClassVar[int] = 1  # rises where the same inputs give other weights
     observes: ClassVar[bool] = True  # it needs calibration windows
+    needs_gradients: ClassVar[bool] = False  # by one backward pass through the dense model
+    needs_outputs: ClassVar[bool] = False
     dense_stream: ClassVar[bool] = False  # it takes inputs in order, beside the untouched model's
     inverts_gram: ClassVar[bool] = False  # it solves with X^T X, its `hessian`
 
@@ -30,6 +37,7 @@ class PruningMethod:
         self.device = device
         self.tokens = 0  # observed, by all processes once their statistics are added up
         self.output_costs: Sequence[Tensor | None] | None = None
+        self.output_squares: Sequence[Tensor | None] | None = None
 
     def observe(self, x: Tensor) -> None:
         """Add x (tokens, in) to the statistics.

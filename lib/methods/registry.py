@@ -1,12 +1,22 @@
 """The pruning methods by name: one class, one line here. Importing this file imports no torch.
 
-A method's class extends lib/methods/base.py's `PruningMethod`, which says what it may override.
+A method's class extends lib/methods/base.py's `PruningMethod`, which says what it may override. One
+in a file of the user's is named FILE.py:CLASS, and imports `langprune.methods.base`.
 """
 
 from __future__ import annotations
 
-from importlib import import_module
-from typing import TYPE_CHECKING
+import ast
+import hashlib
+import sys
+from collections.abc import Mapping, Sequence
+from functools import cache
+from importlib import import_module, util
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..util.errors import UserError, first_line
+from .sparsity import EXPERTS, NEURONS, UNSTRUCTURED
 
 if TYPE_CHECKING:
     from .base import PruningMethod
@@ -15,6 +25,7 @@ METHODS = {
     "wanda": "wanda:Wanda",
     "sparsegpt": "sparsegpt:SparseGPT",
     "admm": "admm:Admm",
+    "ria": "ria:Ria",
     "magnitude": "magnitude:Magnitude",
 }
 EXPERT_METHODS = {  # of --sparsity_type experts
@@ -23,12 +34,176 @@ EXPERT_METHODS = {  # of --sparsity_type experts
     "frequency": "experts:Frequency",
     "random": "experts:Random",
 }
+HOOKS = {NEURONS: "remove_neurons_", EXPERTS: "scores"}  # of other types: prune_
+TRUTH = {"true": True, "false": False, "1": True, "0": False}
+PACKAGE = Path(__file__).resolve().parent.parent
+CODE = PACKAGE / "methods", PACKAGE / "pruning"
+ROOTS = __package__.partition(".")[0], "langprune"  # what imports call the package
 
 
-def method_of(name: str, variant: bool = False) -> type[PruningMethod]:
+def is_file(name: str) -> bool:
+    """Whether a method's name is FILE.py:CLASS."""
+    return ".py:" in name
+
+
+def label(name: str) -> str:
+    """Return the name of a method in tables and file names: of FILE.py:CLASS the class alone."""
+    return name.rpartition(":")[2]
+
+
+def method_of(
+    name: str | type[PruningMethod],
+    variant: bool = False,
+    arguments: Sequence[str] | Mapping[str, Any] | None = None,
+    kind: str = "",
+) -> type[PruningMethod]:
     """Return a method's class, to be called with (width, device); importing it imports torch.
 
-    `variant`: of Wanda the one of --use_variant.
+    `variant`: of Wanda the one of --use_variant. `arguments`: NAME=VALUE each, or a mapping, which
+    replace what the class declares. `kind`: the --sparsity_type. UserError where a file, a class or
+    an argument is not what it must be, or where the class lacks what `kind` needs.
     """
-    module, class_name = (METHODS | EXPERT_METHODS)[name].split(":")
-    return getattr(import_module(f".{module}", __package__), class_name + "Variant" * variant)
+    if isinstance(name, type):
+        method, name = name, name.__name__
+    elif is_file(name):
+        path, _, class_name = name.rpartition(":")
+        method = _from_file(path, class_name, Path(path).exists() and Path(path).stat().st_mtime_ns)
+    else:
+        every = METHODS | EXPERT_METHODS
+        if name not in every:
+            names = ", ".join(every)
+            raise UserError(f"method {name}: is none of {names}, nor FILE.py:CLASS")
+        module, class_name = every[name].split(":")
+        method = getattr(import_module(f".{module}", __package__), class_name + "Variant" * variant)
+    if kind and not _has(method, HOOKS.get(kind, "prune_")):
+        way_out = "define it" if is_file(name) else f"use --sparsity_type {UNSTRUCTURED}"
+        raise UserError(
+            f"--sparsity_type {kind}: --prune_method {name} has no {HOOKS.get(kind, 'prune_')} of "
+            f"its own; {way_out}"
+        )
+    if isinstance(arguments, Mapping):
+        arguments = [f"{name}={value}" for name, value in arguments.items()]
+    return _with_arguments(method, arguments or ())
+
+
+def _has(method: type, hook: str) -> bool:
+    """Whether a class has a hook that goes with its `prune_`: not one of a class that it changes.
+
+    A subclass of Wanda with another score would remove neurons by Wanda's rule.
+    """
+    mro = method.__mro__
+    owner = {name: next((c for c in mro if name in vars(c)), None) for name in (hook, "prune_")}
+    base = next(each for each in mro if each.__name__ == "PruningMethod")
+    if owner[hook] is None or getattr(method, hook) is vars(base).get(hook):
+        return False
+    return hook == "scores" or mro.index(owner[hook]) <= mro.index(owner["prune_"])
+
+
+@cache
+def _from_file(path: str, class_name: str, changed: int) -> type[PruningMethod]:
+    """Return a class of the user's file, as it was when it was `changed`."""
+    flag = f"--prune_method {path}:{class_name}"
+    if changed is False:
+        raise UserError(f"{flag}: no such file; give the path of a Python file")
+    # the file says langprune, which in a checkout is lib
+    for file in Path(__file__).parent.glob("*.py"):
+        import_module(f".{file.stem}", __package__)
+    for name, module in list(sys.modules.items()):
+        if name.partition(".")[0] == ROOTS[0]:
+            sys.modules.setdefault("langprune" + name[len(ROOTS[0]) :], module)
+    place = hashlib.sha256(str(Path(path).resolve()).encode()).hexdigest()[:8]
+    spec = util.spec_from_file_location(f"method_{Path(path).stem}_{place}", path)
+    module = sys.modules[spec.name] = util.module_from_spec(spec)
+    try:
+        spec.loader.exec_module(module)
+    except Exception as error:  # whatever the user's code raises
+        line = f"{type(error).__name__}: {first_line(error)}"
+        raise UserError(f"{flag}: can't be imported ({line}); mend the file") from error
+    base = import_module(".base", __package__).PruningMethod
+    classes = [
+        name
+        for name, each in vars(module).items()
+        if isinstance(each, type) and issubclass(each, base) and each.__module__ == module.__name__
+    ]
+    if class_name not in classes:
+        has = ", ".join(classes) or "none"
+        raise UserError(
+            f"{flag}: no such class that extends PruningMethod of langprune.methods.base; the file "
+            f"has {has}"
+        )
+    return getattr(module, class_name)
+
+
+def parameters(method: type[PruningMethod]) -> dict[str, Any]:
+    """Return the parameters that a class and those that it extends declare, with their values."""
+    base = next(each for each in method.__mro__ if each.__name__ == "PruningMethod")
+    names = [name for each in reversed(method.__mro__) for name in vars(each)]
+    return {
+        name: getattr(method, name)
+        for name in dict.fromkeys(names)
+        if not name.startswith("_") and not hasattr(base, name)
+        if isinstance(getattr(method, name), (bool, int, float, str))
+    }
+
+
+def _with_arguments(method: type[PruningMethod], given: Sequence[str]) -> type[PruningMethod]:
+    """Return a class with other parameters, of NAME=VALUE each."""
+    declared, values = parameters(method), {}
+    for each in given:
+        name, equals, text = each.partition("=")
+        if not equals or name not in declared:
+            has = ", ".join(f"{name}={value}" for name, value in declared.items()) or "none"
+            raise UserError(
+                f"--method_args {each}: must be NAME=VALUE of a parameter that "
+                f"{method.__name__} has: {has}"
+            )
+        kind = type(declared[name])
+        try:
+            values[name] = TRUTH[text.lower()] if kind is bool else kind(text)
+        except (KeyError, ValueError) as error:
+            raise UserError(
+                f"--method_args {each}: must be of type {kind.__name__}, as {name}={declared[name]}"
+            ) from error
+    module = {"__module__": method.__module__}
+    return type(method.__name__, (method,), module | values) if values else method
+
+
+def source_digest(method: type[PruningMethod], *drivers: str) -> str:
+    """Return a method's revision, and a digest of all code that decides what it gives.
+
+    That is its own file, the `drivers`, files of lib/ that run it, and what these import from
+    lib/methods and lib/pruning.
+    """
+    own = Path(sys.modules[method.__module__].__file__).resolve()
+    files: dict[Path, None] = {}
+    waiting = [own, *(PACKAGE / name for name in drivers)]
+    while waiting:
+        file = waiting.pop()
+        if file not in files:
+            files[file] = None
+            waiting += _imported(file)
+    hasher = hashlib.sha256()
+    for file in (own, *sorted(files.keys() - {own})):
+        hasher.update(file.name.encode() + b"\0" + file.read_bytes())
+    return f"revision {method.revision}, source {hasher.hexdigest()[:16]}"
+
+
+def _imported(file: Path) -> list[Path]:
+    """Return the files of lib/methods and lib/pruning that a file imports."""
+    found = []
+    for node in ast.walk(ast.parse(file.read_text("utf-8"))):
+        names = [alias.name for alias in getattr(node, "names", ()) if hasattr(alias, "name")]
+        if isinstance(node, ast.ImportFrom) and node.level:
+            folder = file.parents[node.level - 1]
+            paths = [node.module or "", *(f"{node.module or ''}.{name}" for name in names)]
+            paths = [path.strip(".") for path in paths]
+        elif isinstance(node, ast.ImportFrom | ast.Import):
+            module = getattr(node, "module", None)
+            paths = [module, *(f"{module}.{name}" for name in names)] if module else names
+            paths = [path.partition(".")[2] for path in paths if path.split(".")[0] in ROOTS]
+            folder = PACKAGE
+        else:
+            continue
+        files = (folder.joinpath(*path.split(".")).with_suffix(".py") for path in paths if path)
+        found += [each for each in files if each.parent in CODE and each.is_file()]
+    return found

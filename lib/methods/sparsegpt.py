@@ -141,8 +141,11 @@ def settle_(
     linear. E (block, out) is a weight where it is pruned, else 0.
     """
     errors, mask = torch.empty_like(values), torch.empty_like(values)  # 1.0 where it is pruned
-    n, m = sparsities[0].n, sparsities[0].m  # their pattern is the same
-    if not m:  # the lowest scores of each linear's part of the block
+    m = sparsities[0].m  # their pattern is the same
+    if m:
+        counts = [torch.full((count,), s.n) for count, s in zip(rows, sparsities, strict=True)]
+        n = torch.cat(counts).to(values.device)  # (out,)
+    else:  # the lowest scores of each linear's part of the block
         score = (values * scale).square_()
         parts = score.split(rows, 1), mask.split(rows, 1), sparsities
         for part, own, sparsity in zip(*parts, strict=True):

@@ -17,7 +17,7 @@ NEURONS, EXPERTS = "neurons", "experts"  # whole ones: what is left is a smaller
 SMALLER = (NEURONS, EXPERTS)
 RATIO_TYPES = (UNSTRUCTURED, *SMALLER)  # whose ratio is free
 TYPES = (UNSTRUCTURED, "2:4", "4:8", *SMALLER)
-ALLOCATIONS = ("uniform", "error")
+ALLOCATIONS = ("uniform", "error", "owl")  # or a file of layers
 SAMPLED = 2**16  # scores; above, a sample first narrows down where numpy has to select
 STRIDE = 31  # between scores of the sample; prime, to meet all columns
 MARGIN = 2.5  # of the square root of the sample: five standard deviations of a rank, at most
@@ -32,11 +32,16 @@ class Sparsity:
     m: int | None = None
 
     @classmethod
-    def parse(cls, kind: str, ratio: float) -> Sparsity:
-        """Read a type and a ratio in [0, 1); ValueError where they disagree.
+    def parse(cls, kind: str, ratio: float | None) -> Sparsity:
+        """Read a type and a ratio in [0, 1), None for that of N:M; ValueError where they disagree.
 
         Of `neurons` and `experts` it is a ratio of those, and says nothing of single weights.
         """
+        if ratio is None:
+            if kind not in TYPES or kind in RATIO_TYPES:
+                patterns = " or ".join(name for name in TYPES if name not in RATIO_TYPES)
+                raise ValueError(f"sparsity {kind!r}: give a share, or {patterns}")
+            ratio = int(kind[0]) / int(kind[2])
         if not 0 <= ratio < 1:  # also refuses nan
             meant = f"; for {ratio:g}% give {ratio / 100:g}" if 1 < ratio < 100 else ""
             raise ValueError(f"--sparsity_ratio {ratio}: must be at least 0 and below 1{meant}")
@@ -110,8 +115,11 @@ def _select(scores: Any, count: int) -> Any:
     return numpy.partition(scores, count - 1)[count - 1]
 
 
-def n_of_first(score: Tensor, n: int) -> Tensor:
-    """Mask (m, ...) of the `n` smallest scores along the first dimension, which is short."""
+def n_of_first(score: Tensor, n: int | Tensor) -> Tensor:
+    """Mask (m, ...) of the `n` smallest scores along the first dimension, which is short.
+
+    `n` may differ along the other dimensions.
+    """
     import torch
 
     score = score if score.stride(-1) == 1 else score.contiguous()

@@ -58,6 +58,13 @@ class PartLayout:
     open_groups: int = 1
 
 
+def kind_of(config: Any) -> str:
+    """Return which parts of a model can go: experts where its blocks have several, or neurons."""
+    text = config.get_text_config(decoder=True)
+    several = any((getattr(text, field, 0) or 0) > 1 for field in FIELDS[EXPERTS])
+    return EXPERTS if several else NEURONS
+
+
 def find_parts(
     kind: str, config: Any, checkpoint: Checkpoint, model: nn.Module, name: str
 ) -> PartLayout:

@@ -8,7 +8,7 @@ import os
 import re
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ from unittest import mock
 
 import torch
 from safetensors import safe_open
-from torch import nn
+from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.modules.module import register_module_parameter_registration_hook
 from torch.overrides import TorchFunctionMode
@@ -26,6 +26,7 @@ from transformers import (
     AutoModelForCausalLM,
     AutoModelForImageTextToText,
     AutoTokenizer,
+    core_model_loading,
 )
 from transformers.core_model_loading import revert_weight_conversion
 from transformers.quantizers.base import get_keys_to_not_convert
@@ -273,18 +274,32 @@ def load_model(
     dtype: torch.dtype,
     device_map: dict[str, object],
     offload: str | None = None,
+    writes: bool = True,
     load_bit: str | None = None,
 ) -> nn.Module:
-    """Load the model in eval mode by `device_map`. Raises UserError if weights are damaged."""
+    """Load the model in eval mode by `device_map`. Raises UserError if weights are damaged.
+
+    Weights that are on disk and are converted on loading go to folder `offload`; of the ranks that
+    share it one alone `writes`.
+    """
     checkpoint = checkpoint.pinned(config)
-    way_out = "are they complete? download them again; where memory is short, --offload FOLDER"
+    way_out = "are they complete? download them again; if memory is short, --offload_folder FOLDER"
     bare = skeleton(config, checkpoint)
     unread = getattr(bare, "unread", frozenset())
     skipped = [*get_keys_to_not_convert(bare), *{name.rpartition(".")[0] for name in unread}]
     # None: the stored dtype
     plan = bare._get_dtype_plan(dtype) | {f"^{re.escape(name)}$": None for name in unread}
     planned = mock.patch.object(type(bare), "_get_dtype_plan", lambda *_: plan)
-    with as_user_error(checkpoint, "its weights", way_out), planned:
+
+    def mapped(weight: Tensor, name: str, folder: str, index: dict[str, Any]) -> dict[str, Any]:
+        file = str(Path(folder, f"{name}.safetensors"))
+        index[name] = {"safetensors_file": file, "weight_name": name}
+        return index
+
+    with ExitStack() as patched, as_user_error(checkpoint, "its weights", way_out):
+        patched.enter_context(planned)
+        if not writes:
+            patched.enter_context(mock.patch.object(core_model_loading, "offload_weight", mapped))
         model, info = auto_class(config).from_pretrained(
             checkpoint.name,
             config=config,

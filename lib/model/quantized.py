@@ -127,7 +127,9 @@ def check_format(
             f"--load_bit {load_bit}: {checkpoint.name} is quantized already; leave out the flag"
         )
     if offload:
-        raise UserError(f"--offload {offload}: {checkpoint.name} is quantized; leave out the flag")
+        raise UserError(
+            f"--offload_folder {offload}: {checkpoint.name} is quantized; leave out the flag"
+        )
 
 
 def stored_bits(config) -> str | None:

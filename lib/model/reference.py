@@ -18,6 +18,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from ..data.samples import spread
 from ..distributed.context import DistContext
 from ..util.files import PARTIAL
 from .blocks import BlockRunner
@@ -30,8 +31,7 @@ States = list[dict[int, Tensor]]  # for each test set {window: hidden states (to
 
 def compared_windows(count: int) -> list[int]:
     """Return the numbers of the compared windows, spread evenly over the `count` of a test set."""
-    chosen = min(count, COMPARED_WINDOWS)
-    return [index * count // chosen for index in range(chosen)]
+    return spread(count, COMPARED_WINDOWS)
 
 
 def local_windows(count: int, dist: DistContext) -> list[int]:

@@ -1,8 +1,17 @@
 """A locked folder for what a run has finished, so that it can be continued.
 
-It holds job.json, which says what the run's result depends on, and a safetensors file for each
-finished block. A file is written beside its place and renamed, with a digest of job.json; only
-such files are ever read back or deleted.
+This is the one place that knows what such a folder holds:
+
+    job.json, .lock                     what the run's result depends on; that a run uses the folder
+    block-N, quantized-N, changed-N     block N once it is pruned, rounded, or changed otherwise
+    start-N, allocation, recovery       what rounding, pruning and training go on from
+    recovery-R-of-N-S                   the part of rank R, of N that share a training, at step S
+    converted/                          weights that transformers has converted on loading
+
+The safetensors files are written beside their places and renamed, with a digest of job.json; only
+such files are ever read back or deleted. Where blocks are fetched, the last file of each becomes a
+shard of the saved model by a second name (lib/model/pretrained.py), so that the folder is whole
+until `clear`. The folder may be OUT.partial itself: `hand_over` then leaves the model alone in it.
 """
 
 from __future__ import annotations
@@ -10,6 +19,7 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
+from collections import Counter
 from collections.abc import Mapping
 from contextlib import ExitStack, suppress
 from functools import partial
@@ -26,9 +36,13 @@ from ..util.files import PARTIAL, check_writable, exclusive_lock, sync, write_te
 
 JOB, LOCK = "job.json", ".lock"
 DECIDED = "decided"  # in job.json: by the run itself, from what it read
-# without endings
-KEPT = ("block-*", "quantized-*", "start-*", "changed-*", "allocation", "recovery*")
-CONVERTED = "converted"  # where transformers writes weights that it converts on loading
+PRUNED, ROUNDED, CHANGED, START = "block", "quantized", "changed", "start"  # of each block
+ALLOCATION, RECOVERY = "allocation", "recovery"
+
+
+def of_block(stage: str, index: int) -> str:
+    """Return the name of a block's file, without ending."""
+    return f"{stage}-{index:05d}"
 
 
 def begun_with(path: str | Path | None, name: str) -> Any:
@@ -124,15 +138,39 @@ class RunFolder:
             return None
         return tensors, json.loads(header["facts"])
 
-    def files(self) -> list[Path]:
+    @property
+    def converted(self) -> Path:
+        """Where transformers writes the weights that it converts on loading."""
+        return self.path / "converted"
+
+    def files(self, ending: str = ".safetensors") -> list[Path]:
         """Return the files with what a run would have to do again."""
-        return [file for name in KEPT for file in self.path.glob(f"{name}.safetensors")]
+        names = [f"{stage}-[0-9]*" for stage in (PRUNED, ROUNDED, CHANGED, START)]
+        names += [ALLOCATION, RECOVERY, f"{RECOVERY}-[0-9]*"]
+        files = (file for name in names for file in self.path.glob(name + ending))
+        return [file for file in files if file.is_file()]
+
+    def summary(self, blocks: int) -> str:
+        """Say what is finished, of so many blocks."""
+        kept = Counter(file.stem.partition("-")[0] for file in self.files())
+        steps = {PRUNED: "pruned", ROUNDED: "rounded"}
+        done = [f"{kept[name]} of {blocks} blocks {step}" for name, step in steps.items()]
+        return ", ".join(done + ["a state of the training"] * bool(kept[RECOVERY]))
+
+    def hand_over(self, other: Path | None) -> dict[str, str]:
+        """Leave the folder to the model that was saved in it.
+
+        What is still read goes to folder `other`: returns {old path: new path}.
+        """
+        moved = {str(file): shutil.move(file, other) for file in self.files() if other}
+        self.clear()
+        return moved
 
     def clear(self) -> None:
         """Remove the files of runs, and the folder if nothing else is in it; unlock it."""
         if (self.path / JOB).is_file():
-            shutil.rmtree(self.path / CONVERTED, ignore_errors=True)
-            for file in [*self.files(), *self.path.glob(f"*{PARTIAL}")]:
+            shutil.rmtree(self.converted, ignore_errors=True)
+            for file in [*self.files(), *self.files(PARTIAL), self.path / f".{JOB}{PARTIAL}"]:
                 file.unlink(missing_ok=True)
             (self.path / JOB).unlink(missing_ok=True)
         self._lock.close()

@@ -30,7 +30,7 @@ from ..util.errors import UserError
 from .linears import find_linears
 from .matrix import SaveDtypes
 from .pretrained import decoder_blocks
-from .run_folder import RunFolder
+from .run_folder import CHANGED, PRUNED, RunFolder, of_block
 
 META = torch.device("meta")
 
@@ -72,12 +72,12 @@ class BlockStore:
         """
         yield
 
-    def get(self, index: int, stage: str = "block") -> dict[str, Any] | None:
+    def get(self, index: int, stage: str = PRUNED) -> dict[str, Any] | None:
         """Replace the block on the device by the one that an interrupted run finished.
 
         Returns its notes; None where it is not finished. Every rank must call this.
         """
-        file = f"{stage}-{index:05d}"
+        file = of_block(stage, index)
         kept = self.read_kept(file)
         if kept is None:
             return None
@@ -100,7 +100,7 @@ class BlockStore:
         index: int,
         notes: Mapping[str, Any],
         matrices: Mapping[str, Tensor] | None = None,
-        stage: str = "block",
+        stage: str = PRUNED,
     ) -> None:
         """Keep block `index`, which is on the device, with its notes, if the run can be continued.
 
@@ -114,7 +114,7 @@ class BlockStore:
             for path, matrix in (matrices or {}).items():
                 held.pop(f"{prefix}{path}.weight")
                 held[prefix + path] = matrix
-            self._kept = self.finished.write(f"{stage}-{index:05d}", held, notes)
+            self._kept = self.finished.write(of_block(stage, index), held, notes)
         self.dist.barrier()
 
     def read_kept(self, name: str) -> tuple[Iterator[tuple[str, Tensor]], dict[str, Any]] | None:
@@ -252,7 +252,7 @@ class FileBlockStore(BlockStore):
         """Move the weights of block `index` to the meta device."""
         block = self.blocks[index]
         for module in block.modules():
-            if isinstance(module, SparseLinear):  # its buffers, and torch's own sparse tensor
+            if isinstance(module, SparseLinear):  # its buffers too
                 module.to(META)
         for path, parameter in list(block.named_parameters()):
             set_tensor(block, path, parameter.to(META))
@@ -334,7 +334,7 @@ class FileBlockStore(BlockStore):
         if self.folder:
             file, prefix = self._kept, self._prefix(index)
             if file is None:
-                file = self.folder.write(f"changed-{index:05d}", self._to_keep(index), {})
+                file = self.folder.write(of_block(CHANGED, index), self._to_keep(index), {})
             places = {path: (str(file), prefix + path) for path in self._held(index)}
         owner = self.dist.rank - self.dist.local_rank
         self.places[index] = self.dist.all_gather_object(places)[owner]

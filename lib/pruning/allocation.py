@@ -21,22 +21,26 @@ Run: `python main.py ... --sparsity_ratio 0.7 --allocation error`.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from math import prod
+from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from ..methods.sparsity import Sparsity
+from ..methods.sparsity import ALLOCATIONS, Sparsity
 from ..model.blocks import BlockRunner
-from ..model.linears import experts_by
+from ..model.linears import experts_by, find_linears
+from ..model.run_folder import ALLOCATION
 from ..util.deterministic import deterministic
+from ..util.errors import UserError, first_line
 from .fisher import FisherDiagonal, backward_pass
-from .inputs import first_names, own_windows
+from .inputs import first_names, own_windows, weight_key
+from .owl import by_outliers
 
-FILE = "allocation"  # among those of --resume
 GROWTH = 2.0
 BELOW = 0.4  # a linear's sparsity is at most so much below r, before the total is set right,
 LEAST_KEPT = 1 / 3  # and the linear keeps at least this share of what it would have kept
@@ -44,6 +48,7 @@ STEPS = 200  # of the span, between which sparsities are chosen
 WINDOWS = 8  # that the backward pass takes
 ROUNDS = 60  # of bisection
 FAINT = 1e-12  # of all of a linear's cost
+TOTAL_TOLERANCE = 1e-3  # of the total of a file of layers
 
 
 @dataclass(frozen=True)
@@ -107,12 +112,13 @@ def costs(weight: Tensor, diagonal: FisherDiagonal, ratio: float) -> Tensor:
     each = weight.float().square()
     each *= diagonal.inputs.float()  # a sum: an expert counts as often as it is asked
     each *= (diagonal.grad_sq / diagonal.tokens).float()[:, None]
-    sums = each.flatten().sort().values.double().cumsum_(0)
-    counts = torch.tensor([int(share * len(sums)) for share in (ratio, *span(ratio))])
-    at_counts = sums[(counts - 1).clamp_min(0).to(sums.device)].cpu() * (counts > 0)
+    lowest = each.flatten().sort().values
+    # part by part: one running sum over all is not the same in every run on a GPU
+    parts = lowest.tensor_split([int(share * len(lowest)) for share in span(ratio)])
+    sums = torch.stack([part.sum(dtype=torch.float64) for part in parts]).cpu().cumsum(0)
     least = max(FAINT * float(sums[-1]), torch.finfo(torch.float64).tiny)
-    usual, dropped = at_counts[0].clamp_min(least), at_counts[1:]
-    return usual * (dropped / usual) ** GROWTH
+    usual = lowest[: int(ratio * len(lowest))].sum(dtype=torch.float64).cpu().clamp_min(least)
+    return usual * (sums[:-1] / usual) ** GROWTH
 
 
 def span(ratio: float) -> list[float]:
@@ -141,20 +147,87 @@ def choose(costs: dict[str, Tensor], sizes: dict[str, int], ratio: float) -> dic
     return dict(zip(costs, chosen.clamp(0, 1).tolist(), strict=True))
 
 
+def allocate(
+    runner: BlockRunner,
+    windows: Tensor | None,
+    sparsity: Sparsity,
+    rule: str = "uniform",
+    seed: int = 0,
+    on_progress: Callable[[int], Any] = lambda blocks: None,
+    gradients: bool = False,
+) -> Allocation:
+    """Choose how sparse each linear layer becomes: by a rule at an equal total, or as a file says.
+
+    A continued run has what it computed before (`kept_allocation`). `gradients`: with the costs of
+    errors in outputs, which rule `error` gives anyway. `on_progress(1)` is called once for each
+    block by rule `owl`, and twice by `error` and for gradients.
+    """
+    allocation = uniform(runner, sparsity)
+    if rule == "owl":
+        allocation = Allocation(by_outliers(runner, windows, sparsity, on_progress))
+    elif rule not in ALLOCATIONS:
+        allocation = Allocation(read_layers(rule, runner.blocks, runner.name, sparsity))
+    if rule == "error" or gradients:
+        found = by_error(runner, windows, sparsity.ratio, seed, on_progress)
+        layers = found.sparsity if rule == "error" else allocation.sparsity
+        allocation = Allocation(layers, found.output_costs)
+    if rule in ("error", "owl") or gradients:
+        keep_allocation(runner, allocation)
+    return allocation
+
+
+def read_layers(
+    file: str, blocks: nn.ModuleList, blocks_name: str, sparsity: Sparsity
+) -> dict[str, Sparsity]:
+    """Return the sparsity of every linear by its name, as a JSON file {name: share of zeros} says.
+
+    The blocks need no weights. UserError where the file does not fit them, the N:M pattern, or the
+    total.
+    """
+    flag = f"--allocation {file}"
+    try:
+        shares = json.loads(Path(file).read_text("utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{flag}: can't be read as JSON ({first_line(error)})") from error
+    linears = sum((find_linears(b, f"{blocks_name}.{i}")[0] for i, b in enumerate(blocks)), [])
+    names, m = [linear.name for linear in linears], sparsity.m
+    if not isinstance(shares, dict) or set(shares) != set(names):
+        shares = shares if isinstance(shares, dict) else {}
+        wrong = next((name for name in names if name not in shares), None)
+        problem = f"lacks {wrong}" if wrong else f"names {next(iter(set(shares) - set(names)))}"
+        raise UserError(f"{flag}: {problem}; give {{layer: share of zeros}} of this model's layers")
+    for name, share in shares.items():
+        number = isinstance(share, int | float) and not isinstance(share, bool)
+        if not number or not 0 <= share < 1 or (m and share * m != int(share * m)):
+            must = f"a multiple of 1/{m}" if m else "a number"
+            raise UserError(f"{flag}: {name} is {share!r}, must be {must} of at least 0, below 1")
+    sizes = {weight_key(one): (shares[one.name], prod(one.shape)) for one in reversed(linears)}
+    total = sum(size for _, size in sizes.values())
+    mean = sum(share * size for share, size in sizes.values()) / total
+    if abs(mean - sparsity.ratio) > TOTAL_TOLERANCE:
+        raise UserError(
+            f"{flag}: {mean:.4g} of all weights go by it, but --sparsity_ratio is "
+            f"{sparsity.ratio:g}; make them equal"
+        )
+    if m:
+        return {name: Sparsity(share, int(share * m), m) for name, share in shares.items()}
+    return {name: Sparsity(float(share)) for name, share in shares.items()}
+
+
 def keep_allocation(runner: BlockRunner, allocation: Allocation) -> None:
     """Write an allocation to the files of --resume."""
     if runner.weights.finished:
-        ratios = {name: sparsity.ratio for name, sparsity in allocation.sparsity.items()}
-        runner.weights.finished.write(FILE, allocation.output_costs, {"ratios": ratios})
+        sparsity = {name: [*vars(each).values()] for name, each in allocation.sparsity.items()}
+        runner.weights.finished.write(ALLOCATION, allocation.output_costs, {"sparsity": sparsity})
 
 
 def kept_allocation(runner: BlockRunner) -> Allocation | None:
     """What `keep_allocation` wrote in an interrupted run, so that blocks that it finished and those
     still to come fit together; None where it wrote nothing. Every process has to call this.
     """
-    kept = runner.weights.read_kept(FILE)
+    kept = runner.weights.read_kept(ALLOCATION)
     if kept is None:
         return None
     costs, facts = kept
-    ratios = {name: Sparsity(ratio) for name, ratio in facts["ratios"].items()}
-    return Allocation(ratios, dict(costs))
+    sparsity = {name: Sparsity(*each) for name, each in facts["sparsity"].items()}
+    return Allocation(sparsity, dict(costs))

@@ -58,5 +58,6 @@ class Measured:
         """Measure the model as it is now. UserError where a linear is less sparse than it was."""
         now = Measured(runner, self.target, self.left_dense)
         for name, zeros in self.zeros.items():
-            assert now.zeros[name] >= zeros, f"{name} has lost zeros"
+            if now.zeros[name] < zeros:
+                raise UserError(f"{name}: has lost {zeros - now.zeros[name]} zeros; report this")
         return now

@@ -23,6 +23,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from ..model.blocks import BlockRunner, HiddenStates, iter_logits, run_block
 from ..model.linears import watch_outputs
@@ -30,6 +31,8 @@ from ..model.matrix import PrunableLinear
 from ..util.deterministic import deterministic
 from ..util.errors import RunWarning
 from .inputs import rows
+
+CHUNK = 1024  # tokens of the vocabulary whose probabilities are added up at once
 
 
 @dataclass
@@ -133,8 +136,23 @@ def sampled_nll_backward_(logits: Callable[[Tensor], Tensor], uniforms: Tensor) 
     for positions, chunk in iter_logits(logits, uniforms.shape[1], uniforms.device):
         with torch.no_grad():
             p = chunk.float().softmax(-1)
-            drawn = uniforms[:, positions, None].float()
-            labels = torch.searchsorted(p.cumsum(-1), drawn, right=True)
-            labels.clamp_(max=p.shape[-1] - 1)  # sums end a rounding below 1
-            gradient = p.scatter_add_(-1, labels, p.new_full(labels.shape, -1.0))
+            labels = draw(p, uniforms[:, positions])
+            gradient = p.scatter_(-1, labels, p.gather(-1, labels) - 1)
         chunk.backward(gradient.to(chunk.dtype))
+
+
+def draw(p: Tensor, uniforms: Tensor) -> Tensor:
+    """Return the first token (..., 1) at which cumulative p (..., vocabulary) exceeds `uniforms`.
+
+    What an accelerator adds up along one long dimension may differ from run to run. So it adds up
+    chunks, and the sums of these and those within one chunk are cumulated on the host.
+    """
+    chunks = F.pad(p, (0, -p.shape[-1] % CHUNK)).unflatten(-1, (-1, CHUNK))
+    drawn = uniforms[..., None].float().cpu()
+    ends = chunks.sum(-1).cpu().cumsum(-1)
+    place = torch.searchsorted(ends, drawn, right=True).clamp_(max=ends.shape[-1] - 1)
+    start = ends.gather(-1, (place - 1).clamp_min(0)) * (place > 0)
+    index = place.to(p.device)[..., None].expand(*place.shape, CHUNK)
+    within = chunks.gather(-2, index).squeeze(-2).cpu().cumsum(-1) + start
+    labels = place * CHUNK + torch.searchsorted(within, drawn, right=True).clamp_(max=CHUNK - 1)
+    return labels.clamp_(max=p.shape[-1] - 1).to(p.device)  # sums end a rounding below 1

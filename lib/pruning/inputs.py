@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterable
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
@@ -23,14 +23,44 @@ from ..model.blocks import BlockRunner, Stop
 from ..model.linears import find_linears, watch_inputs
 from ..model.matrix import PrunableLinear
 from ..util.errors import UserError
+from .errors import TOKENS, TokenSample
+
+
+@dataclass
+class BlockNotes:
+    """What pruning one block gave to report, as it is kept with the block."""
+
+    pruned: list[str] = field(default_factory=list)  # linears
+    fallbacks: dict[str, list[str]] = field(default_factory=dict)  # method: experts
+    warnings: list[str] = field(default_factory=list)
+    errors: dict[str, float] = field(default_factory=dict)  # relative squared, of outputs
+    kept: list[int] = field(default_factory=list)  # neurons or experts that stay
+    routed: list[float] = field(default_factory=list)  # share of the tokens sent to each expert
 
 
 @dataclass
 class Group:
-    """Linears that share an input, and the method's statistics of that input."""
+    """Linears that share an input, and the method's statistics of that input.
+
+    `sample` is of its tokens; `rows` (n, in) of it of all processes. `output_squares` are of each
+    linear's outputs by name (out,), float64, for a method that needs them.
+    """
 
     linears: list[PrunableLinear]
     method: PruningMethod
+    sample: TokenSample = field(default_factory=TokenSample)
+    rows: Tensor | None = None
+    output_squares: dict[str, Tensor] = field(default_factory=dict)
+
+    def observe(self, x: Tensor, **aim: Tensor) -> None:
+        """Add x (tokens, in) to the sample and, as lib/methods/base.py says, the method's sums."""
+        self.method.observe(x, **aim)
+        self.sample.add(x)
+
+    def observe_output(self, linear: PrunableLinear, x: Tensor) -> None:
+        """Add the squares of what a linear of the group makes of x (tokens, in)."""
+        sums = (x.float() @ linear.matrix().T).square().sum(0, dtype=torch.float64)
+        self.output_squares[linear.name] = self.output_squares.get(linear.name, 0) + sums
 
     @property
     def names(self) -> str:
@@ -106,7 +136,9 @@ def observe(
             inputs.append((x, group))
             if linear is group.linears[0]:
                 aim = {"dense": rows(dense[linear.name])} if linear.name in dense else {}
-                group.method.observe(rows(x), **aim)
+                group.observe(rows(x), **aim)
+        if method.needs_outputs:
+            group.observe_output(linear, rows(x))
         seen.add(linear)
         if len(seen) == len(linears):
             raise Stop
@@ -155,8 +187,21 @@ def merge(
         group = own.get(names) or Group(linears, method(linears[0].shape[1], runner.device))
         group.method.tokens = count
         merged.append(group)
-    runner.dist.sum_([sums for group in merged for sums in group.method.statistics()], idle)
+    runner.dist.sum_([sums for group in merged for sums in _sums(group, runner.dist)], idle)
     return merged
+
+
+def _sums(group: Group, dist: DistContext) -> list[Tensor]:
+    """What processes add up of a group: statistics, and samples, of which each fills its rows."""
+    method, each = group.method, TOKENS // dist.size
+    group.rows = torch.zeros(TOKENS, method.width, device=method.device)
+    if group.sample.kept:
+        own = group.sample.rows(each)
+        group.rows[each * dist.rank :][: len(own)] = own
+    for linear in group.linears if method.needs_outputs else ():
+        zeros = torch.zeros(linear.shape[0], dtype=torch.float64, device=method.device)
+        group.output_squares.setdefault(linear.name, zeros)
+    return [*method.statistics(), group.rows, *group.output_squares.values()]
 
 
 def weight_key(linear: PrunableLinear) -> tuple[int, int | None]:

@@ -20,7 +20,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -88,6 +88,24 @@ def find_order(
     return order
 
 
+def known_order(
+    orders: dict[tuple, tuple[list[PrunableLinear], list[Stage]]],
+    runner: BlockRunner,
+    states: HiddenStates,
+    index: int,
+    linears: list[PrunableLinear],
+) -> list[Stage]:
+    """`find_order`, tried once for a class of blocks; `orders` has what was found before."""
+    prefix = f"{runner.name}.{index}."
+    names = [(linear.name.removeprefix(prefix), linear.shape) for linear in linears]
+    key = type(runner.blocks[index]), *names
+    if key not in orders:
+        orders[key] = linears, find_order(runner, states, index, linears)
+    first, order = orders[key]
+    own = dict(zip(first, linears, strict=True))
+    return [replace(stage, linears=[own[one] for one in stage.linears]) for stage in order]
+
+
 @dataclass(eq=False)
 class OrderedBlock:
     """Block `index` of a method that takes inputs in order; `order` are its stages.
@@ -139,7 +157,9 @@ class OrderedBlock:
                 x, out = run_to_outputs(run, linear)
                 stream, target = self.states.hidden[cut].to(device), needs[linear.name]
             residual_error = target.float() - (stream.float() + out.float())
-            group.method.observe(rows(x), residual_error=rows(residual_error))
+            group.observe(rows(x), residual_error=rows(residual_error))
+            if self.method.needs_outputs:
+                group.observe_output(linear, rows(x))
             if projection.last and self.finish_from_stream:
                 self.inputs[batch] = {place: owned(x)}
                 self.states.hidden[cut] = stream

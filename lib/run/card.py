@@ -19,11 +19,14 @@ from yaml import YAMLError
 from ..data.sources import BUILT_IN, parse_source
 from ..methods.sparsity import SMALLER
 from ..packed.checkpoint import card_lines
-from ..util.command import one_line, typed
+from ..prune import first_of
+from ..util.command import one_line
 from ..util.errors import UserError
 from ..util.markdown import escape, padded_table
-from .flags import build_parser
+from .flags import command_words
+from .flags import packed as packed_by
 from .plan import PRUNED_BEFORE
+from .results import is_trained
 
 HEADING = "## How to load it"
 CARD = """\
@@ -74,8 +77,8 @@ FIGURES = {
 }
 LANGUAGE_OF_SET = {"ubertext": "uk", "c4": "en", "fineweb": "en", "wikitext2": "en"}
 # flags that decide neither weights nor figures, or that name a place on this machine
-NOT_SHOWN = set("save resume offload cache_dir device batch_size debug".split())
-NOT_SHOWN |= {"prompts", "tasks", "include_path"}
+NOT_SHOWN = set("save resume offload_folder cache_dir device debug".split())
+NOT_SHOWN |= {"completions", "tasks", "include_path"}
 
 
 def model_card(results: Mapping[str, Any], sources: Sequence[str], online: bool = False) -> str:
@@ -87,7 +90,7 @@ def model_card(results: Mapping[str, Any], sources: Sequence[str], online: bool 
     folder = Path(results["flags"].get("save_model") or "").name
     code = card_lines(folder, results.get("loaded_by") or "AutoModelForCausalLM")
     packed, model = "", results["model"]
-    if is_packed := bool(results["flags"].get("replace_sparse_layers")):
+    if is_packed := packed_by(results["flags"]):
         bits = results.get("packed", {}).get("bits", 16)
         values = "as they were" if bits == 16 else f"as {bits}-bit integers"
         name = folder if re.fullmatch(r"[\w.-]+", folder) else "FOLDER"
@@ -191,19 +194,28 @@ def _what_was_done(results: Mapping[str, Any]) -> str:
     kind, share = results["sparsity_type"], f"{100 * (results['sparsity_ratio'] or 0):g}%"
     goal = share if kind == "unstructured" else kind
     goal = f"{share} fewer {kind}" if kind in SMALLER else goal
+    left = len(results.get("quantized", {}).get("left", ()))
     steps = {
         "sparsity_type": f"pruned by {results['method']} to {goal}",
         "recovery": "recovered" if kind or _pruned_before(results) else "trained on the texts",
         "vocabulary": "its vocabulary trimmed",
         "packed": "its sparse linears packed",
-        "quantized": "its linears as llama.cpp's q4_0",
+        "quantized": f"its linears{f', but {left},' * bool(left)} as llama.cpp's q4_0",
     }
-    return ", ".join(words for key, words in steps.items() if results.get(key)) or "saved as it was"
+    done = {key: results.get(key) for key in steps} | {"recovery": is_trained(results)}
+    return ", ".join(words for key, words in steps.items() if done[key]) or "saved as it was"
 
 
 def figures_table(results: Mapping[str, Any]) -> str:
-    """Return the table of figures: their names, the dense model's where it is known, this one's."""
+    """Return the table of figures: their names, the dense model's where it is known, this one's.
+
+    Where this run has trimmed the vocabulary, the dense model is the trimmed one, and a column
+    before it has the original. Where it did nothing else, the trimmed model is this one.
+    """
     rows, untrained = [], results.get("recovery", {}).get("before", {})
+    trimmed = results.get("vocabulary") or {}
+    costs = [trimmed.get(f"bits_per_byte_{name}") for name in ("original", "trimmed")]
+    is_all = costs[0] and not any("dense" in test for test in results["evaluation"])
     for test in results["evaluation"]:
         dense, of = dict(test.get("dense") or {}), ""
         if "compared_perplexity" in test:
@@ -227,9 +239,19 @@ def figures_table(results: Mapping[str, Any]) -> str:
             cells = ("" if value is None else f"{value:.0f}" for value in pair)
             rows.append([f"{escape(answers['test'])}, {each}{of}", *cells])
     if "saved_bytes" in results:
-        sizes = (results.get(name) for name in ("dense_bytes", "saved_bytes"))
+        names = ("trimmed_bytes" if costs[0] and not is_all else "dense_bytes", "saved_bytes")
+        sizes = (results.get(name) for name in names)
         rows.append(["MB", *(f"{size / 1e6:,.1f}" if size else "" for size in sizes)])
-    return padded_table(["", "dense", "this model"], rows)
+    if not costs[0]:
+        return padded_table(["", "dense", "this model"], rows)
+    name = f"{escape(trimmed['measured_on']['name'])}, a sample, bits per byte"
+    first = [name, *(f"{cost:.4f}" for cost in costs)]
+    if is_all:
+        return padded_table(["", "original", "this model"], [first, *rows])
+    rows = [[row[0], "", *row[1:]] for row in rows]
+    if rows[-1][0] == "MB":
+        rows[-1][1] = f"{results['dense_bytes'] / 1e6:,.1f}" if results.get("dense_bytes") else ""
+    return padded_table(["", "original", "trimmed", "this model"], [[*first, ""], *rows])
 
 
 def _with_error(figures: Mapping[str, Any], key: str, form: str) -> str:
@@ -255,18 +277,17 @@ def notes(results: Mapping[str, Any]) -> Iterator[str]:
         yield f"{vocabulary['rows']:,} of {vocabulary['rows_before']:,} rows of the vocabulary."
         yield vocabulary["note"]
     yield from results.get("notes", [])
+    if left := results.get("quantized", {}).get("left"):
+        yield f"Linears left at 16 bits, rows are no multiple of 32: {first_of(left)}."
+    if "recovery" in results and not is_trained(results):
+        yield "Training found nothing better than the model before it, which was kept."
 
 
 def _command(flags: Mapping[str, Any]) -> str:
     """Return the command line, without defaults and with names for paths."""
-    parser, words = build_parser(), typed("prune").split()
-    for name, value in flags.items():
-        if name in NOT_SHOWN or value in (None, False) or value == parser.get_default(name):
-            continue
-        value = Path(value).name if name == "save_model" else value
-        values = value if isinstance(value, list | tuple) else [] if value is True else [value]
-        words += [f"--{name}", *(_public(str(each)) for each in values)]
-    return one_line(shlex.join(words))
+    shown = {name: value for name, value in flags.items() if name not in NOT_SHOWN}
+    shown["save_model"] = shown.get("save_model") and Path(shown["save_model"]).name
+    return one_line(shlex.join(map(_public, command_words(shown))))
 
 
 def _public(text: str) -> str:

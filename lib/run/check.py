@@ -8,7 +8,6 @@ from __future__ import annotations
 import argparse
 import copy
 import shutil
-from collections import Counter
 from dataclasses import replace
 from datetime import date
 from operator import le
@@ -23,7 +22,7 @@ from ..data.samples import as_windows
 from ..data.sources import is_parted
 from ..data.templates import set_date, writes_date
 from ..distributed.context import DistContext, local_device
-from ..methods.sparsity import EXPERTS
+from ..methods.sparsity import ALLOCATIONS, EXPERTS
 from ..model import pretrained
 from ..model.access import Checkpoint
 from ..model.parts import find_parts
@@ -31,7 +30,9 @@ from ..model.processor import processor_ids
 from ..model.quantized import check_format, stored_bits
 from ..model.rows import config_token_ids, keep_rows_, trimmable_rows
 from ..model.run_folder import JOB, RunFolder, begun_with
+from ..pruning.allocation import read_layers
 from ..pruning.inputs import check_widths
+from ..pruning.masks import check_new_file
 from ..recover import CROSS_ENTROPY, TrainSchedule
 from ..remove import experts_left, neurons_left
 from ..sharded import check_rows, ranks_of_state
@@ -42,7 +43,7 @@ from ..util.host import gib
 from ..util.progress import quiet
 from ..vocabulary import TrimmedVocabulary, trim_vocabulary
 from .fingerprint import fingerprint, first_difference
-from .flags import default_save, shown
+from .flags import shown
 from .job import Job
 from .plan import Plan
 from .save import CARD
@@ -63,6 +64,8 @@ def check(
     """
     plan = Plan.of(args)
     check_outputs(args)
+    if args.load_bit or args.recover_optimizer == "adamw8bit":
+        import bitsandbytes  # noqa: F401 -- or say now that it is not installed
     sources, vocabulary_sources, tests = named_sources(args, plan)
     read = [(source, "train") for source in sources] if plan.reads_train else []
     read += [(each, "train") for each in vocabulary_sources if (each, "train") not in read]
@@ -111,8 +114,10 @@ def check(
 
 def check_outputs(args: argparse.Namespace) -> None:
     """Raise UserError where the run could not write what it is to save."""
-    args.save = args.save or default_save(args)
+    args.save = args.save or Plan.of(args).default_save(args.model)
     check_writable("--save", args.save)
+    if args.save_masks:
+        check_new_file("--save_masks", args.save_masks)
     if args.save_model:
         check_new_folder("--save_model", args.save_model)
         _check_unfinished(args, partial_of(args.save_model))
@@ -158,7 +163,7 @@ def _open_model(args: argparse.Namespace, plan: Plan, longest: int) -> Job:
         config,
         load_bit=args.load_bit,
         changes=next((f"--{name}" for name in changing if getattr(args, name)), None),
-        offload=args.offload,
+        offload=args.offload_folder,
     )
     skeleton = pretrained.skeleton(config, checkpoint)
     blocks_name, blocks = pretrained.decoder_blocks(skeleton)
@@ -169,6 +174,8 @@ def _open_model(args: argparse.Namespace, plan: Plan, longest: int) -> Job:
         left = count_left(layout, plan.sparsity.ratio)
     elif plan.method:
         check_widths(blocks, blocks_name, plan.sparsity)
+        if plan.allocation not in ALLOCATIONS:
+            read_layers(plan.allocation, blocks, blocks_name, plan.sparsity)
     if args.text_only:
         pretrained.text_alone(skeleton, checkpoint)  # raises where that can't be
     if plan.packs:
@@ -198,7 +205,7 @@ def _set_date(job: Job) -> None:
     """Set --date to that of all ranks where the chat template writes one, else to None."""
     args = job.args
     day = args.date or begun_with(args.resume, "--date") or str(date.today())
-    asks = not args.no_template and writes_date(job.tokenizer)
+    asks = not args.no_chat_template and writes_date(job.tokenizer)
     args.date = job.dist.all_gather_object(day if asks else None)[0]
     if args.date:
         set_date(args.date)
@@ -225,6 +232,7 @@ def _vocabulary(job: Job) -> TrimmedVocabulary:
             config_ids=ids,
         )
         lines = vocabulary.prove(job.tests)
+        vocabulary.hold_out(job.tests[0], job.seqlen)
     job.print(vocabulary.summary(), *lines)
     return vocabulary
 
@@ -234,17 +242,15 @@ def _schedule(job: Job) -> TrainSchedule:
     args, plan, flag = job.args, job.plan, shown(job.args, "recover")
     if stored_bits(job.config):
         raise UserError(f"{flag}: {args.model} is quantized, and its weights can't be trained")
-    if args.recover_optimizer == "adamw8bit":
-        import bitsandbytes  # noqa: F401 -- or say now that it is not installed
     chats = any(are_dialogues(read_documents(source, "train")[0]) for source in job.sources)
     default = 0.0 if chats else CROSS_ENTROPY  # of a chat model the text is not its own
     return TrainSchedule(
         tokens=args.recover,
         seqlen=job.seqlen,
-        rate=args.recover_rate,
+        rate=args.recover_lr,
         rank=args.recover_rank,
         optimizer=args.recover_optimizer,
-        share=default if args.recover_ce is None else args.recover_ce,
+        share=default if args.recover_ce_weight is None else args.recover_ce_weight,
         seed=args.seed,
         pruned=not plan.rounds or bool(plan.method or plan.teacher),
         ranks=job.dist.size,
@@ -328,13 +334,16 @@ def _check_tokens(job: Job) -> None:
 
 
 def open_store(job: Job) -> Job:
-    """Open the folder of finished blocks: --resume, --offload, or beside --save_model.
+    """Open the folder of finished blocks: --resume, --offload_folder, or beside --save_model.
 
     Returns the job with its fingerprint. Raises UserError if an interrupted run, or another rank,
     has another one.
     """
     args, changes = job.args, job.plan.changes
-    places = [("--resume", args.resume if changes else None), ("--offload", args.offload)]
+    places = [
+        ("--resume", args.resume if changes else None),
+        ("--offload_folder", args.offload_folder),
+    ]
     if changes and args.save_model:
         places.append(("--save_model", str(partial_of(args.save_model))))
     flag, path = next(((flag, path) for flag, path in places if path), (None, None))
@@ -383,15 +392,17 @@ def _open_folder(job: Job, flag: str, path: str, pruning: dict[str, Any]) -> Job
     if problem:
         store.close()
         raise UserError(f"{flag} {path}: {problem}")
-    store.begin(pruning)
+    before = store.decided.get("batch_size", job.batch_size)
+    store.begin(pruning, batch_size=job.batch_size)
     job.outcome.folder = store
     if store.begun:
-        kept = Counter(file.stem.partition("-")[0] for file in store.files())
         total = len(job.skeleton.get_submodule(job.blocks_name))
-        steps = {"block": "pruned", "quantized": "rounded"}
-        done = [f"{kept[name]} of {total} blocks {step}" for name, step in steps.items()]
-        done += ["a state of the training"] * bool(kept["recovery"])
-        job.print(f"{flag} {path}: finished before: {', '.join(done)}")
+        job.print(f"{flag} {path}: finished before: {store.summary(total)}")
+    if before != job.batch_size:
+        job.print(
+            f"{flag} {path}: was begun with --batch_size {before}, goes on with {job.batch_size}; "
+            "a run with one of them all the way rounds its sums otherwise"
+        )
     return job
 
 

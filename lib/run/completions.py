@@ -32,7 +32,7 @@ REPLACEMENT = "\ufffd"  # tokenizers decode half a character to it
 
 
 class Completions:
-    """Continues the prompts of every test set, `--prompts` of each, by one model after another.
+    """Continues the prompts of every test set, `--completions` of each, by one model after another.
 
     Of test dialogues more are answered, but if that is 0.
 
@@ -47,7 +47,7 @@ class Completions:
         self.asked: list[tuple[str, str, list[int]]] = []
         self.new_ids: dict[str, list[list[int]]] = {}  # what follows on all, by dense and model
         window = window_length(job.config, None)
-        for test in job.texts.tests if job.args.prompts else ():
+        for test in job.texts.tests if job.args.completions else ():
             prompts = [(decode(job.tokenizer, ids), ids.tolist()) for ids in test.prompts]
             self.prompts += [(test.name, *prompt) for prompt in prompts]
             for dialogue in test.dialogues:
@@ -103,7 +103,7 @@ class Completions:
 
     def records(self) -> list[dict[str, str]]:
         """Return one record for each prompt: `test`, `prompt`, and each model's completion."""
-        shown = [*self.prompts, *self.asked[: self.job.args.prompts]]
+        shown = [*self.prompts, *self.asked[: self.job.args.completions]]
         return [
             {"test": test, "prompt": prompt}
             | {

@@ -4,7 +4,8 @@ An interrupted run is resumed only under the same fingerprint, all ranks of one 
 same, and a sweep skips a run that was finished with it. Flags that change the result count by
 value, those that name a model or texts by the content that they name; a path never counts, nor
 does the version of this program, which is recorded. On one machine and with as many threads the
-same fingerprint gives the same bytes; other processors and numbers of threads change rounding.
+same fingerprint gives the same bytes; other processors and numbers of threads change rounding. Of
+the code that of the pruning method and of the quantizer counts, by revision and source.
 """
 
 from __future__ import annotations
@@ -19,6 +20,9 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from ..methods.gptq import GPTQ
+from ..methods.registry import is_file, label, source_digest
+from ..methods.sparsity import ALLOCATIONS
 from ..model.pretrained import dtype_name
 from .flags import FIGURES, NO_RESULT
 from .job import Job
@@ -35,9 +39,16 @@ def fingerprint(job: Job, weights: bool) -> dict[str, dict[str, Any]]:
     """Return what decides the weights (`pruning`), and what else decides the figures (`measuring`).
 
     Each section is {name in messages: value}, with values that JSON can hold. `weights`: with the
-    digest of all bytes of the models' weights, where something is resumed or skipped.
+    digest of all bytes of the models' weights, where something is resumed or skipped; one rank of a
+    machine reads them. Every rank must call this.
     """
-    args, texts = job.args, job.texts
+    args, plan, texts, dist = job.args, job.plan, job.texts, job.dist
+    read = {"--model": job.config, "--teacher": job.teacher_config}
+    read = {flag: (vars(args)[flag[2:]], config) for flag, config in read.items() if config}
+    digests = None
+    if weights and dist.local_rank == 0:
+        digests = {f"weights of {flag}": _content(*each, WEIGHTS) for flag, each in read.items()}
+    digests = dist.all_gather_object(digests)[dist.rank - dist.local_rank]
     uncounted = [*NO_RESULT, *FIGURES, *(() if job.plan.calibrated else CALIBRATION)]
     counted = {f"--{name}": value for name, value in vars(args).items() if name not in uncounted}
     pruning = counted | {
@@ -45,21 +56,29 @@ def fingerprint(job: Job, weights: bool) -> dict[str, dict[str, Any]]:
         "--dtype": f"{dtype_name(job.dtype)}, saved as {dtype_name(job.save_dtype)}",
         "--seqlen": job.seqlen,
         "kind of device": job.device.type,
-        "config of --model": _content(args.model, job.config, "config.json", "*.py"),
-        "weights of --model": _content(args.model, job.config, WEIGHTS) if weights else None,
         "windows of --calibration_data": texts.calibration and texts.calibration["digest"][:16],
     }
-    if job.teacher_config:
-        teacher = weights and _content(args.teacher, job.teacher_config, WEIGHTS)
-        pruning["weights of --teacher"] = teacher
+    for flag, each in read.items():
+        pruning[f"config of {flag}"] = _content(*each, "config.json", "*.py")
+    pruning |= digests or {}
     if job.vocabulary:
         pruning["tokens of --trim_vocabulary"] = job.vocabulary.digest
     if texts.training:
         pruning["windows of --recover"] = texts.training.facts["digest"][:16]
         if job.schedule.windows > job.schedule.windows_alone:  # more than a single process takes
             pruning["windows of a step of --recover"] = job.schedule.windows
+    if plan.method:
+        source = source_digest(plan.method_class, "prune.py", "remove.py")
+        pruning["source of --prune_method"] = source
+        if is_file(plan.method):
+            pruning["--prune_method"] = label(plan.method)
+        if plan.allocation not in ALLOCATIONS:
+            pruning["--allocation"] = f"layers {_digest([Path(plan.allocation)], named=False)}"
+    if plan.rounds:
+        pruning["source of --quantize"] = source_digest(GPTQ, "prune.py", "quantize.py")
     pruning |= {f"version of {name}": versions()[name] for name in DECIDING}
     measuring = {f"--{name}": getattr(args, name) for name in FIGURES}
+    measuring["--batch_size"] = job.batch_size  # sums of other batches are rounded otherwise
     measuring["tokenizer of --model"] = _content(args.model, job.config, *SETTINGS)
     for test in texts.tests:
         measuring[f"windows of --eval_data {test.name}"] = test.facts["digest"][:16]
@@ -97,12 +116,17 @@ def _content(name: str, config: Any, *patterns: str) -> str:
     return _digest(f for f in files if f.match(WEIGHTS) or f.stat().st_size <= SETTINGS_BYTES)
 
 
-def _digest(files: Iterable[Path]) -> str:
-    """Return a digest of the names and all bytes of files, which are read side by side."""
+def model_digest(name: str, config: Any) -> str:
+    """Return what identifies a model with its tokenizer: the hub's commit, or a folder's digest."""
+    return _content(name, config, WEIGHTS, *SETTINGS)
+
+
+def _digest(files: Iterable[Path], named: bool = True) -> str:
+    """Return a digest of all bytes of files, and their names if `named`, read side by side."""
     files, hasher = sorted(files), hashlib.sha256()
     with ThreadPoolExecutor() as pool:
         for file, digest in zip(files, pool.map(_file_digest, files), strict=True):
-            hasher.update(file.name.encode() + b"\0" + digest)
+            hasher.update((file.name.encode() + b"\0") * named + digest)
     return hasher.hexdigest()[:16]
 
 

@@ -8,34 +8,45 @@ transformers: `--help` answers at once.
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from datetime import date
 from functools import cache
 from pathlib import Path
 from typing import Any
 
-from ..methods.registry import EXPERT_METHODS, METHODS
+from ..methods.registry import EXPERT_METHODS, METHODS, is_file
 from ..methods.sparsity import (
     ALLOCATIONS,
     EXPERTS,
-    RATIO_TYPES,
     SMALLER,
     TYPES,
     UNSTRUCTURED,
     Sparsity,
 )
-from ..util.command import Parser
+from ..util.command import Parser, typed
 
 DESCRIPTION = """\
-Prune a Hugging Face causal language model for one language: drop weights by what flows through
-them on text of that language, measure what it cost, save a smaller model."""
+Prune and quantize a Hugging Face causal language model for one language, with text in that
+language. Report what it costs in quality, and save the smaller model."""
+EXAMPLES = """\
+examples:
+  the published run, calibrated and tested on Ukrainian UberText:
+    {0} --model MODEL --prune_method sparsegpt --nsamples 64
+  most accurate pruning, then training with the dense model as teacher:
+    {0} --model MODEL --prune_method admm --allocation error --calibration_data TEXTS \\
+        --recover 500000 --save_model OUT
+  4 bits for llama.cpp, with the vocabulary of the texts:
+    {0} --model MODEL --trim_vocabulary --quantize q4_0 --calibration_data TEXTS --save_model OUT
+"""
 
 # flags of which another value is no other result: they name models and texts, whose content counts
 # and not their path, or say where and how fast, which is rounding at most
 NO_RESULT = "model calibration_data column prune_on_c4 vocabulary_data teacher eval_data".split()
-NO_RESULT += "include_path cache_dir device batch_size offload prompts save save_model".split()
-NO_RESULT += ["resume", "debug"]
-FIGURES = ["tasks"]  # another value is the same model, measured otherwise
+NO_RESULT += (
+    "include_path cache_dir device batch_size offload_folder completions save save_model".split()
+)
+NO_RESULT += ["resume", "debug", "save_masks"]
+FIGURES = ["tasks", "eval_windows"]  # another value is the same model, measured otherwise
 
 FEWEST_ZEROS = 1 / 16  # packing pays for one bit per weight only above this share of zeros
 
@@ -59,10 +70,26 @@ SHARE = _number(float, lambda value: 0 <= value < 1, "at least 0 and below 1")
 RATE = _number(float, lambda value: 0 < value < 1, "above 0 and below 1")
 
 
+def _one_of(names: tuple[str, ...], ends: str, more: str) -> Callable[[str], str]:
+    """Return a type of argparse: one of some names, or what has `ends` in it."""
+
+    def parse(text: str) -> str:
+        if text not in names and ends not in text:
+            raise argparse.ArgumentTypeError(f"{text}: must be {', '.join(names)} or {more}")
+        return text
+
+    return parse
+
+
 @cache
 def build_parser() -> argparse.ArgumentParser:
     """Build the parser of main.py."""
-    parser = Parser(description=DESCRIPTION)
+    parser = Parser(
+        description=DESCRIPTION,
+        usage="%(prog)s --model MODEL [options]",
+        epilog=EXAMPLES.format(typed("prune")),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     group: Any = None
 
     def section(name: str) -> None:
@@ -79,248 +106,223 @@ def build_parser() -> argparse.ArgumentParser:
         flag(name, text, action="store_true")
 
     section("model")
-    flag("model", "hub id (owner/name) or local folder", required=True)
-    flag("cache_dir", "folder for weights from the hub", shown="the hub's own cache")
-    flag(
-        "device",
-        "where blocks are computed: cuda:N, xpu:N or cpu",
-        shown="the first GPU if there is one, else cpu",
-    )
-    flag(
-        "dtype",
-        "dtype of the weights while working; auto: the checkpoint's where the device multiplies it "
-        "by itself (a CPU: bfloat16 with AMX or AVX-512), else float32",
-        default="auto",
-        choices=("auto", "float32", "bfloat16", "float16"),
-    )
+    flag("model", "Hub id (owner/name) or local folder", required=True)
+    flag("cache_dir", "folder for weights from the Hub", metavar="FOLDER", shown="the Hub's own")
     flag(
         "load_bit",
-        "quantize on loading with bitsandbytes: 4 (NF4, double quantization, bfloat16 compute) or "
-        "8 (LLM.int8) bits per weight",
+        "quantize on loading with bitsandbytes: 4 (NF4) or 8 (LLM.int8) bits per weight",
         choices=("4", "8"),
     )
-    flag(
-        "seqlen",
-        "length of a calibration or test window in tokens",
-        type=WINDOW,
-        shown="the model's limit, at most 4096",
-    )
-    flag(
-        "bos",
-        "begin every window with the BOS token; never: as published; auto: where the tokenizer "
-        "adds it by itself and the dense model collapses without it",
-        default="auto",
-        choices=("auto", "never"),
-    )
-    flag(
-        "batch_size",
-        "windows per forward pass; changes speed and memory, and results only by rounding",
-        type=POSITIVE,
-        shown="windows of about 1024 tokens on a CPU, 8192 on a GPU, more for a narrow model",
-    )
-    flag(
-        "offload",
-        "for a model larger than memory: blocks are read from the checkpoint one at a time, "
-        "pruned ones kept in this folder until they are saved",
-        metavar="FOLDER",
-    )
-    switch(
-        "trust_remote_code",
-        "run Python code that comes with the model; only for models you trust",
-    )
+    switch("text_only", "drop vision and audio parts from the saved model; requires --save_model")
+    switch("trust_remote_code", "run Python code that comes with the model; only if you trust it")
 
-    section("calibration")
-    flag("seed", "seed of the random draw of the windows", type=int, default=0)
-    flag("nsamples", "calibration windows", type=POSITIVE, default=128)
+    section("data")
     flag(
         "calibration_data",
-        "ubertext, c4, another built-in set, a hub set (owner/name[:config][:split][:column]), or "
-        "a file or folder of .jsonl, .csv, .parquet or plain text; several as SOURCE=WEIGHT make a "
-        "mixture",
+        "ubertext, c4, a Hub dataset, a file or a folder; several as SOURCE=WEIGHT are mixed",
         nargs="+",
         metavar="SOURCE",
         shown="ubertext",
     )
+    switch("prune_on_c4", "calibrate on English C4; the test text stays UberText")
+    flag("nsamples", "number of calibration windows", type=POSITIVE, default=128, metavar="N")
+    flag("seed", "seed of the random draw of the windows", type=int, default=0)
     flag(
-        "column",
-        "column of your files and hub sets that holds the texts",
-        default="text",
-        metavar="NAME",
+        "seqlen",
+        "tokens of a calibration or test window",
+        type=WINDOW,
+        metavar="TOKENS",
+        shown="the model's limit, at most 4096",
     )
-    switch(
-        "no_template",
-        "read dialogues as plain text, not as the tokenizer's chat template renders them",
+    flag("column", "column that holds the texts", default="text", metavar="NAME")
+    flag(
+        "bos",
+        "start windows with BOS; auto: if the dense model collapses without it; never: published",
+        default="auto",
+        choices=("auto", "never"),
     )
+    switch("no_chat_template", "read dialogues as plain text, without the chat template")
     flag(
         "date",
-        "the date that a chat template writes, where it asks for one",
+        "date that a chat template writes, if it asks for one",
         type=lambda text: str(date.fromisoformat(text)),
         metavar="YYYY-MM-DD",
-        shown="today, or what the run was begun with that --resume continues",
-    )
-    switch(
-        "prune_on_c4",
-        "calibrate on English C4, short for --calibration_data c4; the test stays UberText",
-    )
-
-    section("vocabulary")
-    switch(
-        "trim_vocabulary",
-        "before pruning, remove the tokens that the train text of the sources does not use, with "
-        "their rows of the embedding and the head; checked on the test text before anything is "
-        "saved; also without --prune_method",
-    )
-    flag(
-        "vocabulary_data",
-        "more text whose tokens stay, as for --calibration_data, without weights; of hub sets the "
-        "first 100 million characters count",
-        nargs="+",
-        metavar="SOURCE",
-        shown="the calibration sources alone",
+        shown="today, or that of the resumed run",
     )
 
     section("pruning")
     flag(
         "prune_method",
-        "how the weights to drop are chosen; of experts: reap (the mean of gate times output), "
-        "contribution (its sum over all tokens), frequency, or at random",
-        choices=(*METHODS, *EXPERT_METHODS),
+        f"one of {', '.join(METHODS)}; for experts {', '.join(EXPERT_METHODS)}; or FILE.py:CLASS",
+        type=_one_of((*METHODS, *EXPERT_METHODS), ".py:", "FILE.py:CLASS"),
+        metavar="METHOD",
     )
     flag(
         "sparsity_ratio",
-        "share of the weights, of the MLPs' neurons or of the experts to drop, in [0, 1); N:M "
-        "types need N/M",
+        "share to prune, of weights, neurons or experts, in [0, 1); N:M requires N/M",
         type=float,
         default=0.5,
+        metavar="SHARE",
     )
     flag(
         "sparsity_type",
-        "anywhere; N of every M consecutive weights of a row; or whole neurons of the MLPs, or "
-        "experts of a mixture, which leaves a smaller model without zeros",
+        "zeros anywhere, or N of every M consecutive weights; or whole MLP neurons or MoE experts",
         default=UNSTRUCTURED,
         choices=TYPES,
     )
+    switch("use_variant", "Wanda's variant: each row has its own share of zeros; requires wanda")
+    flag(
+        "method_args",
+        "parameters of the method, such as alpha=0.5 for ria; requires --prune_method",
+        nargs="+",
+        metavar="NAME=VALUE",
+    )
     flag(
         "allocation",
-        "how zeros are distributed, at an equal total; error: fewer in linears whose errors "
-        "change the predictions more, by one backward pass through the model",
+        "sparsity of layers: uniform; error: by their effect on predictions; owl; or FILE.json",
         default="uniform",
-        choices=ALLOCATIONS,
-    )
-    switch("use_variant", "wanda: let each row have its own share of zeros")
-    switch(
-        "replace_sparse_layers",
-        "swap the pruned linears, of any type, for packed ones before saving: a bit for each "
-        "weight, and the kept values; where zeros are too few to be smaller they stay dense. On "
-        "CUDA 2:4 in 16 bits multiplies by torch's semi-structured kernels, anything else is "
-        "unpacked at each forward; a CPU (x86-64) has kernels for every pattern",
-    )
-    flag(
-        "quantize",
-        "round the linears of the blocks to 4 bits, on calibration text, and with --recover train "
-        "them from there. q4_0: to values that llama.cpp's type of that name holds exactly, saved "
-        "in 16 bits; int4: to what --replace_sparse_layers packs, with a 16-bit scale for every "
-        "64 inputs of a row, and embedding and head to int8 (with --eval_only to nearest)",
-        choices=("q4_0", "int4"),
+        type=_one_of(ALLOCATIONS, ".json", "FILE.json"),
+        metavar="RULE",
     )
 
-    section("recovery")
+    section("quantization and packing")
+    flag(
+        "quantize",
+        "4 bits on calibration text; q4_0: for llama.cpp and export; int4: packed",
+        choices=("q4_0", "int4"),
+    )
+    switch(
+        "replace_sparse_layers",
+        "save sparse layers packed; 2:4 runs by torch's kernels on CUDA, any pattern by own ones "
+        "on x86-64 CPUs, else unpacked",
+    )
+
+    section("vocabulary")
+    switch("trim_vocabulary", "remove tokens that the training text does not use, and their rows")
+    flag(
+        "vocabulary_data",
+        "more text whose tokens are kept; requires --trim_vocabulary",
+        nargs="+",
+        metavar="SOURCE",
+    )
+
+    section("recovery training")
     flag(
         "recover",
-        "after pruning, train the kept weights on this many tokens of the calibration sources' "
-        "train text, with the dense model as teacher; zeros stay zeros, and with --quantize all "
-        "stays on its grid; without --prune_method all weights of the blocks",
+        "train on this many tokens with the dense model as teacher; zeros and 4-bit grids stay",
         type=POSITIVE,
         metavar="TOKENS",
     )
     flag(
         "teacher",
-        "the dense model that an already pruned model was made from, for --recover to train "
-        "against or --eval_only to compare with",
+        "dense model that MODEL was made from; requires --recover or --eval_only",
         metavar="MODEL",
     )
     flag(
         "recover_rank",
-        "train updates of this rank of every pruned matrix, merged into it at the end, in place "
-        "of all its kept weights: for a fraction of the memory",
+        "train low-rank updates (as LoRA, merged at the end): a fraction of the memory",
         type=POSITIVE,
         metavar="R",
         shown="all weights",
     )
     flag(
         "recover_optimizer",
-        "adamw8bit: by bitsandbytes, whose averages take 2 bytes for each trained weight, not 8; "
-        "as good, slower on a CPU",
+        "adamw8bit (bitsandbytes): averages of 2 bytes per weight, not 8; slower on a CPU",
         choices=("adamw", "adamw8bit"),
         default="adamw",
     )
     flag(
-        "recover_rate",
-        "peak learning rate of the recovery",
+        "recover_lr",
+        "peak learning rate",
         type=RATE,
         metavar="RATE",
-        shown="0.6 times the root mean square of the pruned weights, over the square root of the "
-        "model's width, over its blocks; a quarter of that with --quantize where nothing is pruned",
+        shown="chosen from the model's weights and size; see docs/recovery.md",
     )
     flag(
-        "recover_ce",
-        "share of cross-entropy with the text itself in the loss: teaches the model more of this "
-        "text, and less of what the teacher knows of others, or of answering in a chat; 0: the "
-        "teacher alone",
+        "recover_ce_weight",
+        "weight of cross-entropy with the text in the loss; 0: the teacher alone",
         type=SHARE,
         metavar="SHARE",
-        shown="0.2; 0 where dialogues are read",
+        shown="0.2; 0 for dialogues",
     )
 
     section("evaluation")
-    switch("eval_only", "evaluate the model as it is; prune nothing")
+    switch("eval_only", "evaluate the model; prune, quantize and train nothing")
     flag(
         "eval_data",
-        "test texts, given as for --calibration_data; each is measured separately",
+        "test texts, given as calibration data; each is measured separately",
         nargs="+",
         metavar="SOURCE",
-        shown="the calibration sources' own test text; of ubertext and c4, ubertext; of files "
-        "without one, a tenth of the documents, which is held apart",
+        shown="the data's own test text, or a held-out tenth",
     )
     flag(
-        "prompts",
-        "beginnings of documents of each test set that the dense and the pruned model continue "
-        "greedily, for results.json; none where blocks are fetched",
+        "eval_windows",
+        "test windows of each text, evenly over its documents",
+        type=POSITIVE,
+        metavar="N",
+        shown="all",
+    )
+    flag(
+        "completions",
+        "prompts of each test text that both models complete, for results.json",
         type=NATURAL,
         default=3,
         metavar="N",
     )
     flag(
         "tasks",
-        "tasks of lm-eval (if installed) to run on the dense and the pruned model at the end, in "
-        "place of wanda's --eval_zero_shot",
+        "lm-eval tasks to run at the end, in place of --eval_zero_shot; install lm-eval",
         type=lambda names: names.split(","),
         metavar="NAME,...",
     )
-    flag(
-        "include_path",
-        "folder of your own tasks for --tasks, as YAML files that lm-eval reads; their data may "
-        "be local files",
-        metavar="FOLDER",
-    )
+    flag("include_path", "folder of your own lm-eval tasks; requires --tasks", metavar="FOLDER")
 
     section("output")
     flag(
         "save",
-        "folder for log_METHOD.txt and results.json",
+        "folder for results.json and log_METHOD.txt",
         metavar="FOLDER",
         shown="out/MODEL-METHOD-TYPE-RATIO",
     )
-    flag("save_model", "new folder for the pruned model, tokenizer and card", metavar="FOLDER")
+    flag("save_model", "new folder for the model, tokenizer and model card", metavar="FOLDER")
+    flag("save_masks", "safetensors file for the masks alone, a bit per weight", metavar="FILE")
+
+    section("execution")
     flag(
-        "resume",
-        "keep pruned blocks and the state of the recovery in this folder, so that the same command "
-        "continues after an interruption; removed after success",
+        "device",
+        "cuda:N, xpu:N or cpu",
+        shown="the first GPU, else cpu",
+    )
+    flag(
+        "dtype",
+        "compute dtype; auto: the checkpoint's if the device multiplies it natively, else float32",
+        default="auto",
+        choices=("auto", "float32", "bfloat16", "float16"),
+    )
+    flag(
+        "batch_size",
+        "windows per forward pass; changes results only by rounding",
+        type=POSITIVE,
+        metavar="N",
+        shown="by the device and the model's width",
+    )
+    flag(
+        "offload_folder",
+        "read blocks one at a time, and keep changed ones here until they are saved",
         metavar="FOLDER",
     )
-    switch("text_only", "of a model that also sees or hears, save the text alone")
+    flag(
+        "resume",
+        "keep the state of the run here; the same command continues it, and success removes it",
+        metavar="FOLDER",
+    )
     switch("debug", "show the full traceback of an error")
     return parser
+
+
+def packed(flags: Mapping[str, Any]) -> bool:
+    """Return whether the model is saved packed; --quantize int4 says so by itself."""
+    return bool(flags.get("replace_sparse_layers") or flags.get("quantize") == "int4")
 
 
 def given(args: argparse.Namespace, name: str) -> bool:
@@ -338,6 +340,18 @@ def shown(args: argparse.Namespace, name: str) -> str:
     return f"--{name} {value:g}" if isinstance(value, float) else f"--{name} {value}"
 
 
+def command_words(flags: Mapping[str, Any]) -> list[str]:
+    """Return the command line that gives these flags, without defaults."""
+    words = typed("prune").split()
+    for name, value in flags.items():
+        if value is None or value is False or value == build_parser().get_default(name):
+            continue
+        values = value if isinstance(value, list | tuple) else [] if value is True else [value]
+        values = [",".join(values)] if name == "tasks" else values
+        words += [f"--{name}", *map(str, values)]
+    return words
+
+
 def check_flags(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
     """Exit through parser.error (status 2) if flags contradict each other or have no effect."""
     for mistake in mistakes(args):
@@ -349,22 +363,24 @@ NEEDS = {  # a flag: others of which one must be given
     "teacher": ("recover", "eval_only"),
     "recover_rank": ("recover",),
     "recover_optimizer": ("recover",),
-    "recover_rate": ("recover",),
-    "recover_ce": ("recover",),
+    "recover_lr": ("recover",),
+    "recover_ce_weight": ("recover",),
     "include_path": ("tasks",),
     "allocation": ("prune_method",),
+    "method_args": ("prune_method",),
+    "save_masks": ("prune_method",),
     "text_only": ("save_model",),
 }
 EXCLUDES = (  # two flags, and why not both
-    ("offload", "load_bit", "blocks can't be quantized on their way from disk"),
+    ("offload_folder", "load_bit", "blocks can't be quantized on their way from disk"),
     ("text_only", "load_bit", "its parts are quantized as one"),
     ("prune_on_c4", "calibration_data", "is short for --calibration_data c4"),
     ("replace_sparse_layers", "load_bit", "quantized weights can't be packed"),
     ("quantize", "load_bit", "weights are quantized once"),
     ("recover", "eval_only", "--eval_only changes no weight"),
     ("recover", "load_bit", "quantized weights can't be trained"),
-    ("recover", "offload", "blocks on disk can't be trained"),
-    ("teacher", "offload", "the teacher is held in memory whole"),
+    ("recover", "offload_folder", "blocks on disk can't be trained"),
+    ("teacher", "offload_folder", "the teacher is held in memory whole"),
     ("teacher", "prune_method", "the model itself, before it is pruned, is the teacher"),
     ("eval_only", "prune_method", "prunes nothing"),
 )
@@ -385,11 +401,9 @@ def mistakes(args: argparse.Namespace) -> Iterator[str]:
     for name, needed in NEEDS.items():
         if given(args, name) and not any(given(args, other) for other in needed):
             names = " or ".join(f"--{other}" for other in needed)
-            yield f"{shown(args, name)}: is for {names}, which is not given"
+            yield f"{shown(args, name)}: requires {names}. Add it, or leave the flag out."
     method, kind, ratio = args.prune_method, args.sparsity_type, args.sparsity_ratio
-    packs, form = args.replace_sparse_layers, shown(args, "quantize")
-    if args.quantize == "int4" and not packs:
-        yield f"{form}: is for --replace_sparse_layers, which is not given"
+    packs, form = packed(vars(args)), shown(args, "quantize")
     if args.quantize == "q4_0" and packs:
         yield f"{form}: llama.cpp runs no packed weights; leave out --replace_sparse_layers"
     if args.quantize == "q4_0" and args.eval_only:
@@ -400,10 +414,14 @@ def mistakes(args: argparse.Namespace) -> Iterator[str]:
         yield f"--prune_method: name one of {', '.join(METHODS)}, or give --eval_only"
     if args.use_variant and method != "wanda":
         yield f"--use_variant: is for wanda, not for {method or 'the dense model'}"
-    for name in ("use_variant", "allocation") if kind != UNSTRUCTURED else ():
+    everywhere = kind in SMALLER or args.allocation == "error"
+    fixed = everywhere or (args.allocation == "owl" and kind == "2:4")  # no pattern beside it
+    for name in ("use_variant", *["allocation"] * fixed) if kind != UNSTRUCTURED else ():
         if given(args, name):
             yield f"{shown(args, name)}: is for --sparsity_type {UNSTRUCTURED}, not for {kind}"
-    if method and (kind == EXPERTS) != (method in EXPERT_METHODS):
+    if args.save_masks and kind in SMALLER:
+        yield f"{shown(args, 'save_masks')}: --sparsity_type {kind} leaves no zeros; leave it out"
+    if method and not is_file(method) and (kind == EXPERTS) != (method in EXPERT_METHODS):
         names = ", ".join(EXPERT_METHODS if kind == EXPERTS else METHODS)
         yield f"--prune_method {method}: is not for --sparsity_type {kind}; use one of {names}"
     if method and kind in SMALLER:
@@ -426,17 +444,7 @@ def mistakes(args: argparse.Namespace) -> Iterator[str]:
         target, saved = Path(args.save_model).resolve(), shown(args, "save_model")
         if args.eval_only and not (packs or args.trim_vocabulary or args.text_only):
             yield f"{saved}: --eval_only changes no weight; leave it out"
-        for name in ("save", "model", "offload", "resume", "teacher"):
+        for name in ("save", "model", "offload_folder", "resume", "teacher"):
             value = getattr(args, name)
             if value and Path(value).resolve().is_relative_to(target):
                 yield f"{saved}: must be a new folder, but --{name} {value} is in it"
-
-
-def default_save(args: argparse.Namespace) -> str:
-    """Return the folder of the results where --save is not given."""
-    model = Path(args.model).name or "model"
-    if not args.prune_method:
-        return f"out/{model}-{'recovered' if args.recover else args.quantize or 'dense'}"
-    share = f"{args.sparsity_ratio:g}" if args.sparsity_type in RATIO_TYPES else ""
-    parts = [model, args.prune_method, args.sparsity_type.replace(":", "of"), share]
-    return "out/" + "-".join(part for part in parts if part)

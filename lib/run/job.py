@@ -45,8 +45,11 @@ class Outcome:
     """What a run measures and keeps, filled by its steps."""
 
     results: dict[str, Any] = field(default_factory=dict)  # see lib/run/results.py
+    losses: dict[str, Tensor] = field(default_factory=dict)  # of windows, see lib/run/results.py
     seconds: dict[str, float] = field(default_factory=dict)  # by step
     folder: RunFolder | None = None  # of finished blocks, in the main rank
+    is_saved: bool = False  # its model is, in the main rank
+    layers: dict[str, float] = field(default_factory=dict)  # share of zeros of each linear layer
     is_recorded: bool = False  # its results are on the disk
 
 
@@ -89,8 +92,9 @@ class Job:
     @property
     def dense_key(self) -> str:
         """What the dense model's states on the test windows depend on, as a digest."""
-        names = ("--dtype", "kind of device", "weights of --model", "weights of --teacher")
         pruning, measuring = self.fingerprint["pruning"], self.fingerprint["measuring"]
+        names = ["--dtype", "--load_bit", "kind of device"]
+        names += [name for name in pruning if name.startswith(("weights", "config", "version"))]
         trimmed = self.vocabulary and self.vocabulary.digest
         facts = [*map(pruning.get, names), measuring, trimmed, self.texts.bos, self.seqlen]
         return hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:16]

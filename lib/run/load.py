@@ -6,8 +6,7 @@ What a run needs of memory, and what is decided by that, is a table (lib/run/mem
 from __future__ import annotations
 
 import shutil
-import tempfile
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,19 +16,18 @@ import torch
 from ..model import pretrained
 from ..model.blocks import BlockRunner
 from ..model.rows import keep_rows_
-from ..model.run_folder import CONVERTED, LOCK, RunFolder
+from ..model.run_folder import RunFolder
 from ..model.store import BlockStore, FileBlockStore, device_map
 from ..pruning.check import Measured
 from ..sharded import is_sharded
 from ..util.errors import UserError
-from ..util.files import exclusive_lock
+from ..util.files import temporary_folder
 from ..util.host import keep_freed_memory
 from .job import Job
 from .memory import Memory
 
 LEAST_ZEROS = 0.01  # share of the blocks' weights; a model with fewer was not pruned
 MEMORY = Path("/dev/shm")  # on Linux: files in memory
-PREFIX = "langprune-blocks-"
 
 
 def load(job: Job, cleanup: ExitStack, folder: RunFolder | None) -> BlockRunner:
@@ -38,31 +36,33 @@ def load(job: Job, cleanup: ExitStack, folder: RunFolder | None) -> BlockRunner:
     `folder` is the run's own, in the main rank, where blocks are kept.
     """
     keep_freed_memory()
-    args, (fetched, options) = job.args, plan_memory(job)
+    args, dist, (fetched, options) = job.args, job.dist, plan_memory(job)
+    first = dist.local_rank == 0  # of its machine
     where, converted, blocks_at = {"": job.device}, None, None
     if fetched:
         where = device_map(job.skeleton, job.blocks_name, job.device)
-        if job.dist.local_rank == 0:  # the first of its machine
+        if first:
             blocks_at = _block_folder(job, cleanup, folder)
-            converted = blocks_at.path / CONVERTED
-        else:  # this rank maps what it converts itself
-            converted = cleanup.enter_context(tempfile.TemporaryDirectory())
+        written = dist.all_gather_object(blocks_at and str(blocks_at.converted))
+        converted = written[dist.rank - dist.local_rank]
     with job.timed("load"):
         model = pretrained.load_model(
             job.checkpoint,
             job.config,
             dtype=job.dtype,
             device_map=where,
-            offload=converted and str(converted),
+            offload=converted,
+            writes=first,
             load_bit=args.load_bit,
         )
+    dist.barrier()  # what one rank of a machine has converted is there for all
     save_dtype = job.save_dtype
     if job.plan.narrows:
         with pretrained.cast(model, save_dtype):
             pass  # it is measured as it will be saved; blocks in files are cast when fetched
     store = BlockStore
     if fetched:
-        on_disk, narrow = bool(args.offload), job.plan.narrows
+        on_disk, narrow = bool(args.offload_folder), job.plan.narrows
         store = partial(FileBlockStore, folder=blocks_at, on_disk=on_disk, narrow=narrow)
     finished = folder if job.plan.changes else None
     weights = store(model, job.device, save_dtype=save_dtype, finished=finished, dist=job.dist)
@@ -101,14 +101,21 @@ def load_teacher(job: Job, runner: BlockRunner, cleanup: ExitStack) -> BlockRunn
             "nothing to recover; prune it by --prune_method, without --teacher"
         )
     with job.timed("load teacher"):
-        where, converted = {"": job.device}, None
+        where, converted, first = {"": job.device}, None, job.dist.local_rank == 0
         if not resident:
             skeleton = pretrained.skeleton(job.teacher_config, job.teacher)
             where = device_map(skeleton, pretrained.decoder_blocks(skeleton)[0], job.device)
-            converted = cleanup.enter_context(tempfile.TemporaryDirectory())
+            own = str(cleanup.enter_context(temporary_folder())) if first else None
+            converted = job.dist.all_gather_object(own)[job.dist.rank - job.dist.local_rank]
         model = pretrained.load_model(
-            job.teacher, job.teacher_config, dtype=job.dtype, device_map=where, offload=converted
+            job.teacher,
+            job.teacher_config,
+            dtype=job.dtype,
+            device_map=where,
+            offload=converted,
+            writes=first,
         )
+        job.dist.barrier()  # what one rank of a machine has converted is there for all
         if job.teacher_rows is not None:
             keep_rows_(model, job.teacher_rows)
         if not resident:
@@ -141,26 +148,14 @@ def _block_folder(job: Job, cleanup: ExitStack, folder: RunFolder | None) -> Run
     """Return where this machine keeps changed blocks: the run's own folder, or a temporary one."""
     if folder:
         return folder
-    if job.args.offload:
-        path = Path(f"{job.args.offload}-rank-{job.dist.rank}")
+    if job.args.offload_folder:
+        path = Path(f"{job.args.offload_folder}-rank-{job.dist.rank}")
     else:
         size = sum(parameter.nbytes for parameter in job.skeleton.parameters())
         in_memory = MEMORY.is_dir() and size < shutil.disk_usage(MEMORY).free
         parent = MEMORY if in_memory else None
-        _remove_left()
-        path = cleanup.enter_context(tempfile.TemporaryDirectory(prefix=PREFIX, dir=parent))
-        path = Path(path)
-    folder = RunFolder("--offload", path)
+        path = cleanup.enter_context(temporary_folder(parent))
+    folder = RunFolder("--offload_folder", path)
     cleanup.callback(folder.clear)
     folder.begin({})
     return folder
-
-
-def _remove_left() -> None:
-    """Remove blocks of runs that were killed: in memory they would stay until the machine restarts.
-
-    A folder is of a run that is gone where its lock can be had.
-    """
-    for lock in MEMORY.glob(f"{PREFIX}*/{LOCK}"):
-        with suppress(UserError, OSError), exclusive_lock(lock, "in use"):
-            shutil.rmtree(lock.parent)

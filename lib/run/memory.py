@@ -152,14 +152,14 @@ class Memory:
             quantized=bool(args.load_bit or getattr(job.config, "quantization_config", None)),
             ranks=dist.size,
         )
-        if args.offload and not memory.apart:
+        if args.offload_folder and not memory.apart:
             raise UserError(
-                f"--offload {args.offload}: the model's blocks share weights, or are quantized; "
-                "leave it out"
+                f"--offload_folder {args.offload_folder}: the model's blocks share weights, or are "
+                "quantized; leave it out"
             )
         many = memory.too_many if gpu else dist.local_size > 1
         many = many or (job.schedule and dist.size > 1)  # ranks share out what is trained
-        wanted = bool(args.offload or (memory.apart and many))
+        wanted = bool(args.offload_folder or (memory.apart and many))
         return replace(memory, fetched=any(dist.all_gather_object(wanted)))
 
     @cached_property
@@ -544,7 +544,7 @@ class Memory:
                     f"{problem}, and no other way to train fits; leave {shown(self.args, flag)} "
                     "out, or take a smaller model"
                 )
-            how = ", even with its blocks one at a time, as by --offload" * self.fetched
+            how = ", even with its blocks one at a time, as by --offload_folder" * self.fetched
             raise UserError(f"{problem}{how}; use --device cpu, or a smaller model")
 
     def _ways(self, stage: str) -> Iterator[str]:
@@ -652,5 +652,5 @@ def memory_of(
         ranks=ranks,
     )
     many = memory.too_many or (schedule and ranks > 1)
-    fetched = bool(args.offload or (memory.apart and many))
+    fetched = bool(args.offload_folder or (memory.apart and many))
     return replace(memory, fetched=fetched)

@@ -8,9 +8,15 @@ from __future__ import annotations
 
 import argparse
 from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
 
-from ..methods.registry import method_of
-from ..methods.sparsity import SMALLER, Sparsity
+from ..methods.registry import label, method_of
+from ..methods.sparsity import RATIO_TYPES, SMALLER, Sparsity
+from .flags import packed
+
+if TYPE_CHECKING:
+    from ..methods.base import PruningMethod
 
 PRUNED_BEFORE = "pruned before"  # what results call a run that takes up another's model
 
@@ -22,6 +28,7 @@ class Plan:
     trims: bool  # the vocabulary
     method: str | None  # by which weights, neurons or experts are chosen; None: none go
     variant: bool  # of Wanda
+    method_args: list[str] | None  # NAME=VALUE
     kind: str  # of what goes: one of lib/methods/sparsity.py's TYPES
     sparsity: Sparsity
     allocation: str
@@ -39,13 +46,14 @@ class Plan:
             trims=args.trim_vocabulary,
             method=args.prune_method,
             variant=args.use_variant,
+            method_args=args.method_args,
             kind=args.sparsity_type,
             sparsity=Sparsity.parse(args.sparsity_type, args.sparsity_ratio),
             allocation=args.allocation,
             tokens=args.recover,
             teacher=args.teacher,
             format=args.quantize or "16",
-            packs=args.replace_sparse_layers,
+            packs=packed(vars(args)),
             measures_only=args.eval_only,
             names_text=bool(args.calibration_data or args.prune_on_c4),
         )
@@ -56,10 +64,17 @@ class Plan:
         return self.kind if self.method and self.kind in SMALLER else None
 
     @property
+    def method_class(self) -> type[PruningMethod]:
+        """The method, with its parameters. UserError where it can't do what the flags ask of it."""
+        return method_of(self.method, self.variant, self.method_args, self.kind)
+
+    @property
     def observes(self) -> bool:
         """Whether pruning reads calibration text."""
-        by_error = self.allocation != "uniform"
-        return bool(self.method and (by_error or method_of(self.method).observes))
+        if not self.method:
+            return False
+        method, measured = self.method_class, self.allocation in ("error", "owl")
+        return method.observes or method.needs_gradients or measured
 
     @property
     def rounds(self) -> bool:
@@ -103,9 +118,17 @@ class Plan:
     def name(self) -> str:
         """What results and log call the run: its method, or else what else it does."""
         if self.method:
-            return self.method
+            return label(self.method)
         if self.teacher or (self.rounds and self.packs):
             return PRUNED_BEFORE
         if self.narrows:
             return self.format
         return "recovered" if self.tokens else "dense"
+
+    def default_save(self, model: str) -> str:
+        """Return the folder of the results of `--model` where --save is not given."""
+        parts = [Path(model).name or "model", self.name.replace(" ", "-")]
+        if self.method:
+            parts.append(self.kind.replace(":", "of"))
+            parts += [f"{self.sparsity.ratio:g}"] if self.kind in RATIO_TYPES else []
+        return f"out/{'-'.join(parts)}"

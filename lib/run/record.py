@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 import platform
 import re
+import shlex
+import subprocess
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -17,15 +19,16 @@ from ..eval import exp
 from ..model.blocks import BlockRunner
 from ..model.pretrained import auto_class, checkpoint_dtype, footprint, parameter_bytes
 from ..model.rows import TRIMMED_FROM
-from ..util.command import one_line
+from ..util.command import ROOT, one_line
 from ..util.errors import UserError
 from ..util.files import write_text
 from ..util.host import gib, peak_memory
 from ..vocabulary import NOTE
 from .card import figures_table, notes
 from .fingerprint import versions
+from .flags import command_words
 from .job import Job
-from .results import RESULTS, read_results
+from .results import LOSSES, RESULTS, read_results
 
 
 def base_results(job: Job, runner: BlockRunner) -> dict[str, Any]:
@@ -44,6 +47,7 @@ def base_results(job: Job, runner: BlockRunner) -> dict[str, Any]:
         "sparsity_ratio": plan.sparsity.ratio if plan.method else None,
         "loaded_by": auto_class(job.config).__name__,
         "flags": vars(args),
+        "command": shlex.join(command_words(vars(args))),
         "seed": args.seed,
         "date": args.date,
         "versions": {"langprune": __version__} | versions(),
@@ -52,7 +56,21 @@ def base_results(job: Job, runner: BlockRunner) -> dict[str, Any]:
         "footprint": {"before": footprint(runner.model)},
         "dense_bytes": None if plan.teacher else parameter_bytes(runner.model, dtype),
         "fingerprint": job.fingerprint,
-    }
+    } | commit()
+
+
+def commit() -> dict[str, Any]:
+    """Return the commit of the checkout, and whether its code differs; {} where there is none."""
+    if not (ROOT / ".git").exists():  # installed, perhaps within a checkout of something else
+        return {}
+    words = "git status --porcelain=v2 --branch -- main.py lib".split()
+    try:
+        done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError):  # without git, or another user's folder
+        return {}
+    first, *others = done.stdout.splitlines()  # # branch.oid HASH
+    changed = any(not line.startswith("#") for line in others)
+    return {"commit": {"hash": first.split()[-1], "changed": changed}}
 
 
 def processor() -> str:
@@ -76,10 +94,11 @@ def finish_results(job: Job, runner: BlockRunner) -> None:
 
 
 def evaluation_record(
-    test: TestSet, figures: dict[str, float], only_compared: bool = False
+    test: TestSet, figures: dict[str, Any], only_compared: bool = False
 ) -> dict[str, Any]:
     """Return the record of a test set: what it is, and its figures (lib/eval.py)."""
-    record = test.facts | {name: figures[name] for name in figures if "nats" not in name}
+    names = (name for name in figures if "nats" not in name and name != "by_window")
+    record = test.facts | {name: figures[name] for name in names}
     if not only_compared or figures["compared_windows"] == len(test.windows):
         record["bits_per_byte"] = figures["nats"] / math.log(2) / record["bytes"]
     if "dense_nats" in figures:
@@ -122,7 +141,7 @@ def keep_other_results(folder: Path, fingerprint: dict[str, Any]) -> None:
     if before != fingerprint:
         logs = (f for f in folder.glob("log_*.txt") if "." not in f.stem)  # the others were moved
         logs = [f for f in logs if f.read_bytes().startswith(b"method\t")]
-        for file in filter(Path.exists, [folder / RESULTS, *logs]):
+        for file in filter(Path.exists, [folder / RESULTS, folder / LOSSES, *logs]):
             others = (file.with_name(f"{file.stem}.{n}{file.suffix}") for n in count(1))
             other = file.rename(next(path for path in others if not path.exists()))
             print(f"{file}: is of another run, and is now {other.name}")
@@ -143,7 +162,8 @@ def print_summary(results: dict[str, Any]) -> None:
         ]
     named = {one_line(test["name"]): test for test in results["evaluation"]}
     for name, test in named.items():
-        lines.append(f"{name}: {test['windows']} windows, {test['tokens']} tokens")
+        of = f" of {test['of_windows']}" if "of_windows" in test else ""
+        lines.append(f"{name}: {test['windows']}{of} windows, {test['tokens']} tokens")
     lines.append(figures_table(results))
     lines += [f"perplexity {name}: {test['perplexity']:.4f}" for name, test in named.items()]
     print(*lines, sep="\n")

@@ -7,10 +7,10 @@ any moment what is on the disk can be continued, or is the model.
 
 from __future__ import annotations
 
+import shlex
 import shutil
 from contextlib import ExitStack
 from pathlib import Path
-from tempfile import TemporaryDirectory
 
 from safetensors import SafetensorError
 from torch import nn
@@ -24,8 +24,9 @@ from ..model.pretrained import cast, save_in_shards, text_alone
 from ..model.processor import copy_processor
 from ..packed.checkpoint import mark_packed_
 from ..sparse import check_same_outputs
+from ..util.command import typed
 from ..util.errors import UserError, first_line
-from ..util.files import partial_of, put_in_place, sync_all, write_text
+from ..util.files import partial_of, put_in_place, sync_all, temporary_folder, write_text
 from ..util.host import gib
 from .card import model_card
 from .job import Job
@@ -47,10 +48,10 @@ def save(job: Job, runner: BlockRunner, cleanup: ExitStack) -> None:
             _write(job, runner, stage)
             failed.pop_all()
             if holds_blocks:  # the folder is about to become the model
+                other = None
                 if not weights.resident:  # what is still read stays until the end
-                    other = cleanup.enter_context(TemporaryDirectory(dir=target.parent))
-                    moved = {str(file): shutil.move(file, other) for file in folder.files()}
-                folder.clear()
+                    other = cleanup.enter_context(temporary_folder(target.parent))
+                moved = folder.hand_over(other)
                 job.outcome.folder = None
             try:
                 put_in_place(stage, target)
@@ -58,6 +59,7 @@ def save(job: Job, runner: BlockRunner, cleanup: ExitStack) -> None:
                 raise UserError(
                     f"--save_model {target}: {first_line(error)}; the whole model is in {stage}"
                 ) from error
+        job.outcome.is_saved = True
         print(f"saved: {target}", flush=True)
     weights.moved(job.dist.all_gather_object(moved)[0])
 
@@ -115,7 +117,13 @@ def write_card(job: Job, folder: str | Path) -> None:
 
 def close_store(job: Job) -> None:
     """Remove the folder of finished blocks, or say how to go on where the run ended early."""
-    folder = job.outcome.folder
+    folder, args = job.outcome.folder, job.args
+    if job.outcome.is_saved and not job.outcome.is_recorded:
+        words = [*typed("prune").split(), "--model", args.save_model, "--eval_only"]
+        words += ["--seqlen", job.seqlen, *["--column", args.column] * (args.column != "text")]
+        words += ["--eval_data", *(test.text for test in job.tests)]
+        how = shlex.join(map(str, words))
+        print(f"{args.save_model} is whole, but not measured; to do that: {how}", flush=True)
     if not folder:
         return
     if job.outcome.is_recorded:
@@ -124,7 +132,7 @@ def close_store(job: Job) -> None:
     folder.close()
     if folder.files():
         how = "the same command continues"
-        if not job.args.resume:
+        if not args.resume:
             how = f"add --resume {folder.path} to continue"
         how += " with another --save_model" * ("saved_bytes" in job.outcome.results)
         print(f"kept what is finished: {how}", flush=True)

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import json
 from contextlib import ExitStack
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from ..eval import COMPARED_POSITIONS, perplexities, perplexity, some_logits
-from ..methods.registry import method_of
 from ..model.blocks import BlockRunner
 from ..model.pretrained import footprint, parameter_bytes
 from ..model.reference import (
@@ -22,16 +23,17 @@ from ..model.reference import (
 )
 from ..model.rows import keep_rows_
 from ..packed.formats import FORMATS, Grid
-from ..prune import allocate as choose_allocation
-from ..prune import first_of
-from ..prune import prune as prune_linears
-from ..pruning.allocation import Allocation
+from ..prune import prune_blocks
+from ..pruning.allocation import Allocation, kept_allocation
+from ..pruning.allocation import allocate as choose_allocation
 from ..pruning.check import Measured
+from ..pruning.masks import packed_masks, write_masks
 from ..quantize import check_quantized as check_quantized_weights
 from ..quantize import quantize as quantize_linears
 from ..recover import Recoverer
 from ..remove import remove
 from ..sparse import check_same_outputs, pack_, relative_difference
+from ..util.files import write_text
 from ..util.host import gib
 from ..vocabulary import PROOF_TOKENS
 from . import tasks
@@ -46,7 +48,7 @@ from .record import (
     print_summary,
     write_log,
 )
-from .results import write_results
+from .results import write_losses, write_results
 from .save import close_store, save, write_card
 from .texts import resolve_bos
 
@@ -60,6 +62,7 @@ __all__ = [  # steps of main.run that stand elsewhere
     "resolve_bos",
     "save",
 ]
+ALLOCATION = "allocation.json"  # in --save; --allocation takes it
 BEFORE = "perplexity", "bits_per_byte", "kl", "top1_agreement"
 Starts = dict[str, tuple[Tensor, Grid]]  # of `Quantizer`
 
@@ -68,17 +71,23 @@ def trim(job: Job, runner: BlockRunner) -> None:
     """Remove the rows of dropped tokens, and check that the others keep their logits."""
     model, vocabulary = runner.model, job.vocabulary
     window = job.texts.tests[0].ids[:1, :PROOF_TOKENS].to(job.device)
-    with job.timed("trim"):
+    held_out = vocabulary.held_out[:2] if vocabulary.held_out else ()
+    total = sum(map(len, held_out))
+    with job.timed("trim", "measuring trimming" if total else "", total, "window") as bar:
         size = footprint(model)
+        nats = [perplexities(runner, [each], bar)[0]["nats"] for each in held_out[:1]]
         rows = vocabulary.rows.to(job.device)
         before = some_logits(model, rows[window]).index_select(-1, rows)
         keep_rows_(model, vocabulary.rows)
         after, what = some_logits(model, window), "--trim_vocabulary: whole and trimmed"
         difference = check_same_outputs(before, after, what, least=1e-5)
+        nats += [perplexities(runner, [each], bar)[0]["nats"] for each in held_out[1:]]
     saved = size - footprint(model)
+    job.outcome.results["trimmed_bytes"] = parameter_bytes(model, runner.save_dtype)
     vocabulary.facts |= {"bytes_dropped": saved, "logits_differ": difference}
     job.print(
-        f"trimmed: {gib(size)} before, {gib(size - saved)} now; logits differ by {difference:.1g}"
+        f"trimmed: {gib(size)} before, {gib(size - saved)} now; logits differ by {difference:.1g}",
+        *(vocabulary.record_cost(*nats) if nats else ()),
     )
 
 
@@ -104,19 +113,26 @@ def prune(job: Job, runner: BlockRunner) -> Measured:
     plan, args, sparsity = job.plan, job.args, None
     if not plan.method:
         return Measured(runner)
-    method, windows = method_of(plan.method, plan.variant), job.texts.windows
+    method, windows = plan.method_class, job.texts.windows
     size = parameter_bytes(runner.model, runner.save_dtype)
     allocation = None if plan.removes else allocate(job, runner)
     with job.timed("prune", "pruning", len(runner.blocks)) as bar:
         if plan.removes:
             pruner = remove(runner, windows, method, job.layout, job.left, args.seed, bar)
         else:
-            pruner = prune_linears(runner, windows, method, allocation, bar)
+            pruner = prune_blocks(runner, windows, method, allocation, bar)
             if not plan.variant:  # which only comes near the ratio
                 sparsity = allocation.sparsity
         reached = Measured(runner, sparsity, pruner.left_dense)
     job.print(*pruner.summary())
     job.outcome.results |= {"notes": pruner.summary()[1:], "sparsity": reached.shares()}
+    if errors := pruner.errors():
+        job.outcome.results["errors"] = errors
+    if args.save_masks:
+        masks = packed_masks(runner, pruner.pruned)
+        if job.dist.is_main:
+            write_masks(args.save_masks, masks)
+            job.print(f"masks: {args.save_masks}")
     if plan.removes:
         job.outcome.results[plan.removes] = pruner.record() | {
             "bytes_before": size,
@@ -128,11 +144,17 @@ def prune(job: Job, runner: BlockRunner) -> Measured:
 def allocate(job: Job, runner: BlockRunner) -> Allocation:
     """Return the sparsity of every linear."""
     args, windows, sparsity = job.args, job.texts.windows, job.plan.sparsity
-    if args.allocation == "uniform":
-        return choose_allocation(runner, windows, sparsity)
-    with job.timed("allocate", "measuring errors", 2 * len(runner.blocks)) as bar:
-        allocation = choose_allocation(runner, windows, sparsity, args.allocation, args.seed, bar)
-    shares = {name: round(each.ratio, 6) for name, each in allocation.sparsity.items()}
+    rule, gradients = args.allocation, job.plan.method_class.needs_gradients
+    total = len(runner.blocks) * ((rule == "owl") + 2 * (rule == "error" or gradients))
+    choose = partial(choose_allocation, runner, windows, sparsity, rule, args.seed)
+    allocation = kept_allocation(runner) if total else choose()
+    if allocation is None:
+        with job.timed("allocate", "measuring errors", total) as bar:
+            allocation = choose(bar, gradients=gradients)
+    job.outcome.layers = {name: each.ratio for name, each in allocation.sparsity.items()}
+    if rule == "uniform":
+        return allocation
+    shares = {name: round(ratio, 6) for name, ratio in job.outcome.layers.items()}
     job.print(f"sparsity of the linears: {min(shares.values())} to {max(shares.values())}")
     job.outcome.results["allocation"] = shares
     return allocation
@@ -202,8 +224,6 @@ def check_quantized(job: Job, runner: BlockRunner, before: Tensor) -> None:
         f"{record['format']}: conversion by llama.cpp will change no value of {record['tensors']} "
         f"tensors; logits have changed by {record['difference']:.2%}"
     )
-    if left := record["left"]:
-        job.print(f"left at 16 bits, rows are no multiple of 32: {first_of(left)}")
 
 
 def pack(
@@ -226,7 +246,10 @@ def evaluate(job: Job, runner: BlockRunner, reference: DenseReference | None) ->
     with job.timed("eval", "perplexity", windows, "window") as bar:
         figures = perplexities(runner, [test.windows for test in tests], bar, reference)
     records = [evaluation_record(test, each) for test, each in zip(tests, figures, strict=True)]
-    results = job.outcome.results
+    results, losses = job.outcome.results, job.outcome.losses
+    for number, (test, each) in enumerate(zip(tests, figures, strict=True)):
+        losses[f"{number}.document"] = test.documents.int()
+        losses |= {f"{number}.{name}": values for name, values in each["by_window"].items()}
     results["evaluation"] = records
     results["perplexity"] = {each["name"]: each["perplexity"] for each in records}
     if "sparsity" not in results:
@@ -239,9 +262,13 @@ def record(job: Job, runner: BlockRunner) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     keep_other_results(folder, job.fingerprint)
     finish_results(job, runner)
+    if job.outcome.layers:
+        text = json.dumps(job.outcome.layers, indent=0) + "\n"
+        write_text(folder / ALLOCATION, text)
     write_log(folder, job.outcome.results)
     if job.args.save_model:
         write_card(job, job.args.save_model)
+    job.outcome.results["losses"] = write_losses(folder, job.outcome.losses)
     write_results(folder, job.outcome.results)  # with them a run is at its end
     job.outcome.is_recorded = True
 

@@ -36,11 +36,11 @@ def named_sources(
     flag = "--eval_data" if args.eval_data else "--eval_data (default)"
     tests = parse_sources(names, flag, column=args.column)
     parted = {test.path.resolve() for test in tests if is_parted(test, "test")}
-    tests = [replace(test, as_text=args.no_template) for test in tests]
+    tests = [replace(test, as_text=args.no_chat_template) for test in tests]
     local = tuple(test for test in tests if test.path)
 
     def as_measured(group: list[Source]) -> list[Source]:
-        group = [replace(source, as_text=args.no_template) for source in group]
+        group = [replace(source, as_text=args.no_chat_template) for source in group]
         return [
             replace(s, parted=s.parted or s.path.resolve() in parted, tests=local) if s.path else s
             for s in group
@@ -115,7 +115,7 @@ def _windows(job: Job, bos: int | None) -> Texts:
     spec = WindowSpec(job.tokenizer, job.seqlen, bos, args.seed)
     if job.plan.calibrated:
         texts.windows, texts.calibration = calibration_windows(job.sources, spec, args.nsamples)
-    texts.tests = [test_set(test, spec, args.prompts) for test in job.tests]
+    texts.tests = [test_set(test, spec, args.completions, args.eval_windows) for test in job.tests]
     if job.schedule:
         count = max(1, job.schedule.steps * job.schedule.windows)
         tests = [test.windows for test in texts.tests]

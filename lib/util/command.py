@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import io
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -37,6 +38,7 @@ ENDS_WITH_STDIN = "LANGPRUNE_ENDS_WITH_STDIN"  # in the environment of what `cal
 # gives to the threads that work; read when torch is imported
 SPINS = {"GOMP_SPINCOUNT": "10000"}
 WAITING = {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT"}  # a user's own setting stays
+LACKING = "can't allocate memory", "_STATUS_ALLOC_FAILED"  # in a RuntimeError: torch's, cuBLAS's
 JOINERS = "\u200c\u200d"  # without a shape, but spelling needs them in Persian and Indic scripts
 
 
@@ -46,6 +48,14 @@ class Parser(argparse.ArgumentParser):
     def __init__(self, command: str = "prune", **options) -> None:
         prog = typed(command).removeprefix("python ")
         super().__init__(prog=prog, allow_abbrev=False, **options)
+
+    def parse_known_args(self, args=None, namespace=None):
+        """As argparse does, with hyphens in the names of flags as good as underscores."""
+        words = sys.argv[1:] if args is None else args
+        names = [
+            re.sub(r"^--[\w-]+", lambda it: "--" + it[0][2:].replace("-", "_"), w) for w in words
+        ]
+        return super().parse_known_args(names, namespace)
 
     def error(self, message: str) -> NoReturn:
         defer_to_rank0()
@@ -75,7 +85,8 @@ def add_debug_flag(parser: argparse.ArgumentParser) -> argparse.Action:
 
 def make_parser(name: str, about: str, **options: str) -> argparse.ArgumentParser:
     """Return the parser of a command, with `--debug`; `about` is its module's docstring."""
-    parser = Parser(name, description=about.split("\n")[0], **options)
+    paragraphs = [part for part in about.split("\n\n") if not part.startswith("    ")]
+    parser = Parser(name, description=paragraphs[0], **options)
     add_debug_flag(parser)
     return parser
 
@@ -108,7 +119,7 @@ def run(main: Callable[[list[str]], None], argv: list[str] | None = None) -> int
         os.environ.update(SPINS)
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # a Ukrainian name on an ASCII terminal
-            stream.reconfigure(errors="backslashreplace")
+            stream.reconfigure(errors="backslashreplace", line_buffering=True)  # `| tee log`
     if environment_number("WORLD_SIZE", 1) > 1 and "--debug" not in argv:
         os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "FATAL")  # the error is reported in one line
     with _terminable():
@@ -210,10 +221,11 @@ def describe_error(error: BaseException) -> str | None:
     if isinstance(error, UserError | OSError) or (packed and isinstance(error, packed.PackedError)):
         return str(error)
     lacking = (MemoryError, torch.OutOfMemoryError) if torch else (MemoryError,)
-    if isinstance(error, lacking) or "can't allocate memory" in str(error):
+    if isinstance(error, lacking) or any(word in str(error) for word in LACKING):
         return (
             f"out of memory ({error}); try --batch_size 1, a smaller --seqlen or --nsamples, "
-            "--offload FOLDER, or with --recover --recover_optimizer adamw8bit or --recover_rank 16"
+            "--offload_folder FOLDER, or with --recover --recover_optimizer adamw8bit or "
+            "--recover_rank 16"
         )
     return None
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import subprocess
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -31,10 +32,17 @@ def check_writable(flag: str, path: str, beside: bool = False) -> None:
         raise UserError(f"{flag} {path}: can't be written: {error.strerror}") from error
 
 
-def check_new_folder(flag: str, path: str) -> None:
-    """Raise UserError where no complete folder can become `path`, which may be an empty one."""
+def check_new_folder(flag: str, path: str, staged: bool = False) -> None:
+    """Raise UserError where no complete folder can become `path`, which may be an empty one.
+
+    `staged`: nor where something lies in the folder beside it.
+    """
     check_writable(flag, path, beside=True)  # other ranks may look into the folder
-    folder = Path(path)
+    folder, stage = Path(path), partial_of(path)
+    if folder.is_symlink():  # the folder beside it would be on another disk
+        raise UserError(f"{flag} {path}: is a link; name {folder.resolve()}")
+    if staged and (stage.exists() or stage.is_symlink()):
+        raise UserError(f"{flag} {path}: {stage.name} is in the way; name a new folder")
     if folder.is_dir() and (first := next(folder.iterdir(), None)):
         raise UserError(f"{flag} {path}: holds {first.name}; name a new folder")
     if folder.is_mount():
@@ -50,15 +58,30 @@ def partial_of(path: str | Path) -> Path:
 @contextmanager
 def staged_folder(path: str | Path, flag: str) -> Iterator[Path]:
     """Yield a folder beside the new folder `path`, which it becomes at the end; else it goes."""
-    check_new_folder(flag, str(path))
+    check_new_folder(flag, str(path), staged=True)
     stage = partial_of(path)
-    stage.mkdir(parents=True, exist_ok=True)
+    stage.mkdir(parents=True)
     try:
         yield stage
         put_in_place(stage, Path(path))
     except BaseException:
         shutil.rmtree(stage, ignore_errors=True)
         raise
+
+
+@contextmanager
+def temporary_folder(parent: Path | None = None) -> Iterator[Path]:
+    """Yield a new folder, in `parent` or where the system has them, that goes with this process.
+
+    A shell waits for that, so that a process that is killed leaves nothing, in memory least of all.
+    """
+    with tempfile.TemporaryDirectory(dir=parent) as folder:
+        if os.name == "nt":
+            yield Path(folder)
+            return
+        command = ["sh", "-c", 'cat; rm -rf -- "$0"', folder]
+        with subprocess.Popen(command, stdin=subprocess.PIPE, start_new_session=True):
+            yield Path(folder)  # `with` closes the pipe and waits
 
 
 def sync_all(folder: Path) -> None:
@@ -77,11 +100,11 @@ def put_in_place(stage: Path, target: Path) -> None:
     sync(target.parent)
 
 
-def write_text(path: Path, text: str) -> None:
+def write_text(path: Path, text: str | bytes) -> None:
     """Write a small file whole or not at all. Raises UserError where it can't be written."""
     stage = path.with_name(f".{path.name}{PARTIAL}")
     try:
-        stage.write_text(text, "utf-8")
+        stage.write_bytes(text.encode() if isinstance(text, str) else text)
         sync(stage)
         stage.replace(path)
     except OSError as error:

@@ -81,7 +81,7 @@ class Bench:
         args = self.args
         flags = ["--model", model or args.model, "--device", args.device, "--dtype", args.dtype]
         flags += ["--calibration_data", args.calibration_data, "--seqlen", str(args.seqlen)]
-        flags += ["--prompts", "0"]
+        flags += ["--completions", "0"]
         if method is None:
             return [*flags, "--eval_only"]
         flags += ["--nsamples", str(args.nsamples), "--prune_method", method]

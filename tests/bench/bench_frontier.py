@@ -130,7 +130,7 @@ def in_halves(values, config: dict, name: str):
 
 def points(args: argparse.Namespace, passed_on: list[str]) -> Iterator[Point]:
     """Make and measure every model, and what llama.cpp makes of it."""
-    common = ["--eval_data", args.data, *args.also, "--prompts", "0", *passed_on]
+    common = ["--eval_data", args.data, *args.also, "--completions", "0", *passed_on]
     whole = ["--model", args.model, *common]
     for label in args.only:
         series, flags, types = MODELS[label]

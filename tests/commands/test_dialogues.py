@@ -8,6 +8,7 @@ from pathlib import Path
 import chats
 import pytest
 import tiny
+import torch
 
 from lib.commands import dialogues
 from lib.util.command import run
@@ -72,3 +73,68 @@ def test_no_chat_model(capsys, monkeypatch) -> None:
     monkeypatch.setattr(dialogues, "continue_rows", lambda model, asked, _: len(asked) * [24 * [5]])
     assert run(dialogues.main, [*BASE, "--data", "texts", *FLAGS]) == 1
     assert "of 8 answers 0 end within 24 tokens" in capsys.readouterr().err
+
+
+def test_a_last_row_without_a_line_break_stays() -> None:
+    """As many editors leave it; a row that was cut off goes."""
+    written = [{"messages": chats.said(f"q{number}", f"a{number}")} for number in range(3)]
+    text = "\n".join(map(json.dumps, written))
+    Path("a.jsonl").write_text(text)
+    assert len(dialogues._answered(Path("a.jsonl"), {})) == 3
+    assert Path("a.jsonl").read_text() == text + "\n"
+    for cut_off in (text[:-3], text[: text.index("\n") - 3]):
+        Path("a.jsonl").write_text(cut_off)
+        assert len(dialogues._answered(Path("a.jsonl"), {})) == cut_off.count("\n")
+        assert Path("a.jsonl").read_text() == cut_off[: cut_off.rfind("\n") + 1]
+
+
+@pytest.mark.parametrize("other", ["model", "prompts", "seed"])
+def test_a_file_of_another_model_is_not_continued(other: str, capsys, monkeypatch) -> None:
+    monkeypatch.setattr(dialogues, "script_of", lambda text: "LATIN")
+    tiny.write_texts("texts", tiny.sentences(60, words=4), 1)
+    assert run(dialogues.main, [*BASE, "--data", "texts", *FLAGS]) == 0
+    before = Path("a.jsonl").read_bytes()
+    argv = ["model", "a.jsonl", "--data", "texts", *FLAGS, "--count", "14"]
+    if other == "model":  # the same shapes, other weights
+        model = tiny.tiny_llama()
+        model.lm_head.weight.data *= 1.01
+        tiny.write_model("model", model, chats.tokenizer_with(chats.GEMMA))
+    elif other == "prompts":
+        tiny.write_texts("texts", tiny.sentences(60, 5, words=4), 1)
+    else:
+        argv += ["--seed", "4"]
+    capsys.readouterr()
+    assert run(dialogues.main, argv) == 1
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if "error" in line]
+    name = "weights" if other == "model" else other
+    assert f"OUT a.jsonl: line 1 was written with {name}" in line
+    assert Path("a.jsonl").read_bytes() == before
+
+
+def test_rows_of_ones_own_are_continued(monkeypatch) -> None:
+    monkeypatch.setattr(dialogues, "script_of", lambda text: "LATIN")
+    tiny.write_texts("texts", tiny.sentences(60, words=4), 1)
+    row = {"messages": chats.said("one\u2028two", "three\u0085four")}
+    Path("a.jsonl").write_text(json.dumps(row, ensure_ascii=False), "utf-8")
+    assert run(dialogues.main, [*BASE, "--data", "texts", *FLAGS]) == 0
+    lines = Path("a.jsonl").read_text("utf-8").split("\n")
+    assert len(lines) == 13 and json.loads(lines[0]) == row
+
+
+def test_a_model_that_also_sees_answers(capsys, monkeypatch) -> None:
+    monkeypatch.setattr(dialogues, "script_of", lambda text: "LATIN")
+    model = tiny.VISION["Qwen3-VL"]()
+    model.generation_config.eos_token_id = list(range(3, 300, 8))
+    tiny.write_model("model", model, chats.tokenizer_with(chats.LLAMA_3))
+    tiny.write_texts("texts", tiny.sentences(60, words=4), 1)
+    argv = [*BASE, "--data", "texts", *FLAGS, "--count", "4"]
+    assert run(dialogues.main, argv) == 0, capsys.readouterr().err
+    assert len(rows("a.jsonl")) == 4
+
+
+def test_weights_are_read_from_safetensors_alone(capsys) -> None:
+    tiny.write_texts("texts", tiny.sentences(60, words=4), 1)
+    torch.save(tiny.tiny_llama().state_dict(), "model/pytorch_model.bin")
+    Path("model/model.safetensors").unlink()
+    assert run(dialogues.main, [*BASE, "--data", "texts", *FLAGS]) == 1
+    assert "weights are read from safetensors only" in capsys.readouterr().err

@@ -60,7 +60,7 @@ def test_flags_of_a_run(texts) -> None:
     uk, en = texts
     argv = ["--models", "m", *WANDA, "--calibration", f"{uk}=3,{en}=1", "--out", "o", "--seeds", 5]
     passed_on = ["--nsamples", "7", "--resume", "r", "--trim_vocabulary", "--recover", "999"]
-    passed_on += ["--recover_ce", "0.5", "--allocation", "error", "--replace_sparse_layers"]
+    passed_on += ["--recover_ce_weight", "0.5", "--allocation", "error", "--replace_sparse_layers"]
     runs = planned(*argv, "--save_models", passed_on=[*passed_on, "--quantize", "int4"])
     dense, wanda = map(build_parser().parse_args, runs.values())
     assert dense.eval_only and not dense.save_model and not dense.resume
@@ -69,11 +69,34 @@ def test_flags_of_a_run(texts) -> None:
     assert dense.eval_data == wanda.eval_data == [str(uk), str(en)]
     assert wanda.calibration_data == [f"{uk}=3", f"{en}=1"]
     assert (wanda.seed, wanda.sparsity_ratio, wanda.nsamples) == (5, 0.5, 7)
-    assert (wanda.recover, wanda.recover_ce, wanda.quantize) == (999, 0.5, "int4")
+    assert (wanda.recover, wanda.recover_ce_weight, wanda.quantize) == (999, 0.5, "int4")
     name = "m/wanda-50-uk=0.75+en=0.25-seed5"
     assert wanda.save == f"o/{name}" and wanda.save_model == f"o/{name}/model"
     assert wanda.resume == f"r/{name}"  # finished blocks of two runs do not meet
     assert dense.vocabulary_data == wanda.vocabulary_data == [str(uk), str(en)]
+
+
+def test_any_flag_is_varied(texts) -> None:
+    """The dense model has runs for what its figures depend on; what decides nothing is left out."""
+    argv = ["--models", "m", "--methods", "magnitude", "wanda", "--types", "unstructured"]
+    argv += ["--calibration", texts[0], "--vary", "nsamples=2,4", "--vary", "eval_windows=3,5"]
+    runs = planned(*argv, "--vary", "use_variant=off")
+    windows = ["eval_windows=3", "eval_windows=5"]
+    names = [f"dense-{each}" for each in windows]
+    names += [f"magnitude-50-{each}-use_variant=off" for each in windows]
+    names += [
+        f"wanda-50-nsamples={count}-{each}-use_variant=off-uk-seed0"
+        for count in (2, 4)
+        for each in windows
+    ]
+    assert list(runs) == [f"m/{name}" for name in names]
+    parsed = [build_parser().parse_args(flags) for flags in runs.values()]
+    assert [each.eval_windows for each in parsed] == [3, 5] * 4
+    assert [each.nsamples for each in parsed[4:]] == [2, 2, 4, 4]
+    once = planned(*argv[:-2], "--vary", "allocation=error,uniform")
+    assert [name for name in once if "magnitude" not in name and "wanda" not in name] == ["m/dense"]
+    textless = [name for name in once if name.startswith("m/magnitude-50-allocation")]
+    assert textless == ["m/magnitude-50-allocation=uniform"]  # with errors it reads text
 
 
 def test_sets_and_models_of_one_name_get_folders_of_their_own(tmp_path: Path) -> None:
@@ -94,6 +117,11 @@ def test_sets_and_models_of_one_name_get_folders_of_their_own(tmp_path: Path) ->
         (["--calibration", "no/such/folder"], 1, ["--calibration no/such/folder"]),
         (["--calibration", "c4=-1,ubertext=1"], 1, ["--calibration c4=-1", "above 0"]),
         (["--eval_data", "no/such/folder"], 1, ["--eval_data no/such/folder"]),
+        (["--vary", "nosuch=1"], 1, ["--vary nosuch=1", "nsamples=8,32"]),
+        (["--vary", "seed=1,2"], 1, ["--vary seed=1,2", "own flags"]),
+        (["--vary", "use_variant=1"], 1, ["use_variant=on,off"]),
+        (["--vary", "nsamples=0"], 2, ["--nsamples", "at least 1"]),
+        (["--vary", "nsamples=2", "--", "--nsamples", "3"], 1, ["after '--' too"]),
         (["--ratios", "0.5", "0.5"], 1, ["--out", "-50-ubertext-seed0", "twice"]),
         (["--out", "thesis.txt"], 1, ["--out thesis.txt: is a file"]),
     ],
@@ -164,7 +192,8 @@ def test_a_run_is_done_again_where_what_stands_behind_a_flag_changed(texts, caps
     with pytest.raises(Exception, match="too few for 900 windows"):
         said("--nsamples", "900")
     assert results(folder) == before and (folder / "model/config.json").is_file()
-    assert said("--batch_size", "3", "--cache_dir", "x") == f"{folder}: finished before\n"
+    assert said("--cache_dir", "x") == f"{folder}: finished before\n"
+    assert "--batch_size was 32, is 3; it is run again" in said("--batch_size", "3")
     assert "--nsamples was 8, is 9; it is run again" in said("--nsamples", "9")
     assert results(folder)["flags"]["nsamples"] == 9
     file = uk / "test.jsonl"

@@ -10,8 +10,9 @@ from typing import Any
 import pytest
 import tiny
 import torch
-from support import call, results, succeed
+from support import call, call_here, reloaded, results, succeed
 
+from lib.commands import compress
 from lib.model import pretrained
 from lib.prune import Pruner
 from lib.run import steps
@@ -31,7 +32,7 @@ SUMS = {
         OUTSIDE + 3 * BLOCKS * BLOCK + TRAINED + (BLOCKS + 40) * BATCH + 4 * MATRIX + LOGITS
     ),
 }
-FLAGS = ["--seqlen", "32", "--nsamples", "32", "--batch_size", "2", "--prompts", "0"]
+FLAGS = ["--seqlen", "32", "--nsamples", "32", "--batch_size", "2", "--completions", "0"]
 FLAGS += ["--calibration_data", "uk", "--eval_data", "uk", "--device", "cuda:0"]
 
 
@@ -63,12 +64,12 @@ def test_what_a_card_needs_on_paper(argv: str, device: Any, tmp_path: Path) -> N
 # progress bars: the stage that each shows, and the steps after which its tensors are there
 BARS = {"dense": ("measure", 0), "measuring errors": ("allocate", 3), "pruning": ("prune", 1)}
 BARS |= {"rounding": ("quantize", 3), "recovering": ("train", 2)}
-TRAIN = ["--recover", "96", "--recover_ce", "0.1"]
+TRAIN = ["--recover", "96", "--recover_ce_weight", "0.1"]
 RUNS = {
     "all": ["--prune_method", "admm", "--allocation", "error", "--quantize", "q4_0", *TRAIN],
     "by rank": ["--quantize", "q4_0", *TRAIN, "--recover_rank", "4"],
     "neurons": ["--prune_method", "sparsegpt", "--sparsity_type", "neurons", *TRAIN],
-    "fetched": ["--prune_method", "sparsegpt", "--offload", "away"],
+    "fetched": ["--prune_method", "sparsegpt", "--offload_folder", "away"],
 }
 
 
@@ -171,7 +172,7 @@ def test_what_can_not_fit_is_refused_before_weights_are_read(
     argv: list[str], share: float, words: str, device: Any, tmp_path: Path, monkeypatch: Any
 ) -> None:
     watched = Watched(monkeypatch)
-    fetched = [] if "--recover" in argv else ["--offload", "away"]
+    fetched = [] if "--recover" in argv else ["--offload_folder", "away"]
     succeed("--model", "dense", *FLAGS, *argv, *fetched, "--save", tmp_path / "fits")
     stages = watched.memory.stages.values()  # where memory is short hidden states are on the host
     most = max(sum(terms.values()) - terms.get("hidden states", 0) for terms in stages)
@@ -187,7 +188,7 @@ def test_what_can_not_fit_is_refused_before_weights_are_read(
 def test_test_windows_take_no_more_than_there_is(device: Any, tmp_path: Path) -> None:
     """They are far more than calibration windows, which decide where hidden states are."""
     argv = ["--model", "dense", *FLAGS, "--nsamples", "2", "--eval_data", "many"]
-    argv += ["--prune_method", "wanda", "--offload", "away"]
+    argv += ["--prune_method", "wanda", "--offload_folder", "away"]
     found = {}
     for room in (10**10, OUTSIDE + 6 * BLOCK):
         before = torch.accelerator.memory_allocated(0)
@@ -199,3 +200,25 @@ def test_test_windows_take_no_more_than_there_is(device: Any, tmp_path: Path) ->
     states = found[room][0]["windows"] * BATCH // 2
     assert states > room / 2 > 0 and peak < room
     assert found[room] == found[10**10]
+
+
+def test_compress_plans_without_training_where_only_the_weights_fit(
+    device: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(compress, "call", call_here)
+    monkeypatch.setattr(compress, "find_spec", lambda name: None)
+    model = tiny.tiny_llama(num_hidden_layers=12, intermediate_size=256)
+    tiny.write_model("deep", model)
+    tiny.write_texts("uk", tiny.sentences(200, words=60), tiny.sentences(8, 1, words=60))
+    weights = 4 * sum(parameter.numel() for parameter in model.parameters())
+    argv = "deep small --data uk --device cuda:0 --minutes 3".split()
+    argv += "--batch_size 2 --nsamples 8 --seqlen 64".split()
+    device.set_limit(0, torch.accelerator.memory_allocated(0) + int(2.6 * weights) + 4_000_000)
+    done = call(*argv, program=compress.main)
+    assert done.status == 0, done.err
+    assert "planned without training: it takes about" in done.out
+    assert "recovery" not in results("small-compress/compressed")
+    assert not list(Path("small-compress").rglob("recovery*"))
+    measured = ["--seqlen", "64", "--eval_data", "small-compress/tests/uk.jsonl"]
+    reloaded("small", "small-compress/compressed", "--device", "cuda:0", *measured)

@@ -10,7 +10,7 @@ import pytest
 import tiny
 import torch
 import torch.nn.functional as F
-from support import ROOT, call, raising, results, succeed, weights
+from support import ROOT, call, raising, reloaded, results, succeed, weights
 
 from lib.data.training import TrainingText
 from lib.methods.registry import METHODS
@@ -22,7 +22,7 @@ sys.path.append(str(ROOT / "tests/bench/gpu"))
 
 import first_run  # noqa: E402
 
-BASE = ["--seqlen", "32", "--nsamples", "6", "--prompts", "0", "--batch_size", "4"]
+BASE = ["--seqlen", "32", "--nsamples", "6", "--completions", "0", "--batch_size", "4"]
 BASE += ["--calibration_data", "uk", "--eval_data", "uk"]
 PATTERNS = ["unstructured", "2:4", "4:8", "neurons"]
 ADMM = ["--prune_method", "admm", "--sparsity_type", "2:4"]
@@ -52,8 +52,10 @@ def assert_same(one: Path, other: Path) -> None:
     first, second = weights(one / "model"), weights(other / "model")
     assert first.keys() == second.keys()
     assert [name for name, tensor in first.items() if not torch.equal(tensor, second[name])] == []
-    before, after = (results(path / "out")["perplexity"]["uk"] for path in (one, other))
-    assert after == pytest.approx(before, rel=1e-9)
+    before, after = (results(path / "out") for path in (one, other))
+    assert after["perplexity"]["uk"] == pytest.approx(before["perplexity"]["uk"], rel=1e-9)
+    where = after["device"].partition(" ")[0]
+    reloaded(other / "model", other / "out", *BASE, "--device", where)
 
 
 CASES = {
@@ -78,7 +80,7 @@ def test_a_run_is_the_cpus(case: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize("case", ["wanda neurons", "sparsegpt 4:8", "admm 2:4", "quantized"])
 def test_blocks_in_files_are_the_same(case: str, tmp_path: Path) -> None:
     run(tmp_path / "whole", "cuda:0", *CASES[case])
-    run(tmp_path / "files", "cuda:0", *CASES[case], "--offload", tmp_path / "blocks")
+    run(tmp_path / "files", "cuda:0", *CASES[case], "--offload_folder", tmp_path / "blocks")
     assert_same(tmp_path / "whole", tmp_path / "files")
 
 
@@ -130,7 +132,7 @@ def test_what_was_packed_there_is_read_there(tmp_path: Path) -> None:
     "stop, more",
     [
         (("pruning", 2), ADMM),
-        (("pruning", 2), [*ADMM, "--offload", "blocks"]),
+        (("pruning", 2), [*ADMM, "--offload_folder", "blocks"]),
         (("recovering", 6), [*ADMM, *RECOVER, *PACK]),
     ],
 )
@@ -158,7 +160,7 @@ def test_the_second_device_alone_is_used(device: Any, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "room, argv, flag",
     [
-        (20_000, ADMM, "--offload"),
+        (20_000, ADMM, "--offload_folder"),
         (1_300_000, [*ADMM, *RECOVER, "--batch_size", "40"], "--batch_size"),
     ],
 )

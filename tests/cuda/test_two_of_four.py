@@ -25,7 +25,7 @@ from lib.packed.formats import PACKED
 from lib.packed.linear import SparseLinear, semi_structured_bytes
 
 HERE = torch.device("cuda:0")
-BASE = ["--seqlen", "32", "--nsamples", "6", "--prompts", "0", "--batch_size", "4"]
+BASE = ["--seqlen", "32", "--nsamples", "6", "--completions", "0", "--batch_size", "4"]
 BASE += ["--calibration_data", "uk", "--eval_data", "uk", "--device", "cuda:0"]
 WANDA = ["--prune_method", "wanda", "--sparsity_type"]
 PACK = {16: ["--replace_sparse_layers"], 4: ["--replace_sparse_layers", "--quantize", "int4"]}
@@ -169,7 +169,7 @@ def test_a_whole_run_and_its_checkpoint(bits: int, dtype: str, tmp_path: Path) -
 @pytest.mark.parametrize("bits", [16, 4])
 def test_fetched_blocks_multiply_by_them_too(bits: int, tmp_path: Path) -> None:
     whole = run(tmp_path / "whole", *WANDA, "2:4", *PACK[bits])
-    argv = [*WANDA, "2:4", *PACK[bits], "--offload", tmp_path / "blocks"]
+    argv = [*WANDA, "2:4", *PACK[bits], "--offload_folder", tmp_path / "blocks"]
     fetched = run(tmp_path / "fetched", *argv)
     assert fetched["line"] == whole["line"] == "14 by torch's 2:4 kernels"
     assert fetched["perplexity"] == whole["perplexity"]

@@ -108,7 +108,7 @@ def test_what_a_template_can_do_wrong_is_a_line(monkeypatch):
         with pytest.raises(UserError) as caught:
             text_by(tokenizer, Dialogue(json.dumps(SAID)))
         assert problem in str(caught.value) and "\n" not in str(caught.value)
-        assert "--no_template" in str(caught.value)
+        assert "--no_chat_template" in str(caught.value)
 
 
 def test_dialogues_share_windows_and_none_is_lost(tmp_path, caplog):
@@ -139,5 +139,5 @@ def test_dialogues_share_windows_and_none_is_lost(tmp_path, caplog):
     trained, held_out = text.windows, text.held_out
     assert trained.mask.any(1).all() and held_out.mask.any(1).all()
     assert not set(map(tuple, held_out.ids.tolist())) & set(map(tuple, trained.ids.tolist()))
-    counts = count_tokens([source], tokenizer, DistContext(torch.device("cpu"), alone=True))
+    counts, _ = count_tokens([source], tokenizer, DistContext(torch.device("cpu"), alone=True))
     assert counts[tokenizer.convert_tokens_to_ids("<end>")] == sum(map(len, every))

@@ -194,3 +194,13 @@ def test_one_line_for_each_mistake(folders, tmp_path, monkeypatch) -> None:
 def test_a_model_that_an_engine_does_not_know(engine, name, words, folders, tmp_path) -> None:
     needs(engine)
     refused([folders[name], tmp_path / "new", "--to", engine], words)
+
+
+def test_a_model_that_also_sees_is_run_whole(tmp_path: Path) -> None:
+    model = tiny.VISION["Qwen3-VL"]()
+    tiny.write_model(tmp_path / "out", model)
+    logits, _ = engines.load_transformers(tmp_path / "out")
+    ids = list(range(3, 40))
+    with torch.no_grad():
+        expected = model(input_ids=torch.tensor([ids]), use_cache=False).logits[0]
+    torch.testing.assert_close(logits(ids), expected)

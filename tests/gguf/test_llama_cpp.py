@@ -37,7 +37,7 @@ pytestmark = pytest.mark.usefixtures("quickly")
 def trimmed(folder: Path, texts: Path, out: Path, *more: object) -> Path:
     sources = [texts / "uk", texts / "en"]
     argv = ["--model", folder, *QUICK, "--trim_vocabulary", "--vocabulary_data", *sources, *more]
-    succeed(*argv, "--prompts", 0, "--save", out.parent / "run", "--save_model", out)
+    succeed(*argv, "--completions", 0, "--save", out.parent / "run", "--save_model", out)
     return out
 
 

@@ -132,7 +132,7 @@ def test_a_checkpoint_that_is_already_quantized(loaded: nn.Module, tmp_path: Pat
     done = prune(quantized, folder, *flags)
     assert done.status == 0, done.err
     assert results(folder)["sparsity"]["overall"] >= 0.5
-    for more in (["--load_bit", "4"], ["--offload", str(tmp_path / "away")]):
+    for more in (["--load_bit", "4"], ["--offload_folder", str(tmp_path / "away")]):
         (line,) = prune(quantized, folder, *flags, *more).complaints
         assert line.startswith(f"error: {more[0]} {more[1]}: ") and "quantized" in line
     recover = ["--recover", "64", "--teacher"]

@@ -135,12 +135,12 @@ def test_a_model_pruned_before_is_compared_with_what_it_was_made_of(place: Path)
     prune = [*base, "--prune_method", "wanda", "--save", "one", "--save_model", "new"]
     succeed(*prune)
     again = ["--model", "new", *QUICK, *CALIBRATED, "--eval_only", "--teacher", "model"]
-    again += ["--prompts", "1"]
+    again += ["--completions", "1"]
     done = succeed(*again, "--save", "two")
     for before, after in zip(figures("one"), figures("two"), strict=True):
         assert after == pytest.approx(before, rel=1e-4)
     assert results("two")["method"] == "pruned before"
     assert "recovery" not in results("two")
     assert all("dense" in one for one in results("two")["completions"])
-    done = call(*again, "--offload", "away")
+    done = call(*again, "--offload_folder", "away")
     assert done.status == 2 and "held in memory whole" in done.err

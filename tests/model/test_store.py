@@ -8,7 +8,12 @@ from pathlib import Path
 
 import pytest
 import tiny
-from support import QUICK, Done, at, call, no_file_larger_than
+import torch
+from support import CPU, QUICK, Done, at, call, no_file_larger_than
+
+from lib.model.access import Checkpoint
+from lib.model.pretrained import decoder_blocks, load_config, load_model, skeleton
+from lib.model.store import FileBlockStore, device_map
 
 pytestmark = pytest.mark.usefixtures("at_place")
 
@@ -32,7 +37,7 @@ def prune(model: str | Path, folder: Path, *more: object) -> Done:
 
 def test_finished_blocks_become_the_shards_of_the_model(tmp_path: Path) -> None:
     """Nothing is written twice."""
-    done = prune("sharded", tmp_path, "--offload", tmp_path / "away")
+    done = prune("sharded", tmp_path, "--offload_folder", tmp_path / "away")
     assert done.status == 0 and done.complaints == [], done.err
     assert {path.name for path in tmp_path.iterdir()} == {"run", "model"}
     index = json.loads((tmp_path / "model" / "model.safetensors.index.json").read_text())
@@ -43,6 +48,31 @@ def test_finished_blocks_become_the_shards_of_the_model(tmp_path: Path) -> None:
     assert all(len(blocks) == 1 for blocks in by_file.values() if "model.layers.0" in blocks)
 
 
+def test_one_rank_of_a_machine_converts(tmp_path: Path) -> None:
+    """Fused experts are written once, and mapped by all."""
+    tiny.write_model(tmp_path / "mixture", tiny.ARCHITECTURES["Mixtral"]())
+    checkpoint = Checkpoint(str(tmp_path / "mixture"))
+    config = load_config(checkpoint)
+    bare = skeleton(config, checkpoint)
+    name, _ = decoder_blocks(bare)
+    stores, times = [], []
+    for writes in (True, False):
+        where = device_map(bare, name, CPU)
+        model = load_model(
+            checkpoint,
+            config,
+            dtype=torch.float32,
+            device_map=where,
+            offload=str(tmp_path / "converted"),
+            writes=writes,
+        )
+        stores.append(FileBlockStore(model, CPU, folder=None, on_disk=False, narrow=False))
+        files = (tmp_path / "converted").glob("*.safetensors")
+        times.append({file.name: file.stat().st_mtime_ns for file in files})
+    assert stores[0].places == stores[1].places
+    assert times[0] == times[1] and any("experts" in file for file in times[0])
+
+
 @pytest.mark.parametrize("begun", [False, True])
 def test_a_folder_that_holds_something_is_refused(begun: bool, tmp_path: Path) -> None:
     away = tmp_path / "away"
@@ -50,17 +80,17 @@ def test_a_folder_that_holds_something_is_refused(begun: bool, tmp_path: Path) -
     (away / "block-00000.safetensors").write_bytes(b"mine")
     if begun:
         (away / "job.json").write_text("{}")
-    [line] = prune("tied", tmp_path, "--offload", away).complaints
-    assert f"--offload {away}: " in line
+    [line] = prune("tied", tmp_path, "--offload_folder", away).complaints
+    assert f"--offload_folder {away}: " in line
     assert ("add --resume" if begun else "but no job.json") in line
     assert (away / "block-00000.safetensors").read_bytes() == b"mine"
 
 
 def test_a_disk_that_fills_up_keeps_what_is_finished(tmp_path: Path) -> None:
     with no_file_larger_than(10_000):
-        done = prune("sharded", tmp_path, "--offload", tmp_path / "away")
+        done = prune("sharded", tmp_path, "--offload_folder", tmp_path / "away")
     [line] = done.complaints
-    assert "error: --offload" in line and "block-00000.safetensors can't be written" in line
+    assert "error: --offload_folder" in line and "block-00000.safetensors can't be written" in line
     assert not (tmp_path / "model").exists()
 
 
@@ -80,7 +110,7 @@ def test_a_shard_that_is_damaged_in_the_middle_of_the_run(
             file.write_bytes(data[:2000])
 
     with at("pruning", 1, break_it):
-        done = prune(tmp_path / "sharded", tmp_path, "--offload", tmp_path / "away")
+        done = prune(tmp_path / "sharded", tmp_path, "--offload_folder", tmp_path / "away")
     [line] = done.complaints
     assert done.status == 1 and name in line and "can't be read from" in line
     assert not (tmp_path / "model").exists() and (tmp_path / "away" / "job.json").exists()
@@ -89,5 +119,5 @@ def test_a_shard_that_is_damaged_in_the_middle_of_the_run(
 def test_blocks_that_share_weights_are_not_offloaded(tmp_path: Path) -> None:
     """As Zamba 2's do: one can't be brought without the other."""
     tiny.write_model("sharing", tiny.HYBRIDS["Zamba2"]())
-    done = prune("sharing", tmp_path, "--offload", tmp_path / "away")
+    done = prune("sharing", tmp_path, "--offload_folder", tmp_path / "away")
     assert done.status == 1 and "share weights" in done.complaints[0]

@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 import tomllib
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -27,7 +28,8 @@ IDS = torch.arange(3, 15)[None]
 @pytest.fixture(scope="module")
 def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder into which pip has installed a copy of the sources, without a network."""
-    pytest.importorskip("pip")
+    if not find_spec("pip"):  # importing it would give setuptools Python's own distutils
+        pytest.skip("needs pip")
     sources, target = tmp_path_factory.mktemp("sources"), tmp_path_factory.mktemp("target")
     for name in ("pyproject.toml", "setup.py", "README.md", "LICENSE", "main.py"):
         shutil.copy2(ROOT / name, sources)
@@ -129,9 +131,48 @@ def test_what_is_installed(installed: Path, tmp_path: Path) -> None:
     assert done.returncode == 0 and (tmp_path / "out" / "results.json").is_file(), done.stderr
 
 
+LIBRARY = """
+import sys
+IMPORT
+import langprune
+assert "torch" not in sys.modules or langprune.prune
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+shape = dict(vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=2)
+model = LlamaForCausalLM(LlamaConfig(**shape, num_attention_heads=4))
+result = prune(model, torch.arange(64).repeat(4, 1), method="wanda", sparsity="2:4")
+name = "model.layers.0.mlp.up_proj"
+assert torch.equal(result.masks[name], model.get_submodule(name).weight == 0)
+assert result.sparsity == 0.5 and 0 < result.errors[name] < 1
+assert langprune.prune(model, torch.arange(64)[None], sparsity=0.0).sparsity >= 0.5
+assert not {"lib", "main"} & set(sys.modules)
+"""
+
+
+@pytest.mark.parametrize(
+    "order",
+    [
+        "from langprune import prune",
+        "import langprune.prune\nfrom langprune import prune",
+        "from langprune.prune import prune",
+        "import langprune.main, langprune.quantize\nfrom langprune import prune",
+        "import langprune\nassert 'torch' not in sys.modules\nprune = langprune.prune",
+    ],
+)
+def test_prune_is_called_whatever_was_imported_first(
+    order: str, installed: Path, tmp_path: Path
+) -> None:
+    code = LIBRARY.replace("IMPORT", order)
+    done = outside([sys.executable, "-c", code], installed, tmp_path)
+    assert done.returncode == 0, done.stderr
+
+
 def test_requirements_and_version_stand_alike_wherever_they_stand() -> None:
     extra = PROJECT["project"]["optional-dependencies"]["test"]
     listed = (ROOT / "requirements.txt").read_text("utf-8").split()
     assert sorted(listed) == sorted(PROJECT["project"]["dependencies"] + extra)
+    # pyarrow and setuptools count their releases, whatever changes in them
+    free = [line for line in listed if ",<" not in line]
+    assert [line.partition(">=")[0] for line in free] == ["pyarrow", "setuptools"]
     citation = (ROOT / "CITATION.cff").read_text("utf-8")
     assert f"\nversion: {PROJECT['project']['version']}\n" in citation

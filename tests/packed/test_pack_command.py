@@ -8,6 +8,8 @@ import pytest
 import tiny
 from support import QUICK, call, results, succeed, weights
 
+from lib.commands import unpack
+
 TEXTS = ["--calibration_data", "uk", "--eval_data", "uk"]
 WANDA = ["--prune_method", "wanda"]
 PACK = ["--replace_sparse_layers"]
@@ -75,6 +77,18 @@ def test_rounded_on_text_wherever_it_is_read(tmp_path: Path) -> None:
     for text, rounded in (([], False), (["--calibration_data", "uk"], True)):
         done = call(*magnitude, *text, *PACK4, "--save", tmp_path / f"magnitude {rounded}")
         assert done.status == 0 and ("column by column" in done.out) == rounded
+
+
+def test_unpack_leaves_what_an_unfinished_run_has_done(tmp_path: Path) -> None:
+    run("model", *WANDA, *PACK, to=tmp_path)
+    kept = tmp_path / "dense.partial"
+    kept.mkdir()
+    (kept / "block-00000.safetensors").write_bytes(b"hours")
+    done = call(tmp_path / "model", tmp_path / "dense", program=unpack.main)
+    assert done.status == 1 and "dense.partial is in the way" in done.complaints[-1]
+    assert [file.name for file in kept.iterdir()] == ["block-00000.safetensors"]
+    succeed(tmp_path / "model", tmp_path / "plain", program=unpack.main)
+    assert weights(tmp_path / "plain")
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from lib.model.blocks import BlockRunner
 from lib.model.linears import experts_by, watch_outputs
-from lib.pruning.fisher import FisherDiagonal, backward_pass
+from lib.pruning.fisher import FisherDiagonal, backward_pass, draw
 
 MODELS = ("Llama", "GPT-2", "Gemma 2", "Mixtral", "Falcon", "GPT-OSS", "Mamba", "Zamba2")
 
@@ -52,6 +52,20 @@ def by_autograd(runner: BlockRunner, ids: Tensor, uniforms: Tensor) -> dict[str,
             one[1] += 0 if out.grad is None else out.grad.flatten(0, -2).double().square().sum(0)
             one[2] += x.flatten(0, -2).shape[0]
     return found
+
+
+@pytest.mark.parametrize("vocabulary", [10, 1024, 2500])
+def test_labels_are_drawn_by_the_cumulative_probability(vocabulary: int) -> None:
+    generator = torch.Generator().manual_seed(0)
+    p = (3 * torch.randn(2, 50, vocabulary, generator=generator)).softmax(-1)
+    uniforms = torch.rand(2, 50, generator=generator)
+    labels = draw(p, uniforms).squeeze(-1)
+    ends = p.double().cumsum(-1)
+    after = ends.gather(-1, labels[..., None]).squeeze(-1)
+    before = after - p.gather(-1, labels[..., None]).squeeze(-1)
+    assert ((before - 1e-5 <= uniforms) & (uniforms <= after + 1e-5)).all()
+    assert (draw(p, torch.zeros(2, 50)) == 0).all()
+    assert (draw(p, torch.ones(2, 50)) < vocabulary).all()
 
 
 @pytest.mark.parametrize("name", MODELS)

@@ -69,6 +69,10 @@ def test_what_falls_short_is_named() -> None:
     with pytest.raises(UserError, match=f"{name}: only 0.4375 of its weights are zero, 0.5 was"):
         Measured(runner, dict.fromkeys(done.pruned, HALF))
     Measured(runner, target, [name])  # left dense: only counted
+    measured = Measured(runner, target, done.pruned)
+    runner.model.get_submodule("model.layers.0.mlp.up_proj").weight.data.fill_(1)
+    with pytest.raises(UserError, match="of its zeros are none any more"):
+        measured.again(runner)
 
 
 # --- experts that few tokens, or none, are routed to

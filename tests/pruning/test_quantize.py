@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 
 from lib.methods.sparsity import Sparsity
 from lib.model.blocks import BlockRunner
-from lib.packed.formats import PACKED
+from lib.packed.formats import FORMATS, PACKED
 from lib.packed.linear import SparseLinear
 from lib.prune import UNREACHED
 from lib.quantize import Quantizer
@@ -39,6 +39,18 @@ def quantize_(runner: BlockRunner) -> Quantizer:
 def parameters(model: nn.Module) -> dict[str, Tensor]:
     named = model.named_parameters(remove_duplicate=False)
     return {name: parameter.data.clone() for name, parameter in named}
+
+
+def test_what_is_rounded_to_nearest_is_told() -> None:
+    """Experts that few tokens, or none, are routed to; the others are counted apart."""
+    runner = runner_of(tiny.ALL["Mixtral"](hidden_size=64).requires_grad_(False))
+    quantizer = Quantizer(runner, FORMATS["q4_0"])
+    quantizer.run(windows(2, 8))
+    first, *more = quantizer.summary()
+    [line] = [line for line in more if "to nearest, too few tokens were routed to them: " in line]
+    assert "experts." in line and "wanda" not in str([notes.fallbacks for notes in quantizer.notes])
+    nearest, others = (int(each.split()[1]) for each in (line, first))
+    assert nearest > 0 and nearest + others == len(quantizer.pruned)
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -10,7 +10,7 @@ import tiny
 from support import QUICK, call, results, succeed
 
 BASE = ["--model", "model", *QUICK, "--calibration_data", "uk=1", "chat=2", "--eval_data", "chat"]
-RECOVER = ["--recover", "1024", "--recover_rate", "0.01"]
+RECOVER = ["--recover", "1024", "--recover_lr", "0.01"]
 pytestmark = pytest.mark.usefixtures("at_place")
 
 
@@ -27,7 +27,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_rounded_trained_and_measured_on_dialogues(tmp_path: Path) -> None:
-    flags = ["--trim_vocabulary", "--quantize", "q4_0", *RECOVER, "--prompts", "1"]
+    flags = ["--trim_vocabulary", "--quantize", "q4_0", *RECOVER, "--completions", "1"]
     done = succeed(*BASE, *flags, "--save", tmp_path / "out", "--save_model", tmp_path / "new")
     found = results(tmp_path / "out")
     assert "learning rate 0.01, the teacher alone" in done.out
@@ -67,5 +67,5 @@ def test_without_a_template(tmp_path: Path) -> None:
     done = call(*flags)
     (line,) = done.complaints
     assert done.status == 1 and "--model plain: its tokenizer has no chat template" in line
-    succeed(*flags, "--no_template", "--save", tmp_path / "out")
+    succeed(*flags, "--no_chat_template", "--save", tmp_path / "out")
     assert "answers" not in results(tmp_path / "out")

@@ -296,10 +296,10 @@ def test_loss_in_chunks(
 
 
 ERRORS = {
-    "loss": (dict(schedule=schedule(rate=1e30)), "--recover_rate 1e.30: in step . of 20 the loss"),
+    "loss": (dict(schedule=schedule(rate=1e30)), "--recover_lr 1e.30: in step . of 20 the loss"),
     "weights": (
         dict(schedule=schedule(clip=float("nan")), grid=True),
-        "--recover_rate 0.01: in step 1 of 20 weights are not finite",
+        "--recover_lr 0.01: in step 1 of 20 weights are not finite",
     ),
 }
 

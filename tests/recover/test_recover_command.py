@@ -18,7 +18,7 @@ from lib.packed.linear import SparseLinear
 STEPS = 8
 TOKENS = STEPS * 256 + 9
 BASE = ["--model", "model", *QUICK, "--calibration_data", "uk", "--eval_data", "uk"]
-RECOVER = ["--recover", TOKENS, "--recover_rate", "0.01"]
+RECOVER = ["--recover", TOKENS, "--recover_lr", "0.01"]
 PRUNE = ["--prune_method", "wanda", "--sparsity_type", "2:4"]
 PACK = ["--replace_sparse_layers", "--quantize", "int4"]
 pytestmark = pytest.mark.usefixtures("at_place")
@@ -66,7 +66,7 @@ def recovered(place: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("recovered")
     with pytest.MonkeyPatch.context() as patched:
         patched.chdir(place)
-        run(folder, *PRUNE, *RECOVER, "--recover_ce", "0.3")
+        run(folder, *PRUNE, *RECOVER, "--recover_ce_weight", "0.3")
     return folder
 
 
@@ -94,7 +94,7 @@ def test_what_a_run_leaves(recovered: Path, tmp_path: Path) -> None:
     assert changed == 2 * 9 and torch.equal(before["lm_head.weight"], after["lm_head.weight"])
     measured = found["perplexity"]["uk"]
     assert evaluated(recovered / "model") == pytest.approx(measured, rel=1e-6)
-    _, other = run(tmp_path / "ce", *PRUNE, *RECOVER, "--recover_ce", "0")
+    _, other = run(tmp_path / "ce", *PRUNE, *RECOVER, "--recover_ce_weight", "0")
     assert other["recovery"]["curve"][-1]["loss"] < recovery["curve"][-1]["loss"]
 
 
@@ -144,7 +144,7 @@ def test_packed_as_it_was_measured(flags: list[str], tmp_path: Path) -> None:
 
 def test_equal_training_of_a_model_that_nothing_was_pruned_from(tmp_path: Path) -> None:
     """It is its own teacher: every linear is trained, at first towards what it is."""
-    _, found = run(tmp_path, *RECOVER, "--recover_ce", "0.5")
+    _, found = run(tmp_path, *RECOVER, "--recover_ce_weight", "0.5")
     recovery = found["recovery"]
     assert found["method"] == "recovered" and recovery["teacher"] == "model"
     assert found["perplexity"]["uk"] < found["evaluation"][0]["dense"]["perplexity"]
@@ -195,7 +195,7 @@ def test_training_that_does_not_help_leaves_what_was_rounded_on_text(
 ) -> None:
     argv = ["--quantize", "q4_0"] if kind == "q4_0" else [*PRUNE, *PACK]
     run(tmp_path / "rounded", *argv)
-    done, found = run(tmp_path / "trained", *argv, "--recover", 512, "--recover_rate", "0.9")
+    done, found = run(tmp_path / "trained", *argv, "--recover", 512, "--recover_lr", "0.9")
     assert "nothing was better than the model before it" in done.out
     assert found["recovery"]["kept"]["tokens"] == 0
     rounded, trained = (weights(tmp_path / name / "model") for name in ("rounded", "trained"))
@@ -219,7 +219,7 @@ def test_a_step_is_of_the_window_that_texts_allow(tmp_path: Path) -> None:
     texts = tiny.sentences(60, words=60), tiny.sentences(8, 1, words=60)
     uk = tiny.write_texts(tmp_path / "uk", *texts)
     argv = ["--model", tmp_path / "wide", "--calibration_data", uk, "--nsamples", 8, *PRUNE]
-    argv += ["--prompts", 0, "--device", "cpu", "--save", tmp_path / "out"]
+    argv += ["--completions", 0, "--device", "cpu", "--save", tmp_path / "out"]
     done = call(*argv, "--recover", 600)
     assert done.status == 0 and "window: 128 tokens" in done.out, done.err
     assert results(tmp_path / "out")["recovery"]["tokens"] == 512

@@ -35,7 +35,7 @@ BASE = [*QUICK, "--eval_data", "uk", "--calibration_data", "uk", "--batch_size",
 TRAIN = "--recover 512"  # two steps of eight windows
 CASES = {
     "dense": f"llama --prune_method wanda {TRAIN}",
-    "tied": f"tied --prune_method wanda --trim_vocabulary --recover_ce 0.3 {TRAIN}",
+    "tied": f"tied --prune_method wanda --trim_vocabulary --recover_ce_weight 0.3 {TRAIN}",
     "2:4": f"llama --prune_method wanda --sparsity_type 2:4 --recover_optimizer adamw8bit {TRAIN}",
     "mixture": f"mixtral --prune_method wanda --quantize q4_0 {TRAIN}",
     # of one window all ranks have the same sums: codes are the same before they are trained

@@ -3,8 +3,13 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+
+import torch
+
+from lib.run.results import write_losses
 
 LANGUAGES = {"uk": 20.0, "en": 40.0}  # perplexities of the dense model
 
@@ -39,7 +44,14 @@ def results(
     } | more
 
 
-def write_run(folder: Path, *args: Any, **more: Any) -> Path:
+def write_run(
+    folder: Path, *args: Any, losses: Mapping[str, Any] | None = None, **more: Any
+) -> Path:
+    """`losses`: {name in the losses file: values}."""
     folder.mkdir(parents=True)
+    if losses:
+        kinds = {name: torch.int32 if name.endswith("document") else None for name in losses}
+        tensors = {name: torch.tensor(each, dtype=kinds[name]) for name, each in losses.items()}
+        more |= {"losses": write_losses(folder, tensors)}
     (folder / "results.json").write_text(json.dumps(results(*args, **more)), "utf-8")
     return folder

@@ -9,6 +9,7 @@ import pytest
 from huggingface_hub import ModelCard
 from made_up import results
 
+from lib.commands.gguf.proof import changed_by_q4_0
 from lib.run.card import converted_card, model_card
 from lib.util.markdown import escape
 
@@ -54,6 +55,23 @@ def test_a_card() -> None:
     assert "python main.py --model owner/name --prune_method wanda" in text and "--seed 3" in text
     assert "- Zeros among the blocks' weights: 0.4996.\n" in text
     assert text.endswith("model = AutoModelForCausalLM.from_pretrained('small')\n```\n")
+
+
+def test_the_command_has_flags_of_value_zero() -> None:
+    """Without them it would train or prune by their defaults."""
+    flags = {
+        "recover": 9,
+        "recover_ce_weight": 0.0,
+        "sparsity_ratio": 0.0,
+        "seed": 0,
+        "batch_size": 2,
+    }
+    flags |= {"use_variant": False, "recover_rank": None}
+    _, text = parsed(made(flags=made()["flags"] | flags))
+    assert (
+        "--recover 9 --recover_ce_weight 0.0 --sparsity_ratio 0.0 --batch_size 2\n"
+        in text.replace(" --save_model small --seed 3", "").replace(" --save_model small", "")
+    )
 
 
 def cells(text: str) -> list[list[str]]:
@@ -102,10 +120,23 @@ def test_what_was_trained_as_q4_0_is_not_called_pruned(tmp_path: Path) -> None:
     head, text = parsed(found)
     assert head["tags"] == ["langprune", "q4_0"]
     assert text.startswith("# owner/name, trained on the texts, its linears as llama.cpp's q4_0\n")
+    nothing = recovery | {"kept": {"tokens": 0, "loss": 1.0}}
+    left = {"format": "q4_0", "left": ["model.layers.0.mlp.down_proj.weight"]}
+    _, text = parsed(found | {"recovery": nothing, "quantized": left})
+    assert text.startswith("# owner/name, its linears, but 1, as llama.cpp's q4_0\n")
+    assert "- Training found nothing better" in text
+    assert "left at 16 bits, rows are no multiple of 32: model.layers.0.mlp.down" in text
     (tmp_path / "README.md").write_text(model_card(found, ["c4:de"]))
     for kind in ("q4_0", "q8_0"):
         text = gguf_card(tmp_path, kind)
         assert ("changed the head" in text) == (kind == "q4_0")
+
+
+def test_what_conversion_has_changed_is_counted() -> None:
+    """Of a folder that was trained on elsewhere it is most values."""
+    assert changed_by_q4_0({"Q4_0": [0, 99], "Q8_0": [9, 9]}) == "its embedding and head alone"
+    changed = "3,200 of 3,300 values of its linears, and its embedding and head"
+    assert changed_by_q4_0({"Q4_0": [3200, 3300]}) == changed
 
 
 def test_a_gguf_file_has_the_card_of_the_model_it_was_made_from(tmp_path: Path) -> None:

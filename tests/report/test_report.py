@@ -94,7 +94,7 @@ def test_the_same_runs_give_the_same_files(sweep: Path, tmp_path: Path) -> None:
         write_report(load_runs([sweep]), tmp_path / out)
     assert content(tmp_path / "a") == content(tmp_path / "b")
     names = {path.name for path in (tmp_path / "a").iterdir()}
-    assert names == {"report.md", "report.csv", "languages.png"}
+    assert names == {"report.md", "report.csv", "languages.png", "languages.pdf"}
     assert "![languages](languages.png)" in (tmp_path / "a" / "report.md").read_text("utf-8")
 
 
@@ -128,7 +128,7 @@ def test_runs_that_differ_in_a_flag_are_not_averaged(tmp_path: Path) -> None:
         (tmp_path / str(samples)).mkdir()
         write_results(tmp_path / str(samples), made | {"fingerprint": {"pruning": flags}})
     lines = rows(text_of(tmp_path))
-    assert [(x["nsamples"], x["uk perplexity"]) for x in lines] == [("16", "16.00"), ("8", "8.00")]
+    assert [(x["nsamples"], x["uk perplexity"]) for x in lines] == [("8", "8.00"), ("16", "16.00")]
     assert not {"same", "seed", "weights"} & lines[0].keys()
 
 

@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 from lib.run.completions import continue_greedily, decode, decode_completion
 
 NEW_TOKENS = 8
-BASE = ["--model", "model", *QUICK, "--prompts", "3", "--eval_data", "uk", "en"]
+BASE = ["--model", "model", *QUICK, "--completions", "3", "--eval_data", "uk", "en"]
 PRUNE = ["--prune_method", "wanda", "--calibration_data", "uk", "--sparsity_type", "2:4"]
 pytestmark = pytest.mark.usefixtures("at_place")
 
@@ -84,7 +84,7 @@ def test_each_model_continues_as_generate_does(tmp_path: Path) -> None:
 def test_nothing_else_depends_on_them(tmp_path: Path) -> None:
     for count in (0, 2):
         folder = tmp_path / str(count)
-        saved = ["--save", folder / "run", "--save_model", folder / "new", "--prompts", count]
+        saved = ["--save", folder / "run", "--save_model", folder / "new", "--completions", count]
         succeed(*BASE, *PRUNE, *saved)
     without, beside = (results(tmp_path / str(count) / "run") for count in (0, 2))
     assert not without["completions"] and len(beside["completions"]) == 4
@@ -96,7 +96,7 @@ def test_nothing_else_depends_on_them(tmp_path: Path) -> None:
 def test_none_where_blocks_are_fetched_or_the_model_can_not_generate(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    done = call(*BASE, *PRUNE, "--offload", tmp_path / "away", "--save", tmp_path / "run")
+    done = call(*BASE, *PRUNE, "--offload_folder", tmp_path / "away", "--save", tmp_path / "run")
     assert done.status == 0 and not results(tmp_path / "run")["completions"]
     line = f"completions: none, each of {NEW_TOKENS} tokens would fetch every block again"
     assert line in done.out.splitlines()

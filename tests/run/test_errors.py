@@ -6,6 +6,7 @@ import importlib
 import json
 import os
 import shutil
+import sys
 from pathlib import Path
 
 import pytest
@@ -54,20 +55,24 @@ FLAGS = [
     ("--use_variant --prune_method admm", "--use_variant", "wanda", "admm"),
     ("--allocation error --sparsity_type 2:4", "--allocation error", "2:4"),
     ("--replace_sparse_layers --sparsity_ratio 0.06", "ratio 0.06", "more than 0.0625"),
-    ("--quantize int4", "--quantize int4", "--replace_sparse_layers"),
+    ("--quantize int4 --load_bit 4", "--quantize int4", "--load_bit 4"),
     ("--replace_sparse_layers --quantize q5", "--quantize", "q5", "q4_0"),
     ("--nsamples 0", "--nsamples", "0: must be at least 1"),
     ("--seqlen 1", "--seqlen", "1: must be at least 2"),
     ("--batch_size 0", "--batch_size", "0: must be at least 1"),
-    ("--recover 9 --recover_rate 1", "--recover_rate", "1: must be above 0 and below 1"),
-    ("--recover 9 --recover_ce nan", "--recover_ce", "nan: must be at least 0 and below 1"),
+    ("--recover 9 --recover_lr 1", "--recover_lr", "1: must be above 0 and below 1"),
+    (
+        "--recover 9 --recover_ce_weight nan",
+        "--recover_ce_weight",
+        "nan: must be at least 0 and below 1",
+    ),
     ("--recover_rank 4", "--recover_rank 4", "--recover"),
     ("--recover 64 --sparsity_ratio 0", "--recover 64", "nothing to recover"),
     ("--recover 64 --load_bit 8", "--recover 64", "--load_bit 8"),
-    ("--recover 64 --offload away", "--recover 64", "--offload away"),
+    ("--recover 64 --offload_folder away", "--recover 64", "--offload_folder away"),
     ("--recover 64 --teacher T", "--teacher T", "--prune_method wanda"),
     ("--replace_sparse_layers --load_bit 4", "--replace_sparse_layers", "--load_bit 4"),
-    ("--offload away --load_bit 4", "--offload away", "--load_bit 4"),
+    ("--offload_folder away --load_bit 4", "--offload_folder away", "--load_bit 4"),
     ("--sparsity_type neurons --load_bit 4", "neurons", "--load_bit 4"),
     ("--sparsity_type neurons --replace_sparse_layers", "neurons", "--replace_sparse_layers"),
     ("--sparsity_type neurons --sparsity_ratio 0", "--sparsity_ratio 0", "nothing would go"),
@@ -88,7 +93,7 @@ FLAGS = [
 NEEDED = [  # as above, without --prune_method
     ("--eval_only --save_model new", "--save_model new", "--eval_only"),
     ("--eval_only --allocation error", "--allocation error", "--prune_method"),
-    ("--prompts 3", "--prune_method", "wanda", "--eval_only"),
+    ("--completions 3", "--prune_method", "wanda", "--eval_only"),
 ]
 
 
@@ -97,6 +102,26 @@ def test_flags(row: tuple[str, ...]) -> None:
     flags, *words = row
     method = [] if row in NEEDED else ["--prune_method", "wanda"]
     complaint(call("--model", "M", *method, *flags.split()), 2, *words)
+
+
+NEEDING = {  # a package that is not installed: flags of a run that needs it
+    "bitsandbytes": ["--load_bit 8", "--recover 2600 --recover_optimizer adamw8bit"],
+    "datasets": ["--calibration_data c4", "--eval_data wikitext2"],
+    "pyarrow": ["--calibration_data texts.parquet"],
+}
+
+
+@pytest.mark.parametrize("package", NEEDING)
+def test_a_package_that_some_runs_need(
+    package: str, model: Path, texts: Path, no_weights: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """tests/run/test_bare.py: others do without."""
+    monkeypatch.setitem(sys.modules, package, None)
+    Path("texts.parquet").write_bytes(b"PAR1")
+    for flags in NEEDING[package]:
+        data = ["--calibration_data", texts, "--eval_data", texts]
+        done = call("--model", model, *data, *WANDA, *flags.split())
+        complaint(done, 1, f"error: {package} is not installed; pip install -r requirements.txt")
 
 
 # --- the model: status 1
@@ -280,7 +305,7 @@ def test_calibrating_and_measuring_on_one_text_is_noted(model: Path, texts: Path
 # --- what is found on the way: status 1
 
 
-@pytest.mark.parametrize("offload", [[], ["--offload", "away"]])
+@pytest.mark.parametrize("offload", [[], ["--offload_folder", "away"]])
 @pytest.mark.parametrize("method", ["magnitude", "admm"])
 def test_weights_that_are_not_finite(
     method: str, offload: list[str], texts: Path, tmp_path: Path
@@ -311,7 +336,7 @@ def test_a_lack_of_memory_names_flags(model: Path, texts: Path) -> None:
     full = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB")
     with raising(full, "pruning"):
         done = call("--model", model, "--calibration_data", texts, *WANDA)
-    complaint(done, 1, "out of memory", "--batch_size", "--offload")
+    complaint(done, 1, "out of memory", "--batch_size", "--offload_folder")
 
 
 def test_debug_shows_the_traceback(model: Path) -> None:

@@ -243,10 +243,10 @@ def test_settings_of_the_recovery(trained: Path, uk: Path) -> None:
     run(trained, *flags[:4], saved="pruned")
     for name, more in {
         "default": [],
-        "same": ["--recover_ce", "0.2"],
-        "text": ["--recover_ce", "0.9"],
-        "slow": ["--recover_rate", "0.0001"],
-        "fast": ["--recover_rate", "0.001"],
+        "same": ["--recover_ce_weight", "0.2"],
+        "text": ["--recover_ce_weight", "0.9"],
+        "slow": ["--recover_lr", "0.0001"],
+        "fast": ["--recover_lr", "0.001"],
         "rank": ["--recover_rank", "2"],
     }.items():
         run(trained, *flags, *more, saved=name, save=f"out-{name}")
@@ -318,7 +318,7 @@ def test_the_default_window_is_one_that_the_texts_have(tmp_path: Path) -> None:
     wide = tiny.write_model(tmp_path / "wide", tiny.tiny_llama(max_position_embeddings=1024))
     Path("book.txt").write_text("\n\n".join(tiny.sentences(30)))
     given = ["--model", wide, "--device", "cpu", "--calibration_data", "book.txt", "--save", "out"]
-    given += ["--prune_method", "wanda", "--nsamples", 20, "--prompts", 0]
+    given += ["--prune_method", "wanda", "--nsamples", 20, "--completions", 0]
     done = succeed(*given)
     window, digest = (results()["calibration"][name] for name in ("seqlen", "digest"))
     assert f"window: {window} tokens" in done.out and window in (128, 256, 512)
@@ -377,7 +377,9 @@ def test_names_of_test_sets_do_not_steer_the_terminal(model: Path) -> None:
     assert "\x1b" not in done.out and "\u202e" not in done.out and "perplexity uk[2J: " in done.out
 
 
-@pytest.mark.parametrize(("argv", "said"), [("--help", "calibration:"), ("--model=M", "error:")])
+@pytest.mark.parametrize(
+    ("argv", "said"), [("--help", "recovery training:"), ("--model=M", "error:")]
+)
 def test_help_and_mistakes_import_nothing_heavy(argv: str, said: str, tmp_path: Path) -> None:
     code = (
         "import sys; sys.modules['fcntl'] = None\n"  # of Unix alone

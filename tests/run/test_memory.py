@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import shutil
 import weakref
 from contextlib import redirect_stdout
 from pathlib import Path
@@ -17,10 +16,9 @@ from support import QUICK, call, results, succeed
 from transformers import AutoConfig
 
 import main
-from lib.model.run_folder import LOCK, RunFolder
-from lib.run import load, steps
+from lib.model.run_folder import RunFolder
+from lib.run import steps
 from lib.run.memory import memory_of
-from lib.util.files import exclusive_lock
 from lib.util.host import available, gib
 
 SIZES = {
@@ -110,22 +108,6 @@ def test_training_that_does_not_fit_is_refused_on_a_cpu_too(
     (line,) = done.complaints
     assert "--recover 64: training needs" in line and "the machine has 879 KiB free" in line
     assert done.status == 1 and "Use --recover_rank 16 (" not in line  # wider than it saves
-
-
-def test_blocks_in_memory_of_a_run_that_was_killed(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """They would fill the memory until the machine restarts; those of a run that lives stay."""
-    monkeypatch.setattr(load, "MEMORY", tmp_path)
-    for name in ("dead", "alive", "other"):
-        folder = tmp_path / f"{load.PREFIX * (name != 'other')}{name}"
-        folder.mkdir()
-        (folder / LOCK).touch()
-        (folder / "changed-00000.safetensors").write_bytes(b"block")
-    with exclusive_lock(tmp_path / f"{load.PREFIX}alive" / LOCK, "used"):
-        load._remove_left()
-        assert {each.name for each in tmp_path.iterdir()} == {f"{load.PREFIX}alive", "other"}
-    shutil.rmtree(tmp_path / "other")
 
 
 def test_tensors_are_copied_to_the_disk_one_after_another(tmp_path: Path) -> None:

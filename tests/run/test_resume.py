@@ -3,16 +3,22 @@
 from __future__ import annotations
 
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import processes
 import pytest
 import tiny
+import torch
 from safetensors.torch import load_file
-from support import QUICK, call, content, succeed, weights
+from support import QUICK, call, content, results, succeed, weights
 
+from lib.distributed.context import DistContext
 from lib.methods.sparsegpt import SparseGPT
-from lib.model.run_folder import RunFolder
+from lib.model.run_folder import PRUNED, RunFolder, of_block
+from lib.run import fingerprint
+from lib.run.check import check
+from lib.run.flags import build_parser
 
 pytestmark = pytest.mark.usefixtures("at_place")
 
@@ -83,6 +89,17 @@ def test_changed_flags_are_refused(change: str, word: str, begun: list, tmp_path
     assert content(tmp_path / "kept") == kept
 
 
+def test_another_source_of_the_method_is_refused(
+    begun: list, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Blocks by two algorithms do not become one model."""
+    monkeypatch.setattr(SparseGPT, "revision", SparseGPT.revision + 1)
+    done = call(*begun)
+    assert done.status == 1 and len(done.complaints) == 1
+    assert "was begun with source of --prune_method 'revision 1, source " in done.complaints[0]
+    assert "now it is 'revision 2, source " in done.complaints[0]
+
+
 def test_one_changed_byte_of_the_weights_is_refused(begun: list, tmp_path: Path) -> None:
     copied = shutil.copytree("model", tmp_path / "elsewhere")
     file = copied / "model.safetensors"
@@ -100,7 +117,7 @@ def test_finished_blocks_are_not_pruned_again_wherever_the_model_lies(
         SparseGPT, "prune_", lambda self, *args, **kw: solved.append(1) or own(self, *args, **kw)
     )
     copied = shutil.copytree("model", tmp_path / "elsewhere")  # on another disk, for instance
-    succeed(*begun, "--model", copied, "--offload", tmp_path / "away")
+    succeed(*begun, "--model", copied, "--offload_folder", tmp_path / "away")
     check_same(tmp_path, whole)
     assert not (tmp_path / "kept").exists() and not (tmp_path / "away").exists()
     assert len(solved) == 2 * 4  # of two blocks: q, k and v share an input, gate and up another
@@ -122,6 +139,59 @@ def test_a_damaged_block_is_done_again(
     done = succeed(*begun)
     assert f"{file.name} is " in done.out and "it is made again" in done.out
     check_same(tmp_path, whole)
+
+
+def test_another_batch_size_goes_on_and_is_said(begun: list, tmp_path: Path) -> None:
+    """It may be what memory allows; sums of other batches are rounded otherwise."""
+    done = succeed(*begun, "--batch_size", "1")
+    assert "was begun with --batch_size 32, goes on with 1; " in done.out
+    measuring = results(tmp_path / "out")["fingerprint"]["measuring"]
+    assert measuring["--batch_size"] == 1  # which a sweep tells from other runs
+
+
+def test_only_a_runs_own_files_are_removed(tmp_path: Path) -> None:
+    folder = RunFolder("--resume", tmp_path / "kept")
+    folder.begin({})
+    folder.write(of_block(PRUNED, 0), {"weight": torch.zeros(2)}, {})
+    mine = ("thesis.partial", "block-of-text.partial", "block-notes.safetensors")
+    for name in mine:
+        (tmp_path / "kept" / name).write_text("mine")
+    for name in ("block-00001.partial", ".job.json.partial"):  # cut off while it was written
+        (tmp_path / "kept" / name).write_text("half")
+    (tmp_path / "kept" / "folder.partial").mkdir()
+    (tmp_path / "kept" / "block-00002.partial").mkdir()
+    folder.clear()
+    left = {path.name for path in (tmp_path / "kept").iterdir()}
+    assert left == {*mine, "folder.partial", "block-00002.partial"}
+
+
+def test_weights_are_read_by_one_rank_of_a_machine(monkeypatch: pytest.MonkeyPatch) -> None:
+    args = build_parser().parse_args([str(each) for each in [*GIVEN, "--save", "out"]])
+    job = check(args)
+    read, own = [], fingerprint._file_digest
+    monkeypatch.setattr(fingerprint, "_file_digest", lambda file: read.append(file) or own(file))
+    first = fingerprint.fingerprint(job, True)
+    assert [file.name for file in read].count("model.safetensors") == 1
+    second = DistContext(torch.device("cpu"), alone=True)
+    second.rank = second.local_rank = 1
+    digests = {"weights of --model": first["pruning"]["weights of --model"]}
+    monkeypatch.setattr(second, "all_gather_object", lambda value: [digests, value])
+    assert fingerprint.fingerprint(replace(job, dist=second), True) == first
+    assert [file.name for file in read].count("model.safetensors") == 1
+
+
+def test_what_the_dense_models_states_depend_on() -> None:
+    """A sweep that goes on in another way must not compare with what it computed before."""
+    args = build_parser().parse_args([str(each) for each in [*GIVEN, "--save", "out"]])
+    job = check(args)
+    keys = {job.dense_key}
+    for name in ("--load_bit", "config of --model", "version of torch", "version of transformers"):
+        assert name in job.fingerprint["pruning"]
+        changed = job.fingerprint["pruning"] | {name: "other"}
+        keys.add(replace(job, fingerprint=job.fingerprint | {"pruning": changed}).dense_key)
+    assert len(keys) == 5
+    other = job.fingerprint["pruning"] | {"--prune_method": "wanda", "--sparsity_ratio": 0.7}
+    assert replace(job, fingerprint=job.fingerprint | {"pruning": other}).dense_key in keys
 
 
 def test_folders_that_are_not_a_runs(argv: list, tmp_path: Path) -> None:

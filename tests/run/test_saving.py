@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import signal
 from pathlib import Path
 from types import SimpleNamespace
@@ -16,6 +17,8 @@ from torch import Tensor
 from lib.methods.sparsegpt import SparseGPT
 from lib.packed.linear import SparseLinear
 from lib.run import load
+from lib.run.flags import build_parser
+from lib.run.plan import Plan
 from lib.util.files import check_new_folder
 
 pytestmark = pytest.mark.usefixtures("elsewhere")
@@ -39,7 +42,9 @@ def check_saved(done: Done, *words: str) -> None:
     assert not Path("new.partial").exists()
 
 
-@pytest.mark.parametrize("content", ["is a file", "holds thesis.tex", "a disk is mounted there"])
+@pytest.mark.parametrize(
+    "content", ["is a file", "holds thesis.tex", "a disk is mounted there", "is a link; name "]
+)
 def test_a_target_that_is_not_new_is_refused_at_once(
     content: str, given: list, no_weights: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -47,6 +52,9 @@ def test_a_target_that_is_not_new_is_refused_at_once(
         Path("new").write_text("thesis")
     elif content == "holds thesis.tex":
         write_thesis("new")
+    elif content.startswith("is a link"):  # the folder beside it would be on a small disk
+        Path("disk").mkdir()
+        Path("new").symlink_to("disk")
     else:  # as in a container: nothing can be renamed to it
         Path("new").mkdir()
         monkeypatch.setattr(Path, "is_mount", lambda path: path == Path("new"))
@@ -61,6 +69,23 @@ def test_an_empty_folder_is_a_target(given: list) -> None:
     assert Path("new").stat().st_mtime_ns == before
     succeed(*given[: given.index("--save")])
     assert saved_weights("new") and results("out/model-sparsegpt-unstructured-0.5")["perplexity"]
+
+
+@pytest.mark.parametrize(
+    ("flags", "name"),
+    [
+        ("--eval_only", "dense"),
+        ("--recover 99", "recovered"),
+        ("--quantize q4_0 --recover 99", "q4_0"),
+        ("--recover 99 --teacher m", "pruned-before"),
+        ("--prune_method wanda --sparsity_type 2:4", "wanda-2of4"),
+        ("--prune_method wanda --sparsity_ratio 0.7", "wanda-unstructured-0.7"),
+    ],
+)
+def test_results_without_a_name_are_called_as_the_run(flags: str, name: str) -> None:
+    plan = Plan.of(build_parser().parse_args(["--model", "a/m", *flags.split()]))
+    assert plan.default_save("a/m") == f"out/m-{name}"
+    assert name.startswith(plan.name.replace(" ", "-"))
 
 
 def test_what_comes_to_lie_at_the_target_meanwhile_stays(given: list) -> None:
@@ -85,7 +110,7 @@ def test_blocks_in_files_become_shards_once_all_is_written(
 
     with monkeypatch.context() as patched:
         patched.setattr("lib.run.save.write_tokenizer_model", fail)
-        done = call(*given, "--resume", kept, "--offload", "away")
+        done = call(*given, "--resume", kept, "--offload_folder", "away")
     assert done.status == 1 and len(list(Path(kept).glob("block-*"))) == 3
     assert Path("new.partial").exists() == (kept == "new.partial")
     assert call(*given, "--resume", kept).status == 0 and not Path(kept).exists()
@@ -146,7 +171,7 @@ def test_what_fails_after_saving_leaves_the_model(
     assert Path("out/results.json").exists() == (step == "run_tasks")
 
 
-@pytest.mark.parametrize("flag", ["--resume", "--offload"])
+@pytest.mark.parametrize("flag", ["--resume", "--offload_folder"])
 def test_tasks_leave_no_folder_of_the_run(
     flag: str, given: list, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -205,6 +230,17 @@ def test_a_run_that_is_ended_leaves_blocks_and_no_model(
     assert len(list(Path("new.partial").glob("block-*"))) == 2
 
 
+def test_an_interrupt_behind_the_saved_model_says_how_to_measure_it(given: list) -> None:
+    with raising(KeyboardInterrupt(), "perplexity"):
+        done = call(*given)
+    assert done.status == 130 and saved_weights("new")
+    [line] = [line for line in done.out.splitlines() if "not measured" in line]
+    assert line.startswith("new is whole, but not measured; to do that: python main.py --model new")
+    argv = shlex.split(line.partition("main.py ")[2])
+    succeed(*argv, *QUICK, "--save", "measured")
+    assert list(results("measured")["perplexity"]) == ["укр"]
+
+
 def test_results_of_another_run_are_moved_aside(given: list) -> None:
     succeed(*given)
     first = Path("out/results.json").read_bytes()
@@ -238,6 +274,6 @@ def test_a_model_whose_blocks_were_fetched_can_be_loaded(
         plan = load.plan_memory
         monkeypatch.setattr(load, "plan_memory", lambda job: (True, plan(job)[1]))
     else:
-        argv += ["--resume", "new.partial", "--offload", "away"]
+        argv += ["--resume", "new.partial", "--offload_folder", "away"]
     succeed(*argv, "--save", "out", "--save_model", "new")
     reloaded("new", "out", *texts)

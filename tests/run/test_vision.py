@@ -23,13 +23,20 @@ PRUNE = ["--sparsity_ratio", "0.5", "--prune_method"]
 # every way to change the language part, and every way to hold it
 RUNS = {
     "Gemma 3 multimodal": [*PRUNE, "admm", "--quantize", "q4_0", "--recover", 320],
-    "Qwen 3.5 multimodal": [*PRUNE, "wanda", "--sparsity_type", "neurons", "--offload", "blocks"],
+    "Qwen 3.5 multimodal": [
+        *PRUNE,
+        "wanda",
+        "--sparsity_type",
+        "neurons",
+        "--offload_folder",
+        "blocks",
+    ],
     "Qwen 3.5 MoE multimodal": [*PRUNE, "reap", "--sparsity_type", "experts"],
-    "Qwen3-VL": ["--quantize", "q4_0", "--offload", "blocks"],
+    "Qwen3-VL": ["--quantize", "q4_0", "--offload_folder", "blocks"],
     "Mistral 3": [*PRUNE, "magnitude", "--sparsity_type", "2:4", "--replace_sparse_layers"],
     "Llava": ["--trim_vocabulary", *PRUNE, "sparsegpt", "--dtype", "float16"],
     "Idefics 3": [*PRUNE, "wanda", "--recover", 960, "--resume", "blocks"],
-    "SmolVLM": [*PRUNE, "sparsegpt", "--offload", "blocks", "--allocation", "uniform"],
+    "SmolVLM": [*PRUNE, "sparsegpt", "--offload_folder", "blocks", "--allocation", "uniform"],
 }
 
 

@@ -230,3 +230,17 @@ def test_each_token_stands_for_its_bytes(kind: str) -> None:
     assert all(by_offsets == end for by_offsets, end in pairs if end in ends)
     inside = [by_offsets - end for by_offsets, end in pairs if end not in ends]
     assert inside and all(-4 < difference < 4 for difference in inside)
+
+
+def test_little_text_keeps_tokens_that_are_likely_in_its_scripts(tmp_path: Path) -> None:
+    """Without them text that was not counted takes more tokens; letters of other scripts go."""
+    tokenizer = kinds.byte_level(size=700)
+    few = tiny.write_texts(
+        tmp_path / "few", train=[text[:40] for text in kinds.texts(UK, 10, 1)], test=2
+    )
+    many = tiny.write_texts(tmp_path / "many", train=kinds.texts(UK, 300, 1), test=2)
+    facts = trimmed(tokenizer, few).facts
+    assert facts["rise"] > 0.003 and facts["likely"] > 0
+    assert facts["used"] + facts["likely"] <= facts["tokens"] < facts["tokens_before"]
+    facts = trimmed(tokenizer, many).facts
+    assert facts["rise"] <= 0.003 and facts["likely"] == 0

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import math
+import re
 import shutil
 from pathlib import Path
 
@@ -28,7 +30,7 @@ ROWS = 640  # more than the tokenizer has
 BASE = ["--model", "model", *QUICK]
 TRIM = [*BASE, "--trim_vocabulary"]
 PRUNE = ["--calibration_data", "uk", "--prune_method", "wanda", "--sparsity_type", "2:4"]
-RECOVER = ["--recover", 20 * 256, "--recover_rate", "0.01"]
+RECOVER = ["--recover", 20 * 256, "--recover_lr", "0.01"]
 EMBEDDING = "model.embed_tokens.weight"
 
 
@@ -219,3 +221,37 @@ def test_logits_that_differ_stop_the_run(tmp_path: Path, monkeypatch) -> None:
     found = call(*TRIM, "--vocabulary_data", "uk", "--save_model", tmp_path / "model")
     assert found.status == 1 and "whole and trimmed outputs differ by" in found.complaints[0]
     assert not (tmp_path / "model").exists()
+
+
+def bits_per_byte(model: Path | str, texts: Path | str) -> float:
+    """Of pieces of test documents, each by itself: a slow reference of what trimming costs."""
+    tokenizer, kind = AutoTokenizer.from_pretrained(model), AutoModelForCausalLM
+    loaded, nats, size = kind.from_pretrained(model, dtype=torch.float32), 0.0, 0
+    for line in Path(texts, "test.jsonl").read_text("utf-8").splitlines():
+        for piece in re.findall(r"\S[\s\S]{0,32}(?=\s|$)", json.loads(line)["text"]):
+            ids = tokenizer(piece, add_special_tokens=False).input_ids
+            if len(ids) < 32:
+                ids = torch.tensor([[tokenizer.bos_token_id, *ids]])
+                nats += float(loaded(ids, labels=ids).loss) * (ids.shape[1] - 1)
+                size += len(piece.encode())
+    return nats / math.log(2) / size
+
+
+def test_what_trimming_costs_is_measured_on_the_same_bytes(alone: tuple[Done, Path]) -> None:
+    done, folder = alone
+    found = results(folder / "out")["vocabulary"]
+    expected = [bits_per_byte(model, "uk") for model in ("model", folder / "model")]
+    assert found["bits_per_byte_original"] == pytest.approx(expected[0], rel=2e-3)
+    assert found["bits_per_byte_trimmed"] == pytest.approx(expected[1], rel=2e-3)
+    cost = found["bits_per_byte_trimmed"] / found["bits_per_byte_original"] - 1
+    assert f"trimming costs {cost:+.2%} bits per byte" in done.out
+    card = (folder / "model" / "README.md").read_text("utf-8")
+    assert re.search(r"\| +original \| +this model \|", card)
+
+
+def test_text_that_is_too_little_is_warned_of(place: Path, tmp_path: Path) -> None:
+    """Text of another language cuts the test text into bytes; few documents do not."""
+    other = call(*TRIM, "--vocabulary_data", "en", "--eval_data", "uk", "--save", tmp_path / "en")
+    assert other.status == 0 and "Give more text of the language" in other.out
+    found = results(tmp_path / "en")["vocabulary"]
+    assert found["bits_per_byte_trimmed"] > 1.02 * found["bits_per_byte_original"]

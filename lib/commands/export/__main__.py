@@ -3,8 +3,10 @@
 bash launch.sh export OUT NEW --to compressed-tensors | mlx | onnx
 
 OUT is a folder that main.py has saved with --quantize q4_0. All codes and scales are read back from
-NEW and compared. Then the engine runs NEW, and transformers runs OUT. At the first difference the
-command stops, and there is no NEW.
+NEW and compared, row by row, in any order: engines sort and join linears as they like. Which linear
+has which rows is proven by predictions: the engine runs NEW, and transformers runs OUT. At the
+first difference the command stops, and there is no NEW. Where memory is too short to run both, NEW
+is written, and a line says what is not proven.
 """
 
 from __future__ import annotations
@@ -23,7 +25,7 @@ from ...model.access import Checkpoint, as_user_error
 from ...run.card import converted_card
 from ...util.command import make_parser
 from ...util.errors import UserError
-from ...util.files import check_new_folder, partial_of, staged_folder
+from ...util.files import check_new_folder, staged_folder
 from ...util.host import available, gib
 from ...util.progress import quiet
 from ..gguf.proof import LINES, SHORT, windows_of
@@ -45,9 +47,7 @@ def main(arguments: list[str]) -> None:
     quiet()
     path, new, to = args.source, args.new, args.to
     engine = ENGINES[to]
-    check_new_folder("NEW", new)
-    if partial_of(new).exists():
-        raise UserError(f"NEW {new}: {partial_of(new).name} is in the way; name a new folder")
+    check_new_folder("NEW", new, staged=True)
     check_installed(to)
     source = open_folder(path)
     if not (engine.stacks or source.plain):
@@ -87,7 +87,8 @@ def prove(source: GridFolder, engine: type, stage: Path, new: str) -> list[str]:
     """Run OUT and `stage`. Raises UserError where log-probabilities differ beyond the limit."""
     needed = 3 * sum(file.stat().st_size for file in source.folder.glob("*.safetensors"))
     if needed > available():
-        return [f"not proven: predictions (comparing them needs {gib(needed)} of memory)"]
+        what = "predictions, nor that each row is in its own linear"
+        return [f"not proven: {what} (comparing them needs {gib(needed)} of memory)"]
     windows = windows_of(source.tokenizer, {"": LINES}, source.model.config)[""]
     windows = [ids[:SHORT] for ids in windows]
     new_logits, tables = engine.load(stage)

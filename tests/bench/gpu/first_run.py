@@ -30,7 +30,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests"), str(ROOT / "tests/bench")]
 import tiny  # noqa: E402
 import torch  # noqa: E402
 from measure import medians, random_llama  # noqa: E402
-from safetensors.torch import load_file  # noqa: E402
+from support import whole  # noqa: E402
 from torch.utils.collect_env import get_pretty_env_info  # noqa: E402
 
 import main as command_line  # noqa: E402
@@ -63,7 +63,14 @@ class Runs:
         tiny.write_model(folder / "dense", model.bfloat16())
         texts = (tiny.sentences(count, seed, max(40, seqlen)) for count, seed in ((72, 0), (4, 1)))
         tiny.write_texts(self.text, *texts)
-        self.flags = ["--device", str(device), "--prompts", "0", "--calibration_data", self.text]
+        self.flags = [
+            "--device",
+            str(device),
+            "--completions",
+            "0",
+            "--calibration_data",
+            self.text,
+        ]
         self.flags += ["--seqlen", str(seqlen), "--nsamples", "6" if small else "64"]
 
     def run(self, *flags: str) -> dict[str, Any]:
@@ -79,9 +86,8 @@ class Runs:
         return next(iter(self.run(*flags)["perplexity"].values()))
 
     def saved(self) -> dict[str, torch.Tensor]:
-        """Return the tensors that the last run saved, in whatever files."""
-        files = sorted((self.folder / f"run-{self.number}/model").glob("*.safetensors"))
-        return {name: tensor for file in files for name, tensor in load_file(file).items()}
+        """Return the tensors that the last run saved, as transformers finds them."""
+        return whole(self.folder / f"run-{self.number}/model")
 
     def loaded_again(self, *flags: str) -> dict[str, Any]:
         """Run, and compare perplexity with that of the saved model."""
@@ -209,7 +215,7 @@ CHECKS: dict[str, Callable[[Runs], dict[str, Any]]] = {
     "products": check_products,
     "packed, 16 bits": lambda runs: runs.loaded_again(*PACKED),
     "packed, 4 bits": lambda runs: runs.loaded_again(*PACKED, "--quantize", "int4"),
-    "fetched blocks": same_bytes(ADMM, [*ADMM, "--offload", "@away"]),
+    "fetched blocks": same_bytes(ADMM, [*ADMM, "--offload_folder", "@away"]),
     "recovery, twice": same_bytes(RECOVERED, RECOVERED),
     "recovery by 8 bits, twice": same_bytes(EIGHT_BITS, EIGHT_BITS),
     "allocation, twice": same_bytes(BY_ERROR, BY_ERROR),

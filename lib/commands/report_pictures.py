@@ -1,0 +1,149 @@
+"""Pictures of a report: what each calibration text loses on each test, and curves over a flag."""
+
+from __future__ import annotations
+
+import math
+import textwrap
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..run.results import NONE
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+    from pandas import DataFrame
+
+DENSE = "dense"  # the method and the type of a model that was not pruned
+SETTING = "setting "  # what the columns of settings begin with
+WIDEST = 13.0  # inches of a picture
+BARS = "bars: 95% intervals of KL and of the loss over the dense model's, over documents and seeds"
+
+
+def picture(table: DataFrame) -> Figure | None:
+    """Draw bits per byte over the dense model's, calibrated on (rows) x measured on (columns).
+
+    Unlike perplexities, they compare languages of different scripts. Each type and method has axes
+    of its own, with a row for a method that reads no text; their colors, which the color-blind tell
+    apart, have one logarithmic scale. None where fewer than two texts were calibrated on, or
+    without a dense run.
+    """
+    import pandas
+    from matplotlib.colors import LogNorm
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import LogLocator
+
+    labels = set(table.loc[table["type"] != DENSE, "calibrated_on"]) - {NONE}
+    first = [name for name in dict.fromkeys(table["measured_on"]) if name in labels]
+    labels = first + sorted(labels - set(first))  # in the order of the tests
+    if "more_bits" not in table or len(labels) < 2:
+        return None
+    rows = table[table["more_bits"].map(math.isfinite)]
+    without, rows = (rows[(rows["calibrated_on"] == NONE) == none] for none in (True, False))
+    if rows.empty:
+        return None
+    tests = list(dict.fromkeys(rows["measured_on"]))
+    groups = dict(list(rows.groupby(["strictness", "ratio", "type", "method"], dropna=False)))
+    width, height = 1.2 + 0.62 * max(3, len(tests)), 1.2 + 0.42 * max(3, len(labels))
+    columns = max(1, min(rows["method"].nunique(), int(WIDEST / width)))
+    lines = math.ceil(len(groups) / columns)
+    size = max(7.0, columns * width), 0.8 + lines * height
+    figure = Figure(figsize=size, layout="constrained")
+    title = f"{Path(table['model'].iloc[0]).name}: bits per byte over dense, by calibration and "
+    title = textwrap.fill(f"{title}test text", int(9 * size[0]))
+    figure.suptitle(title, fontsize=12, fontweight="bold")
+    panels = list(figure.subplots(lines, columns, squeeze=False).flat)
+    for panel in panels[len(groups) :]:
+        panel.set_axis_off()
+    shown = rows["more_bits"].clip(lower=1e-3)
+    norm = LogNorm(shown.min() / 1.05, shown.max() * 1.05, clip=True)
+    for axes, ((*_, kind, method), group) in zip(panels, groups.items(), strict=False):
+        plain = without[without["type"] == kind].assign(calibrated_on="no text")
+        own = pandas.concat([group, plain.drop_duplicates("measured_on")])
+        cells = own.pivot_table("more_bits", "calibrated_on", "measured_on", sort=False)
+        cells = cells.reindex(index=[*labels, *["no text"] * (len(plain) > 0)], columns=tests)
+        cells = cells.dropna(how="all")
+        cells.index = [n if len(n) < 25 else f"{n.count('+') + 1} mixed" for n in cells.index]
+        form = "+.2f" if cells.stack().median() >= 0.1 else "+.3f"
+        image = heat_map(axes, cells, norm, form)
+        axes.set_title(f"{method} {kind}", fontsize=10)
+        axes.set(ylabel="calibrated on", xlabel="measured on")
+    scale = dict(ticks=LogLocator(subs=(1, 2, 5)), format="{x:,.10g}")
+    about = "bits per byte over dense (log scale)"
+    figure.colorbar(image, ax=panels, aspect=40, label=about, **scale).minorticks_off()
+    return figure
+
+
+def heat_map(axes: Any, cells: DataFrame, norm: Any, form: str, cmap: str = "cividis") -> Any:
+    """Draw a table with its figures in format `form`; nan stays blank."""
+    values = cells.to_numpy(float)
+    image = axes.imshow(values, aspect="auto", cmap=cmap, norm=norm)
+    slanted = {"rotation": 45, "ha": "right", "rotation_mode": "anchor"}
+    long = max(len(str(name)) for name in cells.columns) > 4
+    axes.set_xticks(range(cells.shape[1]), cells.columns, **slanted if long else {})
+    axes.set_yticks(range(cells.shape[0]), cells.index)
+    size = 7.5 if len(values.T) > 6 else 9
+    for row, line in enumerate(values):
+        for column, value in enumerate(line):
+            if math.isfinite(value):
+                dark = sum(image.cmap(norm(value))[:3]) < 1.35
+                look = {"color": "white" if dark else "black", "fontsize": size}
+                axes.text(column, row, format(value, form), ha="center", va="center", **look)
+    axes.spines[:].set_visible(False)
+    axes.tick_params(length=0)
+    return image
+
+
+def curves(table: DataFrame, keys: list[str]) -> dict[str, Figure]:
+    """Draw perplexity and KL over each flag that has several numbers: {name of the flag: figure}.
+
+    `keys`: the columns that tell rows apart; rows that differ in the flag alone are one line. Its
+    bars are those of `report.add_intervals`.
+    """
+    import pandas
+    from matplotlib.figure import Figure
+
+    pruned = table[table["type"] != DENSE]
+    figures = {}
+    for flag in [name for name in keys if name.startswith(SETTING)] + ["ratio"]:
+        others = [name for name in keys if name != flag]
+        rows = pruned
+        if flag == "ratio":  # of which the type is the name
+            rows = rows[rows["strictness"] == 0]
+            others.remove("type")
+        rows = rows.assign(x=pandas.to_numeric(rows[flag], errors="coerce")).dropna(subset="x")
+        by_line = rows.groupby([*others, "measured_on"], sort=False, dropna=False)["x"]
+        rows = rows[by_line.transform("nunique") > 1]
+        measures = [name for name in ("perplexity", "kl") if name in rows and rows[name].any()]
+        if rows.empty or not measures:
+            continue
+        tests = list(dict.fromkeys(rows["measured_on"]))
+        size = max(7.0, min(WIDEST, 4.2 * len(tests))), 0.6 + 3 * len(measures)
+        figure = Figure(figsize=size, layout="constrained")
+        panels = figure.subplots(len(measures), len(tests), squeeze=False, sharex=True)
+        name = flag.removeprefix(SETTING)
+        varied = [key for key in others if rows[key].nunique() > 1] or others[:1]
+        wide = rows["x"].min() > 0 and rows["x"].max() >= 8 * rows["x"].min()
+        for line, measure in zip(panels, measures, strict=True):
+            for axes, test in zip(line, tests, strict=True):
+                for label, of_line in rows[rows["measured_on"] == test].groupby(varied, sort=False):
+                    of_line = of_line.sort_values("x")
+                    bars = [
+                        (sign * (of_line[f"{measure}_{end}"] - of_line[measure])).fillna(0)
+                        for end, sign in (("low", -1), ("high", 1))
+                    ]
+                    x, y, text = of_line["x"], of_line[measure], " ".join(map(str, label))
+                    axes.errorbar(x, y, bars, marker="o", markersize=4, capsize=3, label=text)
+                if wide:
+                    axes.set_xscale("log", base=2)
+                axes.set_xticks(sorted(rows["x"].unique()), minor=False)
+                axes.xaxis.set_major_formatter("{x:g}")
+                axes.xaxis.minorticks_off()
+                axes.set_title(str(test), fontsize=10)
+                axes.grid(alpha=0.3)
+                axes.set(ylabel={"kl": "KL, nats a token"}.get(measure, measure), xlabel=name)
+        handles, labels = panels[0, 0].get_legend_handles_labels()
+        figure.legend(handles, labels, loc="outside lower center", ncols=3, fontsize=8)
+        title = f"{Path(table['model'].iloc[0]).name}, over {name}"
+        figure.suptitle(f"{title}\n{BARS}", fontsize=9)
+        figures[name] = figure
+    return figures

@@ -1,0 +1,79 @@
+"""Masks of a pruned model without its weights: a bit for each, in a safetensors file.
+
+`write_masks` keeps them, `read_masks` returns {layer: bool (out, in)}. In the file a layer's tensor
+is numpy's packbits of the mask, row after row; metadata hold its shape.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Container
+from math import prod
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from ..model.blocks import BlockRunner
+from ..util.errors import UserError
+from ..util.files import check_writable
+
+SHAPES = "shapes"  # the key of the metadata
+
+Packed = dict[str, tuple[tuple[int, int], Tensor]]
+
+
+def packed_masks(runner: BlockRunner, layers: Container[str]) -> Packed:
+    """Return {layer: shape, bits} of those named: 1 where the weight is 0, also if it was before.
+
+    Row by row (out, in), on the host, eight to a byte.
+    """
+    masks = {}
+    for linear in runner.each_linear():
+        if linear.name in layers:
+            zero = (linear.matrix() == 0).cpu()
+            masks[linear.name] = tuple(zero.shape), torch.from_numpy(np.packbits(zero.numpy()))
+    return masks
+
+
+def unpacked(masks: Packed) -> dict[str, Tensor]:
+    """Return {layer: bool (out, in)}, True where a weight is pruned."""
+    return {
+        name: torch.from_numpy(np.unpackbits(bits.numpy(), count=prod(shape))).bool().view(shape)
+        for name, (shape, bits) in masks.items()
+    }
+
+
+def check_new_file(flag: str, file: str) -> None:
+    """UserError where a file of masks could not be written."""
+    if Path(file).is_dir():
+        raise UserError(f"{flag} {file}: is a folder; name a file, such as masks.safetensors")
+    check_writable(flag, str(Path(file).parent))
+
+
+def write_masks(file: str | Path, masks: Packed) -> None:
+    """Write masks to a safetensors file, whole or not at all."""
+    shapes = {name: list(shape) for name, (shape, _) in masks.items()}
+    file = Path(file)
+    stage = file.with_name(f".{file.name}.partial")
+    stage.parent.mkdir(parents=True, exist_ok=True)
+    tensors = {name: bits for name, (_, bits) in masks.items()}
+    save_file(tensors, stage, {SHAPES: json.dumps(shapes)})
+    stage.replace(file)
+
+
+def read_masks(file: str | Path) -> dict[str, Tensor]:
+    """Return {layer: bool (out, in)} of a file of --save_masks, True where a weight is pruned.
+
+    UserError where the file is none.
+    """
+    try:
+        with safe_open(str(file), "pt") as opened:
+            shapes = json.loads((opened.metadata() or {})[SHAPES])
+            masks = {name: (tuple(shapes[name]), opened.get_tensor(name)) for name in opened.keys()}
+        return unpacked(masks)
+    except (OSError, SafetensorError, KeyError, ValueError) as error:
+        raise UserError(f"{file}: not a file that --save_masks has written ({error})") from error

@@ -1,0 +1,78 @@
+"""Whether a mean could be chance: intervals over documents and seeds, and Holm's correction."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from math import nan
+
+import numpy as np
+from numpy import ndarray
+from scipy import stats
+
+LEVEL = 0.95
+
+
+@dataclass(frozen=True)
+class MeanInterval:
+    """A mean, its interval, and the p-value of a mean of 0; nan where one document was measured."""
+
+    mean: float
+    low: float
+    high: float
+    p: float
+    documents: int
+    seeds: int
+
+
+def mean_interval(values: ndarray, documents: ndarray) -> MeanInterval:
+    """Return the mean of values (seeds, windows) and its 95% interval, by Student's t.
+
+    `documents` (windows,) numbers the document of each window. Two things are samples of what could
+    have been drawn, and their variances are added:
+
+    - The documents, since windows of one are alike. After averaging over seeds it is the
+      cluster-robust variance of a mean, G / (G - 1) * sum over documents of the squared sum of
+      their windows' residuals / windows^2. G = windows^2 / sum over documents of their windows^2 is
+      the number of equally long documents that tell as much (Kish). Of equally long ones it is the
+      variance of the mean of their means. G - 1 degrees of freedom.
+    - The seeds: the variance of the means of each / seeds, seeds - 1 degrees of freedom. Of a
+      single seed it is unknown, and the interval holds for that draw alone.
+
+    Variation of single windows is in both, so that the interval is rather too wide. The sum has
+    Welch's and Satterthwaite's degrees of freedom. One document says nothing of others: without
+    an interval.
+    """
+    seeds, windows = values.shape
+    mean = values.mean()
+    _, numbers, lengths = np.unique(documents, return_inverse=True, return_counts=True)
+    count = len(lengths)
+    if count < 2:
+        return MeanInterval(float(mean), nan, nan, nan, count, seeds)
+    effective = windows**2 / (lengths**2).sum()
+    sums = np.bincount(numbers, values.mean(0) - mean)  # (documents,)
+    parts = [(effective / (effective - 1) * (sums**2).sum() / windows**2, effective - 1)]
+    if seeds > 1:
+        parts.append((values.mean(1).var(ddof=1) / seeds, seeds - 1))
+    variance = sum(part for part, _ in parts)
+    if not variance:  # all are the same
+        return MeanInterval(*[float(mean)] * 3, float(mean == 0), count, seeds)
+    freedom = variance**2 / sum(part**2 / own for part, own in parts)
+    error = variance**0.5
+    half = stats.t.ppf((1 + LEVEL) / 2, freedom) * error
+    p = 2 * stats.t.sf(abs(mean) / error, freedom)
+    figures = map(float, (mean, mean - half, mean + half, p))
+    return MeanInterval(*figures, documents=count, seeds=seeds)
+
+
+def holm(p: Sequence[float]) -> ndarray:
+    """Return the p-values of all tests together (Holm, 1979), by which one is wrongly below 0.05.
+
+    A nan is no test, and stays.
+    """
+    p = np.asarray(p, float)
+    order = np.argsort(p)[: np.isfinite(p).sum()]  # nan is last
+    adjusted = np.full(len(p), nan)
+    steps = p[order] * np.arange(len(order), 0, -1)
+    adjusted[order] = np.maximum.accumulate(steps).clip(max=1)
+    return adjusted

@@ -1,0 +1,610 @@
+"""Write the tables of README.md and docs/ from the raw figures in tests/bench/results/.
+
+    python tests/bench/tables.py            # rewrite the tables, draw .github/images/*.png
+    python tests/bench/tables.py --check    # write nothing; fail if a table is stale
+
+A page has a table between two lines, `<!-- table: NAME (file: fields) -->` and `<!-- end -->`.
+NAME is a function of this file with `-` in place of `_`; this script fills in the rest.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+import math
+import re
+import sys
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+from lib.commands.report_pictures import heat_map
+from lib.util.command import make_parser, run
+from lib.util.errors import UserError
+from lib.util.markdown import padded_table
+
+ROOT = Path(__file__).resolve().parents[2]
+RESULTS = ROOT / "tests/bench/results"
+IMAGES = ROOT / ".github/images"
+TABLES: dict[str, tuple[str, Callable[[], str]]] = {}  # source and maker, by name
+MARKED = re.compile(r"<!-- table: ([\w-]+)[^>]* -->\n(.*?)<!-- end -->", re.DOTALL)
+
+Cell = str | float | tuple[float, float] | None
+MEGABYTES, BITS, KL = "Size (MB)", "Bits per byte ↓", "KL (nats/token) ↓"
+PROSE = {"Other prose, bits per byte ↓": ".4f", "Other prose, KL (nats/token) ↓": ".3f"}
+ESSAYS = {name.replace("Other prose", "Essays"): form for name, form in PROSE.items()}
+FORMS = {"Model": "", MEGABYTES: ".0f", BITS: ".4f", KL: ".3f"}
+NAMES = {
+    **{"uk": "Ukrainian", "en": "English", "de": "German", "pl": "Polish", "cs": "Czech"},
+    **{"fr": "French", "el": "Greek", "tr": "Turkish", "ru": "Russian", "ja": "Japanese"},
+    **{"zh-cn": "Chinese"},
+}
+MIX = "+".join(f"{name}=0.1" for name in NAMES if name != "uk")
+BOTH = "uk=0.5+en=0.5"
+MAPS = {  # pictures of losses by calibration text: method and title
+    "eleven-languages": ("wanda", "pruning to 50% by Wanda"),
+    "eleven-languages-admm": ("admm", "pruning to 50% by ADMM"),
+    "eleven-languages-rounded": ("q4_0", "4-bit quantization (q4_0)"),
+}
+
+
+def raw(name: str) -> Any:
+    """The content of a file of results; a row of a CSV file is a dict, its numbers floats."""
+    text = (RESULTS / name).read_text("utf-8")
+    if name.endswith(".json"):
+        return json.loads(text)
+
+    def value(cell: str) -> str | float:
+        try:
+            return float(cell)
+        except ValueError:
+            return cell
+
+    return [
+        {key: value(cell) for key, cell in row.items()}
+        for row in csv.DictReader([*text.splitlines()])
+    ]
+
+
+def table(source: str) -> Callable[[Callable[[], str]], Callable[[], str]]:
+    """Register a function that makes a table; `source` names the file and its fields."""
+
+    def register(make: Callable[[], str]) -> Callable[[], str]:
+        TABLES[make.__name__.replace("_", "-")] = source, make
+        return make
+
+    return register
+
+
+def grid(head: dict[str, str], rows: Sequence[Sequence[Cell]], references: int = 0) -> str:
+    """Return a Markdown table; `head` has the format of each column's numbers.
+
+    A pair is a value and its standard error. In a column whose header ends in an arrow the best
+    value is bold; the first `references` rows, and texts, do not take part.
+    """
+
+    def text(cell: Cell, form: str) -> str:
+        if isinstance(cell, tuple):
+            return f"{text(cell[0], form)} ± {text(cell[1], form.lstrip('+'))}"
+        if cell is None or isinstance(cell, str):
+            return cell or ""
+        return format(cell, ",.0f" if abs(cell) >= 1000 else form)
+
+    lines = [[text(c, form) for c, form in zip(row, head.values(), strict=True)] for row in rows]
+    for index, (title, form) in enumerate(head.items()):
+        values = [row[index] for row in rows[references:]]
+        values = [v[0] if isinstance(v, tuple) else v for v in values if v is not None]
+        values = [value for value in values if not isinstance(value, str)]
+        if title[-1] not in "↓↑" or not values:
+            continue
+        best = text((min if title.endswith("↓") else max)(values), form)
+        for line in lines[references:]:
+            if line[index].split(" ± ")[0] == best:
+                line[index] = f"**{line[index]}**"
+    return padded_table([*head], lines, left=2 if "Calibration text" in head else 1)
+
+
+def one(records: Sequence[dict[str, Any]], **fields: Any) -> dict[str, Any]:
+    """The one record with these values."""
+    (found,) = [r for r in records if fields.items() <= r.items()]
+    return found
+
+
+def measures(*tests: dict[str, Any], error: bool = False, agreement: bool = False) -> list[Cell]:
+    """Bits per byte and KL of each test text, the latter with its standard error if asked for."""
+    cells: list[Cell] = []
+    for test in tests:
+        pair = error and "kl" in test
+        kl = (test["kl"], test["kl_standard_error"]) if pair else test.get("kl")
+        cells += [test.get("bits_per_byte"), kl]
+        cells += [test.get("top1_agreement")] if agreement else []
+    return cells
+
+
+# quantization and recovery
+
+
+def gemma() -> dict[str, tuple[float, dict[str, Any], dict[str, Any]]]:
+    """Every form of Gemma 3 270M for Ukrainian: MB, the records of the in-domain and other text."""
+    trained = raw("frontier/gemma3-270m-trained.json")
+    shapes = raw("frontier/gemma3-270m.json")
+    first = raw("frontier/gemma3-270m-rounded-first.json")
+    llama = raw("frontier/gemma3-270m-llama-cpp.json")
+    here = raw("frontier/gemma3-270m-rounded-128.json")
+    neurons = raw("frontier/gemma3-270m-neurons-rounded.json")
+    zeros = one(raw("frontier/gemma3-270m-zeros-rounded.json"), of_the_rule="whole")
+    size = {record["label"]: record["bytes"] / 1e6 for record in trained}
+    trimmed = [one(first, label="trimmed", text=text) for text in ("test", "prose")]
+    forms = {
+        "original, 16-bit": (size["untouched"], one(trained, label="untouched"), {}),
+        "trimmed, 16-bit": (one(shapes, stage="dense")["size"] / 1e6, *trimmed),
+    }
+    for name in ("q4_k_m", "q3_k_m", "q4_0"):
+        texts = [one(llama, label=f"trimmed {name}", name=text) for text in ("uk", "prose")]
+        forms[f"llama.cpp {name}"] = (one(shapes, stage=name)["size"] / 1e6, *texts)
+    forms["langprune q4_0"] = (size["q4_0"], *here["rounded"])
+    forms["langprune q4_0, trained"] = (size["q4_0"], *here["evaluation"])
+    removed = "25% of the neurons removed, q4_0, trained"
+    forms[removed] = (size["neurons 25%, q4_0"], *neurons["evaluation"])
+    packed = "50% of the weights pruned, packed int4, trained"
+    forms[packed] = (size["50% zeros"], *zeros["evaluation"])
+    return forms
+
+
+GEMMA = "frontier/gemma3-270m-{trained,llama-cpp,rounded-128,rounded-first}.json: bits_per_byte, kl"
+
+
+@table(GEMMA)
+def gemma_main() -> str:
+    names = {
+        "original, 16-bit": "original, 16-bit",
+        "trimmed, 16-bit": "vocabulary trimmed, 16-bit",
+        "llama.cpp q4_0": "trimmed, llama.cpp `q4_0` with importance matrix",
+        "langprune q4_0": "trimmed, langprune `q4_0`",
+        "langprune q4_0, trained": "**trimmed, langprune `q4_0`, 131,072 tokens of training**",
+    }
+    forms = gemma()
+    rows = [[shown, forms[name][0], *measures(forms[name][1])] for name, shown in names.items()]
+    return grid(FORMS, rows, references=2)
+
+
+@table(GEMMA.replace("rounded-first", "rounded-first,neurons-rounded,zeros-rounded"))
+def gemma_forms() -> str:
+    rows = [[name, size, *measures(*tests)] for name, (size, *tests) in gemma().items()]
+    return grid(FORMS | PROSE, rows, references=3)
+
+
+@table("frontier/smollm2-rounded.json, frontier/smollm2.json: size, bits_per_byte, kl")
+def smollm2_forms() -> str:
+    records, shapes = raw("frontier/smollm2-rounded.json"), raw("frontier/smollm2.json")
+
+    def tests(label: str) -> list[dict[str, Any]]:
+        return [one(records, label=label, name=name) for name in ("en", "essays")]
+
+    def size(stage: str) -> float:
+        return one(shapes, stage=stage)["size"] / 1e6
+
+    trained = tests("rounded and trained by 32,768 tokens")
+    rows = [["original, 16-bit", size("dense"), *measures(*tests("untouched"))]]
+    for name in ("q4_k_m", "q3_k_m", "q4_0"):
+        rows.append([f"llama.cpp {name}", size(name), *measures(*tests(f"llama.cpp {name}"))])
+    rows.append(["langprune q4_0", "90", *measures(*(test["before"] for test in trained))])
+    rows.append(["langprune q4_0, trained", "90", *measures(*trained)])
+    return grid(FORMS | ESSAYS, rows, references=1)
+
+
+@table("frontier/qwen2.5-coder-rounded.json: megabytes, bits_per_byte, kl")
+def qwen_forms() -> str:
+    names = {
+        "trimmed, 16 bits": "trimmed, 16-bit",
+        "llama.cpp, q4_k_m, importance matrix": "llama.cpp q4_k_m",
+        "llama.cpp, q4_0, importance matrix": "llama.cpp q4_0",
+        "rounded to q4_0 here, 32 windows": "langprune q4_0",
+    }
+    records = {record["model"]: record for record in raw("frontier/qwen2.5-coder-rounded.json")}
+    models = [(name, records[model]) for model, name in names.items()]
+    rows = [[name, m["megabytes"], *measures(*m["evaluation"])] for name, m in models]
+    return grid(FORMS | ESSAYS, rows, references=2)
+
+
+@table("frontier/gemma3-270m-rounded-{128,first}.json: bits_per_byte, kl, top1_agreement")
+def recovery_q4_0() -> str:
+    here = raw("frontier/gemma3-270m-rounded-128.json")
+    first = raw("frontier/gemma3-270m-rounded-first.json")
+
+    def tests(label: str) -> list[dict[str, Any]]:
+        return [one(first, label=label, text=text) for text in ("test", "prose")]
+
+    models = {
+        "trimmed, 16-bit": tests("trimmed"),
+        "quantized, 128 windows": here["rounded"],
+        "and trained": here["evaluation"],
+        "quantized, 64 windows, damping 6": tests("rounded on 64 windows"),
+        "and trained, damping 6": tests("trained from there, 131,072 tokens"),
+    }
+    rows = [[name, *measures(*t, error=True, agreement=True)] for name, t in models.items()]
+    head = {"Model": "", BITS: ".4f", KL: ".3f", "Top-1 agreement ↑": ".1%"}
+    return grid(head | PROSE | {"Other prose, top-1 agreement ↑": ".1%"}, rows, references=1)
+
+
+@table("frontier/gemma3-270m-{zeros,neurons}-rounded.json: bits_per_byte, kl, kl_standard_error")
+def recovery_pruned() -> str:
+    quarter, whole = raw("frontier/gemma3-270m-zeros-rounded.json")
+    models = {
+        "50% of the weights pruned, int4; 1/4 of the rate": quarter,
+        "the same; the whole rate (default)": whole,
+        "25% of the neurons removed, q4_0; the whole rate": raw(
+            "frontier/gemma3-270m-neurons-rounded.json"
+        ),
+    }
+    rows = [[name, *measures(*m["evaluation"], error=True)] for name, m in models.items()]
+    return grid({"Model": "", BITS: ".4f", KL: ".3f"} | PROSE, rows)
+
+
+@table("frontier/gemma3-270m-adamw8bit.json: state_bytes_per_weight, cpu_seconds, kl")
+def recovery_adamw8bit() -> str:
+    rows = []
+    for record in raw("frontier/gemma3-270m-adamw8bit.json")[:3]:
+        name = record["optimizer"].replace("rounded", "quantized, not trained")
+        costs = record.get("state_bytes_per_weight"), record.get("cpu_seconds")
+        rows.append([name, *measures(*record["evaluation"].values()), *costs])
+    head = {"Optimizer": "", BITS: ".4f", KL: ".4f"} | dict.fromkeys(PROSE, ".4f")
+    head |= {"State (bytes/weight) ↓": ".2f", "CPU time (s) ↓": ".0f"}
+    return grid(head, rows, references=1)
+
+
+# languages
+
+
+def losses() -> dict[str, dict[tuple[str, str], float]]:
+    """Increase in bits per byte, by method, then by calibration text and test language."""
+    more: dict[str, dict[tuple[str, str], float]] = defaultdict(dict)
+    for row in raw("languages/gemma3-270m-eleven.csv"):
+        if row["more_bits"] != "":
+            more[row["method"]][row["calibrated_on"], row["measured_on"]] = row["more_bits"]
+    for row in raw("languages/gemma3-270m-rounded.csv"):
+        if not row["trained_tokens"]:
+            text = MIX if row["calibrated_on"] == "ten mixed" else row["calibrated_on"]
+            increase = row["bits_per_byte"] - row["dense_bits_per_byte"]
+            more["q4_0"][text, row["measured_on"]] = increase
+    return more
+
+
+ELEVEN = "languages/gemma3-270m-{eleven,rounded}.csv: more_bits, bits_per_byte, dense_bits_per_byte"
+METHODS = {"wanda": "Wanda", "admm": "ADMM", "q4_0": "q4_0"}
+
+
+@table(ELEVEN)
+def languages_own() -> str:
+    more = losses()
+    texts = ("own text", "English")
+    head = {f"{name}, {text}": "+.3f" for name in METHODS.values() for text in texts}
+    rows = [
+        [f"{NAMES[to]} ({to})", *(more[m][text, to] for m in METHODS for text in (to, "en"))]
+        for to in NAMES
+    ]
+    return grid({"Test language": ""} | head, rows)
+
+
+@table(ELEVEN)
+def languages_without() -> str:
+    rows = []
+    for language in NAMES:
+        row: list[Cell] = [language]
+        for more in map(losses().get, METHODS):
+            own = more[language, language]
+            best = min((n for n in NAMES if n != language), key=lambda n: more[n, language])
+            row.append(f"{more[MIX, language] / own:.1f}")
+            row.append(f"{more[best, language] / own:.1f} ({best})")
+        rows.append(row)
+    texts = ("mix of ten", "best other")
+    head = {f"{name}, {text}": "" for name in METHODS.values() for text in texts}
+    return grid({"Test language": ""} | head, rows)
+
+
+@table("languages/gemma3-270m-{windows,eleven}.csv: windows, seed, more_bits")
+def languages_windows() -> str:
+    measured, more = raw("languages/gemma3-270m-windows.csv"), losses()
+    columns = [("wanda", "de"), ("wanda", "ru"), ("wanda", "ja"), ("admm", "de"), ("admm", "ru")]
+
+    def cell(method: str, language: str, windows: int) -> str:
+        fields = {"method": method, "calibrated_on": language, "windows": windows}
+        found = [r["more_bits"] for r in measured if fields.items() <= r.items()]
+        if windows == 32:
+            found = [more[method][language, language]]
+        ends = sorted({min(found), max(found)}) if found else ()
+        return " to ".join(f"{end:+.3f}" for end in ends)
+
+    rows = [[f"{n}", *(cell(*column, n) for column in columns)] for n in (1, 4, 16, 32, 64)]
+    for name, text in (("32 of the mix of ten", MIX), ("32 of English", "en")):
+        rows.append([name, *(f"{more[method][text, test]:+.3f}" for method, test in columns)])
+    head = {f"{METHODS[method]}, {test}": "" for method, test in columns}
+    return grid({"Windows of its own text": ""} | head, rows)
+
+
+@table("languages/gemma3-270m-tasks.csv: questions, right, lost_beside_untouched, won")
+def languages_tasks() -> str:
+    names = {
+        "untouched": "original",
+        "trimmed": "trimmed to eleven languages",
+        "rounded-uk": "q4_0, Ukrainian text",
+        "trained-uk": "q4_0, Ukrainian text, trained",
+        "rounded-en": "q4_0, English text",
+        "half-uk": "pruned to 50% by ADMM, Ukrainian text",
+    }
+    rows = []
+    for model, name in names.items():
+        records = raw("languages/gemma3-270m-tasks.csv")
+        records = [r for r in records if r["model"] == model and r["task"].endswith("_last_word")]
+        lost, won = (int(sum(r[key] for r in records)) for key in ("lost_beside_untouched", "won"))
+        tail = sum(math.comb(lost + won, k) for k in range(min(lost, won) + 1))
+        p = f"{min(1, 2 * tail / 2 ** (lost + won)):.1g}"  # McNemar's exact test
+        last = [None, None] if model == "untouched" else [f"{lost}, {won}", p]
+        rows.append([name, *(r["right"] / r["questions"] for r in records), *last])
+    head = {r["task"].removesuffix("_last_word"): ".1%" for r in records}
+    return grid({"Model": ""} | head | {"Lost, won": "", "p": ""}, rows)
+
+
+@table("languages/gemma3-270m.csv: method, type, calibrated_on, measured_on, perplexity")
+def languages_two() -> str:
+    records = raw("languages/gemma3-270m.csv")
+    cells = [(kind, test) for kind in ("50%", "2:4", "70%") for test in ("uk", "en")]
+    dense = [one(records, type="dense", measured_on=test)["perplexity"] for _, test in cells]
+    rows = [["dense", "", *dense]]
+    for method in ("wanda", "sparsegpt", "admm"):
+        for text, name in (("uk", "uk"), ("en", "en"), (BOTH, "half of each")):
+            runs = [r for r in records if r["method"] == method and r["calibrated_on"] == text]
+            tests = [one(runs, type=kind, measured_on=test) for kind, test in cells]
+            rows.append([method, name, *(test["perplexity"] for test in tests)])
+    head = {"Method": "", "Calibration text": ""}
+    return grid(head | {f"{kind}, {test} ↓": ".2f" for kind, test in cells}, rows, references=1)
+
+
+# pruning
+
+
+@table("quality/smollm2.json: perplexity, kl")
+def pruning_smollm2() -> str:
+    models, rows = raw("quality/smollm2.json"), []
+    kinds = {"50%": "50", "2:4": "2of4", "70%": "70"}
+    runs = {name: f"{name}-{{}}-en-seed0" for name in ("wanda", "sparsegpt", "admm")}
+    for name, run_ in {"dense": "dense", **runs, "admm, recovered": "admm-{}-en-recovered"}.items():
+        tests = [models.get(run_.format(k), {}).get("evaluation", {}) for k in kinds.values()]
+        rows.append([name, *(t.get(key) for key in ("perplexity", "kl") for t in tests)])
+    head = {f"{kind}, perplexity ↓": ".2f" for kind in kinds}
+    head |= {f"{kind}, KL ↓": ".3f" for kind in kinds}
+    return grid({"Method": ""} | head, rows, references=1)
+
+
+@table("quality/gemma3-270m.json: perplexity, kl, accuracy, said")
+def pruning_quality() -> str:
+    models, rows = raw("quality/gemma3-270m.json"), []
+    names = [f"{m}-50-{t}-seed0" for m in ("wanda", "sparsegpt", "admm") for t in ("uk", "en")]
+    for name in ("dense", *names, "admm-50-uk-recovered"):
+        test, parts = models[name]["evaluation"], [*name.split("-"), "", ""]
+        word, _, pairs = (ability["model"] for ability in models[name]["abilities"])
+        method = parts[0] + (", recovered" if name.endswith("recovered") else "")
+        cells = [word["accuracy"], word["said"], pairs["accuracy"]]
+        rows.append([method, parts[2], test["perplexity"], test.get("kl"), *cells])
+    head = {"Method": "", "Calibration text": "", "Perplexity ↓": ".2f", KL: ".3f"}
+    shares = ["Last word chosen ↑", "Last word generated ↑", "Pairs ↑"]
+    return grid(head | dict.fromkeys(shares, ".1%"), rows, references=1)
+
+
+def correlation(first: Sequence[float], second: Sequence[float]) -> float:
+    """Spearman's rank correlation; ties have their mean rank."""
+
+    def ranks(values: Sequence[float]) -> list[float]:
+        order, middle = sorted(values), (len(values) - 1) / 2
+        return [order.index(v) + (order.count(v) - 1) / 2 - middle for v in values]
+
+    x, y = ranks(first), ranks(second)
+    return sum(a * b for a, b in zip(x, y, strict=True)) / (math.hypot(*x) * math.hypot(*y))
+
+
+@table("quality/{gemma3-270m,smollm2}.json: perplexity, kl, top1_agreement, accuracy, said")
+def pruning_ranks() -> str:
+    rows = []
+    for file, name in (("gemma3-270m", "Gemma 3 270M"), ("smollm2", "SmolLM2-135M")):
+        models = [model for key, model in raw(f"quality/{file}.json").items() if key != "dense"]
+        figures = defaultdict(list)
+        for model in models:
+            test, tasks = model["evaluation"], {a["name"]: a["model"] for a in model["abilities"]}
+            figures["KL"].append(-test["kl"])
+            figures["Top-1 agreement"].append(test["top1_agreement"])
+            figures["Last word chosen"].append(tasks["last word"]["accuracy"])
+            figures["Last word generated"].append(tasks["last word"]["said"])
+            figures["Continuation"].append(tasks["continuation"]["accuracy"])
+            figures["Pairs"] += [tasks["pairs"]["accuracy"]] if "pairs" in tasks else []
+        good = [-model["evaluation"]["perplexity"] for model in models]
+        cells = [correlation(good, values) if values else None for values in figures.values()]
+        rows.append([f"{name}, {len(models)} models", *cells])
+    return grid({"Perplexity against": ""} | dict.fromkeys(figures, ".3f"), rows)
+
+
+# neurons, experts, vocabulary
+
+
+@table("neurons/gemma3-270m.json: perplexity, kl")
+def neurons_methods() -> str:
+    models, rows, shares = raw("neurons/gemma3-270m.json"), [], ("12.5", "25", "37.5")
+    runs = {name: f"{name}-{{}}-neurons-uk-seed0" for name in ("wanda", "sparsegpt", "admm")}
+    runs = {"dense": "dense", "magnitude": "magnitude-{}-neurons", **runs}
+    for name, run_ in (runs | {"admm, recovered": "neurons-{}"}).items():
+        tests = [models.get(run_.format(share), {}).get("evaluation", {}) for share in shares]
+        rows.append([name, *(test.get(key) for test in tests for key in ("perplexity", "kl"))])
+    forms = {"perplexity": ".2f", "KL": ".3f"}
+    head = {f"{share}%, {key} ↓": form for share in shares for key, form in forms.items()}
+    return grid({"Method": ""} | head, rows, references=1)
+
+
+@table("neurons/bilingual.json: perplexity, kl")
+def neurons_bilingual() -> str:
+    rows = []
+    for run_ in raw("neurons/bilingual.json")["runs"]:
+        tests, perplexity = run_["evaluation"], run_["perplexity"]
+        if run_["test_documents"] != "all" and len(tests) == 2:
+            text = "" if run_["method"] == "magnitude" else run_["calibrated_on"]
+            pairs = zip(perplexity.values(), (test["kl"] for test in tests), strict=True)
+            rows.append([run_["method"], text, *(cell for pair in pairs for cell in pair)])
+    head = {"Method": "", "Calibration text": "", "uk, perplexity ↓": ".2f", "uk, KL ↓": ".4f"}
+    return grid(head | {"en, perplexity ↓": ".2f", "en, KL ↓": ".4f"}, rows)
+
+
+@table("neurons/languages.json: overlap")
+def neurons_overlap() -> str:
+    pairs = raw("neurons/languages.json")["overlap"]["pairs"]
+    names = {
+        "uk (seed 0) and en (seed 0)": "uk and en",
+        f"uk (seed 0) and {BOTH} (seed 0)": "uk and half of each",
+        f"en (seed 0) and {BOTH} (seed 0)": "en and half of each",
+        "uk (seed 0) and uk (seed 1) (seeds)": "uk, two seeds",
+        "en (seed 0) and en (seed 1) (seeds)": "en, two seeds",
+    }
+    rows = [[name, *pairs[key]["blocks"].values()] for key, name in names.items()]
+    rows.append(["chance", *[pairs["uk (seed 0) and en (seed 0)"]["chance"]] * 6])
+    return grid({"Kept by both": ""} | {f"Block {block}": ".1%" for block in range(6)}, rows)
+
+
+@table("experts.json: rise, rise_standard_error")
+def experts_chosen() -> str:
+    models, rows = raw("experts.json"), []
+    chosen = [(m, text, 0) for m in ("reap", "frequency", "sum") for text in ("uk", "en", BOTH)]
+    for method, text, seed in chosen + [("random", "uk", seed) for seed in range(3)]:
+        runs = [models.get(f"{method}-{share}-{text}-seed{seed}") for share in (25, 50)]
+        tests = [run_ and run_[test] for run_ in runs for test in ("uk", "en")]
+        cells = [test and (test["rise"], test["rise_standard_error"]) for test in tests]
+        if any(cells):
+            name = f"seed {seed}" if method == "random" else text.replace(BOTH, "half of each")
+            rows.append([method.replace("sum", "contribution"), name, *cells])
+    head = {f"{share}% removed, {test} ↓": "+.4f" for share in (25, 50) for test in ("uk", "en")}
+    return grid({"Method": "", "Calibration text": ""} | head, rows)
+
+
+@table("experts.json: rise, kl")
+def experts_recovered() -> str:
+    models, rows = raw("experts.json"), []
+    models["whole"] = {test: {"rise": 0.0} for test in ("uk", "en")}
+    runs = {"nothing": "whole", "reap on uk": "reap-50-uk-seed0"}
+    for name, run_ in (
+        runs | {f"random, seed {s}": f"random-50-uk-seed{s}" for s in range(3)}
+    ).items():
+        pair = models[run_], models[f"recovered-{run_}"]
+        cells = [model[test]["rise"] for test in ("uk", "en") for model in pair]
+        rows.append([name, *cells, pair[1]["uk"]["kl"]])
+    head = {"Removed": "", "uk, before": "+.4f", "uk, recovered ↓": "+.4f", "en, before": "+.4f"}
+    return grid(head | {"en, recovered ↓": "+.4f", "uk, KL recovered ↓": ".4f"}, rows, references=1)
+
+
+@table("languages/gemma3-270m-{compress,eleven}.csv: rows, gguf_bytes, trimmed_bits_per_byte")
+def vocabulary_languages() -> str:
+    eleven, rows = raw("languages/gemma3-270m-eleven.csv"), []
+    for row in raw("languages/gemma3-270m-compress.csv"):
+        both = one(eleven, method="dense", measured_on=row["language"])["bits_per_byte"]
+        alone, size = row["trimmed_bits_per_byte"], row["gguf_bytes"] / 1e6
+        rows.append([row["language"], row["rows"], size, both, alone, round(alone - both, 3) + 0.0])
+    head = {"Language": "", "Tokens kept": ".0f", "GGUF, q4_0 (MB)": ".1f"}
+    head |= {"Eleven languages, bits per byte": ".3f", "One language, bits per byte": ".3f"}
+    return grid(head | {"Difference": "+.3f"}, rows)
+
+
+# pictures
+
+
+def draw_sizes(path: Path) -> None:
+    """Size against KL of every form of Gemma 3 270M, beside llama.cpp's own types."""
+    from matplotlib.figure import Figure
+
+    labels = {  # text of each label, and its place beside the point, in points
+        "llama.cpp q4_k_m": ("q4_k_m (type of\nthe source file)", (0, 11), "center"),
+        "llama.cpp q3_k_m": ("q3_k_m", (9, -4), "left"),
+        "llama.cpp q4_0": ("q4_0", (9, -4), "left"),
+        "langprune q4_0": ("q4_0, quantized or\nquantized and trained", (-10, -9), "right"),
+        "25% of the neurons removed, q4_0, trained": (
+            "25% of neurons removed,\nq4_0, trained",
+            (-4, 11),
+            "center",
+        ),
+        "50% of the weights pruned, packed int4, trained": (
+            "50% of weights pruned,\npacked int4, trained",
+            (-10, -32),
+            "left",
+        ),
+    }
+    figure = Figure(figsize=(7.2, 4.2), layout="constrained")
+    axes = figure.add_subplot()
+    looks = {"langprune": ("#1b6ca8", "o"), "llama.cpp": ("#c8551b", "s")}
+    for name, (size, test, _) in gemma().items():
+        color, marker = looks["llama.cpp" if name.startswith("llama.cpp") else "langprune"]
+        if "kl" in test:
+            point = size, test["kl"]
+            axes.plot(*point, marker, color=color, markersize=8, clip_on=False, zorder=3)
+            if name in labels:
+                text, place, side = labels[name]
+                style = {"textcoords": "offset points", "color": color, "ha": side}
+                axes.annotate(text, point, place, **style)
+    for name, (color, marker) in looks.items():
+        axes.plot([], [], marker, color=color, markersize=8, label=name)
+    axes.legend(loc="upper right", frameon=False)
+    axes.set(xlim=(48, 86), ylim=(0, 0.4), xlabel="Size (MB)")
+    axes.set_ylabel("KL from the 16-bit model (nats/token)\nlower is better")
+    axes.set_title("Gemma 3 270M for Ukrainian (16-bit: 224 MB)", loc="left", fontsize=11)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.grid(alpha=0.25)
+    figure.savefig(path, dpi=150, metadata={"Software": None})
+
+
+def draw_map(path: Path, method: str, title: str) -> None:
+    """Losses by calibration text (rows) and test language (columns), on a logarithmic scale."""
+    from matplotlib.colors import LogNorm
+    from matplotlib.figure import Figure
+    from pandas import DataFrame
+
+    more = losses()[method]
+    texts = NAMES | {MIX: "mix of ten"}
+    cells = [[more[text, language] for language in NAMES] for text in texts]
+    frame = DataFrame(cells, index=[*texts.values()], columns=[*NAMES])
+    figure = Figure(figsize=(7.6, 5.0), layout="constrained")
+    axes = figure.add_subplot()
+    norm = LogNorm(frame.min(axis=None) / 1.3, frame.max(axis=None))
+    heat_map(axes, frame, norm, ".3f" if method == "q4_0" else ".2f", "YlOrRd")
+    axes.set(xlabel="Test language", ylabel="Calibration text")
+    axes.set_title(f"Increase in bits per byte after {title}\nlower is better", fontsize=11)
+    figure.savefig(path, dpi=150, metadata={"Software": None})
+
+
+def filled(text: str) -> str:
+    """Return the text of a page with all its tables made again."""
+
+    def made(found: re.Match[str]) -> str:
+        if found[1] not in TABLES:
+            raise UserError(f"table {found[1]}: no function of tests/bench/tables.py makes it")
+        source, make = TABLES[found[1]]
+        return f"<!-- table: {found[1]} ({source}) -->\n{make()}\n<!-- end -->"
+
+    return MARKED.sub(made, text)
+
+
+def main(argv: list[str]) -> None:
+    parser = make_parser("tables", __doc__)
+    parser.add_argument("--check", action="store_true", help="write nothing; fail if one is stale")
+    check = parser.parse_args(argv).check
+    pages = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+    stale = [page for page in pages if filled(text := page.read_text("utf-8")) != text]
+    names = " ".join(str(page.relative_to(ROOT)) for page in stale)
+    if check and stale:
+        raise UserError(f"stale tables in {names}. Run python tests/bench/tables.py")
+    if not check:
+        for page in stale:
+            page.write_text(filled(page.read_text("utf-8")), "utf-8")
+        draw_sizes(IMAGES / "size-quality.png")
+        for name, (method, title) in MAPS.items():
+            draw_map(IMAGES / f"{name}.png", method, title)
+        print(f"written: {names or 'no page'}, and the pictures in .github/images")
+
+
+if __name__ == "__main__":
+    sys.exit(run(main))

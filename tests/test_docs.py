@@ -1,0 +1,47 @@
+"""The tables of the pages are what the raw figures give."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+from support import ROOT
+
+from lib.util.errors import UserError
+
+sys.path.append(str(ROOT / "tests/bench"))
+
+import tables  # noqa: E402
+
+
+def test_no_table_is_stale() -> None:
+    tables.main(["--check"])
+
+
+def test_a_changed_table_is_stale(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tables, "ROOT", tmp_path)
+    page = tmp_path / "README.md"
+    page.write_text(tables.filled("A\n\n<!-- table: gemma-main () -->\n<!-- end -->\n"), "utf-8")
+    tables.main(["--check"])
+    page.write_text(page.read_text("utf-8").replace("0.0", "1.0"), "utf-8")
+    with pytest.raises(UserError, match=r"README\.md"):
+        tables.main(["--check"])
+    with pytest.raises(UserError, match="no-such"):
+        tables.filled("<!-- table: no-such () -->\n<!-- end -->")
+
+
+def test_the_best_value_of_a_column_is_bold() -> None:
+    head = {"Model": "", "KL ↓": ".2f", "Correct ↑": ".0%"}
+    rows = [["dense", 0.0, 1.0], ["a", (0.1, 0.02), 0.5], ["b", 0.2, 0.5], ["c", None, 0.4]]
+    lines = tables.grid(head, rows, references=1).splitlines()[2:]
+    cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
+    assert cells[0] == ["dense", "0.00", "100%"]
+    assert cells[1] == ["a", "**0.10 ± 0.02**", "**50%**"]
+    assert cells[2] == ["b", "0.20", "**50%**"]
+    assert cells[3] == ["c", "", "40%"]
+
+
+def test_every_table_has_its_raw_figures() -> None:
+    for name, (source, make) in tables.TABLES.items():
+        assert make().count("\n") > 2 and ":" in source, name

@@ -1,0 +1,90 @@
+"""Folders that are written whole or not at all, and what comes or goes with a process."""
+
+from __future__ import annotations
+
+import signal
+from pathlib import Path
+
+import pytest
+import torch
+from support import content, ended, python, wait_until
+
+from lib.distributed import context
+from lib.util.command import describe_error
+from lib.util.errors import UserError
+from lib.util.files import check_new_folder, staged_folder, temporary_folder
+
+
+def test_what_lies_beside_a_new_folder_is_not_taken_over(tmp_path: Path) -> None:
+    """It may be an unfinished run's, with hours of work."""
+    kept = tmp_path / "new.partial"
+    kept.mkdir()
+    (kept / "block-00000.safetensors").write_bytes(b"hours")
+    before = content(tmp_path)
+    with pytest.raises(UserError, match="new.partial is in the way"):
+        with staged_folder(tmp_path / "new", "OUT") as stage:
+            (stage / "config.json").write_text("{}")
+    assert content(tmp_path) == before
+    check_new_folder("--save_model", str(tmp_path / "new"))  # which may be continued
+
+
+@pytest.mark.parametrize("target", ["disk", "gone"])
+def test_a_link_is_no_new_folder(target: str, tmp_path: Path) -> None:
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "new").symlink_to(tmp_path / target)
+    with pytest.raises(UserError, match=f"--save_model .*new: is a link; name .*{target}"):
+        check_new_folder("--save_model", str(tmp_path / "new"))
+
+
+HOLD = """
+import sys, time
+from lib.util.files import temporary_folder
+with temporary_folder(sys.argv[1]) as folder:
+    (folder / "block").write_text("held")
+    time.sleep(600)
+"""
+
+
+def test_a_temporary_folder_goes_with_a_process_that_is_killed(tmp_path: Path) -> None:
+    """In /dev/shm it would be in memory until the machine starts again."""
+    with temporary_folder(tmp_path) as folder:
+        (folder / "block").write_text("held")
+        assert folder.parent == tmp_path
+    assert not folder.exists()
+    process = python(HOLD, tmp_path, folder=tmp_path)
+    wait_until(lambda: list(tmp_path.glob("*/block")))
+    process.send_signal(signal.SIGKILL)
+    ended(process)
+    wait_until(lambda: not list(tmp_path.iterdir()))
+
+
+def test_lines_come_through_a_pipe_as_they_are_printed(tmp_path: Path) -> None:
+    code = "import time; from lib.util import command\n"
+    code += "command.run(lambda _: (print('memory: enough'), time.sleep(600)), [])"
+    process = python(code, folder=tmp_path, PYTHONUNBUFFERED="")
+    try:
+        assert process.stdout.readline() == "memory: enough\n"
+    finally:
+        process.kill()
+        ended(process)
+
+
+def test_a_gpu_that_has_no_memory_for_products_is_out_of_memory() -> None:
+    error = RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(h)`")
+    assert describe_error(error).startswith("out of memory (")
+    assert describe_error(RuntimeError("a defect")) is None
+
+
+@pytest.mark.parametrize("launcher", ["srun", "torchrun"])
+def test_a_rank_that_sees_one_gpu(launcher: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By `srun --gpus-per-task=1` it is its own; torchrun shows all ranks the same."""
+    monkeypatch.setattr(torch.accelerator, "device_count", lambda: 1)
+    monkeypatch.setenv("LOCAL_RANK", "3")
+    monkeypatch.delenv("TORCHELASTIC_RUN_ID", raising=False)
+    first = torch.device("cuda", 0)
+    if launcher == "srun":
+        assert context.local_device(first) == first
+    else:
+        monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
+        with pytest.raises(UserError, match="rank 3 of this machine needs cuda:3"):
+            context.local_device(first)
