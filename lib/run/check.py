@@ -387,8 +387,8 @@ def _open_folder(job: Job, flag: str, path: str, pruning: dict[str, Any]) -> Job
     elif store.begun is not None:
         ranks = ranks_of_state(store) - {job.dist.size if job.shares else 1}
         if ranks:
-            problem = f"its training was begun by {ranks.pop()} ranks (WORLD_SIZE), now there are "
-            problem += f"{job.dist.size}; start as many, or give another folder"
+            problem = f"its training was begun with WORLD_SIZE {ranks.pop()}, now it is "
+            problem += f"{job.dist.size}; start as many ranks, or give another folder"
     if problem:
         store.close()
         raise UserError(f"{flag} {path}: {problem}")

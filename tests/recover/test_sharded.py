@@ -162,7 +162,7 @@ def test_a_rank_that_dies_ends_all_and_the_training_goes_on(place: Path, two: st
     for size in (1, 3):
         done = ended(together(size, [argv], place)) if size > 1 else [call(*argv)]
         [line] = [line for one in done for line in one.complaints]
-        assert f"was begun by 2 ranks (WORLD_SIZE), now there are {size}; start as many" in line
+        assert f"training was begun with WORLD_SIZE 2, now it is {size}; start as many" in line
     done = ended(together(2, [argv], place))
     assert [one.status for one in done] == [0, 0], [one.err for one in done]
     assert "a state of the training" in done[0].out and not Path("kept").exists()
