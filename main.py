@@ -42,7 +42,7 @@ def run(job: Job) -> dict[str, Any]:
         results |= steps.base_results(job, runner)
         if plan.trims:
             steps.trim(job, runner)
-        teacher = steps.load_teacher(job, runner) if plan.tokens or plan.teacher else None
+        teacher = steps.load_teacher(job, runner, cleanup) if plan.tokens or plan.teacher else None
         job = steps.resolve_bos(job, teacher or runner)
         completions, reference = steps.Completions(job, runner), None
         if plan.has_dense:

@@ -23,6 +23,7 @@ from .prune import UNREACHED, Pruner, first_of
 from .pruning.allocation import Allocation
 from .pruning.inputs import Group
 from .pruning.ordered import OrderedBlock
+from .sharded import is_sharded, part_of_start, shared_along
 from .util.errors import UserError
 
 NOTHING = {  # to round: the error, by format
@@ -71,7 +72,8 @@ class Quantizer(Pruner):
 
     Those that no token reaches, and experts that fewer reach than they have inputs, are rounded to
     nearest. They are reported as if they were pruned. Where the model is trained
-    on, `starts` holds the masters, of `master_dtype`, and the grid of each parameter, by its id.
+    on, `starts` holds the masters, of `master_dtype`, and the grid of each parameter, by its name;
+    where ranks will share the training, this rank's part of them.
     """
 
     stage = ROUNDED
@@ -82,7 +84,11 @@ class Quantizer(Pruner):
     ) -> None:
         super().__init__(runner, GPTQ, Allocation({}))
         self.fmt, self.master_dtype = fmt, master_dtype
-        self.starts: dict[int, tuple[Tensor, Grid]] = {}
+        self.starts: dict[str, tuple[Tensor, Grid]] = {}
+        # a parameter that blocks share has several names, and one start
+        first: dict[int, str] = {}
+        every = runner.model.named_parameters(remove_duplicate=False)
+        self.names = {name: first.setdefault(id(each), name) for name, each in every}
         self.saved = SaveDtypes()  # integers times scales are kept as they are
         if not any(takes(fmt, linear) for linear in runner.each_linear()):
             raise UserError(NOTHING[fmt.name])
@@ -120,6 +126,7 @@ class Quantizer(Pruner):
                 for part, tensor in self._start(linear)._asdict().items()
             }
             finished.write(of_block(START, index), named, {})
+        self._share(index, linears)
         return written
 
     def _solve_(self, groups: list[Group]) -> dict[str, Tensor]:
@@ -153,6 +160,7 @@ class Quantizer(Pruner):
         tensors = dict(kept[0]) if kept else {}
         for linear in linears if kept else ():
             self._keep(linear, Start(*(tensors[f"{p} of {linear.name}"] for p in Start._fields)))
+        self._share(index, linears)
         return True
 
     def _keep(self, linear: PrunableLinear, start: Start) -> None:
@@ -161,15 +169,25 @@ class Quantizer(Pruner):
             for part, value in zip(self._start(linear), start, strict=True):
                 part.copy_(value)
 
+    def _share(self, index: int, linears: list[PrunableLinear]) -> None:
+        """Leave only this rank's part of a block's starts, where ranks will share the training."""
+        if not (self.master_dtype and is_sharded(self.runner)):
+            return
+        along = shared_along(self.runner.blocks[index], self.dist.size)
+        prefix = f"{self.runner.name}.{index}."
+        for name in {self.names[linear.stage] for linear in linears}:
+            dim = along[name.removeprefix(prefix)]
+            self.starts[name] = part_of_start(*self.starts[name], dim, self.dist)
+
     def _start(self, linear: PrunableLinear) -> Start:
         """Views of what is kept in the shape of its parameter, which may be a stack of experts."""
-        parameter = getattr(linear.module, linear.parameter)
+        parameter, name = getattr(linear.module, linear.parameter), self.names[linear.stage]
         (rows, columns), experts = linear.shape, 1 if linear.expert is None else len(parameter)
-        if id(parameter) not in self.starts:
+        if name not in self.starts:
             sizes = experts * rows, self.fmt.n_groups(columns)
             grid = Grid(self.fmt, linear.transposed, torch.ones(sizes, device=parameter.device))
-            self.starts[id(parameter)] = parameter.data.to(self.master_dtype, copy=True), grid
-        masters, grid = self.starts[id(parameter)]
+            self.starts[name] = parameter.data.to(self.master_dtype, copy=True), grid
+        masters, grid = self.starts[name]
         masters = masters if linear.expert is None else masters[linear.expert]
         scales = grid.scales.view(experts, rows, -1)[linear.expert or 0]
         return Start(masters.T if linear.transposed else masters, scales)

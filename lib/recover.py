@@ -23,20 +23,31 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
+from operator import itemgetter
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from .data.samples import Windows, as_windows
+from .data.samples import Windows, as_windows, join_rows
 from .data.training import TrainingText
+from .distributed.context import DistContext
 from .eval import perplexities
 from .model.blocks import BlockRunner, iter_logits, run_block
 from .model.reference import DenseReference, dense_states, tail_of
-from .model.run_folder import RECOVERY
+from .model.run_folder import RECOVERY, RunFolder
 from .packed.errors import PackedError
 from .packed.formats import Grid
+from .sharded import (
+    ShardedStore,
+    answered,
+    is_sharded,
+    local,
+    part_of,
+    read_state,
+    write_state,
+)
 from .util.deterministic import deterministic
 from .util.errors import UserError
 
@@ -97,26 +108,31 @@ class TrainSchedule:
         return {math.ceil(self.steps * part / MEASURED) for part in range(1, MEASURED + 1)}
 
 
-def default_rate(matrices: Iterable[Tensor], width: int, blocks: int) -> float:
+def default_rate(
+    matrices: Iterable[Tensor], width: int, blocks: int, dist: DistContext | None = None
+) -> float:
     """The peak learning rate that suits a model with these matrices, of any size.
 
     AdamW moves every weight by about the rate, all in step with their inputs: what a matrix gives
     changes by rate * sqrt(width) / (root mean square of its weights), relatively, and the changes
-    of all blocks add up. RATE is what that may come to.
+    of all blocks add up. RATE is what that may come to. With `dist`, each rank gives its part.
     """
     squares, count = 0.0, 0
     for matrix in matrices:
         squares += matrix.float().square().sum(dtype=torch.float64).item()
         count += matrix.numel()
+    if dist:
+        squares, count = map(sum, zip(*dist.all_gather_object((squares, count)), strict=True))
     return RATE * (squares / max(count, 1)) ** 0.5 / (width**0.5 * blocks)
 
 
 class Whole:
     """Trains every weight of a parameter; of a matrix those that are not zero.
 
-    `dtype` says as what it is saved. Where that is a grid, `start` holds the masters, of the
-    parameter's shape, and it: the parameter is what they are when rounded. They are taken over, as
-    there is no memory for a copy.
+    All that stands here is this rank's part where ranks share the parameter out along `dim`; leaves
+    that are `alike` are the same in every rank. `dtype` says as what the parameter is saved. Where
+    that is a grid, `start` holds the masters, of the parameter's shape, and it: the parameter is
+    what they are when rounded. They are taken over, as there is no memory for a copy.
     """
 
     def __init__(
@@ -125,14 +141,20 @@ class Whole:
         is_matrix: bool,
         dtype: torch.dtype,
         start: tuple[Tensor, Grid] | None = None,
+        dim: int | None = None,
     ) -> None:
         self.parameter, self.is_matrix, self.dtype, self.grid = parameter, is_matrix, dtype, None
-        masters = held = parameter.data
+        self.dim = dim  # along which ranks share it out
+        masters = held = local(parameter)
         if start:
             masters, self.grid = start
             rounded = self.grid.rounded(masters)
             masters.copy_(torch.where(rounded == held, masters, held.to(masters.dtype)))
         self.leaves = self.begin(masters)  # what is trained, float32
+
+    @property
+    def alike(self) -> set[str]:
+        return {"master"} if self.dim is None else set()
 
     def begin(self, masters: Tensor) -> dict[str, Tensor]:
         exact = self.parameter.dtype == self.dtype == torch.float32 or self.grid
@@ -142,7 +164,7 @@ class Whole:
     def take_gradient_(self, parameter: Tensor) -> None:
         """Add the parameter's gradient to that of what is trained. A zero gets none, and AdamW
         without decay leaves what never had a gradient as it is, bit for bit."""
-        gradient = parameter.grad
+        gradient = local(parameter.grad)
         if self.is_matrix:
             gradient = gradient.masked_fill_(self.master == 0, 0)
         self.master.grad += gradient
@@ -154,7 +176,7 @@ class Whole:
 
     def write_(self) -> None:
         """Put what was trained into the parameter, rounded."""
-        values, held = self.values(), self.parameter.data
+        values, held = self.values(), local(self.parameter)
         if self.grid:
             held.copy_(self.grid.rounded(values))
         elif values.data_ptr() != held.data_ptr():
@@ -174,21 +196,32 @@ class LowRank(Whole):
         start: tuple[Tensor, Grid] | None,
         rank: int,
         generator: torch.Generator,
+        dim: int | None,
+        dist: DistContext,
     ) -> None:
-        self.rank, self.generator = rank, generator
-        super().__init__(parameter, True, dtype, start)
+        self.rank, self.generator, self.dist = rank, generator, dist
+        super().__init__(parameter, True, dtype, start, dim)
+
+    @property
+    def alike(self) -> set[str]:
+        """Ranks with rows of a matrix have one A; of a stack each has both, for its experts."""
+        if self.dim is None:
+            return {"up", "down"}
+        return set() if self.base.dim() > 2 else {"down" if self.dim == 0 else "up"}
 
     def begin(self, masters: Tensor) -> dict[str, Tensor]:
-        rank, device = self.rank, masters.device
+        rank, device, shape = self.rank, masters.device, self.parameter.shape
         self.base = masters.to(self.dtype, copy=not self.grid)
         *stack, rows, columns = masters.shape
-        down = torch.randn(*stack, rank, columns, generator=self.generator) / rank**0.5
+        down = torch.randn(*shape[:-2], rank, shape[-1], generator=self.generator) / rank**0.5
+        if len(shape) > 2 or self.dim == 1:
+            down = part_of(down, self.dim, self.dist).clone()
         self.down = down.to(device)  # A
         self.up = torch.zeros(*stack, rows, rank, device=device)  # B
         return {"up": self.up, "down": self.down}
 
     def take_gradient_(self, parameter: Tensor) -> None:
-        gradient = parameter.grad.masked_fill_(self.base == 0, 0).float()
+        gradient = local(parameter.grad).masked_fill_(self.base == 0, 0).float()
         self.up.grad += gradient @ self.down.mT
         self.down.grad += self.up.mT @ gradient
         parameter.grad = None
@@ -201,7 +234,7 @@ class LowRank(Whole):
 def trained_parts(
     runner: BlockRunner,
     whole: bool = False,
-    starts: dict[int, tuple[Tensor, Grid]] | None = None,
+    starts: dict[str, tuple[Tensor, Grid]] | None = None,
     rank: int | None = None,
     seed: int = 0,
 ) -> dict[str, Whole]:
@@ -212,26 +245,28 @@ def trained_parts(
     trained from its `starts`, see `Recoverer`, which are taken out, and matrices get updates of
     `rank` if there is one.
     """
-    model, inside, linears = runner.model, f"{runner.name}.", set()
+    model, inside, linears, sharded = runner.model, f"{runner.name}.", set(), is_sharded(runner)
     for linear in runner.each_linear():
         if whole or bool((linear.raw_weight == 0).any()):
-            linears.add(id(getattr(linear.module, linear.parameter)))
+            linears.add(linear.stage)
     every = model.named_parameters(remove_duplicate=False)
     outside = {id(parameter) for name, parameter in every if not name.startswith(inside)}
     generator = torch.Generator().manual_seed(seed)
     parts = {}
-    for path, parameter in runner.blocks.named_parameters():
-        name, is_matrix = inside + path, id(parameter) in linears
+    blocks = runner.weights.twins if sharded else runner.blocks
+    for path, parameter in blocks.named_parameters():
+        name, is_matrix = inside + path, inside + path in linears
         vector = parameter.dim() == 1 or name.endswith("bias")
+        dim = runner.weights.dim(path) if sharded else None
         if id(parameter) in outside or not parameter.is_floating_point():
             continue
         if is_matrix or vector:
             dtype = runner.weights.saved.of(name, parameter)
-            start = starts.pop(id(parameter), None) if starts else None
+            start = starts.pop(name, None) if starts else None
             if is_matrix and rank:
-                parts[name] = LowRank(parameter, dtype, start, rank, generator)
+                parts[name] = LowRank(parameter, dtype, start, rank, generator, dim, runner.dist)
             else:
-                parts[name] = Whole(parameter, is_matrix, dtype, start)
+                parts[name] = Whole(parameter, is_matrix, dtype, start, dim)
     return parts
 
 
@@ -239,9 +274,9 @@ class Recoverer:
     """Trains the model of `runner` in place to do as `teacher` does.
 
     `whole`: all linears of the blocks are trained, not only those with zeros. `starts`: the masters
-    and grids of those that are rounded already, by their parameters' ids, emptied as they are taken
-    over. Kept are the weights of the least loss on the windows held out. What was measured stands
-    in `curve`, its best at `best`.
+    and grids of those that are rounded already, by their parameters' names, emptied as they are
+    taken over. Kept are the weights of the least loss on the windows held out. What was measured
+    stands in `curve`, its best at `best`.
     """
 
     def __init__(
@@ -252,21 +287,30 @@ class Recoverer:
         text: TrainingText,
         *,
         whole: bool = False,
-        starts: dict[int, tuple[Tensor, Grid]] | None = None,
+        starts: dict[str, tuple[Tensor, Grid]] | None = None,
     ) -> None:
         self.runner, self.teacher, self.text = runner, teacher, text
         self.reference = DenseReference(tail_of(teacher), dense_states(teacher, [text.held_out]))
+        self.sharded = is_sharded(runner)
+        for one in (runner, teacher):
+            if is_sharded(one):
+                one.weights = ShardedStore(one.weights)
         self.parts = trained_parts(runner, whole, starts, schedule.rank, schedule.seed)
         self.grids = {name: part.grid for name, part in self.parts.items() if part.grid}
         schedule = replace(schedule, falls=not self.grids)
         if schedule.rate is None:
             width = runner.model.config.get_text_config(decoder=True).hidden_size
-            matrices = (part.parameter for part in self.parts.values() if part.is_matrix)
-            rate = default_rate(matrices, width, len(runner.blocks))
+            counted = [part for part in self.parts.values() if part.is_matrix]
+            if self.sharded and not runner.dist.is_main:  # what is whole is the main rank's
+                counted = [part for part in counted if part.dim is not None]
+            matrices = (local(part.parameter) for part in counted)
+            dist = runner.dist if self.sharded else None
+            rate = default_rate(matrices, width, len(runner.blocks), dist)
             schedule = replace(schedule, rate=rate * (1 if schedule.pruned else ROUNDED_RATE))
         self.schedule = schedule
         self.trained = sum(part.parameter.numel() for part in self.parts.values())
-        self.strict = True  # until an operation is met that is not deterministic
+        # until an operation is met that is not deterministic; ranks can't do a part again
+        self.strict = not self.sharded
         self.curve: list[dict[str, float]] = []  # tokens, figures on what is held out, and of steps
         self.best = 0  # of the curve
         self.tokens, self.seconds = 0, 0.0  # once it has run
@@ -288,6 +332,7 @@ class Recoverer:
                 f"as {schedule.ranks} ranks share it; the learning rate does not depend on that"
                 for _ in range(schedule.windows > schedule.windows_alone)
             ),
+            *self._shared_out(),
             *(
                 f"recovery: {source['name']} has {source['windows']} windows of train text, which "
                 f"are read {source['passes']} times"
@@ -296,9 +341,20 @@ class Recoverer:
             ),
         ]
 
+    def _shared_out(self) -> list[str]:
+        size = self.runner.dist.size
+        if not self.sharded:
+            line = f"recovery: blocks share weights, so each of {size} ranks holds all of them"
+            return [line] * (size > 1)
+        whole = [part.parameter.numel() for part in self.parts.values() if part.dim is None]
+        but = f", but for {len(whole)} tensors of {sum(whole):,}, which each has whole"
+        return [f"recovery: {size} ranks share the weights out{but * bool(whole)}"]
+
     @property
     def scales(self) -> dict[str, Tensor]:
         """The scales of the grids, by every name of a parameter."""
+        if self.sharded:  # no two names have one parameter
+            return self.whole_scales
         scales = {id(self.parts[name].parameter): grid.scales for name, grid in self.grids.items()}
         parameters = self.runner.model.named_parameters(remove_duplicate=False)
         return {name: scales[id(one)] for name, one in parameters if id(one) in scales}
@@ -339,18 +395,26 @@ class Recoverer:
         """
         began = time.perf_counter()
         steps, tokens = self.schedule.steps, self.schedule.windows * self.schedule.seqlen
-        finished = self.runner.weights.finished
-        self.leaves = [leaf for part in self.parts.values() for leaf in part.leaves.values()]
+        weights = self.runner.weights
+        finished = weights.finished_by_all() if self.sharded else weights.finished
+        every = [
+            (kind in part.alike, leaf)
+            for part in self.parts.values()
+            for kind, leaf in part.leaves.items()
+        ]
+        self.leaves = [leaf for _, leaf in sorted(every, key=itemgetter(0))]
+        self.apart = sum(leaf.numel() for alike, leaf in every if not alike)
         sizes = [leaf.numel() for leaf in self.leaves]
-        # all gradients stand in one row, for one sum over processes
+        # all gradients stand in one row, for one sum over processes of those that all have alike
         self.gradient = torch.zeros(sum(sizes), device=self.runner.device)
         for leaf, gradient in zip(self.leaves, self.gradient.split(sizes), strict=True):
             leaf.grad = gradient.view_as(leaf)
         kind = partial(torch.optim.AdamW, fused=True)
         if self.schedule.optimizer == "adamw8bit":  # Dettmers et al., arXiv 2110.02861
             from bitsandbytes.optim import AdamW8bit as kind
-        self.optimizer = kind(self.leaves, betas=BETAS, weight_decay=0.0)
-        state = self._resumed()
+        held = [leaf for leaf in self.leaves if leaf.numel()]  # ranks may have nothing of a matrix
+        self.optimizer = kind(held, betas=BETAS, weight_decay=0.0)
+        state = self._resumed(finished if self.sharded else None)
         if not state:
             self._write_()
             self._note(0, None)
@@ -366,15 +430,28 @@ class Recoverer:
                 if measured:
                     self._note((step + 1) * tokens, sum(losses) / len(losses))
                     losses = []
-                if finished and (measured or time.monotonic() - kept > KEEP_SECONDS):
+                late = time.monotonic() - kept > KEEP_SECONDS
+                if self.sharded and finished:  # by the main rank's clock
+                    late = self.runner.dist.all_gather_object(late)[0]
+                if finished and (measured or late):
                     seconds = before + time.perf_counter() - began
                     state = {"step": step + 1, "losses": losses, "seconds": seconds}
                     state |= {"curve": self.curve, "best": self.best}
-                    finished.write(RECOVERY, self._state(), state)
+                    if self.sharded:
+                        write_state(finished, self.runner.dist, self._state(), state)
+                    else:
+                        finished.write(RECOVERY, self._state(), state)
                     kept = time.monotonic()
                 on_progress(tokens, f"loss {loss:.4f}")
         for part, best in zip(self.parts.values(), self.best_values, strict=True):
-            part.parameter.data.copy_(best)
+            local(part.parameter).copy_(best)
+        if self.sharded:
+            prefix = f"{self.runner.name}."
+            self.whole_scales = {
+                name: weights.whole_scales(name.removeprefix(prefix), grid)
+                for name, grid in self.grids.items()
+            }
+            self.runner.weights = weights.restored()
         self.tokens = steps * tokens
         self.seconds = round(before + time.perf_counter() - began, 3)
 
@@ -400,17 +477,22 @@ class Recoverer:
         """One step of the optimizer; its loss, in nats a token."""
         schedule = self.schedule
         try:
-            loss = self._accumulate_(step)
+            with answered(self.runner.dist):
+                loss = self._accumulate_(step)
         except RuntimeError as error:
             if not self.strict or "deterministic" not in str(error):
                 raise
             self.strict = False
             print(f"recovery: two runs may differ: {str(error).split(',')[0]}", flush=True)
             loss = self._accumulate_(step)
-        self.runner.dist.sum_([self.gradient, loss])
+        apart, alike = self.gradient[: self.apart], self.gradient[self.apart :]
+        squares = apart.square().sum()
+        self.runner.dist.sum_([alike, loss, squares])
         if not math.isfinite(loss.item()):
             raise self._diverged(step, "the loss is")
-        norm = self.gradient.norm()
+        norm = alike.norm()
+        if self.sharded:
+            norm = (squares + norm.square()).sqrt()
         self.gradient *= (schedule.clip / (norm + 1e-6)).clamp(max=1.0)
         for group in self.optimizer.param_groups:
             group["lr"] = schedule.rate_at(step)
@@ -444,6 +526,10 @@ class Recoverer:
         places = self.text.order[step * windows : (step + 1) * windows]
         every = as_windows(self.text.windows)[places]
         own, tokens = every[runner.dist.share(len(places))], int(every.counted.sum())
+        idle = -(-len(places) // runner.dist.size) - len(own) if self.sharded else 0
+        if idle:  # every rank makes as many calls; another's window does not count here
+            mask = torch.zeros_like(every.ids[:1]).bool()
+            own = join_rows(own, replace(every[:1], mask=mask))
         for part in self.parts.values():
             part.parameter.grad = None
         self.gradient.zero_()
@@ -458,7 +544,8 @@ class Recoverer:
         (teacher_states,) = teacher.run_blocks([windows], state_device=runner.device)
         states = runner.capture(windows, len(ids), runner.device)
         hidden = states.hidden  # (n, tokens, hidden)
-        for block, ((args, kwargs),) in zip(runner.blocks, states.block_args, strict=True):
+        blocks = runner.weights.twins if self.sharded else runner.blocks
+        for block, ((args, kwargs),) in zip(blocks, states.block_args, strict=True):
             if runner.checkpointed:
                 hidden = checkpoint(run_block, block, hidden, args, kwargs, use_reentrant=False)
             else:
@@ -492,7 +579,7 @@ class Recoverer:
 
     def _take_best(self) -> None:
         """Keep the trained parameters on the host, as they are."""
-        parameters = (part.parameter.detach() for part in self.parts.values())
+        parameters = (local(part.parameter) for part in self.parts.values())
         self.best_values = [parameter.to("cpu", copy=True) for parameter in parameters]
 
     def _state(self) -> dict[str, Tensor]:
@@ -507,9 +594,15 @@ class Recoverer:
             state[f"best of {name}"] = best
         return state
 
-    def _resumed(self) -> dict[str, Any] | None:
-        """Take the state of an interrupted run, and return its facts; None if there is none."""
-        kept = self.runner.weights.read_kept(RECOVERY)
+    def _resumed(self, folder: RunFolder | None) -> dict[str, Any] | None:
+        """Take the state of an interrupted run, and return its facts; None if there is none.
+
+        `folder`: where every rank has kept its part.
+        """
+        if not self.sharded:
+            kept = self.runner.weights.read_kept(RECOVERY)
+        else:
+            kept = folder and read_state(folder, self.runner.dist)
         if kept is None:
             return None
         tensors, facts = kept

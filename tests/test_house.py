@@ -24,7 +24,7 @@ FLOORS = [
     ["data", "methods"],
     ["model"],
     ["pruning"],
-    ["eval", "prune"],
+    ["eval", "prune", "sharded"],
     ["quantize", "remove"],
     ["sparse", "vocabulary"],
     ["recover"],

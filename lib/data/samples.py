@@ -58,6 +58,15 @@ def join(parts: Sequence[Windows]) -> Windows:
     return Windows(*map(torch.cat, zip(*(vars(part).values() for part in parts), strict=True)))
 
 
+def join_rows(first: Windows, more: Windows) -> Windows:
+    """Join windows of which the second have a mask, and positions where the first have."""
+    mask = torch.ones_like(first.ids).bool() if first.mask is None else first.mask
+    positions = first.positions
+    if positions is not None:
+        positions = torch.cat([positions, more.positions])
+    return Windows(torch.cat([first.ids, more.ids]), torch.cat([mask, more.mask]), positions)
+
+
 def windows_of(samples: Sequence[Sample], seqlen: int, bos: int | None = None) -> Windows:
     """Cut samples, one after another, into whole windows; what is left over is dropped.
 

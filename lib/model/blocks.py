@@ -271,7 +271,11 @@ class BlockRunner:
                 groups[-1].append((number, slice(start, stop)))
                 room -= stop - start
                 start = stop
-        for group in filter(None, groups):
+        groups = [group for group in groups if group]
+        if self.weights.together:  # every rank fetches each block as many times as the others
+            most = max(self.dist.all_gather_object(len(groups)))
+            groups += [[]] * (most - len(groups))
+        for group in groups:
             windows = [sets[number][part] for number, part in group]
             total = sum(map(len, windows))
 

@@ -5,6 +5,7 @@ This is the one place that knows what such a folder holds:
     job.json, .lock                     what the run's result depends on; that a run uses the folder
     block-N, quantized-N, changed-N     block N once it is pruned, rounded, or changed otherwise
     start-N, allocation, recovery       what rounding, pruning and training go on from
+    recovery-R-of-N-S                   the part of rank R, of N that share a training, at step S
     converted/                          weights that transformers has converted on loading
 
 The safetensors files are written beside their places and renamed, with a digest of job.json; only
@@ -82,6 +83,13 @@ class RunFolder:
                 reason = f"{JOB} can't be read ({first_line(error)})"
                 raise UserError(f"{self.label}: {reason}; name another folder") from error
 
+    @classmethod
+    def joined(cls, label: str, path: str, digest: str) -> RunFolder:
+        """Return the main rank's folder for another rank, which writes files of its own there."""
+        folder = cls.__new__(cls)
+        folder.label, folder.path, folder.digest = label, Path(path), digest
+        return folder
+
     def begin(self, job: Mapping[str, Any], **decided: Any) -> None:
         """Write what the run's result depends on; files of other jobs are not read.
 
@@ -138,7 +146,7 @@ class RunFolder:
     def files(self, ending: str = ".safetensors") -> list[Path]:
         """Return the files with what a run would have to do again."""
         names = [f"{stage}-[0-9]*" for stage in (PRUNED, ROUNDED, CHANGED, START)]
-        names += [ALLOCATION, RECOVERY]
+        names += [ALLOCATION, RECOVERY, f"{RECOVERY}-[0-9]*"]
         files = (file for name in names for file in self.path.glob(name + ending))
         return [file for file in files if file.is_file()]
 
@@ -147,7 +155,7 @@ class RunFolder:
         kept = Counter(file.stem.partition("-")[0] for file in self.files())
         steps = {PRUNED: "pruned", ROUNDED: "rounded"}
         done = [f"{kept[name]} of {blocks} blocks {step}" for name, step in steps.items()]
-        return ", ".join(done + ["a state of the training"] * kept[RECOVERY])
+        return ", ".join(done + ["a state of the training"] * bool(kept[RECOVERY]))
 
     def hand_over(self, other: Path | None) -> dict[str, str]:
         """Leave the folder to the model that was saved in it.

@@ -12,6 +12,7 @@ Both keep every finished block in such a file where the run can be continued.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from itertools import chain
@@ -44,6 +45,7 @@ class BlockStore:
 
     resident = True  # all weights are on the device
     zero_copy = True  # fetching an unchanged block costs nothing
+    together = False  # ranks can fetch a block only at the same time
 
     def __init__(
         self,
@@ -205,6 +207,17 @@ class FileBlockStore(BlockStore):
         del model.hf_device_map  # nothing of it is left
         for index, block in enumerate(self.blocks):
             add_hook_to_module(block, FetchHook(self, index))
+
+    def of_copy(self, model: nn.Module) -> FileBlockStore:
+        """Return a store of the same files for a copy of the model; changes come into neither."""
+        other = copy.copy(self)
+        other.blocks, other.places = decoder_blocks(model)[1], list(self.places)
+        other.folder = other.finished = None
+        other.resumes = False
+        for index, block in enumerate(other.blocks):
+            remove_hook_from_module(block)
+            add_hook_to_module(block, FetchHook(other, index))
+        return other
 
     @property
     def zero_copy(self) -> bool:

@@ -35,6 +35,7 @@ from ..pruning.inputs import check_widths
 from ..pruning.masks import check_new_file
 from ..recover import CROSS_ENTROPY, TrainSchedule
 from ..remove import experts_left, neurons_left
+from ..sharded import check_rows, ranks_of_state
 from ..sparse import check_packable
 from ..util.errors import UserError
 from ..util.files import check_new_folder, check_writable, partial_of
@@ -106,6 +107,8 @@ def check(
     size = args.batch_size or pretrained.default_batch_size(job.device, job.seqlen, width)
     job = replace(job, batch_size=size)
     _check_tokens(job)
+    if job.shares:
+        check_rows(_small(job).get_submodule(job.blocks_name), job.blocks_name, job.dist.size)
     return open_store(job)
 
 
@@ -348,8 +351,30 @@ def open_store(job: Job) -> Job:
     job = replace(job, fingerprint=job.fingerprint or fingerprint(job, weighed))
     pruning = job.fingerprint["pruning"]
     job.dist.check_equal(pruning | job.fingerprint["measuring"])
-    if not path or not job.dist.is_main:
-        return job
+    if path and job.dist.is_main:
+        job = _open_folder(job, flag, path, pruning)
+    if changes and job.shares:
+        _check_seen(job, flag, job.outcome.folder)
+    return job
+
+
+def _check_seen(job: Job, flag: str, folder: RunFolder | None) -> None:
+    """Raise UserError where a rank does not see the main rank's folder, in which it is to write."""
+    file = folder and (folder.path / JOB).absolute()
+    file, text = job.dist.all_gather_object(file and (file, file.read_text("utf-8")))[0] or (0, 0)
+    sees = not file or (file.is_file() and file.read_text("utf-8") == text)
+    blind = [str(rank) for rank, sees in enumerate(job.dist.all_gather_object(sees)) if not sees]
+    if blind:
+        if folder:
+            folder.close()
+        raise UserError(
+            f"{flag} {file.parent}: rank {', '.join(blind)} does not see that folder, in which "
+            "each keeps its part of the training; name one that all machines share"
+        )
+
+
+def _open_folder(job: Job, flag: str, path: str, pruning: dict[str, Any]) -> Job:
+    """Open a folder of finished blocks, in the main rank."""
     check_room(job, flag, path)
     store = RunFolder(flag, path)
     changed, problem = store.begun and first_difference(store.begun, pruning), None
@@ -359,6 +384,11 @@ def open_store(job: Job) -> Job:
     elif changed:
         problem = "was begun with {} {!r}, now it is {!r}; give the same again, or another folder"
         problem = problem.format(*changed)
+    elif store.begun is not None:
+        ranks = ranks_of_state(store) - {job.dist.size if job.shares else 1}
+        if ranks:
+            problem = f"its training was begun with WORLD_SIZE {ranks.pop()}, now it is "
+            problem += f"{job.dist.size}; start as many ranks, or give another folder"
     if problem:
         store.close()
         raise UserError(f"{flag} {path}: {problem}")
@@ -376,14 +406,19 @@ def open_store(job: Job) -> Job:
     return job
 
 
+def _small(job: Job) -> nn.Module:
+    """Return the model without weights once neurons or experts are removed."""
+    if not job.layout:
+        return job.skeleton
+    field, checkpoint = job.layout.field, job.checkpoint
+    return pretrained.skeleton_with(job.config, field, job.left, checkpoint) or job.skeleton
+
+
 def check_room(job: Job, flag: str, folder: str | Path) -> None:
     """Tell what a training keeps on disk at most; UserError where there is no room for it."""
-    model = job.skeleton
     if not job.schedule:
         return
-    if job.layout:
-        config, field = job.config, job.layout.field
-        model = pretrained.skeleton_with(config, field, job.left, job.checkpoint) or model
+    model = _small(job)
     # of a weight its best value so far; its master, float32, and two averages
     state, eight_bits = job.dtype.itemsize, job.schedule.optimizer == "adamw8bit"
     state += 0 if job.schedule.rank else 6 if eight_bits else 12

@@ -23,6 +23,7 @@ from ..model.access import Checkpoint
 from ..model.parts import PartLayout
 from ..model.run_folder import RunFolder
 from ..recover import TrainSchedule
+from ..sharded import can_share
 from ..util.progress import progress
 from ..vocabulary import TrimmedVocabulary
 from .plan import Plan
@@ -97,6 +98,12 @@ class Job:
         trimmed = self.vocabulary and self.vocabulary.digest
         facts = [*map(pruning.get, names), measuring, trimmed, self.texts.bos, self.seqlen]
         return hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:16]
+
+    @property
+    def shares(self) -> bool:
+        """Whether ranks share out the weights that are trained."""
+        blocks = self.skeleton.get_submodule(self.blocks_name)
+        return bool(self.schedule) and self.dist.size > 1 and can_share(blocks)
 
     @contextmanager
     def timed(self, step: str, what: str = "", total: int = 0, unit: str = "block") -> Iterator:

@@ -19,6 +19,7 @@ from ..model.rows import keep_rows_
 from ..model.run_folder import RunFolder
 from ..model.store import BlockStore, FileBlockStore, device_map
 from ..pruning.check import Measured
+from ..sharded import is_sharded
 from ..util.errors import UserError
 from ..util.files import temporary_folder
 from ..util.host import keep_freed_memory
@@ -79,14 +80,20 @@ def load(job: Job, cleanup: ExitStack, folder: RunFolder | None) -> BlockRunner:
     return runner
 
 
-def load_teacher(job: Job, runner: BlockRunner) -> BlockRunner:
+def load_teacher(job: Job, runner: BlockRunner, cleanup: ExitStack) -> BlockRunner:
     """Load the teacher: `--teacher`, or a copy of the model as it is before pruning.
 
-    UserError if a model that was pruned before is to be recovered, but has no zeros.
+    Where ranks will share out the model's blocks, the teacher's are fetched as they are. UserError
+    if a model that was pruned before is to be recovered, but has no zeros.
     """
     passes = dict(dist=job.dist, batch_size=job.batch_size, state_device=runner.state_device)
+    passes["most_windows"] = runner.most_windows
+    store, resident = None, not is_sharded(runner)
     if not job.teacher:
-        return BlockRunner(pretrained.fresh_copy(runner.model), job.device, **passes)
+        model = pretrained.fresh_copy(runner.model, with_blocks=resident)
+        if not resident:
+            store = runner.weights.of_copy(model)
+        return BlockRunner(model, job.device, store, **passes)
     needs_zeros = job.schedule and not (job.plan.narrows or job.smaller)
     if needs_zeros and (zeros := Measured(runner).overall) < LEAST_ZEROS:
         raise UserError(
@@ -94,13 +101,27 @@ def load_teacher(job: Job, runner: BlockRunner) -> BlockRunner:
             "nothing to recover; prune it by --prune_method, without --teacher"
         )
     with job.timed("load teacher"):
-        dtype = job.dtype
+        where, converted, first = {"": job.device}, None, job.dist.local_rank == 0
+        if not resident:
+            skeleton = pretrained.skeleton(job.teacher_config, job.teacher)
+            where = device_map(skeleton, pretrained.decoder_blocks(skeleton)[0], job.device)
+            own = str(cleanup.enter_context(temporary_folder())) if first else None
+            converted = job.dist.all_gather_object(own)[job.dist.rank - job.dist.local_rank]
         model = pretrained.load_model(
-            job.teacher, job.teacher_config, dtype=dtype, device_map={"": job.device}
+            job.teacher,
+            job.teacher_config,
+            dtype=job.dtype,
+            device_map=where,
+            offload=converted,
+            writes=first,
         )
+        job.dist.barrier()  # what one rank of a machine has converted is there for all
         if job.teacher_rows is not None:
             keep_rows_(model, job.teacher_rows)
-        teacher = BlockRunner(model, job.device, flag=job.teacher.flag, **passes)
+        if not resident:
+            files = dict(folder=None, on_disk=False, narrow=False, dist=job.dist)
+            store = FileBlockStore(model, job.device, **files)
+        teacher = BlockRunner(model, job.device, store, flag=job.teacher.flag, **passes)
         teacher.check_finite()
     return teacher
 

@@ -38,6 +38,7 @@ from ..packed.formats import FORMATS
 from ..pruning.allocation import WINDOWS as ALLOCATION_WINDOWS
 from ..recover import TrainSchedule
 from ..remove import experts_left, neurons_left
+from ..sharded import can_share
 from ..util.errors import UserError
 from ..util.host import available, gib
 from .flags import build_parser, shown
@@ -80,6 +81,7 @@ WAYS = {  # by stage: flags by which it takes less
     "prune": [("prune_method", "sparsegpt"), ("prune_method", "wanda")],
     "train": [("recover_optimizer", "adamw8bit"), ("recover_rank", 16)],
 }
+CARDS = 2, 4, 8, 16, 32, 64  # that may share out what is trained
 Table = dict[str, dict[str, int]]  # {stage: {term: bytes}}
 
 
@@ -156,6 +158,7 @@ class Memory:
                 "quantized; leave it out"
             )
         many = memory.too_many if gpu else dist.local_size > 1
+        many = many or (job.schedule and dist.size > 1)  # ranks share out what is trained
         wanted = bool(args.offload_folder or (memory.apart and many))
         return replace(memory, fetched=any(dist.all_gather_object(wanted)))
 
@@ -165,10 +168,14 @@ class Memory:
 
     @property
     def apart(self) -> bool:
-        """Whether one block can be fetched without another; none is while the model is trained."""
+        """Whether one block can be fetched without another; none is while one rank trains."""
+        alone = self.schedule and self.ranks == 1
         blocks = self.model.get_submodule(self.blocks_name)
-        held = [parameter for block in blocks for parameter in block.parameters()]
-        return not self.quantized and not self.schedule and len(held) == len(set(held))
+        return not self.quantized and not alone and can_share(blocks)
+
+    def _part(self, size: int) -> int:
+        """What a rank has of what is trained."""
+        return -(-size // self.ranks) if self.schedule and self.fetched else size
 
     @property
     def too_many(self) -> bool:
@@ -227,6 +234,16 @@ class Memory:
             return self._outside(self.teacher, self.rows) + sum(inside) * self.dtype.itemsize
         return sum(self._inside) * self.dtype.itemsize if self.schedule else 0
 
+    def _teacher_at(self, stage: str) -> int:
+        """Bytes of it in a stage: where blocks are fetched it is on the disk until training."""
+        if not self._teacher or stage in ("load", "save"):
+            return 0
+        if not self.fetched or self.ranks == 1:
+            return self._teacher
+        inside = sum(self._sizes(self.teacher or self.model)) * self.dtype.itemsize
+        size = self._outside(self.teacher, self.rows) if self.teacher else 0
+        return size + (self._part(inside) + self._block if stage == "train" else 0)
+
     def stream(self, windows: int) -> int:
         """Bytes of the hidden states of so many windows."""
         width = self.model.config.get_text_config(decoder=True).hidden_size
@@ -258,7 +275,7 @@ class Memory:
         # where blocks are fetched the next one comes before this one goes
         weights = self.weights + self._block * self.fetched
         solver = max(map(self._solving, self._solved), default=0)
-        return self.free - self._teacher - weights - solver - self.masks
+        return self.free - self._teacher_at("measure") - weights - solver - self.masks
 
     @cached_property
     def hidden_on_device(self) -> bool:
@@ -371,14 +388,15 @@ class Memory:
             vector = one.dim() == 1 or path.endswith("bias")
             if id(one) in outside or not (matrix or vector):
                 continue
-            on_grid, trained = matrix and self.plan.rounds, size
+            on_grid, trained = matrix and self.plan.rounds, self._part(size)
             dtype = saved.of(f"{self.blocks_name}.{path}", one)
             if matrix and rank:  # beside a copy of it B and A
                 *stack, rows, columns = one.shape
-                trained = prod(stack) * rank * (rows + columns)
-                terms["masters"] += size * dtype.itemsize
+                alike = 0 if stack else rank * columns  # A, in every rank
+                trained = self._part(prod(stack) * rank * (rows + columns) - alike) + alike
+                terms["masters"] += self._part(size) * dtype.itemsize
             if matrix and not rank and schedule.optimizer == "adamw8bit":
-                terms["averages"] += size  # where zeros are, which are set again
+                terms["averages"] += self._part(size)  # where zeros are, which are set again
             # what is saved in float32 is its own master
             exact = dtype == self.dtype == torch.float32 and not on_grid and not (matrix and rank)
             terms["masters"] += 0 if exact else FLOAT * trained
@@ -421,8 +439,8 @@ class Memory:
     def _terms(self, stage: str) -> Iterator[tuple[str, int, bool]]:
         """Yield term, bytes, and whether it is on the device."""
         yield "weights", self._weights_at(stage), True
-        if self._teacher and stage != "load" and stage != "save":
-            yield "teacher", self._teacher, True
+        if teacher := self._teacher_at(stage):
+            yield "teacher", teacher, True
         size = self._streams.get(stage, 0)
         if stage == "measure" and self.fetched:  # otherwise each batch goes through all blocks
             size = self.stream(min(self.tests, self.tests_at_once))
@@ -436,13 +454,14 @@ class Memory:
         if self.plan.rounds and self.schedule:  # what training begins with
             numbers, each = self._rounded, self.save_dtype.itemsize if self.schedule.rank else FLOAT
             if stage == "quantize":
-                yield "masters", each * numbers, True
+                yield "masters", each * self._part(numbers), True
             if stage in ("quantize", "train", "save"):
-                yield "scales", FLOAT * numbers // FORMATS[self.plan.format].group, True
+                size = FLOAT * numbers // FORMATS[self.plan.format].group
+                yield "scales", size if stage == "save" else self._part(size), True
         if stage == "train":
             for name, size in self._training.items():
                 yield name, size, True
-            best = sum(self._sizes(self.small)) * self.dtype.itemsize
+            best = self._part(sum(self._sizes(self.small)) * self.dtype.itemsize)
             yield "best weights", best, not self.gpu
             yield "held-out states", self.stream(self.held_out), not self.gpu
         if stage != "load" and self.compared and self.plan.has_dense:
@@ -459,6 +478,8 @@ class Memory:
         if stage in ("train", "save") and not self.fetched:
             gone = sum(self._inside) - sum(self._sizes(self.small))
             size -= gone * self.dtype.itemsize
+        if stage == "train" and self.fetched:  # and a block is gathered whole
+            size += self._part(sum(self._sizes(self.small)) * self.dtype.itemsize)
         return size
 
     @cached_property
@@ -528,6 +549,7 @@ class Memory:
 
     def _ways(self, stage: str) -> Iterator[str]:
         """Yield flags by which a stage would fit, and what it would need."""
+        others = {"": self} if stage == "train" else {}
         for name, value in WAYS.get(stage, ()):
             args, schedule = copy.copy(self.args), self.schedule
             if getattr(args, name) == value or (stage == "prune" and self.plan.removes):
@@ -538,13 +560,24 @@ class Memory:
             other = replace(self, args=args, schedule=schedule)
             if other.fits() if stage == "train" else other.fits(stage):
                 yield f"--{name} {value}" + f" ({gib(other.total(stage))})" * (stage != "allocate")
+            elif stage == "train":
+                others[f" with --{name} {value}"] = other
+        fewest = CARDS[-1] + 1
+        for how, other in others.items() if self.gpu else ():
+            for ranks in [each for each in CARDS if self.ranks < each < fewest]:
+                many = replace(other, ranks=ranks, fetched=True)
+                if many.apart and many.fits(stage):
+                    yield f"{ranks} such cards by torchrun{how} ({gib(many.total(stage))} each)"
+                    fewest = ranks
+                    break
 
     def line(self) -> str:
         """What is resident, where hidden states are, and of how much, in one line for a user."""
         weights = replace(self, fetched=False).weights
         parts = [f"weights {gib(weights)}" + ", one block at a time" * self.fetched]
         if self._teacher:
-            parts.append(f"teacher {gib(self._teacher)}")
+            stage = "train" if self.schedule else "measure"
+            parts.append(f"teacher {gib(self._teacher_at(stage))}")
         where = f" on the {'card' if self.hidden_on_device else 'host'}" * self.gpu
         every = [term for stage in self._taken for term in self._terms(stage)]
         hidden = max((size for name, size, _ in every if name == "hidden states"), default=0)
@@ -618,5 +651,6 @@ def memory_of(
         quantized=bool(args.load_bit),
         ranks=ranks,
     )
-    fetched = bool(args.offload_folder or (memory.apart and memory.too_many))
+    many = memory.too_many or (schedule and ranks > 1)
+    fetched = bool(args.offload_folder or (memory.apart and many))
     return replace(memory, fetched=fetched)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from contextlib import ExitStack
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -63,7 +64,7 @@ __all__ = [  # steps of main.run that stand elsewhere
 ]
 ALLOCATION = "allocation.json"  # in --save; --allocation takes it
 BEFORE = "perplexity", "bits_per_byte", "kl", "top1_agreement"
-Starts = dict[int, tuple[Tensor, Grid]]  # of `Quantizer`
+Starts = dict[str, tuple[Tensor, Grid]]  # of `Quantizer`
 
 
 def trim(job: Job, runner: BlockRunner) -> None:
@@ -282,7 +283,7 @@ def run_tasks(job: Job, runner: BlockRunner) -> None:
             original = job.vocabulary.original_tokenizer if job.vocabulary else job.tokenizer
             runner.model.to("meta")  # its memory is the dense model's now
             with ExitStack() as cleanup:
-                dense = load(job, cleanup, None).model
+                dense = load(replace(job, schedule=None), cleanup, None).model
                 results["dense_tasks"] = tasks.run_tasks(dense, original, args.tasks, **options)
     write_results(Path(args.save), results)
     print(*tasks.task_lines(results["tasks"], results.get("dense_tasks")), sep="\n", flush=True)

@@ -81,13 +81,14 @@ def trainer(
     runner.weights.saved = SaveDtypes(runner.model, dtype)
     ids = windows(4, SEQLEN)
     starts = {}
-    for module in runner.blocks.modules() if grid else ():  # every linear that is a module
+    for path, module in runner.blocks.named_modules() if grid else ():  # linears that are modules
         if isinstance(module, nn.Linear | Conv1D):
             masters, transposed = module.weight.data.clone(), isinstance(module, Conv1D)
             scales = PACKED[4].fit_scales(masters.T if transposed else masters)
             one = Grid(PACKED[4], transposed, scales)
             module.weight.data.copy_(one.rounded(masters))
-            starts[id(module.weight)] = masters.to(dtype or masters.dtype) if rank else masters, one
+            start = masters.to(dtype or masters.dtype) if rank else masters
+            starts[f"{runner.name}.{path}.weight"] = start, one
     own = more.pop("measure", lambda: {"loss": divergence(teacher, runner, ids[:2])})
     one = Recoverer(
         runner=runner,
@@ -344,11 +345,11 @@ def test_masters_of_what_is_rounded_exist_once(rank: int | None) -> None:
     """Those that rounding has left are trained themselves: there is no memory for a copy."""
     runner, _ = pruned()
     starts = {}
-    for module in runner.blocks.modules():
+    for path, module in runner.blocks.named_modules():
         if isinstance(module, nn.Linear):
             masters = module.weight.data + 1e-3 * (module.weight.data != 0)
             grid = Grid(PACKED[4], False, PACKED[4].fit_scales(masters))
-            starts[id(module.weight)] = masters, grid
+            starts[f"{runner.name}.{path}.weight"] = masters, grid
             module.weight.data.copy_(grid.rounded(masters))
             module.weight.data[0, 0] += (
                 1.0  # as --resume finds it: that is where it is trained from
@@ -356,10 +357,10 @@ def test_masters_of_what_is_rounded_exist_once(rank: int | None) -> None:
     given = {key: masters for key, (masters, _) in starts.items()}
     parts = trained_parts(runner, True, starts, rank)
     assert given and not starts
-    for part in parts.values():
+    for name, part in parts.items():
         if part.grid:
             held = part.base if rank else part.master
-            assert held.data_ptr() == given[id(part.parameter)].data_ptr()
+            assert held.data_ptr() == given[name].data_ptr()
             assert held[0, 0] == part.parameter[0, 0]
 
 

@@ -1,0 +1,238 @@
+"""Blocks shared out over the ranks for training; all that knows of torch's FSDP is in this file.
+
+Each rank holds its rows of every parameter: of a matrix some outputs, of a stack some experts. A
+block is a group of its own to `fully_shard`, whose forward and backward passes gather it whole and
+sum its gradients. What ranks can't share evenly stays whole on each of them. Training begins with
+blocks in files, and ends with them: nothing of FSDP is left afterwards.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.distributed as torch_dist
+from accelerate.hooks import add_hook_to_module, remove_hook_from_module
+from torch import Tensor, nn
+
+from .distributed.context import DistContext
+from .model.blocks import BlockRunner
+from .model.linears import find_linears
+from .model.run_folder import RECOVERY, RunFolder
+from .model.store import FetchHook, FileBlockStore, set_tensor
+from .packed.formats import Grid
+from .util.errors import UserError
+
+
+def is_sharded(runner: BlockRunner) -> bool:
+    """Whether several ranks share the blocks in training: where these are fetched from files."""
+    return runner.dist.size > 1 and not runner.weights.resident
+
+
+def can_share(blocks: nn.Module) -> bool:
+    """Whether no two blocks share a weight, so that one can be shared out without another."""
+    held = [parameter for block in blocks for parameter in block.parameters()]
+    return len(held) == len(set(held))
+
+
+def check_rows(blocks: nn.Module, name: str, ranks: int) -> None:
+    """Raise UserError where a matrix has fewer rows, or a stack fewer experts, than ranks."""
+    for index, block in enumerate(blocks):
+        for linear in find_linears(block, f"{name}.{index}")[0]:
+            one = getattr(linear.module, linear.parameter)
+            rows = linear.shape[0] if linear.expert is None else len(one)
+            if rows < ranks:
+                what = "rows" if linear.expert is None else "experts"
+                raise UserError(
+                    f"WORLD_SIZE {ranks}: {linear.stage} has {rows} {what}, fewer than the ranks "
+                    f"that would share them out for --recover; start at most {rows}"
+                )
+
+
+def shared_along(block: nn.Module, ranks: int) -> dict[str, int | None]:
+    """Return {path of a parameter: the dimension that ranks share out}; None: it stays whole.
+
+    FSDP takes parameters of one dtype, and pads the first dimension only.
+    """
+    linears, _ = find_linears(block, "")
+    columns = {id(one.module) for one in linears if one.transposed and one.expert is None}
+    sizes: Counter[torch.dtype] = Counter()
+    for parameter in block.parameters():
+        sizes[parameter.dtype] += parameter.numel() * parameter.is_floating_point()
+    dtype, along = max(sizes, key=sizes.__getitem__), {}
+    for path, one in block.named_parameters():
+        owner = block.get_submodule(path.rpartition(".")[0])
+        dim = int(id(owner) in columns and one.dim() == 2)
+        fits = one.dtype == dtype and one.dim() > dim and one.shape[dim] >= ranks
+        along[path] = dim if fits and (dim == 0 or one.shape[dim] % ranks == 0) else None
+    return along
+
+
+def part_of(tensor: Tensor, dim: int | None, dist: DistContext) -> Tensor:
+    """Return a view of this rank's part of a tensor, as FSDP shares it out; None: all of it."""
+    if dim is None:
+        return tensor
+    count = tensor.shape[dim]
+    step = -(-count // dist.size)
+    start = min(dist.rank * step, count)
+    return tensor.narrow(dim, start, min(step, count - start))
+
+
+def part_of_start(
+    masters: Tensor, grid: Grid, dim: int | None, dist: DistContext
+) -> tuple[Tensor, Grid]:
+    """Return copies of this rank's part of masters, of a parameter's shape, and of their grid."""
+    if dim is None:
+        return masters, grid
+    scales = grid.scales.view(masters.shape[dim], -1, grid.scales.shape[-1])
+    scales = part_of(scales, 0, dist).flatten(0, 1).clone()
+    return part_of(masters, dim, dist).clone(), Grid(grid.form, grid.transposed, scales)
+
+
+def local(tensor: Tensor) -> Tensor:
+    """Return this rank's part of a parameter or of its gradient, a view; all of a plain tensor."""
+    tensor = tensor.detach()
+    return tensor.to_local() if hasattr(tensor, "to_local") else tensor
+
+
+def _state(dist: DistContext) -> str:
+    return f"{RECOVERY}-{dist.rank:05d}-of-{dist.size:05d}"
+
+
+def write_state(
+    folder: RunFolder, dist: DistContext, tensors: dict[str, Tensor], facts: dict[str, Any]
+) -> None:
+    """Keep each rank's part of a training after `facts["step"]` steps; the one before goes."""
+    file = folder.write(f"{_state(dist)}-{facts['step']}", tensors, facts)
+    dist.barrier()  # until all have theirs, those before are a whole state
+    for each in folder.path.glob(f"{_state(dist)}-*.safetensors"):
+        if each != file:
+            each.unlink()
+
+
+def read_state(
+    folder: RunFolder, dist: DistContext
+) -> tuple[Iterator[tuple[str, Tensor]], dict[str, Any]] | None:
+    """Return this rank's part of the last state that all ranks have, and its facts."""
+    files = folder.path.glob(f"{_state(dist)}-*.safetensors")
+    steps = {int(file.stem.rpartition("-")[2]) for file in files}
+    steps = set.intersection(*dist.all_gather_object(steps))
+    kept = folder.read(f"{_state(dist)}-{max(steps)}") if steps else None
+    if not all(dist.all_gather_object(kept is not None)):
+        return None
+    return iter(kept[0].items()), kept[1]
+
+
+def ranks_of_state(folder: RunFolder) -> set[int]:
+    """Return how many ranks share the training whose state is in a folder; 1: it is not shared."""
+    parts = (file.stem.split("-of-") for file in folder.files() if file.stem.startswith(RECOVERY))
+    return {int(more[0].partition("-")[0]) if more else 1 for _, *more in parts}
+
+
+@contextmanager
+def answered(dist: DistContext) -> Iterator[None]:
+    """Raise UserError where FSDP meets a rank that is gone; another failure stays what it is."""
+    try:
+        yield
+    except RuntimeError as error:
+        lost = any(word in str(error) for word in ("gloo", "Connection", "NCCL"))
+        if lost or isinstance(error, torch_dist.DistError):
+            with dist.collective():
+                raise
+        raise
+
+
+class ShardedStore(FileBlockStore):
+    """The blocks of a store of files, of which every rank holds its part.
+
+    `twins` are blocks that FSDP manages; the model's own stay empty but inside `on_device`, which
+    gathers one whole. So nothing is gathered where the model runs with replaced forwards. Every
+    rank must call `on_device`, and each twin, as many times as the others.
+    """
+
+    zero_copy = False
+    together = True
+
+    def __init__(self, files: FileBlockStore) -> None:
+        vars(self).update(vars(files))  # `places` is one list, which `restored` writes
+        self.files = files
+        self.along = [shared_along(block, self.dist.size) for block in self.blocks]
+        self.twins = nn.ModuleList(self._twin(index) for index in range(len(self.blocks)))
+
+    def fetch(self, index: int) -> None:
+        twin = self.twins[index]
+        with answered(self.dist):
+            twin.unshard()
+        for path, parameter in twin.named_parameters():
+            set_tensor(self.blocks[index], path, parameter.data)
+
+    def evict(self, index: int) -> None:
+        super().evict(index)
+        self.twins[index].reshard()
+
+    def restored(self) -> FileBlockStore:
+        """Return the store of files, with the blocks as they are now."""
+        for index, block in enumerate(self.blocks):
+            with self.on_device(index, write_back=True):
+                for parameter in block.parameters():  # FSDP can't free what numpy has seen
+                    parameter.data = parameter.data.clone()
+            remove_hook_from_module(block)
+            add_hook_to_module(block, FetchHook(self.files, index))
+        return self.files
+
+    def finished_by_all(self) -> RunFolder | None:
+        """Return the folder of finished blocks, in which each rank keeps its part of a training."""
+        folder, known = self.finished, None
+        if folder:
+            known = folder.label, str(folder.path.absolute()), folder.digest
+        known = self.dist.all_gather_object(known)[0]
+        return folder or (RunFolder.joined(*known) if known else None)
+
+    def dim(self, name: str) -> int | None:
+        """Return along which dimension ranks share out a parameter, by its name in `twins`."""
+        index, _, path = name.partition(".")
+        return self.along[int(index)][path]
+
+    def whole_scales(self, name: str, grid: Grid) -> Tensor:
+        """Gather the scales (rows, groups) of a parameter's grid; `name` is that in `twins`."""
+        dim, shape = self.dim(name), self.twins.get_parameter(name).shape
+        if dim is None:
+            return grid.scales
+        rows = 1 if len(shape) == 2 else shape[1 + grid.transposed]  # of a part that is not divided
+        whole = grid.scales.new_zeros(shape[dim], rows, grid.scales.shape[-1])
+        part_of(whole, 0, self.dist).copy_(grid.scales.view(-1, *whole.shape[1:]))
+        self.dist.sum_([whole])
+        return whole.flatten(0, 1)
+
+    def _twin(self, index: int) -> nn.Module:
+        """Return a copy of a block that holds this rank's part of it, managed by FSDP."""
+        from torch.distributed.device_mesh import DeviceMesh
+        from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+        from torch.distributed.tensor import Shard
+
+        block, along = self.blocks[index], self.along[index]
+        with self.files.on_device(index):
+            memo = {}
+            for path, one in block.named_parameters():  # FSDP copies what it shares out
+                data = one.data.clone() if along[path] is None else one.data
+                memo[id(one)] = nn.Parameter(data, requires_grad=False)
+            twin = copy.deepcopy(block, memo)
+        vars(twin).pop("forward", None)  # where a hook was
+        dims = {one: along[path] for path, one in twin.named_parameters()}
+        fully_shard(
+            twin,
+            mesh=DeviceMesh.from_group(torch_dist.group.WORLD, self.device.type),
+            reshard_after_forward=True,
+            shard_placement_fn=lambda one: Shard(dims[one]),
+            mp_policy=MixedPrecisionPolicy(reduce_dtype=torch.float32),
+            ignored_params={one for one, dim in dims.items() if dim is None},
+        )
+        twin.set_gradient_divide_factor(1.0)  # gradients are sums
+        twin.set_force_sum_reduction_for_comms(True)
+        if hasattr(twin, "set_reduce_scatter_unused_params"):  # newer than the oldest torch allowed
+            twin.set_reduce_scatter_unused_params(True)
+        return twin
