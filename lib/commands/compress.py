@@ -60,7 +60,8 @@ SMALLER = {  # what removes as much as --megabytes asks for
     EXPERTS: f"--prune_method contribution --sparsity_type {EXPERTS} --sparsity_ratio",
 }
 FEW_DIALOGUES, TEST_DIALOGUES = 16, 32  # that are worth it; that are held out
-OWN_FLAGS = "calibration_data eval_only recover save save_model resume offload trim_vocabulary"
+OWN_FLAGS = "calibration_data eval_only recover save save_model resume offload trim_vocabulary "
+OWN_FLAGS += "quantize"
 CHARACTERS = {"test": 1_000_000, "train": 20_000_000}  # read of a language's text
 # on a CPU, where main.py's 128 windows of up to 4096 tokens would take most of the time
 CPU_WINDOWS, CPU_SEQLEN, CPU_REHEARSED = 32, 512, 2
@@ -176,6 +177,9 @@ def check(it: Compression) -> None:
     from .gguf.__main__ import check_new
 
     args = it.args
+    if not FORMATS[args.quantize].engines and args.target != [ANY]:
+        what = f"llama.cpp and ollama alone run it; leave out --for {' '.join(args.target)}"
+        raise UserError(f"--quantize {args.quantize}: {what}")
     if not it.kept["planned"]:
         check_new_folder("OUT", it.out)
         if it.gguf:
@@ -187,9 +191,6 @@ def check(it: Compression) -> None:
     it.on_cpu, it.format = device.type == "cpu", PLANS[it.target].split()
     if it.target == ANY:
         it.format = ["--quantize", args.quantize]
-    if not FORMATS[args.quantize].engines and args.target != [ANY]:
-        what = f"llama.cpp and ollama alone run it; leave out --for {' '.join(args.target)}"
-        raise UserError(f"--quantize {args.quantize}: {what}")
     if it.target == PACKED and len(args.target) > 1:
         raise UserError("--for packed: no other engine runs that; name it alone")
     if it.on_cpu and it.target != ANY and not kernels.supported():

@@ -172,19 +172,24 @@ def test_a_chat_model_is_compressed_on_what_it_says(
     assert results("small-compress/compressed")["recovery"]["cross_entropy"] > 0
 
 
-@pytest.mark.parametrize("kind", ["short texts", "dialogues", "small enough"])
+@pytest.mark.parametrize("kind", ["short texts", "dialogues", "small enough", "iq4_nl"])
 def test_main_takes_what_is_planned(kind: str, capfd: pytest.CaptureFixture) -> None:
     chat = kind == "dialogues"  # beside short texts, which are joined alone
     tiny.write_model("dense", tokenizer=chats.tokenizer_with(chats.LLAMA_3) if chat else None)
     tiny.write_texts("uk", tiny.sentences(200, words=4), 8)
     if chat:
         chats.write(Path("said"), chats.some(80), chats.some(8, 1))
-    more = {"short texts": ["--recover", "0"], "small enough": ["--megabytes", "9"]}.get(kind, [])
+    more = {"short texts": ["--recover", "0"], "small enough": ["--megabytes", "9"]}
+    more["iq4_nl"] = ["--recover", "0", "--quantize", "iq4_nl"]
     data = ["said", "uk"] if chat else ["uk"]
-    argv = ["dense", "small", "--data", *data, "--device", "cpu", *more]
+    argv = ["dense", "small", "--data", *data, "--device", "cpu", *more.get(kind, [])]
     assert run(compress.main, argv) == 0, capfd.readouterr().err
     assert "recovery" not in results("small-compress/compressed")
-    if kind != "short texts":
+    if kind == "iq4_nl":
+        assert "nothing pruned, about 0" in (said := capfd.readouterr().out) and "as iq4_nl" in said
+        assert re.search(r"linears as llama.cpp's +\|.*\| *iq4_nl \|", said)
+        assert "--type iq4_nl" in said and kind in metadata_load("small/README.md")["tags"]
+    elif kind != "short texts":
         assert "recovery" not in results("small-compress/rehearsal")
 
 
@@ -315,6 +320,12 @@ def test_commands_start_from_any_folder(capfd: pytest.CaptureFixture) -> None:
         (["--save", "mine"], "--save mine: holds thesis.txt; name a new folder"),
         (["--megabytes", "1", "--for", "packed"], "--megabytes 1: leave out --for packed"),
         (["--for", "packed", "any"], "--for packed: no other engine runs that; name it alone"),
+        (["--quantize", "iq4_nl", "--for", "vllm"], "llama.cpp and ollama alone run it; leave out"),
+        (
+            ["--quantize", "iq4_nl", "--for", "packed"],
+            "--quantize iq4_nl: llama.cpp and ollama alon",
+        ),
+        (["--", "--quantize", "iq4_nl"], "--quantize: compress sets it; use its own flags"),
         (["--for", "2:4"], "invalid choice: '2:4'"),
         (["--language", "xx"], "--language xx: is no language"),
         (["--", "--quantize", "q5"], "--quantize"),

