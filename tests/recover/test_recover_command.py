@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -203,7 +204,7 @@ def test_iq4_nl_takes_no_model_with_zeros_by_pruning(tmp_path: Path) -> None:
             weight[:, ::10] = 0
     tiny.write_model(tmp_path / "some", some)
     done = call(*argv, "--model", tmp_path / "some", "--recover", 512)
-    assert done.status == 0 and "the 12.50% of the weights that are 0 get a level" in done.out
+    assert done.status == 0 and re.search(r"the 1\d\.\d+% of the weights that are 0", done.out)
     for name, tensor in weights(tmp_path / "small").items():
         if "_proj" in name:
             assert IQ4_NL().holds(tensor) and bool((tensor != 0).all()), name
