@@ -346,7 +346,7 @@ def test_a_file_is_never_larger_than_it_is_said_to_be() -> None:
         assert size <= said <= size + 0.01
 
 
-@pytest.mark.parametrize("kind", ["short texts", "dialogues", "small enough"])
+@pytest.mark.parametrize("kind", ["short texts", "dialogues", "small enough", "iq4_nl"])
 def test_main_takes_what_is_planned(kind: str, capfd: pytest.CaptureFixture) -> None:
     chat = kind == "dialogues"  # beside short texts, which are joined alone
     tiny.write_model("dense", tokenizer=chats.tokenizer_with(chats.LLAMA_3) if chat else None)
