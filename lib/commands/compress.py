@@ -644,15 +644,9 @@ def _parser() -> argparse.ArgumentParser:
     text += "packed: the smallest, for transformers on an x86-64 CPU (default: any)"
     targets = dict(choices=(*PLANS, *ENGINES), nargs="+", default=[ANY])
     add("--for", help=text, dest="target", metavar="ENGINE", **targets)
-    text = (
-        "q4_0, which every engine runs, or iq4_nl: less loss at the same size, llama.cpp and ollama"
-    )
-    add(
-        "--quantize",
-        help=f"{text} only (default: q4_0)",
-        choices=("q4_0", "iq4_nl"),
-        default="q4_0",
-    )
+    text = "q4_0: every engine; iq4_nl: less loss at the same size, llama.cpp and ollama alone"
+    kinds = dict(choices=("q4_0", "iq4_nl"), default="q4_0")
+    add("--quantize", help=f"{text} (default: q4_0)", **kinds)
     text = "remove neurons, of a mixture experts, until the GGUF file is as small (default: none)"
     add("--megabytes", help=text, type=POSITIVE, metavar="N")
     add("--device", help="where blocks are computed (default: the first GPU, else cpu)")

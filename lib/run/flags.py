@@ -188,7 +188,7 @@ def build_parser() -> argparse.ArgumentParser:
     section("quantization and packing")
     flag(
         "quantize",
-        "4 bits on calibration text; q4_0: every engine; iq4_nl: llama.cpp, less loss; int4: packed",
+        "4 bits on calibration text; q4_0: every engine; iq4_nl: llama.cpp alone; int4: packed",
         choices=("q4_0", "iq4_nl", "int4"),
     )
     switch(
