@@ -47,12 +47,15 @@ CASES = {
     "rank, Conv1D": f"gpt2 --prune_method wanda --recover_rank 4 {TRAIN}",
     "rank, experts": f"mixtral --prune_method wanda --recover_rank 4 {TRAIN}",
     "neurons": f"llama --prune_method wanda --sparsity_type neurons {TRAIN}",
+    "saved in bfloat16": f"bfloat16 --prune_method wanda --sparsity_type 4:8 {TRAIN}",
+    "in bfloat16": f"bfloat16 --dtype bfloat16 --quantize q4_0 --recover_rank 4 {TRAIN}",
     "teacher": f"pruned --teacher llama {TRAIN}",
     "one window": "llama --prune_method wanda --recover 32",  # and a rank that has none
     "dialogues": "chat --prune_method wanda --calibration_data chats --recover 96",
 }
 TWICE = ("q4_0", "rank, experts")
-UNEVEN = ("mixture", "rank")  # three ranks: four experts, rows in parts that are padded
+# for three ranks: four experts, rows in parts that are padded, outputs that can't be padded
+UNEVEN = ("mixture", "Conv1D", "rank", "rank, Conv1D")
 pytestmark = pytest.mark.usefixtures("at_place")
 
 
@@ -66,6 +69,7 @@ def flags(case: str, where: Path | str) -> list:
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("place")
     tiny.write_model(folder / "llama", tiny.tiny_llama(num_hidden_layers=3))
+    tiny.write_model(folder / "bfloat16", tiny.tiny_llama(num_hidden_layers=3).bfloat16())
     tiny.write_model(folder / "tied", tiny.tiny_llama(tie_word_embeddings=True))
     wide = tiny.EXPERTS | dict(intermediate_size=32)
     tiny.write_model(folder / "mixtral", tiny.build("mixtral", 0, **wide))
