@@ -222,7 +222,8 @@ def test_pages_name_flags_and_files_that_exist() -> None:
     options = {  # strings that may name a flag
         flag for file in programs for flag in re.findall(r'"-*(\w[\w-]*)"', file.read_text("utf-8"))
     }
-    others = {"help", "nproc_per_node", "no-deps", "target"}  # of torchrun and pip
+    others = {"help", "no-deps", "target"}  # of pip, and of torchrun, accelerate and wanda
+    others |= {"nproc_per_node", "multi_gpu", "num_processes", "eval_zero_shot"}
     started = r"(?:main\.py|(?:launch\.sh|langprune) prune) ([^`|#\n]*)"
     wrong = []
     folders = "lib", "docs", "tests/bench"
@@ -230,7 +231,7 @@ def test_pages_name_flags_and_files_that_exist() -> None:
         if page.suffix not in (".md", ".py") or page.name == "CHANGELOG.md":
             continue
         text = page.read_text("utf-8").replace("\\\n", " ")
-        flags = re.findall(r"(?<!\S)--([a-z_]+)", " ".join(re.findall(started, text)))
+        flags = re.findall(r"(?<!\S)--(\w+)", " ".join(re.findall(started, text)))
         wrong += [f"{page}: --{flag}" for flag in flags if flag not in known]
         if page.suffix != ".md":
             continue

@@ -157,14 +157,14 @@ def gemma() -> dict[str, tuple[float, dict[str, Any], dict[str, Any]]]:
 GEMMA = "frontier/gemma3-270m-{trained,llama-cpp,rounded-128,rounded-first}.json: bits_per_byte, kl"
 
 
-@table(GEMMA)
+@table("frontier/gemma3-270m-*.json: bits_per_byte, kl")
 def gemma_main() -> str:
     names = {
         "original, 16-bit": "original, 16-bit",
         "trimmed, 16-bit": "vocabulary trimmed, 16-bit",
-        "llama.cpp q4_0": "trimmed, llama.cpp `q4_0` with importance matrix",
+        "llama.cpp q4_0": "trimmed, llama.cpp `q4_0`",
         "langprune q4_0": "trimmed, langprune `q4_0`",
-        "langprune q4_0, trained": "**trimmed, langprune `q4_0`, 131,072 tokens of training**",
+        "langprune q4_0, trained": "**trimmed, langprune `q4_0`, trained**",
     }
     forms = gemma()
     rows = [[shown, forms[name][0], *measures(forms[name][1])] for name, shown in names.items()]
