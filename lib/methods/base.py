@@ -44,7 +44,7 @@ class PruningMethod:
 
         With `dense_stream` it takes one of two more arguments, float32 or as x. `dense`
         (tokens, in) is the same input in the dense model. `residual_error` (tokens, out) is the
-        dense model's residual stream minus the current one, after a single layer is added.
+        dense model's residual stream minus the current one with one layer's outputs added.
         """
         self.tokens += len(x)
 
