@@ -1,7 +1,7 @@
 """Prune a model block by block: observe the inputs of its linear layers, solve, propagate.
 
 `prune` takes a model in memory and calls `prune_blocks`, as main.py does. `Pruner._block_` prunes
-one block as Wanda does (https://github.com/locuslab/wanda); Wanda's names stand in brackets.
+one block as Wanda does (https://github.com/locuslab/wanda); Wanda's names are in brackets.
 The first block's inputs are recorded (`prepare_calibration_input`: `BlockRunner.capture`). For each
 block one pass observes the inputs of its linear layers (`WrappedGPT.add_batch`:
 `PruningMethod.observe`), all of them are pruned (`PruningMethod.prune_`), and a second pass takes

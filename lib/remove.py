@@ -3,7 +3,7 @@
 Each block is observed after the blocks before it became smaller. For neurons, a method sums
 statistics of the down projection's input. It chooses the remaining neurons and may adjust their
 columns of the down projection (`PruningMethod.remove_neurons_`); the rows of gate and up stay
-unchanged. Of experts, every block that has experts loses the same number, and the router's gates
+unchanged. For experts, every block that has experts loses the same number, and the router's gates
 apply to the remaining ones.
 Run: `python main.py --model MODEL --prune_method sparsegpt --sparsity_type neurons ...`, or
 `--prune_method reap --sparsity_type experts`.
@@ -33,7 +33,7 @@ from .util.errors import UserError
 from .util.host import malloc_trim
 
 CHECKED = 16  # tokens on which a block is checked without calibration text
-MULTIPLE = 256  # of neurons, for fast kernels
+MULTIPLE = 256  # granularity of neurons, for fast kernels
 STEPS = 8  # least number of multiples in the width
 TOLERANCE = 1e-3  # relative change of a block's outputs that rounding may cause
 

@@ -58,7 +58,7 @@ TOO_COSTLY = 0.02  # rise of bits per byte above which a warning is printed
 HUB_CHARACTERS = 100_000_000  # counted in a Hub dataset; local text is counted in full
 BATCH_CHARACTERS = 4_000_000  # tokenized at a time, on all cores
 COMMON_LETTER = 1e-4  # least share of the texts' tokens with a letter for the letter to be common
-MULTIPLE = 64  # of the number of rows, for fast matrix products on GPUs
+MULTIPLE = 64  # granularity of rows, for fast matrix products on GPUs
 # llama.cpp's converter mistakes a LLaMA with these numbers of rows for CodeLlama or Granite
 MISLEADING_ROWS = frozenset({32016, 49152})
 # scripts and signs that are rare in texts, some beyond the first 65,536

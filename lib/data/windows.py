@@ -32,7 +32,7 @@ from .templates import sample_of_dialogue, template_of, text_by
 BUFFER = 1_000  # documents of a stream shuffled together
 STREAM_LIMIT = 200_000  # documents of a stream tried before giving up
 TEST_CHARACTERS = 4_000_000  # limit of a large set's test text
-TEST_BYTES = 1024  # of it measured, times the tokens of a window: about 256 windows
+TEST_BYTES = 1024  # measured per token of a window: about 256 windows
 PROMPT = 16  # tokens per prompt
 ASKED = 32  # test dialogues whose prompts are answered
 PROMPT_CHARACTERS = 50 * PROMPT  # characters of a document that are tokenized for its prompt

@@ -54,7 +54,7 @@ class GPTQ(LeastSquares):
     def quantize_(self, weights: Sequence[Tensor], fmt: Int4) -> list[Start]:
         """Quantize float32 matrices (out_i, in) in place. UserError if A can't be factored."""
         start, target, hessian, across, _ = self.problem(weights)
-        mask = start == 0
+        mask = (start == 0) & fmt.zero
         conjugate_gradients_(start, target, hessian, mask, self.refinements)
         grid = SolverGrid(fmt, across, keep=(~mask).float())
         solution, unrounded = round_in_order(start, hessian, grid)
@@ -110,7 +110,7 @@ class SolverGrid(Grid):
             if j:
                 value.addmv_(differences[:j].T, coupling[:j, j], alpha=-1)
             torch.div(value, step, out=rounded)
-            rounded.round_().clamp_(self.form.lowest, self.form.highest).mul_(step).mul_(keep)
+            self.form.snap_(rounded).mul_(step).mul_(keep)
             torch.sub(old, rounded, out=difference)
         return differences
 

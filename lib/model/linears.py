@@ -117,7 +117,7 @@ class _ExpertProducts(TorchFunctionMode):
 
 
 def first_argument(args: tuple, kwargs: dict) -> Tensor:
-    """Return a linear module's input, a keyword of any name (GPT-2 has `x`)."""
+    """Return a linear module's input: its first argument, of any name (GPT-2 has `x`)."""
     return args[0] if args else next(iter(kwargs.values()))
 
 

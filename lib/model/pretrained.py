@@ -52,7 +52,7 @@ from .quantized import stored_bits
 LONGEST_WINDOW = 4096  # tokens, the default if the model has no lower limit
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 BATCH_TOKENS, GPU_BATCH_TOKENS = 1024, 8192  # per forward pass, roughly
-NARROW = 4096  # below this width so many tokens do not keep a GPU busy
+NARROW = 4096  # below this width that many tokens do not keep a GPU busy
 MOST_TENSORS = 10  # parameters of a model per stored tensor, far above any architecture's
 MOST_WEIGHTS = 16  # numbers per byte of stored weights
 

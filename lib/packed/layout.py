@@ -67,29 +67,29 @@ def places(mask: Tensor, offsets: Tensor, dtype: torch.dtype) -> Tensor:
 
     `offsets` are those of the rows; nothing waits for a device.
     """
-    counts = _look_up(POPCOUNT, mask).to(dtype)
+    counts = look_up(POPCOUNT, mask).to(dtype)
     begin = counts.cumsum(1, dtype=dtype).sub_(counts)
     begin += offsets[:, None].to(dtype)
-    before = _look_up(PREFIX_POPCOUNT, mask).view(torch.uint8).view(*begin.shape, 8)
+    before = look_up(PREFIX_POPCOUNT, mask).view(torch.uint8).view(*begin.shape, 8)
     return (begin.unsqueeze(-1) + before).flatten()
 
 
 def row_offsets(mask: Tensor) -> Tensor:
     """Return the number of kept weights before each row, and in all: int64 (out + 1,)."""
     offsets = torch.zeros(len(mask) + 1, dtype=torch.int64, device=mask.device)
-    torch.cumsum(_look_up(POPCOUNT, mask).sum(1, dtype=torch.int64), 0, out=offsets[1:])
+    torch.cumsum(look_up(POPCOUNT, mask).sum(1, dtype=torch.int64), 0, out=offsets[1:])
     return offsets
 
 
 def kept_of(mask: Tensor, in_features: int) -> Tensor:
     """Return the kept weights of a mask: bool (out, in)."""
-    kept = _look_up(BITS, mask).view(torch.bool)
+    kept = look_up(BITS, mask).view(torch.bool)
     return kept.view(len(mask), 8 * mask.shape[1])[:, :in_features]
 
 
 def is_two_of_four(mask: Tensor) -> bool:
     """Return whether no aligned group of four adjacent weights keeps more than two."""
-    return not bool(_look_up(NOT_2_4, mask).any())
+    return not bool(look_up(NOT_2_4, mask).any())
 
 
 def tiles(rows: int, in_features: int, device: torch.device) -> Iterator[slice]:
@@ -103,8 +103,8 @@ def tiles(rows: int, in_features: int, device: torch.device) -> Iterator[slice]:
         yield slice(start, min(rows, start + step))
 
 
-def _look_up(table: Tensor, mask: Tensor) -> Tensor:
-    """Return `table` at every byte of a mask, in the mask's shape."""
+def look_up(table: Tensor, mask: Tensor) -> Tensor:
+    """Return `table` at every byte of a mask, or other index, in its shape."""
     here = _on_device(table, mask.device) if mask.is_cuda else table.to(mask.device)
     return here.index_select(0, mask.flatten().int()).view(mask.shape)
 
