@@ -158,28 +158,28 @@ def _figures(
         loss = cross_entropy(logits.flatten(0, 1), targets.flatten())
         losses += (loss.view(len(ids), -1) * counts).sum(1)
         if rows:
-            own = logits if len(rows) == len(ids) else logits[chosen]
+            compared = logits if len(rows) == len(ids) else logits[chosen]
             del logits
             expected = dense_logits(positions).flatten(0, 1)
-            divergence, same = compare_logits(expected, own.flatten(0, 1))
+            divergence, same = compare_logits(expected, compared.flatten(0, 1))
             loss = cross_entropy(expected, targets[chosen].flatten())
             for figure, values in ((dense, loss), (kl, divergence), (agreement, same)):
                 figure[chosen] += (values.view(len(rows), -1) * counts[chosen]).sum(1)
-            del own, expected
+            del compared, expected
         else:
             del logits  # before the next chunk is computed
     return total / weights.sum(1)
 
 
-def compare_logits(dense: Tensor, own: Tensor) -> tuple[Tensor, Tensor]:
-    """Return KL(dense || own) in nats, and whether the most likely tokens agree, (rows,) each.
+def compare_logits(dense: Tensor, model: Tensor) -> tuple[Tensor, Tensor]:
+    """Return KL(dense || model) in nats, and whether the most likely tokens agree, (rows,) each.
 
     Both are logits (rows, vocabulary), with softmax in float32, as many rows at a time as
     LOGIT_BYTES allows.
     """
-    step = rows_at_once(own.device, own.shape[-1])
+    step = rows_at_once(model.device, model.shape[-1])
     divergences, same = [], []
-    for q, p in zip(dense.split(step), own.split(step), strict=True):
+    for q, p in zip(dense.split(step), model.split(step), strict=True):
         same.append(q.argmax(-1) == p.argmax(-1))
         log_q, log_p = q.float().log_softmax(-1), p.float().log_softmax(-1)
         divergences.append((log_q.exp() * log_p.neg_().add_(log_q)).sum(-1))

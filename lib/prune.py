@@ -152,8 +152,8 @@ class Pruner:
         runner = self.runner
         with experts_by(runner.model, "eager"):
             if self.method.observes:
-                own, self.idle = own_windows(windows, self.dist)
-                self.states = runner.capture(own)
+                local, self.idle = own_windows(windows, self.dist)
+                self.states = runner.capture(local)
             if self.method.dense_stream:
                 self.dense_states = self.states.copy()
             for index in range(len(runner.blocks)):

@@ -291,14 +291,14 @@ def _likely_tokens(
         cut = bare.encode_batch_fast(held, add_special_tokens=False)
         return sum(len(each.ids) for each in cut) / max(before, 1) - 1
 
-    found = rise(0)
-    if found <= RISE:
-        return found, 0
+    bare_rise = rise(0)
+    if bare_rise <= RISE:
+        return bare_rise, 0
     low, high = 0, -(-most // MULTIPLE)
     while high - low > 1:
         middle = (low + high) // 2
         low, high = (low, middle) if rise(middle * MULTIPLE) <= GOAL else (middle, high)
-    return found, high * MULTIPLE
+    return bare_rise, high * MULTIPLE
 
 
 def _row_order(
@@ -404,8 +404,8 @@ def count_tokens(
                         held.append(text_by(tokenizer, document))
                         room -= len(held[-1])
                 seen += len(batch)
-                own = [text_by(tokenizer, each) for each in batch[dist.rank :: dist.size]]
-                ids = torch.tensor([*chain(*encode_all(tokenizer, own))], dtype=torch.long)
+                local = [text_by(tokenizer, each) for each in batch[dist.rank :: dist.size]]
+                ids = torch.tensor([*chain(*encode_all(tokenizer, local))], dtype=torch.long)
                 counts += torch.bincount(ids, minlength=n_tokens)
                 on_progress(len(batch))
     counts = counts.to(dist.device)

@@ -224,14 +224,14 @@ def _csv(source: Source, path: Path) -> Iterator[Document | None]:
     with path.open(encoding="utf-8-sig") as file:
         lines = iter(lambda: file.readline(ROWS_CHARACTERS + 1), "")
         header = next(lines, "")
-        said = SEPARATOR.fullmatch(header)  # a separate line above the header
+        declared = SEPARATOR.fullmatch(header)  # a separate line above the header
         unquoted = re.sub('"[^"]*"', "", header)
         by = "\t" if path.suffix.lower() == ".tsv" else max(",;\t|", key=unquoted.count)
-        lines, by = (lines, said[1]) if said else (chain([header], lines), by)
+        lines, by = (lines, declared[1]) if declared else (chain([header], lines), by)
         rows = csv.DictReader(lines, delimiter=by, strict=True)
         try:
             for row in rows:
-                place, surplus = f"{path}, line {rows.line_num + bool(said)}", row.pop(None, [])
+                place, surplus = f"{path}, line {rows.line_num + bool(declared)}", row.pop(None, [])
                 text = text_of(source, row, place)
                 if surplus:
                     problem = (
@@ -241,7 +241,7 @@ def _csv(source: Source, path: Path) -> Iterator[Document | None]:
                     raise source.error(problem)
                 yield text
         except csv.Error as error:
-            place = f"{path}, line {rows.line_num + 1 + bool(said)}"
+            place = f"{path}, line {rows.line_num + 1 + bool(declared)}"
             raise source.error(f"{place}: not CSV ({error}); quote the texts") from None
 
 

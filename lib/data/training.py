@@ -158,8 +158,8 @@ def _cut_windows(
     else:  # in the drawn order, with groups larger than wanted last
 
         def place(group: Windows) -> tuple[int, bool]:
-            found = seen.found_in(group.ids, group.mask if chat else None)
-            return len(group) * (len(group) > wanted), bool(found.any())
+            overlaps = seen.found_in(group.ids, group.mask if chat else None)
+            return len(group) * (len(group) > wanted), bool(overlaps.any())
 
         groups.sort(key=place)
     sums = [*accumulate(map(len, groups[:-1]), initial=0)]
@@ -205,5 +205,5 @@ class OverlapFilter:
         """
         parts = map(self._sums, windows.split(max(1, CHUNK // windows.shape[1])))
         places = ((sums, torch.searchsorted(self.sums, sums)) for sums in parts)
-        found = torch.cat([self.sums[place] == sums for sums, place in places])
-        return (found if mask is None else found & mask[:, self.length - 1 :]).any(1)
+        matches = torch.cat([self.sums[place] == sums for sums, place in places])
+        return (matches if mask is None else matches & mask[:, self.length - 1 :]).any(1)

@@ -272,8 +272,8 @@ def test_set(
         windows = join([cut[number] for number in documents])
         counted = windows.counted[:, :-1]
         answers = [ids[mask] for ids, mask in zip(windows.ids[:, 1:], counted, strict=True)]
-        said = (spec.tokenizer.decode(ids, clean_up_tokenization_spaces=False) for ids in answers)
-        size = sum(len(text.encode()) for text in said)
+        words = (spec.tokenizer.decode(ids, clean_up_tokenization_spaces=False) for ids in answers)
+        size = sum(len(text.encode()) for text in words)
         more = {"dialogues": len(texts), "answer_tokens": int(counted.sum())}
         asked = list(islice((each for each in texts if isinstance(each, Dialogue)), ASKED))
     else:

@@ -139,15 +139,15 @@ def alternate(
         return zip(*(matrix.split(rows, 1) for matrix in matrices), sparsities, strict=True)
 
     stiffer = STIFFENING * rho
-    for own, later, least in ((rho, stiffer, EXPLORED), (stiffer, stiffer, AGREED)):
+    for current, later, least in ((rho, stiffer, EXPLORED), (stiffer, stiffer, AGREED)):
         if settled:
             break
         inverse = None  # frees the previous phase's inverse first
-        stiff = hessian.diagonal_scatter(hessian.diagonal() + own)  # A + rho I
+        stiff = hessian.diagonal_scatter(hessian.diagonal() + current)  # A + rho I
         inverse = inverse_(cholesky(stiff))
         del stiff
         constant = inverse @ target  # B's contribution to V
-        inverse *= -own
+        inverse *= -current
         for iteration in range(iterations):
             changed = 0
             for part, *others, sparsity in parts(total, signed, constant, last_mask):
@@ -160,8 +160,8 @@ def alternate(
                 part.sub_(kept).add_(fixed)  # U, and B's contribution to V
             settled = bool(changed <= least * total.numel())
             end = settled or iteration == iterations - 1
-            if end and not settled and own != later:  # U is in units of rho
-                total.sub_(constant).mul_(own / later).add_(constant)
+            if end and not settled and current != later:  # U is in units of rho
+                total.sub_(constant).mul_(current / later).add_(constant)
             total.addmm_(inverse, signed)
             if end:
                 break

@@ -32,10 +32,10 @@ def choose_rows(solution: Tensor, inverse: Tensor, count: int) -> Tensor:
         score = solution.norm(dim=1).square_() / inverse.diagonal().clamp_min(tiny)
         score.masked_fill_(removed, torch.inf)
         rows = score.argsort(stable=True)[: min(STAGE, left)].sort().values
-        columns, own = inverse[:, rows].clone(), inverse[rows[:, None], rows]
+        columns, block = inverse[:, rows].clone(), inverse[rows[:, None], rows]
         # solve_ex, unlike solve, does not wait for an accelerator's check for singular matrices
-        solution.addmm_(columns, torch.linalg.solve_ex(own, solution[rows])[0], alpha=-1)
-        inverse.addmm_(columns, torch.linalg.solve_ex(own, columns.T)[0], alpha=-1)
+        solution.addmm_(columns, torch.linalg.solve_ex(block, solution[rows])[0], alpha=-1)
+        inverse.addmm_(columns, torch.linalg.solve_ex(block, columns.T)[0], alpha=-1)
         removed[rows] = True
         left -= len(rows)
     if not solution.isfinite().all():

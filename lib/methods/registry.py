@@ -174,23 +174,23 @@ def source_digest(method: type[PruningMethod], *drivers: str) -> str:
     The digest covers its own file, the `drivers` (files of lib/ that run it), and their imports
     from lib/methods and lib/pruning.
     """
-    own = Path(sys.modules[method.__module__].__file__).resolve()
+    method_file = Path(sys.modules[method.__module__].__file__).resolve()
     files: dict[Path, None] = {}
-    waiting = [own, *(PACKAGE / name for name in drivers)]
+    waiting = [method_file, *(PACKAGE / name for name in drivers)]
     while waiting:
         file = waiting.pop()
         if file not in files:
             files[file] = None
             waiting += _imported(file)
     hasher = hashlib.sha256()
-    for file in (own, *sorted(files.keys() - {own})):
+    for file in (method_file, *sorted(files.keys() - {method_file})):
         hasher.update(file.name.encode() + b"\0" + file.read_bytes())
     return f"revision {method.revision}, source {hasher.hexdigest()[:16]}"
 
 
 def _imported(file: Path) -> list[Path]:
     """Return the files of lib/methods and lib/pruning that a file imports."""
-    found = []
+    imported = []
     for node in ast.walk(ast.parse(file.read_text("utf-8"))):
         names = [alias.name for alias in getattr(node, "names", ()) if hasattr(alias, "name")]
         if isinstance(node, ast.ImportFrom) and node.level:
@@ -205,5 +205,5 @@ def _imported(file: Path) -> list[Path]:
         else:
             continue
         files = (folder.joinpath(*path.split(".")).with_suffix(".py") for path in paths if path)
-        found += [each for each in files if each.parent in CODE and each.is_file()]
-    return found
+        imported += [each for each in files if each.parent in CODE and each.is_file()]
+    return imported

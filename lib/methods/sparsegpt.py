@@ -148,8 +148,8 @@ def settle_(
     else:  # the lowest scores of each layer's part of the block
         score = (values * scale).square_()
         parts = score.split(rows, 1), mask.split(rows, 1), sparsities
-        for part, own, sparsity in zip(*parts, strict=True):
-            own.copy_(sparsity.mask(part, overall=True))
+        for part, mask_part, sparsity in zip(*parts, strict=True):
+            mask_part.copy_(sparsity.mask(part, overall=True))
     width = m or math.gcd(len(values), STEP)
     for start in range(0, len(values), width):
         step = slice(start, start + width)

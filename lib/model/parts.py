@@ -102,12 +102,12 @@ def _layout(
     if other is None:
         return None
     tensors: list[dict[str, tuple[int, int]]] = [{} for _ in blocks]
-    for path, (shape, its) in changed_shapes(model, other).items():
-        dims = [dim for dim, size in enumerate(shape) if its[dim : dim + 1] != (size,)]
-        if not path.startswith(f"{name}.") or len(its) != len(shape) or len(dims) != 1:
+    for path, (shape, other_shape) in changed_shapes(model, other).items():
+        dims = [dim for dim, size in enumerate(shape) if other_shape[dim : dim + 1] != (size,)]
+        if not path.startswith(f"{name}.") or len(other_shape) != len(shape) or len(dims) != 1:
             return None
         [dim] = dims
-        if shape[dim] % count or its[dim] * count != shape[dim] * fewer:
+        if shape[dim] % count or other_shape[dim] * count != shape[dim] * fewer:
             return None
         index, _, inner = path.removeprefix(f"{name}.").partition(".")
         tensors[int(index)][inner] = dim, shape[dim] // count

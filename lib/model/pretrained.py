@@ -264,7 +264,7 @@ def changed_shapes(model: nn.Module, other: nn.Module) -> dict[str, tuple[tuple,
         for m in (model, other)
     )
     pairs = {path: (ours.get(path, ()), theirs.get(path, ())) for path in ours | theirs}
-    return {path: (shape, its) for path, (shape, its) in pairs.items() if shape != its}
+    return {path: (shape, new) for path, (shape, new) in pairs.items() if shape != new}
 
 
 def load_model(

@@ -4,8 +4,7 @@ A `BlockStore` leaves them in the model. A `FileBlockStore` is for too little me
 ranks per machine. Its blocks stay in memory-mapped safetensors files: those of the checkpoint until
 a block is changed, then files in a run's folder (lib/model/run_folder.py). All ranks of a machine
 share their pages. A block that is not on the device has its weights on the meta device. It is
-fetched once for all windows; a forward pass of the model itself fetches each block when it reaches
-it.
+fetched once for all windows. A forward pass of the model itself fetches blocks one by one.
 
 Both store every finished block in such a file if the run can be resumed.
 """
@@ -310,7 +309,7 @@ class FileBlockStore(BlockStore):
         """Map the tensors of block `index`, by path, in the dtypes of their files."""
         places, tensors = self.places[index], {}
         for file in sorted({file for file, _ in places.values()}):
-            names = {path: name for path, (its, name) in places.items() if its == file}
+            names = {path: name for path, (stored_in, name) in places.items() if stored_in == file}
             try:
                 with safe_open(file, framework="pt") as stored:
                     tensors |= {path: stored.get_tensor(name) for path, name in names.items()}

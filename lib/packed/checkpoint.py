@@ -107,11 +107,11 @@ class PackedQuantizer(HfQuantizer):
             model.set_submodule(name, sparse)
         if config.embeddings:
             packed = _replace_embeddings_(model, tied=len(config.embeddings) == 1)
-            own = {name: list(one.weight.shape) for name, one in packed.items() if not one.tied}
-            if own != config.embeddings:
+            sizes = {name: list(one.weight.shape) for name, one in packed.items() if not one.tied}
+            if sizes != config.embeddings:
                 raise PackedError(
                     f"quantization_config: `embeddings` is {config.embeddings}, but this model has "
-                    f"{own}; config.json belongs to another checkpoint"
+                    f"{sizes}; config.json belongs to another checkpoint"
                 )
         files = check_files(checkpoint_files or [], config)
         for name in (*config.linears, *(config.embeddings or ())):

@@ -83,13 +83,13 @@ def by_error(
     windows, dist = windows[:WINDOWS], runner.dist
     generator = torch.Generator().manual_seed(seed)
     uniforms, _ = own_windows(torch.rand(windows.shape, generator=generator), dist)
-    own, idle = own_windows(windows, dist)
+    local, idle = own_windows(windows, dist)
     first = first_names(runner)
     sizes: dict[str, int] = {}  # number of weights, by the first name
     weight_costs: dict[str, Tensor] = {}  # cost at each sparsity of the span (STEPS + 1,)
     output_costs: dict[str, Tensor] = {}  # (out,)
     with deterministic(runner.device, strict=False), experts_by(runner.model, "eager"):
-        for diagonals in backward_pass(runner, own, uniforms, on_progress):
+        for diagonals in backward_pass(runner, local, uniforms, on_progress):
             sums = [tensor for one in diagonals.values() for tensor in vars(one).values()]
             dist.sum_(sums, idle)
             for linear, diagonal in diagonals.items():
@@ -168,9 +168,9 @@ def allocate(
     elif rule not in ALLOCATIONS:
         allocation = Allocation(read_layers(rule, runner.blocks, runner.name, sparsity))
     if rule == "error" or gradients:
-        found = by_error(runner, windows, sparsity.ratio, seed, on_progress)
-        layers = found.sparsity if rule == "error" else allocation.sparsity
-        allocation = Allocation(layers, found.output_costs)
+        measured = by_error(runner, windows, sparsity.ratio, seed, on_progress)
+        layers = measured.sparsity if rule == "error" else allocation.sparsity
+        allocation = Allocation(layers, measured.output_costs)
     if rule in ("error", "owl") or gradients:
         keep_allocation(runner, allocation)
     return allocation

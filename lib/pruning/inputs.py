@@ -102,9 +102,9 @@ def own_windows(windows: Tensor, dist: DistContext) -> tuple[Tensor, bool]:
 
     An idle process has no windows and runs a dummy window, whose statistics are not counted.
     """
-    own = windows[dist.share(len(windows))]
-    idle = not len(own)
-    return windows[:1] if idle else own, idle
+    local = windows[dist.share(len(windows))]
+    idle = not len(local)
+    return windows[:1] if idle else local, idle
 
 
 @torch.no_grad()
@@ -118,7 +118,7 @@ def observe(
     """Group the layers of one block that `passes` reach by shared input, with its statistics.
 
     A pass is a function that runs the block over a batch, and {layer's name: its input in the
-    dense model}, if wanted. `shared`: all layers receive one input, and the first observes it.
+    dense model}, if wanted. `shared`: all layers receive one input, which the first one shows.
     """
     groups: list[Group] = []
     group_of: dict[PrunableLinear, Group] = {}
@@ -167,10 +167,10 @@ def merge(
 
     Experts of `stage` that no token reached get a group too. Raises UserError if none was reached.
     """
-    own = {tuple(linear.name for linear in group.linears): group for group in groups}
+    local = {tuple(linear.name for linear in group.linears): group for group in groups}
     by_name = {linear.name: linear for linear in stage}
     tokens: Counter[tuple[str, ...]] = Counter()  # by the names of layers
-    counts = {names: 0 if idle else group.method.tokens for names, group in own.items()}
+    counts = {names: 0 if idle else group.method.tokens for names, group in local.items()}
     for of_process in runner.dist.all_gather_object(counts):
         tokens.update(of_process)
     reached = {name for names in tokens for name in names}
@@ -184,7 +184,7 @@ def merge(
     merged = []
     for names, count in tokens.items():
         linears = [by_name[name] for name in names]
-        group = own.get(names) or Group(linears, method(linears[0].shape[1], runner.device))
+        group = local.get(names) or Group(linears, method(linears[0].shape[1], runner.device))
         group.method.tokens = count
         merged.append(group)
     runner.dist.sum_([sums for group in merged for sums in _sums(group, runner.dist)], idle)
@@ -196,8 +196,8 @@ def _sums(group: Group, dist: DistContext) -> list[Tensor]:
     method, each = group.method, TOKENS // dist.size
     group.rows = torch.zeros(TOKENS, method.width, device=method.device)
     if group.sample.kept:
-        own = group.sample.rows(each)
-        group.rows[each * dist.rank :][: len(own)] = own
+        local = group.sample.rows(each)
+        group.rows[each * dist.rank :][: len(local)] = local
     for linear in group.linears if method.needs_outputs else ():
         zeros = torch.zeros(linear.shape[0], dtype=torch.float64, device=method.device)
         group.output_squares.setdefault(linear.name, zeros)

@@ -102,8 +102,8 @@ def known_order(
     if key not in orders:
         orders[key] = linears, find_order(runner, states, index, linears)
     first, order = orders[key]
-    own = dict(zip(first, linears, strict=True))
-    return [replace(stage, linears=[own[one] for one in stage.linears]) for stage in order]
+    linear_of = dict(zip(first, linears, strict=True))
+    return [replace(stage, linears=[linear_of[one] for one in stage.linears]) for stage in order]
 
 
 @dataclass(eq=False)
@@ -210,13 +210,13 @@ class OrderedBlock:
 
     def _iter_needs(self, place: int) -> Iterator[Needs]:
         """Yield for each batch the tensors that stage `place` needs from the dense block."""
-        own = [linear.name for linear in self.order[place].dense_needs()]
+        names = [linear.name for linear in self.order[place].dense_needs()]
         stages = self.order if self.cache_inputs else [self.order[place]]
         wanted = [linear for stage in stages for linear in stage.dense_needs()]
         to_the_end = self.dense_to_the_end and (self.cache_inputs or place == self.last)
         if (self.cache_inputs and place) or not (wanted or to_the_end):
             for kept in self.needs:
-                yield {name: kept.pop(name) for name in own if name in kept}
+                yield {name: kept.pop(name) for name in names if name in kept}
             return
         states = self.dense_states
         for batch, (cut, run) in enumerate(
@@ -228,10 +228,10 @@ class OrderedBlock:
                     if same_memory(tensor, states.hidden):
                         needs[name] = tensor.clone()
                 states.hidden[cut] = out
-            now = {name: needs.pop(name) for name in own if name in needs}
+            current = {name: needs.pop(name) for name in names if name in needs}
             if needs:
                 self.needs[batch] = {name: owned(tensor) for name, tensor in needs.items()}
-            yield now
+            yield current
 
     def _run_dense(
         self, run: Callable[[], Tensor], cut: slice, wanted: list[PrunableLinear], to_the_end: bool

@@ -45,8 +45,8 @@ def by_outliers(
 
     `on_progress(1)` is called after each block.
     """
-    own, idle = own_windows(windows, runner.dist)
-    states, first = runner.capture(own), first_names(runner)
+    local, idle = own_windows(windows, runner.dist)
+    states, first = runner.capture(local), first_names(runner)
     shares: dict[int, float] = {}  # D, by block
     sizes: dict[int, int] = {}  # weights that no earlier block shares
     block_of: dict[str, int] = {}

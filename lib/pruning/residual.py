@@ -115,12 +115,12 @@ def module_ending_in(
             hooks.enter_context(hook)
         whole = run()
     *outer, innermost = paths  # from the outermost module to the layer's own
-    own = returned[innermost]
+    result = returned[innermost]
     for path in outer:
         out = returned.get(path)
         first, length = (out[0], len(out)) if isinstance(out, tuple) else (out, 0)
-        if isinstance(first, Tensor) and first.shape == own.shape and torch.equal(first, own):
-            with replayed_outputs(block, {path: (own, length)}):
+        if isinstance(first, Tensor) and first.shape == result.shape and torch.equal(first, result):
+            with replayed_outputs(block, {path: (result, length)}):
                 if torch.equal(run(), whole):
                     return path, length
     return None, 0

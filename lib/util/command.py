@@ -162,8 +162,8 @@ def part(name: str) -> ModuleType:
 
 def main_of(module: str) -> Callable[[list[str]], None]:
     """Return the `main` of a module of this package, or of a package's `__main__`."""
-    found = part(module)
-    return (found if hasattr(found, "main") else part(f"{module}.__main__")).main
+    imported = part(module)
+    return (imported if hasattr(imported, "main") else part(f"{module}.__main__")).main
 
 
 def call(module: str, *argv: object) -> int:

@@ -53,8 +53,8 @@ def available(root: Path = Path("/")) -> int:
         names = ("max", "current", "")
         if controllers:  # version 1
             names = "limit_in_bytes", "usage_in_bytes", "total_"
-        own = top / path.lstrip("/")  # a container sees its own group as the top
-        for group in {own, top, *(each for each in own.parents if top in each.parents)}:
+        cgroup = top / path.lstrip("/")  # a container sees its own group as the top
+        for group in {cgroup, top, *(each for each in cgroup.parents if top in each.parents)}:
             free += _left(group, *names)
     for name, times in (("SLURM_MEM_PER_NODE", 1), ("SLURM_MEM_PER_CPU", "SLURM_CPUS_ON_NODE")):
         granted, count = os.environ.get(name, ""), os.environ.get(str(times), str(times))
