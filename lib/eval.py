@@ -49,12 +49,11 @@ def perplexities(
     `perplexity`: exp of the mean over windows of each window's mean negative log-likelihood, with
     its `standard_error` from the spread over windows (nan for a single one). `nats`: the sum over
     all predicted tokens. With `reference`, over `compared_windows` windows: `dense_nats` and
-    `own_nats`, both models' mean negative log-likelihood per token; `dense_sum_nats`, the dense
-    model's sum; `loss_change`, the mean of their difference per window; `kl`, the mean
-    KL(dense || model) in nats per token; and `top1_agreement`, the share of positions with the
-    same most likely token. The last three have standard errors. `only_compared`: all figures are
-    for these windows. `by_window`: {one of FIGURES: float32 (windows,)}, nan for windows that were
-    not compared.
+    `own_nats`, both models' mean negative log-likelihood per token. `dense_sum_nats`: the dense
+    model's sum. `loss_change`: the mean of their difference per window. `kl`: the mean KL(dense ||
+    model) in nats per token. `top1_agreement`: the share of positions with the same most likely
+    token. The last three have standard errors. `only_compared`: all figures are for these windows.
+    `by_window`: {one of FIGURES: float32 (windows,)}, nan for windows that were not compared.
 
     The ranks of `runner.dist` share the windows, as they did for `reference`. `on_progress` is
     called with the number of this rank's finished windows. Raises UserError if a loss is not

@@ -3,14 +3,14 @@
     python main.py --model MODEL --trim_vocabulary --calibration_data uk --prune_method admm ...
     python main.py --model MODEL --trim_vocabulary --vocabulary_data uk en --save_model OUT
 
-It keeps every token that the sources' train text uses, with all tokens that it is merged from, the
-bytes, special and added tokens, and the tokens of the chat template and the configs. A small text
-does not use all tokens of its language. Therefore 10% of the documents are held out of a first
-count. If that count's tokens cut them into over RISE more tokens, unused tokens are kept too, in
-order of their likelihood by the text's scripts, until the rise is below GOAL. Such tokens also fill
-the rows up to a multiple of 64. Reserved special tokens are removed, unless a text, the template
-or a config uses them. All other rows of the embedding and the head are removed, which makes the
-model smaller in every engine.
+It keeps every token that the sources' train text uses, with all tokens that it is merged from. It
+also keeps the bytes, special and added tokens, and the tokens of the chat template and the configs.
+A small text does not use all tokens of its language. Therefore 10% of the documents are held out of
+a first count. If that count's tokens cut them into over RISE more tokens, unused tokens are added
+until the rise is below GOAL, the most likely for the text's scripts first. Such tokens also fill
+the rows up to a multiple of 64. Reserved special tokens are removed, unless a text, the template or
+a config uses them. All other rows of the embedding and the head are removed, which makes the model
+smaller in every engine.
 
     trimmed = trim_vocabulary(...)      reads no weights, returns the smaller tokenizer
     trimmed.prove(sources)              checks that test texts decode to the same text

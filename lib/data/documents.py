@@ -217,8 +217,8 @@ def _json_lines(source: Source, path: Path) -> Iterator[Document | None]:
 def _csv(source: Source, path: Path) -> Iterator[Document | None]:
     """Yield the text of each row of a table with a header.
 
-    The separator is that of Excel's first line `sep=`, a tab in .tsv, or else the most frequent
-    of commas, ";", tabs and "|" outside quotes in the header.
+    In .tsv the separator is a tab. Excel's first line `sep=` names another. Otherwise it is the
+    most frequent of commas, ";", tabs and "|" outside quotes in the header.
     """
     csv.field_size_limit(ROWS_CHARACTERS)
     with path.open(encoding="utf-8-sig") as file:

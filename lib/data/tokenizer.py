@@ -5,7 +5,7 @@ tokens are all kept is tokenized as by the original: all merges of its words are
 removed merges belong to other words. A text with a removed token is split into smaller tokens,
 down to bytes, and decodes to the same text.
 
-The trimmed tokenizer is written to a folder and loaded from there by AutoTokenizer, so a run uses
+The trimmed tokenizer is written to a folder and loaded from there by AutoTokenizer. A run thus uses
 exactly the tokenizer that a user of the saved model will load.
 """
 

@@ -1,9 +1,9 @@
 """Write the tokenizer data that llama.cpp's converter and others need beside tokenizer.json.
 
-Tokenizers like SentencePiece's (byte-pair encoding with a token for every byte, as in Llama 2,
-Mistral 7B and Gemma) get a `tokenizer.model`: every piece with its type and a score. A score is
-the negated rank of the first merge that makes it. An engine that merges by score then applies
-the merges of tokenizer.json in their order.
+Tokenizers like SentencePiece's have byte-pair encoding with a token for every byte, as in Llama 2,
+Mistral 7B and Gemma. They get a `tokenizer.model`: every piece with its type and a score. A score
+is the negated rank of the first merge that makes the token. An engine that merges by score then
+applies the merges of tokenizer.json in their order.
 
 The converter identifies byte-level tokenizers by the ids of a certain text. Trimming changes the
 ids, so the tokenizer's config stores those of the original vocabulary.

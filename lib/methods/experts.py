@@ -1,7 +1,7 @@
 """Scores for removing experts of an MoE model: REAP, its sum, and two baselines.
 
-REAP (Lasby et al., ICLR 2026, arXiv 2510.13999, equation 9) scores an expert by the mean of its
-gate times the norm of its output, over the tokens routed to it: the contribution that is removed.
+REAP (Lasby et al., ICLR 2026, arXiv 2510.13999, equation 9) scores an expert by the mean of gate
+times output norm over the tokens routed to it. This is the contribution that is removed.
 """
 
 from __future__ import annotations

@@ -2,8 +2,8 @@
 
 X^T X is symmetric. Computed in panels of rows, each panel needs only the part right of the
 diagonal, at about half the cost of a matrix product. This is BLAS's symmetric update in terms of
-plain products: it uses torch's threads, adds into the sum without a buffer, and lets callers
-choose when to mirror.
+plain products. It uses torch's threads, adds into the sum without a buffer, and lets callers choose
+when to mirror.
 
 Also here: float32 cross products L^T X, summed over tokens.
 """

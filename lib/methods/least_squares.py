@@ -1,7 +1,7 @@
 """The least-squares problem of a linear layer that aims at the outputs of the dense model.
 
 *The problem.* A layer with weights W (out, in) receives X (tokens, in) from the blocks pruned so
-far; in the dense model it would receive D (tokens, in). If its outputs are added to a residual
+far. In the dense model it would receive D (tokens, in). If its outputs are added to a residual
 stream, L (tokens, out) is the error of that stream: the dense model's minus the current one. The
 masked matrix Q minimizes
 
@@ -17,8 +17,8 @@ differences are summed because they are small: rounding in D^T X would hide them
 a unit diagonal, magnitudes of weights are comparable across inputs, as Wanda's scores are. Below,
 all is scaled and A includes the damping: (1) is tr(Q A Q^T) - 2 tr(B Q^T) with B = W (A + F) + G.
 
-*Damping.* Least squares overfits T tokens the more, the larger in / T and the share u of an input's
-variance that the others do not explain, the mean of 1 / (A^-1)_jj. The damping is therefore
+*Damping.* Least squares overfits T tokens. The error grows with in / T and with the share u of an
+input's variance that the others do not explain, the mean of 1 / (A^-1)_jj. The damping is therefore
 FLOOR + `damping` u in / T. A fixed share that suits one model and number of windows overfits or
 underfits another.
 """

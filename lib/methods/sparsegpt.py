@@ -1,9 +1,9 @@
 """SparseGPT: prune one column after another and adjust the later ones to compensate.
 
 Frantar & Alistarh 2023, arXiv 2301.00774. With inputs X (tokens, in) and H = X^T X, pruning seeks
-the masked matrix Q nearest to the weights W (out, in) in the sense of |X (W - Q)^T|^2, and
-takes the columns from left to right. Once the columns left of column j are settled, the others may
-take their best values (equation 3). Then column j alone is settled, by its mask.
+the masked matrix Q nearest to the weights W (out, in) in the sense of |X (W - Q)^T|^2. It takes the
+columns from left to right. Once the columns left of column j are settled, the others may take their
+best values (equation 3). Then column j alone is settled, by its mask.
 
 *Between blocks.* Let D = W - Q be the settled change of the columns P. The best values of the free
 columns F are W_F + D_P H_PF H_FF^-1. Factor H = R R^T with R upper triangular: one Cholesky

@@ -78,13 +78,13 @@ class BlockRunner:
     `name` is the blocks' name in the model, such as `model.layers`; `flag` is the flag that named
     the model, which must be in eval mode. Patches are undone after exceptions too.
 
-    It holds the settings of every pass: `dist`, the processes that share the work; `batch_size`,
-    the windows per forward pass; `state_device`, which holds hidden states between two blocks;
-    `cache_inputs`, whether memory suffices to cache a block's inputs, which saves passes;
-    `checkpointed`, whether training recomputes a block's activations; and `most_windows`, the
-    windows measured at a time if blocks are fetched, in whole batches (None: all). `weights` has
-    the dtype in which the model will be saved. With `whole` all blocks run at once, for models
-    that cannot be run block by block.
+    It holds the settings of every pass. `dist`: the processes that share the work. `batch_size`:
+    windows per forward pass. `state_device`: holds hidden states between two blocks.
+    `cache_inputs`: whether memory suffices to cache a block's inputs, which saves passes.
+    `checkpointed`: whether training recomputes a block's activations. `most_windows`: windows
+    measured at a time if blocks are fetched, in whole batches (None: all). `weights` has the dtype
+    in which the model will be saved. With `whole` all blocks run at once, for models that cannot be
+    run block by block.
     """
 
     def __init__(

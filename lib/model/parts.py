@@ -4,10 +4,10 @@ The model is built twice without weights: from its config, and with fewer parts.
 shapes differ have one or more entries per part along one dimension. Module attributes (integers)
 that differ are counts. No architecture is named here, and the smaller model loads like any other.
 
-A neuron is an input of an MLP's down projection, with the rows that compute this input (of gate and
-up, or of one linear layer before the activation) and their biases. An expert is a slice of stacked
-weights, with the router's row, its bias, and its score correction. Removal (lib/remove.py) checks
-that the parts work independently.
+A neuron is an input of an MLP's down projection, with the rows that compute it and their biases.
+The rows are those of gate and up, or of one linear layer before the activation. An expert is a
+slice of stacked weights, with the router's row, its bias, and its score correction. Removal
+(lib/remove.py) checks that the parts work independently.
 """
 
 from __future__ import annotations

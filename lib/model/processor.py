@@ -38,8 +38,8 @@ def processor_files(checkpoint: Checkpoint) -> dict[str, dict | str]:
 def processor_ids(checkpoint: Checkpoint, tokenizer: PreTrainedTokenizerBase) -> set[int]:
     """Return the token ids in the processor's files, and those that its code adds to texts.
 
-    The code adds literals without letters, such as line breaks around an image, and numbered
-    tokens, such as `<row_2_col_3>` for a tile, which occur in no text and no setting.
+    The code adds literals without letters, such as line breaks around an image. It also adds
+    numbered tokens, such as `<row_2_col_3>` for a tile, which occur in no text and no setting.
     """
     files = processor_files(checkpoint)
     fields = [tokenizer.init_kwargs, *(each for each in files.values() if isinstance(each, dict))]

@@ -1,8 +1,8 @@
 """Find the linear layers that add to the residual stream, in blocks of any architecture.
 
 If the outputs of a layer and of all later layers are replaced by zeros, a block returns the stream
-to which that layer adds, provided that it adds its outputs unchanged. One batch shows whether it
-does: not if a norm or a factor follows the layer (Gemma 2, Granite).
+to which that layer adds. This requires that it adds its outputs unchanged. One batch shows whether
+it does: not if a norm or a factor follows the layer (Gemma 2, Granite).
 
 Two more properties are tested, because they save passes. First, whether the stream there is still
 the block's input. Second, whether a module, such as attention, ends in the layer and returns its
