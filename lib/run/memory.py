@@ -20,6 +20,8 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from math import prod
 from operator import mul
+from os.path import getsize
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -109,6 +111,7 @@ class Memory:
     teacher: nn.Module | None = None  # of --teacher
     rows: int | None = None  # of the vocabulary that stay
     quantized: bool = False  # as it is loaded
+    files: int | None = None  # bytes of the weights of a model that is stored quantized or packed
     ranks: int = 1
     fetched: bool = False
 
@@ -126,6 +129,7 @@ class Memory:
             field = job.layout.field
             small = pretrained.skeleton_with(job.config, field, job.left, job.checkpoint)
         teacher = job.teacher and pretrained.skeleton(job.teacher_config, job.teacher)
+        stored = getattr(job.config, "quantization_config", None)
         windows = [] if texts.windows is None else texts.windows
         tests = [test.windows for test in texts.tests]
         held_out = len(texts.training.held_out) if texts.training else 0
@@ -149,7 +153,8 @@ class Memory:
             masked=any(len(w) and as_windows(w).positions is not None for w in [windows, *tests]),
             teacher=teacher or None,
             rows=len(job.vocabulary.rows) if job.vocabulary else None,
-            quantized=bool(args.load_bit or getattr(job.config, "quantization_config", None)),
+            quantized=bool(args.load_bit or stored),
+            files=sum(map(getsize, Path(args.model).glob("*.safetensors"))) if stored else None,
             ranks=dist.size,
         )
         if args.offload_folder and not memory.apart:
@@ -186,6 +191,8 @@ class Memory:
     @cached_property
     def weights(self) -> int:
         """Bytes of all weights on the device, or of the tables and one block."""
+        if self.files is not None:  # those of the Hub are not known to this
+            return max(self.files, self._tables if self.files else 0)
         bits = BITS[self.args.load_bit] if self.args.load_bit else 8 * self.dtype.itemsize
         inside = int(sum(self._inside) * bits / 8)
         return self._tables + (self._block if self.fetched else inside)

@@ -18,7 +18,7 @@ from transformers import AutoConfig
 import main
 from lib.model.run_folder import RunFolder
 from lib.run import steps
-from lib.run.memory import memory_of
+from lib.run.memory import Memory, memory_of
 from lib.util.errors import UserError
 from lib.util.host import available, gib
 
@@ -62,6 +62,19 @@ def test_ranks_share_out_what_is_trained() -> None:
     assert "teacher" not in two.stages["measure"]  # it is on the disk
     with pytest.raises(UserError, match="or 2 such cards by torchrun [(]51.6 GiB each[)]$"):
         one.check()
+
+
+@pytest.mark.usefixtures("elsewhere")
+def test_a_packed_model_is_counted_as_it_is_stored(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A card that its packed form fits is not refused for what it would be dense."""
+    tiny.write_model("model", tiny.tiny_llama())
+    texts = ["--calibration_data", tiny.write_texts("uk", train=30, test=4), *QUICK]
+    packs = ["--prune_method", "wanda", "--replace_sparse_layers", "--save_model", "packed"]
+    succeed("--model", "model", *packs, *texts, "--save", "out")
+    seen = []
+    monkeypatch.setattr(Memory, "check", lambda memory: seen.append(memory.weights))
+    succeed("--model", "packed", "--eval_only", *texts, "--save", "again")
+    assert seen == [results("out")["saved_bytes"]]
 
 
 def test_blocks_are_fetched_where_weights_do_not_fit_twice() -> None:
