@@ -12,7 +12,6 @@ continues after an interruption and retries failed runs. At the end comes the re
 from __future__ import annotations
 
 import argparse
-import os
 import re
 import shutil
 import time
@@ -199,8 +198,6 @@ def run_all(runs: Mapping[str, Sequence[str]], out: str, report: str | None = No
     A run that fails says why and does not stop the others. Raises UserError at the end for failed
     runs.
     """
-    if os.environ.get("WORLD_SIZE", "1") != "1":
-        raise UserError("a sweep is one process; start main.py itself with several, run by run")
     Path(out).mkdir(parents=True, exist_ok=True)
     print(f"{len(runs)} runs, each in a folder of {out}", flush=True)
     failed: list[str] = []

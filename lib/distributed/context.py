@@ -13,7 +13,7 @@ and not for long elsewhere: collectives between GPUs directly follow a barrier.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any
@@ -103,6 +103,16 @@ class DistContext:
                         f"{name}: rank {self.rank} has {facts.get(name)!r}, rank {rank} has "
                         f"{other.get(name)!r}; start all with the same flags, data and packages"
                     )
+
+    def check_alike(self, check: Callable[[], object]) -> None:
+        """Call `check` in all ranks; where it raises UserError in one, it is raised in all."""
+        problem = None
+        try:
+            check()
+        except UserError as error:
+            problem = str(error)
+        if problems := [one for one in self.all_gather_object(problem) if one]:
+            raise UserError(problems[0])
 
     def assign_owners(self, costs: Sequence[float]) -> list[int]:
         """Return which rank solves each task: the costliest first, to the least loaded."""

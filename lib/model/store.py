@@ -200,9 +200,7 @@ class FileBlockStore(BlockStore):
         self.folder, self.on_disk, self.narrow = folder, on_disk, narrow
         self.places = self._stored()  # per block {path: (file, name in it)}
         for module in model.modules():
-            remove_hook_from_module(module)
-            if "forward" in vars(module):  # accelerate's; its cycle keeps old modules alive
-                del module.forward
+            remove_hook(module)
         del model.hf_device_map  # outdated
         for index, block in enumerate(self.blocks):
             add_hook_to_module(block, FetchHook(self, index))
@@ -232,7 +230,7 @@ class FileBlockStore(BlockStore):
         if write_back:
             self._kept = None
         block = self.blocks[index]
-        remove_hook_from_module(block)  # copies of the block must not fetch
+        remove_hook(block)  # copies of the block must not fetch
         try:
             self.fetch(index)
             yield
@@ -355,6 +353,15 @@ class FetchHook(ModelHook):
     def post_forward(self, module: nn.Module, output: Any) -> Any:
         self.store.evict(self.index)
         return output
+
+
+def remove_hook(module: nn.Module) -> None:
+    """Remove accelerate's hook of a module, and the `forward` that it leaves.
+
+    That is a cycle: a copy of the module would stay on the device until garbage is collected.
+    """
+    remove_hook_from_module(module)
+    vars(module).pop("forward", None)
 
 
 def set_tensor(module: nn.Module, path: str, tensor: Tensor) -> Tensor:

@@ -38,7 +38,7 @@ LEVELS = torch.tensor(
     [-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113], dtype=torch.float32
 )
 CODES = (torch.arange(-127.75, 128, 0.5)[:, None] - LEVELS).abs().argmin(1)
-NEAREST = LEVELS[CODES]
+CODES, NEAREST = CODES.to(torch.uint8), LEVELS[CODES]
 
 
 def check_finite(matrix: Tensor, bits: int) -> None:
@@ -366,7 +366,7 @@ class IQ4_NL(Q4_0):
         if not bool(held.all()):
             raise PackedError(f"its values are not on the grid of {self.name}")
         levels = self.codes(matrix, scales).view(-1, self.group).float()
-        codes = look_up(CODES.to(torch.uint8), _halves(levels))
+        codes = look_up(CODES, _halves(levels))
         pairs = codes[:, :16] | codes[:, 16:] << 4
         return torch.cat([scales.view(-1, 1).view(torch.uint8), pairs], 1)
 

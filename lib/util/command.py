@@ -84,7 +84,15 @@ def add_debug_flag(parser: argparse.ArgumentParser) -> argparse.Action:
 
 
 def make_parser(name: str, about: str, **options: str) -> argparse.ArgumentParser:
-    """Return the parser of a command, with `--debug`; `about` is its module's docstring."""
+    """Return the parser of a command, with `--debug`; `about` is its module's docstring.
+
+    UserError where torchrun has started several processes, which main.py alone shares work with.
+    """
+    if (size := environment_number("WORLD_SIZE", 1)) > 1:
+        raise UserError(
+            f"WORLD_SIZE {size}: {name} is one process, and only main.py takes several; start it "
+            "without torchrun, or unset WORLD_SIZE"
+        )
     paragraphs = [part for part in about.split("\n\n") if not part.startswith("    ")]
     parser = Parser(name, description=paragraphs[0], **options)
     add_debug_flag(parser)

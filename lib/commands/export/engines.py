@@ -62,7 +62,7 @@ class GridFolder(NamedTuple):
             weight = self.tensors[name]
             rows = (weight.mT if transposed else weight).flatten(0, -2)
             codes, scales, off = split(rows)
-            if not off == 0 and (other := next((g for g in GRIDS.values() if g.holds(rows)), None)):
+            if off > 0 and (other := next((g for g in GRIDS.values() if g.holds(rows)), None)):
                 raise UserError(
                     f"OUT {self.folder}: is of --quantize {other.name}, which llama.cpp and ollama "
                     f"alone run; gguf writes that by --type {other.name}, --to takes {GRID.name}"
