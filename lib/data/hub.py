@@ -106,7 +106,7 @@ def load(source: Source, split: str) -> tuple[HubTexts, str | None]:
 def keep_text(source: Source, folder: Path, characters: dict[str, int]) -> None:
     """Write the first texts of each split, at least `characters` of them, into a new folder.
 
-    The folder belongs to this program, and so do remains of a killed run beside it.
+    The folder belongs to this program, and so do the remains of a killed run beside it.
     """
     shutil.rmtree(partial_of(folder), ignore_errors=True)
     with staged_folder(folder, source.flag) as stage:

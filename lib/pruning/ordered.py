@@ -95,7 +95,7 @@ def known_order(
     index: int,
     linears: list[PrunableLinear],
 ) -> list[Stage]:
-    """Return `find_order`, computed once per class of blocks and cached in `orders`."""
+    """Return the result of `find_order`, cached in `orders` per class of blocks."""
     prefix = f"{runner.name}.{index}."
     names = [(linear.name.removeprefix(prefix), linear.shape) for linear in linears]
     key = type(runner.blocks[index]), *names
