@@ -40,6 +40,8 @@ def run(job: Job) -> dict[str, Any]:
         cleanup.callback(steps.close_store, job)
         runner = steps.load(job, cleanup, job.outcome.folder)
         results |= steps.base_results(job, runner)
+        if plan.rounds:
+            steps.check_zeros(job, runner)
         if plan.trims:
             steps.trim(job, runner)
         teacher = steps.load_teacher(job, runner, cleanup) if plan.tokens or plan.teacher else None

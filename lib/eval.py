@@ -1,6 +1,6 @@
-"""Perplexity by the published rule, and how far a model is from the dense one on the same text.
+"""Perplexity by the published rule, and divergence from the dense model on the same text.
 
-Both come from the same logits, which are computed in chunks.
+Both are computed from the same logits, in chunks.
 """
 
 from __future__ import annotations
@@ -26,14 +26,14 @@ from .model.blocks import (
 from .model.reference import DenseReference, compared_windows, local_windows
 from .util.errors import UserError
 
-FIGURES = "loss", "dense_loss", "kl", "agreement"  # of each window, by the names of the losses file
-COMPARED_POSITIONS = 64  # of a window, before and after linears are packed
-TRIED_WINDOWS, TRIED_TOKENS = 4, 256  # to see whether the model needs its BOS token
-COLLAPSE = 1.5  # perplexity without BOS over that with it, from which on a model needs it
+FIGURES = "loss", "dense_loss", "kl", "agreement"  # per window, as named in the losses file
+COMPARED_POSITIONS = 64  # positions of a window compared before and after packing
+TRIED_WINDOWS, TRIED_TOKENS = 4, 256  # for testing whether the model needs its BOS token
+COLLAPSE = 1.5  # least ratio of perplexities without and with BOS at which a model needs it
 
 
 def perplexity(runner: BlockRunner, windows: Tensor | Windows) -> float:
-    """Perplexity of windows (n, tokens)."""
+    """Return the perplexity of windows (n, tokens)."""
     return perplexities(runner, [windows])[0]["perplexity"]
 
 
@@ -44,20 +44,19 @@ def perplexities(
     reference: DenseReference | None = None,
     only_compared: bool = False,
 ) -> list[dict[str, Any]]:
-    """Return the figures of each test set, windows (n, tokens); their masks say what counts.
+    """Return the figures of each test set, windows (n, tokens), with masks of counted tokens.
 
     `perplexity`: exp of the mean over windows of each window's mean negative log-likelihood, with
-    its `standard_error` from the spread over windows (nan for a single one); `nats`: that of all
-    predicted tokens together. With `reference`, over `compared_windows` windows: `dense_nats` and
-    `own_nats`, both models' mean negative log-likelihood of a token; `dense_sum_nats`, the dense
-    one's sum; `loss_change`, the mean of their difference window by window; `kl`, the mean
-    KL(dense || model) in nats a token; and `top1_agreement`, the share of positions where both have
-    the same most likely token; the last three with their standard errors. `only_compared`: all
-    figures are of these windows. `by_window`: {one of FIGURES: float32 (windows,)}, nan where a
-    window was not compared.
+    its `standard_error` from the spread over windows (nan for a single one). `nats`: the sum over
+    all predicted tokens. With `reference`, over `compared_windows` windows: `dense_nats` and
+    `own_nats`, both models' mean negative log-likelihood per token. `dense_sum_nats`: the dense
+    model's sum. `loss_change`: the mean of their difference per window. `kl`: the mean KL(dense ||
+    model) in nats per token. `top1_agreement`: the share of positions with the same most likely
+    token. The last three have standard errors. `only_compared`: all figures are for these windows.
+    `by_window`: {one of FIGURES: float32 (windows,)}, nan for windows that were not compared.
 
     The ranks of `runner.dist` share the windows, as they did for `reference`. `on_progress` is
-    called with the number of this rank's windows that are done. UserError where a loss is not
+    called with the number of this rank's finished windows. Raises UserError if a loss is not
     finite.
     """
     dist, tests = runner.dist, [as_windows(test) for test in tests]
@@ -88,7 +87,7 @@ def perplexities(
 def _means(
     runner: BlockRunner, counts: Tensor, by_window: Tensor, compared: bool
 ) -> dict[str, Any]:
-    """Means over windows with `counts` (n,) predicted tokens of FIGURES (figures, n)."""
+    """Average FIGURES (figures, n) over windows with `counts` (n,) predicted tokens."""
     losses, dense, *divergences = by_window
     mean = losses.mean().item()
     if not math.isfinite(mean):
@@ -122,12 +121,12 @@ def _means(
 
 
 def exp(nats: float) -> float:
-    """The perplexity of a mean loss; inf where it is beyond a float."""
+    """Return the perplexity of a mean loss; inf if it exceeds a float."""
     return math.exp(nats) if nats < 700 else math.inf
 
 
 def _standard_error(values: Tensor) -> float:
-    """Of the mean of values (n,); nan for a single one."""
+    """Return the standard error of the mean of values (n,); nan for a single one."""
     return values.std().item() / math.sqrt(len(values)) if len(values) > 1 else math.nan
 
 
@@ -138,11 +137,11 @@ def _figures(
     weights: Tensor,
     compare: Callable[[Tensor], tuple[list[int], Callable[[Tensor], Tensor]]] | None,
 ) -> Tensor:
-    """FIGURES of each window in the batch, (figures, n): means over its predicted positions.
+    """Return FIGURES of each window in the batch, (figures, n): means over predicted positions.
 
-    `weights` (n, positions) is False where they do not count.
-    `compare`, of ids (n, tokens): the rows to compare, and what gives their dense logits. Figures
-    of the other rows stay 0.
+    `weights` (n, positions) is False for positions that do not count. `compare` takes ids
+    (n, tokens) and returns the rows to compare and a function for their dense logits. Figures of
+    the other rows stay 0.
     """
     ids = states.windows[batch].to(runner.device)  # (n, tokens)
     weights = weights.to(ids.device)
@@ -150,7 +149,7 @@ def _figures(
     chunk = positions_at_once(runner.device, vocabulary, len(ids), HEAD_POSITIONS)
     losses, dense, kl, agreement = total = torch.zeros(len(FIGURES), len(ids), device=ids.device)
     rows, dense_logits = compare(ids) if compare else ([], None)
-    chosen = torch.tensor(rows, device=ids.device)  # copied once: the host waits for it
+    chosen = torch.tensor(rows, device=ids.device)  # copied once, since the host waits for it
     logits_at = runner.logits(states, batch)
     for positions, logits in iter_logits(logits_at, weights.shape[1], runner.device, chunk):
         targets = ids[:, positions + 1]
@@ -158,28 +157,28 @@ def _figures(
         loss = cross_entropy(logits.flatten(0, 1), targets.flatten())
         losses += (loss.view(len(ids), -1) * counts).sum(1)
         if rows:
-            own = logits if len(rows) == len(ids) else logits[chosen]
+            compared = logits if len(rows) == len(ids) else logits[chosen]
             del logits
             expected = dense_logits(positions).flatten(0, 1)
-            divergence, same = compare_logits(expected, own.flatten(0, 1))
+            divergence, same = compare_logits(expected, compared.flatten(0, 1))
             loss = cross_entropy(expected, targets[chosen].flatten())
             for figure, values in ((dense, loss), (kl, divergence), (agreement, same)):
                 figure[chosen] += (values.view(len(rows), -1) * counts[chosen]).sum(1)
-            del own, expected
+            del compared, expected
         else:
-            del logits  # before the next ones come
+            del logits  # before the next chunk is computed
     return total / weights.sum(1)
 
 
-def compare_logits(dense: Tensor, own: Tensor) -> tuple[Tensor, Tensor]:
-    """KL(dense || own) in nats, and whether the most likely token is the same, (rows,) each.
+def compare_logits(dense: Tensor, model: Tensor) -> tuple[Tensor, Tensor]:
+    """Return KL(dense || model) in nats, and whether the most likely tokens agree, (rows,) each.
 
-    Both are logits (rows, vocabulary), softmaxed in float32, as many rows at a time as LOGIT_BYTES
-    allows.
+    Both are logits (rows, vocabulary), with softmax in float32, as many rows at a time as
+    LOGIT_BYTES allows.
     """
-    step = rows_at_once(own.device, own.shape[-1])
+    step = rows_at_once(model.device, model.shape[-1])
     divergences, same = [], []
-    for q, p in zip(dense.split(step), own.split(step), strict=True):
+    for q, p in zip(dense.split(step), model.split(step), strict=True):
         same.append(q.argmax(-1) == p.argmax(-1))
         log_q, log_p = q.float().log_softmax(-1), p.float().log_softmax(-1)
         divergences.append((log_q.exp() * log_p.neg_().add_(log_q)).sum(-1))
@@ -187,9 +186,9 @@ def compare_logits(dense: Tensor, own: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
-    """Negative log-likelihood (rows,) of `targets` (rows,) under logits (rows, vocabulary).
+    """Return the negative log-likelihood (rows,) of `targets` under logits (rows, vocabulary).
 
-    It is computed in float32, from as many rows at a time as LOGIT_BYTES allows.
+    Computed in float32, from as many rows at a time as LOGIT_BYTES allows.
     """
     step = rows_at_once(logits.device, logits.shape[-1])
     pieces = zip(logits.split(step), targets.split(step), strict=True)
@@ -198,13 +197,13 @@ def cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
 
 @torch.no_grad()
 def some_logits(model: nn.Module, window: Tensor) -> Tensor:
-    """Logits (1, positions, vocabulary) at the last positions of a window (1, tokens)."""
+    """Return logits (1, positions, vocabulary) at the last positions of a window (1, tokens)."""
     kept = min(COMPARED_POSITIONS, window.shape[1])
     return model(input_ids=window, use_cache=False, logits_to_keep=kept).logits[:, -kept:]
 
 
 def needs_bos(runner: BlockRunner, windows: Tensor, bos: int) -> bool:
-    """Whether perplexity on the first of windows (n, tokens) collapses without BOS."""
+    """Return whether perplexity on the first of windows (n, tokens) collapses without BOS."""
     bare = windows[:TRIED_WINDOWS, 1 : 1 + TRIED_TOKENS].clone()  # a text's first token may be BOS
     begun = prepend(bare[:, :-1], bos)
     without, begun = (perplexity(runner, ids) for ids in (bare, begun))

@@ -1,12 +1,12 @@
 """Prune a model block by block: observe the inputs of its linear layers, solve, propagate.
 
-`prune` is for a model in memory, and calls `prune_blocks` as main.py does. `Pruner._block_` is what
-happens to one block, as in Wanda (https://github.com/locuslab/wanda), whose names stand here in
-brackets: the first block's inputs are recorded (`prepare_calibration_input`:
-`BlockRunner.capture`); for each block one pass observes the inputs of its linear layers
-(`WrappedGPT.add_batch`: `PruningMethod.observe`), all of them are pruned (`PruningMethod.prune_`),
-and a second pass takes the hidden states through the pruned block (`BlockRunner.advance_`).
-`check_sparsity` is `Measured` in lib/pruning/check.py.
+`prune` takes a model in memory and calls `prune_blocks`, as main.py does. `Pruner._block_` prunes
+one block as Wanda does (https://github.com/locuslab/wanda); Wanda's names are in brackets.
+The first block's inputs are recorded (`prepare_calibration_input`: `BlockRunner.capture`). For each
+block one pass observes the inputs of its linear layers (`WrappedGPT.add_batch`:
+`PruningMethod.observe`), all of them are pruned (`PruningMethod.prune_`), and a second pass takes
+the hidden states through the pruned block (`BlockRunner.advance_`). `check_sparsity` is `Measured`
+in lib/pruning/check.py.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ UNREACHED = "no calibration token reached it, or it is used without being called
 
 
 def first_of(names: list[str]) -> str:
-    """Name the first three, and how many more there are."""
+    """Return the first three names, and how many more there are."""
     more = f" and {len(names) - 3} more" if len(names) > 3 else ""
     return ", ".join(names[:3]) + more
 
@@ -66,10 +66,10 @@ def prune(
     batch_size: int | None = None,
     on_progress: Callable[[int], Any] = lambda blocks: None,
 ) -> Pruned:
-    """Prune a causal language model of transformers in place, where it is, in its dtype.
+    """Prune a causal language model of transformers in place, on its device and in its dtype.
 
-    `calibration`: windows of token ids (n, tokens), or texts, of which `nsamples` windows of
-    `seqlen` tokens are drawn by `seed`; None for a method that needs none. `method`: a name of
+    `calibration`: windows of token ids (n, tokens), or texts, from which `nsamples` windows of
+    `seqlen` tokens are drawn with `seed`; None for a method that needs none. `method`: a name in
     lib/methods/registry.py, FILE.py:CLASS or a class. `sparsity`: a share, or "2:4". `allocation`
     and `method_args` are as the flags of main.py. Raises UserError.
     """
@@ -100,23 +100,22 @@ def prune_blocks(
     allocation: Allocation,
     on_progress: Callable[[int], Any] = lambda blocks: None,
 ) -> Pruner:
-    """As `prune`, of a runner that holds the model; the result reports what was done."""
+    """Prune the model that a runner holds; the returned Pruner reports the results."""
     pruner = Pruner(runner, method, allocation)
     pruner.run(windows, on_progress)
     return pruner
 
 
 class Pruner:
-    """Prunes every linear of every block in place; embeddings and the output head stay dense.
+    """Prunes every linear layer of every block in place; embeddings and output head stay dense.
 
-    `method` makes an object for each input; `allocation`: how sparse each linear becomes. In the
-    end `pruned` has the number of weights by linear, and `left_dense` that and the reason. This
-    class walks the blocks; a subclass that does something else to them says to which linears
-    (`_linears`), and what (`_change_`).
+    `method` is instantiated for each input; `allocation` has the sparsity of each layer. After a
+    run `pruned` maps layers to their number of weights, and `left_dense` also to the reason.
+    Subclasses override `_linears` (which layers) and `_change_` (what to do with them).
     """
 
     stage = PRUNED  # the name under which --resume keeps finished blocks
-    fallback: str | None = None  # how experts of few tokens are changed, if not by that of a group
+    fallback: str | None = None  # method for experts with few tokens, else the group's fallback
 
     def __init__(
         self, runner: BlockRunner, method: type[PruningMethod], allocation: Allocation
@@ -125,7 +124,7 @@ class Pruner:
         self.method = method
         self.allocation = allocation
         self.dist = runner.dist
-        self.saved = runner.weights.saved  # to which dtype what is pruned is rounded
+        self.saved = runner.weights.saved  # dtype in which pruned weights are saved
         self.pruned: dict[str, int] = {}
         self.left_dense: dict[str, tuple[int, str]] = {}
         self.notes: list[BlockNotes] = []
@@ -133,13 +132,13 @@ class Pruner:
         count = Counter(id(p) for block in runner.blocks for p in block.parameters())
         self.shared = {key for key, times in count.items() if times > 1}
         self.shared_done: set[tuple[int, int | None]] = set()
-        # of classes of blocks: the linears of the first, and their order
+        # per class of blocks: the layers of the first block, and their order
         self.orders: dict[tuple, tuple[list[PrunableLinear], list[Stage]]] = {}
-        # from another memory they would take longer to come than to be computed again
+        # fetching cached inputs from other memory would take longer than computing them again
         on_device = torch.device(runner.state_device).type == runner.device.type
         self.cache_inputs = runner.cache_inputs and on_device
-        self.states: HiddenStates | None = None  # before the next block
-        self.dense_states: HiddenStates | None = None  # the same in the untouched model
+        self.states: HiddenStates | None = None  # inputs of the next block
+        self.dense_states: HiddenStates | None = None  # the same in the dense model
 
     @torch.no_grad()
     def run(
@@ -147,14 +146,14 @@ class Pruner:
     ) -> None:
         """Calibrate on windows (n, tokens), None for a method that needs none, and prune.
 
-        `on_progress(1)` is called after each block. Raises UserError where a weight or an
-        activation is not finite.
+        `on_progress(1)` is called after each block. Raises UserError if a weight or an activation
+        is not finite.
         """
         runner = self.runner
         with experts_by(runner.model, "eager"):
             if self.method.observes:
-                own, self.idle = own_windows(windows, self.dist)
-                self.states = runner.capture(own)
+                local, self.idle = own_windows(windows, self.dist)
+                self.states = runner.capture(local)
             if self.method.dense_stream:
                 self.dense_states = self.states.copy()
             for index in range(len(runner.blocks)):
@@ -163,7 +162,7 @@ class Pruner:
                 on_progress(1)
 
     def summary(self) -> list[str]:
-        """Lines for the user: nothing is left dense silently."""
+        """Return lines for the user, which name every layer left dense."""
         pruned, left = sum(self.pruned.values()), sum(n for n, _ in self.left_dense.values())
         by_reason: dict[str, list[str]] = {}
         for name, (_, reason) in self.left_dense.items():
@@ -180,20 +179,20 @@ class Pruner:
         ]
 
     def all_warnings(self) -> list[str]:
-        """Return what the methods have warned of."""
+        """Return all warnings of the methods."""
         return [warning for notes in self.notes for warning in notes.warnings]
 
     def errors(self) -> dict[str, float]:
-        """Return the relative squared error of each pruned linear's outputs, by its name."""
+        """Return the relative squared error of each pruned layer's outputs, by name."""
         return {name: error for notes in self.notes for name, error in notes.errors.items()}
 
     def _block_(self, index: int) -> None:
-        """Prune one block, or load it as it was finished, and take the streams through it."""
+        """Prune one block, or load its finished version, and take the streams through it."""
         runner, states, ordered = self.runner, self.states, None
         dense = copy.deepcopy(runner.blocks[index]) if self.dense_states else None
         need_outputs = states is not None and index + 1 < len(runner.blocks)
         self.notes.append(BlockNotes())
-        # of blocks that are not fetched they were checked when they were loaded
+        # resident blocks were checked when they were loaded
         for linear in runner.linears(index) if not runner.weights.resident else ():
             linear.check_finite(runner.named)
         linears = self._linears(index)
@@ -206,7 +205,7 @@ class Pruner:
                 )
             written = self._prune_(index, linears, ordered)
             self._finish_(index)
-            # of quantized linears --resume keeps what their codes are made of
+            # for quantized layers --resume stores the matrices from which their codes are made
             matrices = {
                 linear.name.removeprefix(f"{runner.name}.{index}."): written[linear.name]
                 for linear in linears
@@ -228,13 +227,13 @@ class Pruner:
         states.block_args[index] = []  # the block's recorded arguments are not needed again
 
     def _linears(self, index: int) -> list[PrunableLinear]:
-        """The block's linears that are still to be changed; the others are reported."""
+        """Return the block's layers that are still to be changed; report the others."""
         linears, left_dense = find_linears(self.runner.blocks[index], f"{self.runner.name}.{index}")
         self.left_dense |= left_dense
         return [linear for linear in linears if weight_key(linear) not in self.shared_done]
 
     def _restore_(self, index: int, linears: list[PrunableLinear]) -> bool:
-        """Load the block and its notes if an interrupted run has finished it; whether it has."""
+        """Load the block and its notes if an interrupted run finished it; return whether it did."""
         facts = self.runner.weights.get(index, stage=self.stage)
         if facts is None:
             return False
@@ -246,7 +245,7 @@ class Pruner:
         return True
 
     def _finish_(self, index: int) -> None:
-        """Share the notes of all processes, once the block's linears are pruned."""
+        """Share the notes of all processes, once the block's layers are pruned."""
         notes = self.notes[-1]
         of_all = self.dist.all_gather_object((notes.warnings, notes.kept, notes.errors))
         warned, kept, errors = zip(*of_all, strict=True)
@@ -256,7 +255,7 @@ class Pruner:
     def _prune_(
         self, index: int, linears: list[PrunableLinear], ordered: OrderedBlock | None
     ) -> dict[str, Tensor]:
-        """Observe and prune, stage by stage or all at once; {linear's name: what it now holds}."""
+        """Observe and prune, stage by stage or all at once; return {layer's name: new weights}."""
         runner, method = self.runner, self.method
         if self.states is None:
             return self._solve_(
@@ -299,7 +298,7 @@ class Pruner:
         return written
 
     def _solved(self, group: Group) -> list[Tensor]:
-        """The group's matrices (out, in), pruned, in the dtype in which they are saved."""
+        """Return the group's pruned matrices (out, in), in the dtype in which they are saved."""
         _check_finite(group.method.statistics(), f"{group.names}: activations are not finite")
         matrices = [linear.matrix() for linear in group.linears]
         with warnings.catch_warnings(record=True) as caught:
@@ -344,5 +343,5 @@ def _check_finite(tensors: Iterable[Tensor], what: str) -> None:
         raise UserError(f"{what}; try --dtype float32")
 
 
-# so that `from langprune import prune`, which is this module, can be called
+# lets callers of `from langprune import prune`, which gives this module, call it
 sys.modules[__name__].__class__ = type("Verb", (type(sys),), {"__call__": staticmethod(prune)})

@@ -2,7 +2,7 @@
 
 One more pass over the blocks with calibration text: each linear receives what the rounded blocks
 before it give, and aims at what the model computes without them (lib/methods/gptq.py). Zeros stay
-zeros.
+zeros where the format has one.
 """
 
 from __future__ import annotations
@@ -26,10 +26,8 @@ from .pruning.ordered import OrderedBlock
 from .sharded import is_sharded, part_of_start, shared_along
 from .util.errors import UserError
 
-NOTHING = {  # to round: the error, by format
-    "int4": "--replace_sparse_layers: no linear is smaller packed; prune with --prune_method first",
-    "q4_0": "--quantize q4_0: no linear has rows of whole blocks of 32; remove the flag",
-}
+NOTHING = "--replace_sparse_layers: no linear is smaller packed; prune with --prune_method first"
+NO_BLOCKS = "--quantize {}: no linear has rows of whole blocks of 32; remove the flag"
 
 
 def takes(fmt: Int4, linear: PrunableLinear) -> bool:
@@ -91,7 +89,7 @@ class Quantizer(Pruner):
         self.names = {name: first.setdefault(id(each), name) for name, each in every}
         self.saved = SaveDtypes()  # integers times scales are kept as they are
         if not any(takes(fmt, linear) for linear in runner.each_linear()):
-            raise UserError(NOTHING[fmt.name])
+            raise UserError(NOTHING if fmt.packs else NO_BLOCKS.format(fmt.name))
 
     def summary(self) -> list[str]:
         few = [name for notes in self.notes for name in sum(notes.fallbacks.values(), [])]

@@ -1,10 +1,10 @@
-"""Remove whole neurons of the MLPs, or whole experts, block by block: a smaller model is left.
+"""Remove whole MLP neurons or whole experts, block by block, which leaves a smaller model.
 
-Each block is observed with the blocks before it already smaller. Neurons: of the input of the down
-projection a method sums what it needs, chooses the neurons that stay and, if it repairs, what the
-columns of down become (`PruningMethod.remove_neurons_`); the rows of gate and up stay as they were.
-Experts: the same number goes in every block that has experts; the gates of those that stay are what
-the router gives.
+Each block is observed after the blocks before it became smaller. For neurons, a method sums
+statistics of the down projection's input. It chooses the remaining neurons and may adjust their
+columns of the down projection (`PruningMethod.remove_neurons_`); the rows of gate and up stay
+unchanged. For experts, every block that has experts loses the same number, and the router's gates
+apply to the remaining ones.
 Run: `python main.py --model MODEL --prune_method sparsegpt --sparsity_type neurons ...`, or
 `--prune_method reap --sparsity_type experts`.
 """
@@ -32,10 +32,10 @@ from .pruning.inputs import Group
 from .util.errors import UserError
 from .util.host import malloc_trim
 
-CHECKED = 16  # tokens on which a block is checked where no text is observed
-MULTIPLE = 256  # of neurons, that fast kernels like
-STEPS = 8  # multiples that the width has at least
-TOLERANCE = 1e-3  # of the norm of a block's outputs, that rounding may change
+CHECKED = 16  # tokens on which a block is checked without calibration text
+MULTIPLE = 256  # granularity of neurons, for fast kernels
+STEPS = 8  # least number of multiples in the width
+TOLERANCE = 1e-3  # relative change of a block's outputs that rounding may cause
 
 
 def remove(
@@ -47,10 +47,10 @@ def remove(
     seed: int = 0,
     on_progress: Callable[[int], Any] = lambda blocks: None,
 ) -> PartPruner:
-    """Remove neurons or experts in place until `left` stay in each block; the result reports.
+    """Remove neurons or experts in place until `left` remain in each block; return the pruner.
 
-    Arguments as those of `prune` (lib/prune.py); `layout` says where the model has the parts, and
-    `seed` is for choices at random. UserError too where none can be removed without other changes.
+    Arguments are as for `prune` (lib/prune.py); `layout` locates the parts, and `seed` is for
+    random choices. Raises UserError also if none can be removed without other changes.
     """
     kind = NeuronPruner if layout.kind == NEURONS else ExpertPruner
     pruner = kind(runner, method, layout, left, seed)
@@ -59,10 +59,10 @@ def remove(
 
 
 class PartPruner(Pruner):
-    """Removes neurons or experts, until `left` stay in each block, and sets the config's field.
+    """Removes neurons or experts, until `left` remain in each block, and sets the config's field.
 
-    `layout` says where a model has them; `seed` is for choices at random. A subclass notes which
-    parts of a block stay, before `_cut_`.
+    `layout` locates them; `seed` is for random choices. A subclass notes the remaining parts of a
+    block before `_cut_`.
     """
 
     def __init__(
@@ -75,17 +75,17 @@ class PartPruner(Pruner):
     ) -> None:
         super().__init__(runner, method, Allocation({}))
         self.layout, self.left, self.seed = layout, left, seed
-        self.cache_inputs = False  # they would have the wrong width once neurons are removed
+        self.cache_inputs = False  # inputs would have the wrong width once neurons are removed
         self.weights_before = self._count_weights()
 
     def run(
         self, windows: Tensor | None, on_progress: Callable[[int], Any] = lambda blocks: None
     ) -> None:
-        """As `Pruner.run`; UserError too where nothing can be removed without other changes."""
+        """As `Pruner.run`; UserError also if nothing can be removed without other changes."""
         super().run(windows, on_progress)
         text = self.runner.model.config.get_text_config(decoder=True)
         setattr(text, self.layout.field, self.left)
-        for path, attribute, entries in self.layout.counters:  # those of blocks are set already
+        for path, attribute, entries in self.layout.counters:  # those inside blocks are set already
             setattr(self.runner.model.get_submodule(path), attribute, entries * self.left)
         self.weights_after = self._count_weights()
 
@@ -124,18 +124,18 @@ class PartPruner(Pruner):
         if kept := self.notes[-1].kept:
             block, name = self.runner.blocks[index], f"{self.runner.name}.{index}"
             keep_parts_(block, self.layout, index, name, torch.tensor(kept))
-            malloc_trim()  # weights lie in heaps of threads that read them, which none else fills
+            malloc_trim()  # freed weights are in heaps of reader threads, which nothing else reuses
 
 
 def multiple_of(width: int) -> int:
-    """Of what the neurons that stay are a multiple: an eighth of the width at most."""
+    """Return the granularity of the kept width: a power of two, at most width/8 and MULTIPLE."""
     return min(MULTIPLE, 2 ** max(0, (width // STEPS).bit_length() - 1))
 
 
 def neurons_left(layout: PartLayout, ratio: float) -> int:
-    """How many neurons of a block stay: about 1 - `ratio` of them, a multiple of `multiple_of`.
+    """Return the number of neurons to keep: about 1 - `ratio`, a multiple of `multiple_of`.
 
-    UserError where that removes none.
+    Raises UserError if that removes none.
     """
     width, multiple = layout.count, multiple_of(layout.count)
     left = max(1, round((1 - ratio) * width / multiple)) * multiple
@@ -151,13 +151,13 @@ class NeuronPruner(PartPruner):
     """Makes the MLPs of a runner's model narrower, in place."""
 
     def _linears(self, index: int) -> list[PrunableLinear]:
-        """The down projection."""
+        """Return only the down projection."""
         self.index = index
         name = f"{self.runner.name}.{index}.{self.layout.modules[index]}"
         return [linear for linear in self.runner.linears(index) if linear.name == name]
 
     def _change_(self, group: Group, matrices: list[Tensor]) -> None:
-        """Choose neurons by gains too: the product of the norms of the rows that make each."""
+        """Choose neurons, also by gains: the product of the norms of the rows that make each."""
         gains: Tensor | float = 1.0
         down = f"{self.layout.modules[self.index]}.weight"
         for path, (dim, entries) in self.layout.tensors[self.index].items():
@@ -169,16 +169,16 @@ class NeuronPruner(PartPruner):
         self.notes[-1].kept = kept.tolist()
 
     def _finish_(self, index: int) -> None:
-        """Make the block smaller in all processes; on a batch that must not change its outputs."""
+        """Make the block smaller in all processes; check that a batch's outputs do not change."""
         super()._finish_(index)
         runner, states, kept = self.runner, self.states, self.notes[index].kept
         if not kept:
             raise UserError(f"{runner.name}.{index}.{self.layout.modules[index]}: {UNREACHED}")
-        if states is None:  # no text is observed
+        if states is None:  # no calibration text
             ids = torch.arange(CHECKED, device=runner.device)[None]
             states = runner.capture(ids, 1, runner.device)
         _, run = next(runner.iter_batches(states, index))
-        expected = run().float()  # down's columns of the neurons that go are zeros
+        expected = run().float()  # removed neurons have zero columns in down
         self._cut_(index)
         tolerance = max(TOLERANCE, 4 * torch.finfo(runner.model.dtype).eps)
         if (run().float() - expected).norm() > tolerance * expected.norm():
@@ -189,13 +189,13 @@ class NeuronPruner(PartPruner):
 
 
 def fewest(layout: PartLayout) -> int:
-    """How many experts must stay: those that the router chooses, two of a group that is scored."""
+    """Return the least number of experts: the router's choice, two per group that is scored."""
     least = max(math.ceil(layout.chosen / layout.open_groups), 2 if layout.groups > 1 else 1)
     return least * layout.groups
 
 
 def possible_counts(layout: PartLayout) -> list[int]:
-    """Return how many neurons or experts a block may have, from all of them downwards."""
+    """Return the possible numbers of neurons or experts in a block, in descending order."""
     step = least = multiple_of(layout.count)
     if layout.kind != NEURONS:
         step, least = layout.groups, fewest(layout)
@@ -203,12 +203,12 @@ def possible_counts(layout: PartLayout) -> list[int]:
 
 
 def experts_left(layout: PartLayout, ratio: float) -> int:
-    """How many experts stay in each block: about 1 - `ratio` of them, as many of each group.
+    """Return the number of experts to keep per block: about 1 - `ratio`, equal in each group.
 
-    UserError where none goes, or where fewer stay than the router chooses.
+    Raises UserError if none is removed, or if fewer remain than the router chooses.
     """
     each = layout.count // layout.groups
-    goes, most = round(ratio * each), each - fewest(layout) // layout.groups  # of a group
+    goes, most = round(ratio * each), each - fewest(layout) // layout.groups  # per group
     if 1 <= goes <= most:
         return (each - goes) * layout.groups
     what = f"--sparsity_ratio {ratio:g}: of {layout.count} experts in each block"
@@ -225,13 +225,13 @@ def experts_left(layout: PartLayout, ratio: float) -> int:
 class ExpertPruner(PartPruner):
     """Removes experts of a runner's model, in place."""
 
-    checked: frozenset[type] = frozenset()  # classes of blocks
+    checked: frozenset[type] = frozenset()  # checked classes of blocks
 
     def _linears(self, index: int) -> list[PrunableLinear]:
-        return []  # no linear is changed by itself
+        return []  # no layer is changed by itself
 
     def _prune_(self, index: int, linears: list[PrunableLinear], ordered: None) -> dict:
-        """Score the block's experts, and note which of them stay."""
+        """Score the block's experts, and note which of them remain."""
         if not self.layout.modules[index]:
             return {}
         self._check_once(index)
@@ -250,7 +250,7 @@ class ExpertPruner(PartPruner):
         return {}
 
     def _observe(self, index: int, observe: Callable[[int, Tensor, Tensor], None]) -> None:
-        """Call `observe(expert, gates, outputs)` for the tokens that are sent to each expert."""
+        """Call `observe(expert, gates, outputs)` for the tokens that are routed to each expert."""
         name = f"{self.runner.name}.{index}.{self.layout.modules[index]}"
         experts = self.runner.blocks[index].get_submodule(self.layout.modules[index])
 
@@ -261,7 +261,7 @@ class ExpertPruner(PartPruner):
                 if len(tokens):
                     only = torch.full((len(tokens), 1), expert, device=hidden.device)
                     one = torch.ones_like(only, dtype=gates.dtype)
-                    outputs = experts.forward(hidden[tokens], only, one)  # without this hook
+                    outputs = experts.forward(hidden[tokens], only, one)  # bypasses this hook
                     observe(expert, gates[tokens, places], outputs)
             raise Stop
 
@@ -271,7 +271,7 @@ class ExpertPruner(PartPruner):
                     run()
 
     def _check_once(self, index: int) -> None:
-        """Check for each class of blocks that experts in another order give the same outputs."""
+        """Check for each class of blocks that the order of its experts does not change outputs."""
         block, groups = self.runner.blocks[index], self.layout.groups
         if type(block) in self.checked:
             return
@@ -297,7 +297,7 @@ class ExpertPruner(PartPruner):
 
 
 def _routing(values: list[Any], name: str) -> tuple[Tensor, Tensor, Tensor]:
-    """Tokens (n, hidden), chosen experts (n, k) and their gates (n, k), as experts receive them."""
+    """Return tokens (n, hidden), chosen experts (n, k) and gates (n, k) from experts' arguments."""
     tensors = [value for value in values if isinstance(value, Tensor)]
     if len(tensors) == 3:
         hidden, chosen, gates = tensors

@@ -121,7 +121,7 @@ def swap_linears_(
             experts = (one for one in find_linears(block, name)[0] if one.expert is not None)
             paths |= {one.name: "left dense (experts in one tensor)" for one in experts}
     if all("left dense" in path for path in paths.values()):
-        raise UserError(NOTHING["int4"])
+        raise UserError(NOTHING)
     mark_packed_(runner.model)
     return paths
 

@@ -1,21 +1,21 @@
-"""The vocabulary of one language: a model keeps only the tokens that the language's texts use.
+"""Vocabulary trimming: keep only the tokens that the texts of one language use.
 
     python main.py --model MODEL --trim_vocabulary --calibration_data uk --prune_method admm ...
     python main.py --model MODEL --trim_vocabulary --vocabulary_data uk en --save_model OUT
 
-It keeps every token that the sources' train text uses, with all tokens that it is merged from; the
-bytes; special and added tokens; the tokens of the chat template and the configs. Little text does
-not use all tokens of its language. So a tenth of the documents is held out of a first count; where
-that count's tokens cut it into over RISE more tokens, unused tokens are kept too, those first that
-the scripts of the text make most likely, until the rise is below GOAL. Such tokens also fill the
-rows up to a multiple of 64. Special tokens that are merely reserved go, unless a text, the template
-or a config uses them. All other rows of the embedding and the head are removed, which makes the
-model smaller in every engine.
+It keeps every token that the sources' train text uses, with all tokens that it is merged from. It
+also keeps the bytes, special and added tokens, and the tokens of the chat template and the configs.
+A small text does not use all tokens of its language. Therefore 10% of the documents are held out of
+a first count. If that count's tokens cut them into over RISE more tokens, unused tokens are added
+until the rise is below GOAL, the most likely for the text's scripts first. Such tokens also fill
+the rows up to a multiple of 64. Reserved special tokens are removed, unless a text, the template or
+a config uses them. All other rows of the embedding and the head are removed, which makes the model
+smaller in every engine.
 
-    trimmed = trim_vocabulary(...)      before any weight is read: the smaller tokenizer
-    trimmed.prove(sources)              test texts decode to the same text
-    trimmed.hold_out(source, seqlen)    windows of a test text by both tokenizers, of the same bytes
-    keep_rows_(model, trimmed.rows)     and check_same_outputs: the model computes the same
+    trimmed = trim_vocabulary(...)      reads no weights, returns the smaller tokenizer
+    trimmed.prove(sources)              checks that test texts decode to the same text
+    trimmed.hold_out(source, seqlen)    windows of a test text by both tokenizers, of equal bytes
+    keep_rows_(model, trimmed.rows)     trims the model; check_same_outputs compares its logits
 """
 
 from __future__ import annotations
@@ -47,23 +47,23 @@ from .model.access import Checkpoint
 from .util.errors import UserError
 from .util.progress import progress
 
-RISE = 0.003  # of the tokens of text held out of the count, from which it is too little text,
-GOAL = 0.001  # and below which tokens that are likely in the language are enough
-HELD_OUT = 10  # every tenth document is held out,
-HELD_CHARACTERS = 1_000_000  # of so much text at most
-UNLIKELY = 3e-8  # expected share of a token in a text, below which it is not worth a row
-MEASURED_BYTES = 2**15  # of a test text, on which both vocabularies are measured,
-MEASURED_TOKENS = 1024  # in windows of at most so many tokens
-TOO_COSTLY = 0.02  # a rise of bits per byte that is warned of
-HUB_CHARACTERS = 100_000_000  # counted of a hub set; local text is counted whole
-BATCH_CHARACTERS = 4_000_000  # tokenised at a time, on all cores
-COMMON_LETTER = 1e-4  # share of the texts' tokens that have a letter, from which it is common
-MULTIPLE = 64  # the number of rows is a multiple of this, for fast matrix products on GPUs
-# with these numbers of rows llama.cpp's converter mistakes a LLaMA for CodeLlama or Granite
+RISE = 0.003  # rise in tokens of held-out text above which the text is too small
+GOAL = 0.001  # rise below which the kept likely tokens are enough
+HELD_OUT = 10  # every tenth document is held out
+HELD_CHARACTERS = 1_000_000  # largest amount of held-out text
+UNLIKELY = 3e-8  # expected share of a token in a text below which it is not worth a row
+MEASURED_BYTES = 2**15  # bytes of a test text on which both vocabularies are measured
+MEASURED_TOKENS = 1024  # largest window for that, in tokens
+TOO_COSTLY = 0.02  # rise of bits per byte above which a warning is printed
+HUB_CHARACTERS = 100_000_000  # counted in a Hub dataset; local text is counted in full
+BATCH_CHARACTERS = 4_000_000  # tokenized at a time, on all cores
+COMMON_LETTER = 1e-4  # least share of the texts' tokens with a letter for the letter to be common
+MULTIPLE = 64  # granularity of rows, for fast matrix products on GPUs
+# llama.cpp's converter mistakes a LLaMA with these numbers of rows for CodeLlama or Granite
 MISLEADING_ROWS = frozenset({32016, 49152})
-# scripts and signs that are rare in texts, some of them beyond the first 65,536
+# scripts and signs that are rare in texts, some beyond the first 65,536
 RARE_SIGNS = "🦉🏳️‍🌈 漢字の書き方 한국어 ไทย ꙮ𝔘𐍈 ﷽ ⅷ\u200b\ufeff\t\r\n  \x00¤"
-PROOF_TOKENS = 256  # of a test window, for logits before and after
+PROOF_TOKENS = 256  # tokens of a test window whose logits are compared
 NOTE = (
     "The vocabulary was trimmed: fewer tokens share the probability, so perplexity falls by "
     "itself. Compare with other vocabularies by bits per byte."
@@ -74,7 +74,7 @@ NOTE = (
 class TrimmedVocabulary:
     """The smaller vocabulary.
 
-    `rows` (rows,) holds the original row of each new one; rows past the tokenizer's ids have no
+    `rows` (rows,) holds the original row of each new one; rows beyond the tokenizer's ids have no
     token. `facts` is the record for results.json.
     """
 
@@ -82,7 +82,7 @@ class TrimmedVocabulary:
     tokenizer: PreTrainedTokenizerBase
     rows: Tensor
     facts: dict[str, Any] = field(default_factory=dict)
-    # of the original and of the trimmed tokenizer, and the bytes that count in each
+    # windows by the original and by the trimmed tokenizer, and the number of bytes that count
     held_out: tuple[Windows, Windows, int] | None = None
 
     @property
@@ -120,14 +120,14 @@ class TrimmedVocabulary:
         return lines
 
     def hold_out(self, source: Source, seqlen: int) -> None:
-        """Set `held_out` to windows of a test text, of dialogues the answers, by both tokenizers.
+        """Set `held_out` to windows by both tokenizers: a test text, or the answers of dialogues.
 
         At most MEASURED_BYTES, spread over the documents. A text's first token is predicted too,
-        from BOS or what else ends a text, so that all its bytes count.
+        from BOS or an end token, so that all its bytes count.
         """
         seqlen = min(seqlen, MEASURED_TOKENS)
         documents = test_documents(source, read_documents(source, "test")[0])
-        piece = re.compile(rf"\S[\s\S]{{0,{seqlen}}}(?=\s|$)")  # hardly ever over seqlen tokens
+        piece = re.compile(rf"\S[\s\S]{{0,{seqlen}}}(?=\s|$)")  # rarely over seqlen tokens
         pieces: list[Document] = []
         for document in documents:
             pieces += piece.findall(document) if isinstance(document, str) else [document]
@@ -156,7 +156,7 @@ class TrimmedVocabulary:
         return Sample(ids, torch.arange(len(ids)) > 0)
 
     def record_cost(self, nats_original: float, nats_trimmed: float) -> list[str]:
-        """Record what both models lose on `held_out`, summed in nats; return lines that say it."""
+        """Record both models' losses on `held_out`, summed in nats; return lines on the cost."""
         facts, size = self.facts, self.held_out[-1]
         original, trimmed = (nats / math.log(2) / size for nats in (nats_original, nats_trimmed))
         facts |= {"bits_per_byte_original": original, "bits_per_byte_trimmed": trimmed}
@@ -174,11 +174,11 @@ class TrimmedVocabulary:
         return lines
 
     def _compare(self, documents: Iterable[Document]) -> tuple[dict[str, Any], int | None]:
-        """Compare how both tokenizers cut and decode documents.
+        """Compare how both tokenizers encode and decode documents.
 
-        Returns how many documents there are, how many are cut into the same tokens, and the tokens
-        by both, whose rise is a share; and the number of the first document that decodes to another
-        text, if any.
+        Returns a record, and the number of the first document that decodes to another text, if any.
+        The record has the number of documents, the number with equal tokens, the tokens by both
+        tokenizers, and their rise as a share.
         """
         n_documents = n_alike = n_before = n_after = 0
         damaged, old_ids = None, self.rows.tolist()
@@ -272,10 +272,10 @@ def _likely_tokens(
     required: set[int],
     options: dict[str, Any],
 ) -> tuple[float | None, int]:
-    """Return the rise of the tokens of `held` by those of other text, and how many more it needs.
+    """Return the rise in tokens of `held` by the tokens of other text, and how many more it needs.
 
-    A first count is that of all texts, `counts` (tokens,), without `held`. The fewest unused tokens
-    are sought, most likely first, with which the rise is at most GOAL; all if none are enough.
+    The first count is `counts` (tokens,) without `held`. The second value is the least number of
+    unused tokens, most likely first, for a rise of at most GOAL, or all if none suffices.
     """
     if not held:
         return None, 0
@@ -291,14 +291,14 @@ def _likely_tokens(
         cut = bare.encode_batch_fast(held, add_special_tokens=False)
         return sum(len(each.ids) for each in cut) / max(before, 1) - 1
 
-    found = rise(0)
-    if found <= RISE:
-        return found, 0
+    bare_rise = rise(0)
+    if bare_rise <= RISE:
+        return bare_rise, 0
     low, high = 0, -(-most // MULTIPLE)
     while high - low > 1:
         middle = (low + high) // 2
         low, high = (low, middle) if rise(middle * MULTIPLE) <= GOAL else (middle, high)
-    return found, high * MULTIPLE
+    return bare_rise, high * MULTIPLE
 
 
 def _row_order(
@@ -307,7 +307,7 @@ def _row_order(
     """Return the original row of each new one: those of `kept`, then rows without a token.
 
     A kept token without a row, which only the tokenizer's settings can name, gets a row that would
-    have been dropped.
+    otherwise be removed.
     """
     spare = [i for i in range(rows) if i not in tokens.id_to_token and i not in unnamed]
     missing = min(_round_up(len(kept) + len(unnamed)), rows) - len(kept) - len(unnamed)
@@ -327,12 +327,12 @@ def choose_tokens(
     likely: int = 0,
     order: list[int] | None = None,
 ) -> set[int]:
-    """Return the tokens that stay: `required`, and those that texts use by `counts` (tokens,).
+    """Return the tokens to keep: `required`, and those with `counts` (tokens,) above 0.
 
-    `required` is closed over merges, and every other token comes with its parts. The tokens of
-    `_fill_order` fill the vocabulary, with `n_unnamed` rows that have no token, by `likely` more
-    and up to a multiple of MULTIPLE; of those with parts only what fits. `reserved` tokens stay
-    only where texts use them.
+    `required` is closed over merges, and every other token comes with its parts. Tokens of
+    `_fill_order` fill the vocabulary, with `n_unnamed` rows without a token, by `likely` more and
+    up to a multiple of MULTIPLE; a token is added only if its parts fit. `reserved` tokens are kept
+    only if texts use them.
     """
     order, used, chosen = order or _fill_order(tokens, counts)[0], counts > 0, set(required)
     chosen.update(*(tokens.merge_parts(index) for index in order if used[index]))
@@ -349,12 +349,12 @@ def choose_tokens(
 def _fill_order(tokens: TrimmableTokenizer, counts: Tensor) -> tuple[list[int], int]:
     """Return all tokens, by falling count and then most likely first, and how many are likely.
 
-    A tokenizer has learned its most frequent tokens first. So, by Zipf's law, the token of rank r
-    among the N of a script has about 1 / (r ln N) of that script's share of the text. Tokens with
+    A tokenizer learns its most frequent tokens first. By Zipf's law, the token of rank r among
+    the N of a script thus has about 1 / (r ln N) of that script's share of the text. Tokens with
     letters that are not common in the text, and those below UNLIKELY, come last.
     """
     n_letters: Counter[str] = Counter()
-    shares: Counter[str | None] = Counter()  # of scripts; None: no letters
+    shares: Counter[str | None] = Counter()  # by script; None: no letters
     used = [(i, n) for i, n in enumerate(counts.tolist()) if n and i in tokens.id_to_token]
     for index, n in used:
         shares[tokens.scripts[index]] += n
@@ -376,7 +376,7 @@ def _fill_order(tokens: TrimmableTokenizer, counts: Tensor) -> tuple[list[int], 
 
 
 def _round_up(rows: int) -> int:
-    """Return the next multiple of MULTIPLE that is no MISLEADING_ROWS."""
+    """Return the next multiple of MULTIPLE that is not in MISLEADING_ROWS."""
     rounded = rows + -rows % MULTIPLE
     return rounded + MULTIPLE if rounded in MISLEADING_ROWS else rounded
 
@@ -384,10 +384,10 @@ def _round_up(rows: int) -> int:
 def count_tokens(
     sources: Sequence[Source], tokenizer: PreTrainedTokenizerBase, dist: DistContext
 ) -> tuple[Tensor, list[str]]:
-    """Return how often each token occurs in the sources' train text: (tokens,) int64.
+    """Return how often each token occurs in the sources' train text, (tokens,) int64, and a sample.
 
-    And every HELD_OUT-th of the texts, of few ones pieces, up to HELD_CHARACTERS. The processes of
-    `dist` share the texts. Raises UserError for whatever is wrong with these.
+    The sample is every HELD_OUT-th text (a piece if texts are few), up to HELD_CHARACTERS. The
+    processes of `dist` share the texts. Raises UserError for any problem with them.
     """
     n_tokens = max(tokenizer.get_vocab().values()) + 1
     counts, held, room = torch.zeros(n_tokens, dtype=torch.long), [], HELD_CHARACTERS
@@ -404,8 +404,8 @@ def count_tokens(
                         held.append(text_by(tokenizer, document))
                         room -= len(held[-1])
                 seen += len(batch)
-                own = [text_by(tokenizer, each) for each in batch[dist.rank :: dist.size]]
-                ids = torch.tensor([*chain(*encode_all(tokenizer, own))], dtype=torch.long)
+                local = [text_by(tokenizer, each) for each in batch[dist.rank :: dist.size]]
+                ids = torch.tensor([*chain(*encode_all(tokenizer, local))], dtype=torch.long)
                 counts += torch.bincount(ids, minlength=n_tokens)
                 on_progress(len(batch))
     counts = counts.to(dist.device)
@@ -414,7 +414,7 @@ def count_tokens(
 
 
 def encode_all(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[list[int]]:
-    """Return the token ids of texts, cut on all cores, without special tokens."""
+    """Return the token ids of texts, encoded on all cores, without special tokens."""
     encodings = tokenizer.backend_tokenizer.encode_batch_fast(texts, add_special_tokens=False)
     return [encoding.ids for encoding in encodings]
 

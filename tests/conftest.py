@@ -22,6 +22,16 @@ LONGEST = "test_ranks", "test_equivalence", "test_install", "test_bare", "test_l
 REQUIRED_ON_CI = "needs a C++ compiler", "needs the package", "the pretended CUDA"
 
 
+def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
+    """Tests on the pretended CUDA device run alone: it can't be removed, and others expect none.
+
+    Files of both have the same names.
+    """
+    on_it = ROOT / "tests" / "cuda" in collection_path.parents
+    asked = config.getoption("markexpr") == "cuda"
+    return True if collection_path.suffix == ".py" and on_it != asked else None
+
+
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "cuda: on the pretended CUDA device, see tests/cuda")
 

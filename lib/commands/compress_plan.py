@@ -38,7 +38,8 @@ STRING_BYTES = 8  # length of each token and merge
 ROW_BYTES = 8  # type and score of a token
 PADDING_BYTES = 16  # name of a row without a token
 TENSOR_BYTES, HEADER_BYTES = 96, 2**12  # upper limits: name, shape and alignment; other fields
-BITS = {"q4_0": 4 + 16 / 32, "q8_0": 8 + 16 / 32}  # per weight, with its share of a scale
+# per weight, with its share of a scale
+BITS = {"q4_0": 4 + 16 / 32, "iq4_nl": 4 + 16 / 32, "q8_0": 8 + 16 / 32}
 
 
 class Times(NamedTuple):
@@ -126,17 +127,17 @@ def choose_size(job: Job, megabytes: float | None) -> tuple[str, str | None, str
     for left in possible_counts(layout) if layout else [None]:
         if layout and left < layout.count:
             model = skeleton_with(job.config, layout.field, left, job.checkpoint)
-        if (size := gguf_megabytes(job, model, "q4_0", outer)) <= most:
+        if (size := gguf_megabytes(job, model, job.plan.format, outer)) <= most:
             break
     cut = bool(layout) and left < layout.count
     kept = f"{left} of {layout.count} {layout.kind} in each block" if cut else "nothing pruned"
     weights = sum(weight.numel() for weight in job.skeleton.parameters())
     dense = _megabytes(weights * checkpoint_dtype(job.config).itemsize / 1e6)
-    summary += f"{kept}, {dense} -> about {_megabytes(size)} MB as q4_0"
+    summary += f"{kept}, {dense} -> about {_megabytes(size)} MB as {job.plan.format}"
     if size > most:
         problem = f"--megabytes {megabytes}: the smallest file has {summary}"
         raise UserError(f"{problem}. Give more, or choose a smaller model.")
-    return "q4_0", (f"{1 - left / layout.count:.6g}" if cut else None), summary
+    return job.plan.format, (f"{1 - left / layout.count:.6g}" if cut else None), summary
 
 
 def gguf_megabytes(job: Job, model: Any, type_: str, outer: float) -> float:
@@ -153,7 +154,7 @@ def gguf_megabytes(job: Job, model: Any, type_: str, outer: float) -> float:
         for name, weight in block.named_parameters():
             inputs = linears.get(f"block.{name}")
             bits = 32 if inputs is None else 16
-            if inputs is not None and FORMATS["q4_0"].takes(inputs):
+            if inputs is not None and FORMATS[job.plan.format].takes(inputs):
                 bits = BITS[type_]
             size += weight.numel() * bits / 8 + TENSOR_BYTES
     return size / 1e6

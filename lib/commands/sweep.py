@@ -12,7 +12,6 @@ retries failed runs. A report on all runs ends the sweep.
 from __future__ import annotations
 
 import argparse
-import os
 import re
 import shutil
 import time
@@ -198,8 +197,6 @@ def run_all(runs: Mapping[str, Sequence[str]], out: str, report: str | None = No
     Each run has the folder of its name in `out`, which is its `--save`. A run that fails does not
     stop the others. Raises UserError at the end for failed runs.
     """
-    if os.environ.get("WORLD_SIZE", "1") != "1":
-        raise UserError("WORLD_SIZE: a sweep is one process. Start main.py with several instead.")
     Path(out).mkdir(parents=True, exist_ok=True)
     print(f"{len(runs)} runs, each in a folder of {out}", flush=True)
     failed: list[str] = []

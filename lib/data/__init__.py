@@ -1,1 +1,1 @@
-"""From the name of a text to windows of token ids."""
+"""Text sources, documents, tokenizers and windows of token ids."""

@@ -1,4 +1,4 @@
-"""Rows of chat sets, in the shapes that these have, as dialogues. Imports nothing heavy."""
+"""Convert rows of chat datasets, in their common shapes, to dialogues. Imports nothing heavy."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-LISTS = ("messages", "conversation", "conversations")  # columns of messages
-PAIRS = (  # columns of what is asked, and of the answer
+LISTS = ("messages", "conversation", "conversations")  # columns that hold messages
+PAIRS = (  # columns of a question, and of its answer
     (("prompt",), "completion"),
     (("instruction", "input"), "output"),
     (("instruction", "input"), "response"),
@@ -21,12 +21,12 @@ SHAPES = (
 )
 ROLES = {name: name for name in ("system", "user", "assistant", "tool")}
 ROLES |= {"human": "user", "gpt": "assistant", "model": "assistant", "developer": "system"}
-KEPT = ("tool_calls", "tool_call_id", "name", "reasoning_content")  # of a message
+KEPT = ("tool_calls", "tool_call_id", "name", "reasoning_content")  # optional fields of a message
 
 
 @dataclass(frozen=True)
 class Dialogue:
-    """Messages as a chat template takes them, in JSON; a document beside those of text."""
+    """Messages as a chat template takes them, in JSON; a document like a text."""
 
     json: str
 
@@ -36,7 +36,7 @@ class Dialogue:
 
     @property
     def prompt(self) -> list[dict[str, Any]]:
-        """The messages before the first answer."""
+        """Return the messages before the first answer."""
         messages = self.messages
         roles = [*(message["role"] for message in messages), "assistant"]
         return messages[: roles.index("assistant")]
@@ -55,16 +55,16 @@ Document = str | Dialogue
 
 
 def row_of(document: Document, column: str = "text") -> dict[str, object]:
-    """Return the row that a document is read from."""
+    """Return a row from which a document could be read."""
     if isinstance(document, Dialogue):
         return {"messages": document.messages}
     return {"text": document, column: document}
 
 
 def dialogue_of(row: Mapping[str, object], column: str) -> Dialogue | None:
-    """Return a row's dialogue, None where a message has no words.
+    """Return a row's dialogue, or None if a message has no text.
 
-    Raises LookupError for a row without the columns of one, ValueError for what they can't hold.
+    Raises LookupError for a row without dialogue columns, ValueError for invalid content.
     """
     for name in (column, *LISTS):
         if isinstance(row.get(name), list):
@@ -72,7 +72,7 @@ def dialogue_of(row: Mapping[str, object], column: str) -> Dialogue | None:
     for names, answer in PAIRS:
         if answer in row and any(name in row for name in names):
             parts = [row[name] for name in (*names, answer) if row.get(name)]
-            if any(isinstance(part, list) for part in parts):  # of messages
+            if any(isinstance(part, list) for part in parts):  # lists of messages
                 return _dialogue([message for part in parts for message in part])
             asked = {"role": "user", "content": "\n\n".join(map(str, parts[:-1]))}
             return _dialogue([asked, {"role": "assistant", "content": row[answer]}])
@@ -88,7 +88,7 @@ def _dialogue(rows: list[Any]) -> Dialogue | None:
         )
         if not isinstance(role, str) or role not in ROLES:
             raise ValueError(f"the role {role!r} is none of {', '.join(ROLES)}; rename it")
-        if isinstance(content, list):  # of parts, such as text and images
+        if isinstance(content, list):  # parts such as text and images
             texts = [part.get("text") or "" if isinstance(part, dict) else None for part in content]
             if not all(isinstance(text, str) for text in texts):
                 way_out = 'write a text, or a list of {"type": "text", "text": ...}'
@@ -97,6 +97,6 @@ def _dialogue(rows: list[Any]) -> Dialogue | None:
         more = {key: row[key] for key in KEPT if row.get(key)}
         if not (isinstance(content, str) and content.strip()) and "tool_calls" not in more:
             return None
-        (content or "").encode()  # raises ValueError for half a surrogate pair
+        (content or "").encode()  # raises ValueError for an unpaired surrogate
         messages.append({"role": ROLES[role], "content": content or ""} | more)
     return Dialogue(json.dumps(messages, ensure_ascii=False)) if messages else None

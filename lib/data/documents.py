@@ -1,6 +1,6 @@
-"""Documents of a source: local files are read into memory here, hub sets by lib/data/hub.py.
+"""Read the documents of a source: local files into memory, Hub datasets with lib/data/hub.py.
 
-JSON lines, CSV and plain text need neither `datasets` nor pyarrow. An error names file and line.
+JSON lines, CSV and plain text need neither `datasets` nor pyarrow. Errors name file and line.
 """
 
 from __future__ import annotations
@@ -23,15 +23,15 @@ from . import hub
 from .chats import COLUMNS, Dialogue, Document
 from .sources import FILES, JOINED, PLAIN, Source, folder_files, is_parted, text_of
 
-TEXT_CHARACTERS = 2**25  # read of plain text, whose tokens are in memory at once
-ROWS_CHARACTERS = 2**29  # read of rows, which are in memory at once with
-ROW_CHARACTERS = 64  # beside each
-TENTH = 10  # one document in so many is held apart to measure on
-FEW = 20  # documents: fewer are cut at blank lines before that, else at line breaks or blanks
-PIECE_CHARACTERS = 4_000  # at most
-NAMED = 8  # files of a folder, in a message
-ENCODINGS = "utf_16 cp1251 koi8_u cp866 cp1253 cp1250 cp1252".split()  # that are still met
-AROUND = 2**15  # bytes before and after the first that is not UTF-8, which tell the encoding
+TEXT_CHARACTERS = 2**25  # limit of plain text, whose tokens are in memory at once
+ROWS_CHARACTERS = 2**29  # limit of rows, which are in memory at once with
+ROW_CHARACTERS = 64  # overhead for each
+TENTH = 10  # one document in this many is held out for evaluation
+FEW = 20  # fewer documents are first cut into pieces, at blank lines, line breaks or blanks
+PIECE_CHARACTERS = 4_000  # longest piece
+NAMED = 8  # files of a folder named in a message
+ENCODINGS = "utf_16 cp1251 koi8_u cp866 cp1253 cp1250 cp1252".split()  # encodings still in use
+AROUND = 2**15  # bytes around the first non-UTF-8 byte, from which the encoding is guessed
 PIECE = re.compile(r"(?s).{2000,4000}?\n\s*\n|.{2000,4000}?\n|.{2000,4000}?\s|.{1,4000}")
 SEPARATOR = re.compile(r"(?i)\"?sep=(.)\"?\s*")
 Documents = list[Document] | hub.HubTexts
@@ -39,10 +39,10 @@ log = logging.getLogger(__name__)
 
 
 def read_documents(source: Source, split: str) -> tuple[Documents, str | None]:
-    """Return the documents of a split (`train` or `test`) and their revision (hub commit or None).
+    """Return the documents of a split (`train` or `test`) and their revision (Hub commit or None).
 
-    The documents are texts and dialogues in a sequence; those of a streamed set are iterated over
-    alone. Raises UserError for whatever is wrong with the data.
+    The documents are a sequence of texts and dialogues; those of a streamed dataset can only be
+    iterated over. Raises UserError for any problem with the data.
     """
     if source.hub:
         return hub.load(source, split)
@@ -73,10 +73,10 @@ def read_documents(source: Source, split: str) -> tuple[Documents, str | None]:
 
 
 def part(source: Source, texts: list[Document], split: str) -> list[Document]:
-    """Return the tenth of the documents that is held apart (`test`), or the others (`train`).
+    """Return the held-out 10% of the documents (`test`), or the others (`train`).
 
-    It is the tenth with the lowest digests, so that order and copies do not matter. Raises
-    UserError if there is but one document.
+    The held-out documents have the lowest digests, so that order and copies do not matter. Raises
+    UserError if there is only one document.
     """
     if len(texts) < FEW:
         texts = [piece for text in texts for piece in pieces_of(text)]
@@ -98,7 +98,7 @@ def are_dialogues(documents: Iterable[Document]) -> bool:
 
 
 def pieces_of(text: Document) -> list[Document]:
-    """Return a text in pieces of 2,000 to PIECE_CHARACTERS characters, if it has so many."""
+    """Split a text into pieces of 2,000 to PIECE_CHARACTERS characters, if it is that long."""
     if isinstance(text, Dialogue):
         return [text]
     return [piece.strip() for piece in PIECE.findall(text) if piece.strip()]
@@ -115,23 +115,23 @@ def _not_measured(source: Source, texts: list[Document]) -> Iterator[Document]:
 
 
 def check_source(source: Source, split: str) -> None:
-    """Raise UserError if a source can't be read; of a hub set, only the first row is."""
+    """Raise UserError if a source can't be read; reads only the first row of a Hub dataset."""
     documents, _ = read_documents(source, split)
     if source.hub:
         next(iter(replace(documents, first=0)))
 
 
 def locations(source: Source, split: str) -> set[object]:
-    """Return the local documents of a split, or the split of a hub set that they are read from.
+    """Return the local documents of a split, or the split's location in a Hub dataset.
 
-    Two sources that share none have no text in common.
+    Two sources without common locations have no text in common.
     """
     documents, _ = read_documents(source, split)
     return {documents.location} if source.hub else {text.strip() for text in documents}
 
 
 def read_line(source: Source, split: str) -> str:
-    """Return a line on what is read of a folder for a split, and what is left out."""
+    """Return a line on the files of a folder that a split reads, and those that it ignores."""
     paths, left = folder_files(source.path, "train" if is_parted(source, split) else split)
     size = sum(map(len, read_documents(source, split)[0]))
     line = f"{source.flag} {source.text}: {len(paths)} file{'s' * (len(paths) > 1)}, "
@@ -140,7 +140,7 @@ def read_line(source: Source, split: str) -> str:
 
 
 def _names(paths: list[Path]) -> str:
-    """Return the names of files and folders, of many the first ones and how many more there are."""
+    """Return the names of files and folders: the first few, and how many more there are."""
     names = [path.name + "/" * path.is_dir() for path in paths]
     more = f"and {len(names) - NAMED} more"
     return ", ".join([*names[:NAMED], *[more] * (len(names) > NAMED)])
@@ -169,7 +169,7 @@ def _read(source: Source, path: Path) -> Iterator[Document | None]:
         yield from kinds.get(path.suffix.lower(), _json_lines)(source, path)
     except UnicodeDecodeError as error:
         raise source.error(f"{path}: {conversion(error)}") from None
-    except (OSError, EOFError, zlib.error) as error:  # a damaged .gz raises any of them
+    except (OSError, EOFError, zlib.error) as error:  # a damaged .gz raises any of these
         raise _damaged(source, path, error) from error
     except MemoryError:
         raise source.error(f"{path} takes more memory than there is; give a part of it") from None
@@ -180,11 +180,11 @@ def _damaged(source: Source, path: Path, error: Exception) -> Exception:
 
 
 def conversion(error: UnicodeDecodeError) -> str:
-    """Return what to do with the bytes that could not be read as UTF-8."""
+    """Return advice for bytes that could not be read as UTF-8."""
     from charset_normalizer import from_bytes
 
     sample = error.object[max(0, error.start - AROUND) : error.start + AROUND]
-    pairs = sample[: len(sample) // 2 * 2]  # a line of UTF-16 ends amid a letter
+    pairs = sample[: len(sample) // 2 * 2]  # a line of UTF-16 may end inside a character
     likely = from_bytes(pairs, cp_isolation=ENCODINGS).best()
     if likely is None:
         return "neither UTF-8 text nor in a known encoding; save it as UTF-8"
@@ -194,7 +194,7 @@ def conversion(error: UnicodeDecodeError) -> str:
 
 
 def _json_lines(source: Source, path: Path) -> Iterator[Document | None]:
-    """Yield the text of each row; a line ends at "\\n" alone, and blank lines are no rows."""
+    """Yield the text of each row; lines end only at "\\n", and blank lines are skipped."""
     with (gzip.open if path.suffix.lower() == ".gz" else open)(path, "rb") as file:
         for number, line in enumerate(iter(lambda: file.readline(ROWS_CHARACTERS), b""), start=1):
             place = f"{path}, line {number}"
@@ -217,21 +217,21 @@ def _json_lines(source: Source, path: Path) -> Iterator[Document | None]:
 def _csv(source: Source, path: Path) -> Iterator[Document | None]:
     """Yield the text of each row of a table with a header.
 
-    Fields are separated by what Excel's first line `sep=` says, in .tsv by tabs, else by what the
-    header has most of outside quotes: commas, ";", tabs or "|".
+    In .tsv the separator is a tab. Excel's first line `sep=` names another. Otherwise it is the
+    most frequent of commas, ";", tabs and "|" outside quotes in the header.
     """
     csv.field_size_limit(ROWS_CHARACTERS)
     with path.open(encoding="utf-8-sig") as file:
         lines = iter(lambda: file.readline(ROWS_CHARACTERS + 1), "")
         header = next(lines, "")
-        said = SEPARATOR.fullmatch(header)  # a line of its own before the header
+        declared = SEPARATOR.fullmatch(header)  # a separate line above the header
         unquoted = re.sub('"[^"]*"', "", header)
         by = "\t" if path.suffix.lower() == ".tsv" else max(",;\t|", key=unquoted.count)
-        lines, by = (lines, said[1]) if said else (chain([header], lines), by)
+        lines, by = (lines, declared[1]) if declared else (chain([header], lines), by)
         rows = csv.DictReader(lines, delimiter=by, strict=True)
         try:
             for row in rows:
-                place, surplus = f"{path}, line {rows.line_num + bool(said)}", row.pop(None, [])
+                place, surplus = f"{path}, line {rows.line_num + bool(declared)}", row.pop(None, [])
                 text = text_of(source, row, place)
                 if surplus:
                     problem = (
@@ -241,7 +241,7 @@ def _csv(source: Source, path: Path) -> Iterator[Document | None]:
                     raise source.error(problem)
                 yield text
         except csv.Error as error:
-            place = f"{path}, line {rows.line_num + 1 + bool(said)}"
+            place = f"{path}, line {rows.line_num + 1 + bool(declared)}"
             raise source.error(f"{place}: not CSV ({error}); quote the texts") from None
 
 
@@ -253,8 +253,8 @@ def _parquet(source: Source, path: Path) -> Iterator[Document | None]:
         names = schema.names if source.column not in schema.names else [source.column]
         columns = [name for name in names if name == source.column or name in COLUMNS]
         if not columns:
-            text_of(source, dict.fromkeys(schema.names), path)  # which says so
-        # a text that is repeated is in memory once, but nested values can't be read so
+            text_of(source, dict.fromkeys(schema.names), path)  # raises the error
+        # dictionaries keep a repeated text in memory once, but do not work for nested values
         nested = {name for name in columns if schema.field(name).type.num_fields}
         repeated = [name for name in columns if name not in nested]
         with parquet.ParquetFile(path, read_dictionary=repeated) as file:
@@ -268,7 +268,7 @@ def _parquet(source: Source, path: Path) -> Iterator[Document | None]:
 
 
 def _plain_text(source: Source, path: Path) -> Iterator[str]:
-    """Yield the text of a file of plain text, which is one document; nothing if it is blank."""
+    """Yield the text of a plain text file, which is one document; nothing if it is blank."""
     with path.open(encoding="utf-8-sig") as file:
         text = file.read(TEXT_CHARACTERS)
     if text.strip():

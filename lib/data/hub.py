@@ -1,7 +1,7 @@
-"""Data sets of the Hugging Face hub, whole or streamed; what goes wrong is told in one line.
+"""Hugging Face Hub datasets, downloaded or streamed, with one-line errors.
 
-Small sets are downloaded once by `datasets` and kept in its cache; large ones are streamed, so that
-a few windows cost a few megabytes. The current commit is looked up first, and that one is read.
+`datasets` downloads small datasets once and caches them. Large ones are streamed, so that a few
+windows cost a few megabytes. The current commit is looked up first, and that revision is read.
 """
 
 from __future__ import annotations
@@ -22,16 +22,16 @@ from .chats import COLUMNS, Document, row_of
 from .languages import codes_of
 from .sources import Source, text_of
 
-TEST_DOCUMENTS = 1_100  # the first documents of a large set, which are its test text
-TIMEOUT = 10.0  # seconds for the hub's first answer
+TEST_DOCUMENTS = 1_100  # the first documents of a large dataset are its test text
+TIMEOUT = 10.0  # seconds until the Hub's first answer
 TESTS = ("test", "validation")
 
 
 @dataclass(frozen=True)
 class HubTexts:
-    """The texts of a set, from row `first` on; `location` identifies where they are read from.
+    """The texts of a dataset, from row `first` on; `location` identifies where they come from.
 
-    Those of a downloaded set are read from disk one at a time, of a streamed one in its own order.
+    Downloaded texts are read from disk one at a time, streamed texts in the order of the stream.
     """
 
     source: Source
@@ -60,7 +60,7 @@ class HubTexts:
             )
 
     def _text(self, row: dict, number: int) -> Document:
-        """Return the text of a row, which null leaves empty. Raises UserError for another type."""
+        """Return the text of a row, "" for null. Raises UserError for another type."""
         return text_of(self.source, row, f"row {number}") or ""
 
 
@@ -68,7 +68,7 @@ class HubTexts:
 def load(source: Source, split: str) -> tuple[HubTexts, str | None]:
     """Return the texts of a split (`train` or `test`) and their commit, None if unknown.
 
-    Of a set without test and validation split the first `TEST_DOCUMENTS` rows are the test, and
+    In a dataset without test and validation split the first `TEST_DOCUMENTS` rows are the test, and
     calibration starts after them, unless the user names the split.
     """
     from datasets import load_dataset
@@ -92,9 +92,9 @@ def load(source: Source, split: str) -> tuple[HubTexts, str | None]:
         if source.language:
             codes = codes_of(source.language)
             rows = rows.filter(lambda row: row["language_code"] in codes)
-        columns = rows.column_names  # None for a stream of files without a schema
+        columns = rows.column_names  # None for streamed files without a schema
         if columns and source.column not in columns and not COLUMNS.intersection(columns):
-            text_of(source, dict.fromkeys(columns), source.hub)  # which says so
+            text_of(source, dict.fromkeys(columns), source.hub)  # raises the error
         parted = split == "train" and not (source.split or any(t in sets for t in TESTS))
         first = TEST_DOCUMENTS if source.stream and parted else 0
         location = (source.hub, source.config, options.get("data_files", {}).get(name), name, first)
@@ -104,9 +104,9 @@ def load(source: Source, split: str) -> tuple[HubTexts, str | None]:
 
 
 def keep_text(source: Source, folder: Path, characters: dict[str, int]) -> None:
-    """Write the first texts of each split into a new folder, `characters` of them at least.
+    """Write the first texts of each split, at least `characters` of them, into a new folder.
 
-    The folder is this program's alone, as is what a killed run has left beside it.
+    The folder belongs to this program, and so do remains of a killed run beside it.
     """
     shutil.rmtree(partial_of(folder), ignore_errors=True)
     with staged_folder(folder, source.flag) as stage:
@@ -125,11 +125,11 @@ def keep_text(source: Source, folder: Path, characters: dict[str, int]) -> None:
 
 
 def _revision(source: Source) -> str | None:
-    """Return the current commit of the hub's set.
+    """Return the current commit of a Hub dataset.
 
-    Returns None in offline mode, and if the hub is out of reach but the set was downloaded before;
-    `datasets` then looks into its cache. The hub is asked here because the attempts of `datasets`
-    take half a minute to fail.
+    Returns None in offline mode, and if the Hub cannot be reached but the dataset was downloaded
+    earlier; `datasets` then uses its cache. The request is made here because the retries of
+    `datasets` take half a minute to fail.
     """
     from huggingface_hub import HfApi, constants
     from huggingface_hub.errors import HfHubHTTPError, HTTPError, OfflineModeIsEnabled
@@ -147,7 +147,7 @@ def _revision(source: Source) -> str | None:
 
 @contextmanager
 def _as_user_error(source: Source) -> Iterator[None]:
-    """Turn whatever `datasets` and the hub's client raise into a UserError of one line."""
+    """Convert errors of `datasets` and the Hub's client to a UserError of one line."""
     from datasets.exceptions import DatasetsError
     from huggingface_hub.errors import HTTPError
 
@@ -156,7 +156,7 @@ def _as_user_error(source: Source) -> Iterator[None]:
     except UserError:
         raise
     except (DatasetsError, HTTPError, OSError, ValueError, RuntimeError) as error:
-        reason = " ".join(str(error).split())[:300]  # names the configs where one is missing
+        reason = " ".join(str(error).split())[:300]  # lists the configs if one is missing
         hint = f"; name a config as {source.hub}:CONFIG" if "onfig" in reason else ""
         problem = hub_problem(error, "data set") or f"can't be loaded: {reason}{hint}"
         if source.config and f"'{source.config}' not found" in reason:

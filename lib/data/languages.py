@@ -1,7 +1,7 @@
-"""Which text of the hub is of a language: BCP 47 tags such as `uk` or `zh-Hant`, and FineWeb's.
+"""Map languages to texts on the Hub: BCP 47 tags such as `uk` or `zh-Hant`, and FineWeb's names.
 
-FineWeb is English, FineWeb2 has a subset for every other language, named by ISO 639-3 and script.
-It names the individual language where a tag may mean several, and Chinese script as one.
+FineWeb is English. FineWeb2 has a subset for each other language, named with ISO 639-3 and script.
+Its names are those of individual languages, not of macrolanguages, and have one Chinese script.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from collections.abc import Set
 
 from ..util.errors import UserError
 
-# the individual language of FineWeb2 that a tag for several of them is taken to mean
+# the individual language in FineWeb2 for tags of macrolanguages
 INDIVIDUAL = dict(
     pair.split("=")
     for pair in (
@@ -22,19 +22,19 @@ INDIVIDUAL = dict(
         "orm=gaz pus=pbt que=quz sqi=als swa=swh uzb=uzn yid=ydd zha=zyb zho=cmn"
     ).split()
 )
-# scripts that Japanese mixes: a short text may have but one of them
+# scripts that Japanese mixes; a short text may have only one of them
 JAPANESE = "HIRAGANA KATAKANA KATAKANA-HIRAGANA IDEOGRAPHIC CJK".split()
 SCRIPTS = {"Hans": "Hani", "Hant": "Hani", "Kore": "Hang"}
 
 
 def script(letter: str) -> str:
-    """Return the script of a letter, by its name in Unicode, such as `LATIN`; CJK for Japanese."""
+    """Return the script of a letter from its Unicode name, such as `LATIN`; CJK for Japanese."""
     name = unicodedata.name(letter, "").partition(" ")[0]
     return "CJK" if name in JAPANESE else name
 
 
 def script_of(text: str) -> str | None:
-    """Return the script of most letters of a text."""
+    """Return the script of most letters in a text."""
     letters = Counter(script(letter) for letter in text if letter.isalpha())
     return max(letters, key=letters.get, default=None)
 
@@ -44,7 +44,7 @@ def words_of(text: str) -> list[str]:
 
 
 def is_in(written: str | None, known: Set[str], text: str) -> bool:
-    """Return whether a text is in a script and, if that is Latin, half of its words are known."""
+    """Return whether a text is in a script and, if it is Latin, half of its words are known."""
     words = words_of(text)
     if not words or script_of(text) != written:
         return bool(text.strip() and not words)
@@ -52,7 +52,7 @@ def is_in(written: str | None, known: Set[str], text: str) -> bool:
 
 
 def codes_of(tag: str) -> set[str]:
-    """Return the names of a language in ISO 639-3, itself and as an individual one."""
+    """Return a language's names in ISO 639-3: its own and that of an individual language."""
     from langcodes import Language
 
     try:
@@ -65,7 +65,7 @@ def codes_of(tag: str) -> set[str]:
 def language_text(tag: str) -> tuple[str, str]:
     """Return the language of a tag, as cards name it, and the built-in source of its text.
 
-    Raises UserError for what is no language; whether FineWeb2 has the subset only the hub knows.
+    Raises UserError for an unknown language; FineWeb2 may still lack the subset.
     """
     from langcodes import Language
 
@@ -73,7 +73,7 @@ def language_text(tag: str) -> tuple[str, str]:
         language = Language.get(tag)
         full = language.maximize()
         code = full.to_alpha3()
-    except (LookupError, ValueError):  # not known, not a tag
+    except (LookupError, ValueError):  # unknown or malformed tag
         code = None
     if code is None or language.language in (None, "und", "mul", "zxx"):
         raise UserError(f"--language {tag}: is no language; give its BCP 47 tag, such as uk or de")

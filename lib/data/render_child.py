@@ -1,9 +1,8 @@
-"""Renders dialogues by a chat template, as a process of its own, since a template may never end.
+"""Render dialogues with a chat template, in a separate process, since a template may never end.
 
-The first line that it reads is the template, what it is given besides messages, and the seconds
-of one rendering; then each line is [messages, whether an answer is to follow, the date, more]. It
-answers each by a line: the text, and the spans of characters that an assistant has written, its end
-of turn too; or an error.
+Protocol, one JSON line each. First: template, extra arguments, time limit per rendering in seconds.
+Then: [messages, add_generation_prompt, date, extra arguments]. The reply is the text and the
+character spans written by the assistant (including its end of turn), or an error.
 """
 
 import faulthandler
@@ -28,19 +27,19 @@ def main() -> None:
         try:
             messages, follows, day, more = json.loads(line)
             clock = datetime.fromisoformat(day).strftime
-            _compile_jinja_template(template).globals["strftime_now"] = clock  # is cached
+            _compile_jinja_template(template).globals["strftime_now"] = clock  # cached
             text = text_of(messages, follows)
             answer = {"text": text, "spans": [] if follows else spans_of(text_of, messages, text)}
-        except Exception as error:  # noqa: BLE001  a template raises anything
+        except Exception as error:  # noqa: BLE001  a template may raise any error
             answer = {"error": f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"}
         limit(0)
         print(json.dumps(answer), flush=True)
 
 
 def limit(seconds: float) -> None:
-    """End this process after so many seconds from now, amid a product of strings too; 0: do not.
+    """End this process after `seconds`, even inside a long string operation; 0 cancels the limit.
 
-    They are the processor's, where the system counts these: a loaded machine ends no template.
+    Counts CPU time if the system can, so that a loaded machine does not end a template.
     """
     if hasattr(signal, "setitimer"):
         signal.setitimer(signal.ITIMER_PROF, seconds)
@@ -51,7 +50,7 @@ def limit(seconds: float) -> None:
 
 
 def spans_of(text_of, messages: list[dict], text: str) -> list[tuple[int, int]]:
-    """Return the spans of the assistant's turns, but of those that later turns have changed."""
+    """Return the spans of the assistant's turns, except those that later turns have changed."""
     spans = []
     for end, message in enumerate(messages, start=1):
         if message["role"] == "assistant":

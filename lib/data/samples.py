@@ -1,4 +1,4 @@
-"""Samples: what documents become, and the windows that samples are cut into."""
+"""Samples, made from documents, and the windows that samples are cut into."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Tensor
 
 @dataclass(frozen=True, eq=False)
 class Sample:
-    """The tokens of a document; those in the `mask` count when they are predicted."""
+    """The tokens of a document; tokens in the `mask` count as prediction targets."""
 
     ids: Tensor  # (tokens,), int64
     mask: Tensor  # (tokens,), bool
@@ -19,11 +19,11 @@ class Sample:
 
 @dataclass(frozen=True, eq=False)
 class Windows:
-    """Windows of token ids; without more, all tokens count, and each window is one document's."""
+    """Windows of token ids; by default all tokens count, and each window has one document."""
 
     ids: Tensor  # (windows, tokens), int64
-    mask: Tensor | None = None  # (windows, tokens), bool: what counts when it is predicted
-    positions: Tensor | None = None  # (windows, tokens), int64: from 0 on in each document
+    mask: Tensor | None = None  # (windows, tokens), bool: prediction targets
+    positions: Tensor | None = None  # (windows, tokens), int64: from 0 in each document
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -37,19 +37,19 @@ class Windows:
 
     @property
     def counted(self) -> Tensor:
-        """Return whether what is predicted at each position counts; the last's as its own token."""
+        """Return whether each position's prediction counts; the last has its own token's value."""
         mask = torch.ones_like(self.ids).bool() if self.mask is None else self.mask
         return torch.cat([mask[:, 1:], mask[:, -1:]], 1)
 
 
 def spread(count: int, most: int | None) -> list[int]:
-    """Return the numbers of at most `most` (None: all) of `count` windows, at equal distances."""
+    """Return the indices of at most `most` (None: all) of `count` windows, evenly spaced."""
     chosen = count if most is None else min(count, most)
     return [index * count // chosen for index in range(chosen)]
 
 
 def as_windows(windows: Tensor | Windows) -> Windows:
-    """Return windows of which the ids alone (n, tokens) may be given."""
+    """Return Windows for windows, or for ids alone (n, tokens)."""
     return windows if isinstance(windows, Windows) else Windows(windows)
 
 
@@ -59,7 +59,7 @@ def join(parts: Sequence[Windows]) -> Windows:
 
 
 def join_rows(first: Windows, more: Windows) -> Windows:
-    """Join windows of which the second have a mask, and positions where the first have."""
+    """Join windows; the second have a mask, and also positions if the first do."""
     mask = torch.ones_like(first.ids).bool() if first.mask is None else first.mask
     positions = first.positions
     if positions is not None:
@@ -68,10 +68,10 @@ def join_rows(first: Windows, more: Windows) -> Windows:
 
 
 def windows_of(samples: Sequence[Sample], seqlen: int, bos: int | None = None) -> Windows:
-    """Cut samples, one after another, into whole windows; what is left over is dropped.
+    """Join samples and cut them into whole windows; the remainder is dropped.
 
-    Several samples are for one window. With `bos` each window begins with that token, in place of
-    its last one if need be.
+    Several samples make one window. With `bos` each window begins with that token, which replaces
+    its last one if necessary.
     """
     rows = ((s.ids, s.mask, torch.arange(len(s.ids))) for s in samples)
     joined = map(torch.cat, zip(*rows, strict=True))
@@ -81,13 +81,13 @@ def windows_of(samples: Sequence[Sample], seqlen: int, bos: int | None = None) -
         mask = torch.where(begun, mask, mask.roll(1, 1))
         ids = torch.where(begun, ids, prepend(ids[:, :-1], bos))
     positions = places - places[:, :1]
-    return Windows(ids, mask & (positions > 0), positions)  # nothing foretells a beginning
+    return Windows(ids, mask & (positions > 0), positions)  # first tokens are no targets
 
 
 def packed(samples: Iterable[Sample], seqlen: int) -> Iterator[Windows]:
-    """Yield windows of whole samples each, and of long ones cut, in which something counts.
+    """Yield windows of whole samples, and of long ones cut, that have prediction targets.
 
-    A window is filled up by the next sample, which counts in the window after it alone.
+    The next sample fills up a window; its tokens count only in the window after it.
     """
     begun: list[Sample] = []
     first = None
@@ -113,5 +113,5 @@ def _filled(begun: list[Sample], more: Sample, seqlen: int) -> Iterator[Windows]
 
 
 def prepend(windows: Tensor, bos: int) -> Tensor:
-    """Put `bos` before each of windows (n, tokens): (n, tokens + 1)."""
+    """Put `bos` before each of the windows (n, tokens): (n, tokens + 1)."""
     return torch.cat([windows.new_full((len(windows), 1), bos), windows], dim=1)

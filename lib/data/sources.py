@@ -1,13 +1,13 @@
-"""Where texts come from: what the user names becomes a `Source`. Imports nothing heavy.
+"""Text sources: parse the names that users give into `Source` objects. Imports nothing heavy.
 
-A source is a built-in name (the table below), a hub data set `owner/name[:config][:split][:column]`
-(an empty part means the default), or a local file or folder. A built-in name goes before a local
-folder (`./c4`), a local name before the hub. `NAME=WEIGHT` gives a source its weight in a mixture.
-A new built-in is one entry of the table.
+A source is a built-in name (the table below), a Hub dataset `owner/name[:config][:split][:column]`
+(an empty part means the default), or a local file or folder. A built-in name has precedence over a
+local folder (`./c4`), a local name over the Hub. `NAME=WEIGHT` gives a source its weight in a mix.
+A new built-in source is one entry of the table.
 
-Of a folder, files with the word `train` or `test` in their names are read, or all. `NAME:test` is
-the tenth of a local text without a test file, which is held apart: measure on it, and train on the
-rest, `NAME:train`.
+From a folder, files with the word `train` or `test` in their names are read, or else all. Without a
+test file, `NAME:test` is the held-out 10% of a local text: use it for evaluation, and the rest,
+`NAME:train`, for calibration and training.
 """
 
 from __future__ import annotations
@@ -23,46 +23,46 @@ from pathlib import Path
 from ..util.errors import UserError
 from .chats import SHAPES, Document, dialogue_of
 
-ONCE = "once"  # a document gives at most one window (UberText's rule)
-AGAIN = "again"  # a document may be drawn more than once (C4's rule)
-JOINED = "joined"  # all documents are one text, windows start anywhere in it (WikiText-2's rule)
+ONCE = "once"  # each document gives at most one window (UberText's rule)
+AGAIN = "again"  # a document may be drawn repeatedly (C4's rule)
+JOINED = "joined"  # all documents are one text with windows anywhere in it (WikiText-2's rule)
 
 ROWS = (".jsonl", ".jsonl.gz")
 TABLES = (".csv", ".tsv", ".parquet")
 PLAIN = (".txt", ".md")
 FILES = (*ROWS, *TABLES, *PLAIN)
 PART = re.compile(r":(train|test)$")
-SPLIT = re.compile(r"(?i)(?<![^\W\d_])(train|test)(?:s|ing|set)?(?![^\W\d_])")  # as a word
-ABOUT = re.compile(r"(?i)(readme|licen[cs]e)(?![^\W\d_])")  # names of no corpus
+SPLIT = re.compile(r"(?i)(?<![^\W\d_])(train|test)(?:s|ing|set)?(?![^\W\d_])")  # as a whole word
+ABOUT = re.compile(r"(?i)(readme|licen[cs]e)(?![^\W\d_])")  # files that are not part of a corpus
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+(:[^:/]*){0,3}")
 
 
 @dataclass(frozen=True)
 class Source:
-    """A set of texts and the rules of drawing from it. Exactly one of `path` and `hub` is set.
+    """A set of texts and the rules for drawing from it. Exactly one of `path` and `hub` is set.
 
-    A `sampled` set is too large to measure whole: its first documents and windows are the test.
+    A `sampled` set is too large to measure in full: its first documents and windows are the test.
     """
 
     text: str  # as the user wrote it, without the weight
-    flag: str  # the flag that it was given to, for messages
-    name: str  # short, for tables and pictures
+    flag: str  # the flag that named it, for messages
+    name: str  # short name for tables and figures
     weight: float | None = None
     path: Path | None = None
     hub: str | None = None
     config: str | None = None
-    split: str | None = None  # None: train to calibrate, test or validation to measure
+    split: str | None = None  # None: train for calibration, test or validation for evaluation
     column: str = "text"
-    language: str | None = None  # of the rows that are read, by their `language_code`
-    train_file: str | None = None  # a single file of the hub set, in place of a whole split
+    language: str | None = None  # selects rows by their `language_code`
+    train_file: str | None = None  # a single file of the Hub dataset instead of a whole split
     test_file: str | None = None
     stream: bool = False
     draw: str = ONCE
     sampled: bool = False
-    separator: str = "\n\n"  # between the documents of the test text
-    parted: bool = False  # a tenth of the local documents is the test, the others are for training
-    as_text: bool = False  # dialogues are read as plain text
-    tests: tuple[Source, ...] = ()  # local ones: what they hold is not read for training
+    separator: str = "\n\n"  # between documents of the test text
+    parted: bool = False  # 10% of the local documents are the test, the others for training
+    as_text: bool = False  # read dialogues as plain text
+    tests: tuple[Source, ...] = ()  # local test sets, whose text is excluded from training
     read: dict = field(default_factory=dict, compare=False, repr=False)  # local texts, by split
 
     def error(self, problem: str) -> UserError:
@@ -93,9 +93,9 @@ BUILT_IN: dict[str, dict] = {
 def parse_source(text: str, flag: str, column: str = "text") -> Source:
     """Return the source that `text` names; `flag` is the flag that it was given to.
 
-    `column` holds the texts of local files and of hub sets that are not built in. Local names are
-    told from hub ids by a look at the file system; the network is not used. Raises UserError for an
-    unknown name and for a bad weight.
+    `column` holds the texts of local files and of Hub datasets that are not built in. The file
+    system decides whether a name is local; the network is not used. Raises UserError for an
+    unknown name and for an invalid weight.
     """
     if "=" in text and not Path(PART.sub("", text)).expanduser().exists():
         text, _, weight = text.rpartition("=")
@@ -124,8 +124,8 @@ def parse_sources(
 ) -> list[Source]:
     """Return all sources of one flag, with different names; `mixture` allows weights.
 
-    Without weights the sources of a mixture count the same. Raises UserError also for a source
-    that is named twice, and if only some have a weight.
+    Without weights all sources of a mix count equally. Raises UserError also for a source that
+    is named twice, and if only some have a weight.
     """
     sources = [parse_source(text, flag, column) for text in texts]
     given = " ".join(texts)
@@ -142,7 +142,7 @@ def parse_sources(
 
 
 def mixture_name(sources: Sequence[Source]) -> str:
-    """Return `uk` for one source, `uk=0.75+en=0.25` for a mixture."""
+    """Return `uk` for one source, `uk=0.75+en=0.25` for a mix."""
     if len(sources) == 1:
         return sources[0].name
     total = sum(s.weight or 1 for s in sources)
@@ -150,11 +150,11 @@ def mixture_name(sources: Sequence[Source]) -> str:
 
 
 def folder_files(path: Path, split: str) -> tuple[list[Path], list[Path]]:
-    """Return the files of one split (`train` or `test`) of a folder, and what is left out of it.
+    """Return the files of one split (`train` or `test`) of a folder, and the ignored ones.
 
-    Both are sorted by name. Where no file is named `train`, all that are not named `test` are the
-    train text. JSON lines are read alone, then tables; plain text only where there is nothing else,
-    and a README only where there is no other. Hidden files are never read.
+    Both are sorted by name. If no file is named `train`, all that are not named `test` are the
+    train text. JSON lines are preferred to tables, and tables to plain text. A README is read only
+    if there is no other file. Hidden files are never read.
     """
     paths = sorted(p for p in path.iterdir() if not p.name.startswith("."))
     splits = {p: SPLIT.search(p.name) for p in paths}
@@ -169,7 +169,7 @@ def folder_files(path: Path, split: str) -> tuple[list[Path], list[Path]]:
 
 
 def text_of(source: Source, row: Mapping[str, object], place: object) -> Document | None:
-    """Return the row's text or dialogue, None for null. UserError if no tokenizer can take it."""
+    """Return the row's text or dialogue, None for null. UserError if it can't be tokenized."""
     text = row.get(source.column)
     has_messages = isinstance(text, list) and all(isinstance(each, dict) for each in text)
     if source.column not in row or has_messages:
@@ -203,7 +203,7 @@ def has_test(source: Source) -> bool:
 
 
 def is_parted(source: Source, split: str) -> bool:
-    """Return whether a split of the source is a part of what its files hold."""
+    """Return whether a split of the source is only a part of the documents in its files."""
     is_folder = bool(source.path and source.path.is_dir())
     return source.parted or (split == "test" and is_folder and not has_test(source))
 
@@ -252,7 +252,7 @@ def _on_hub(text: str, flag: str, column: str) -> Source | None:
 
 
 def _with_unique_names(sources: list[Source]) -> list[Source]:
-    """Put the parent folder before equal names; if they are still equal, use the whole text."""
+    """Prefix equal names with the parent folder; if they are still equal, use the whole text."""
     for longer in (lambda s: f"{s.path.resolve().parent.name}/{s.name}", lambda s: s.text):
         count = Counter(s.name for s in sources)
         sources = [

@@ -1,10 +1,10 @@
-"""What a model's chat template makes of dialogues: text, and which of it an assistant has written.
+"""Render dialogues with a model's chat template, and find the text that an assistant has written.
 
-A template is a program that comes with the model. It runs in a child (render_child.py), one for all
-dialogues, which ends where a rendering takes too long.
+A template is a program that comes with the model. It runs in a child process (render_child.py), one
+for all dialogues, which ends if a rendering takes too long.
 
-Many templates write the date. A run has one, so that its texts do not depend on the clock: today's,
-or what `set_date` is given.
+Many templates write the date. A run has one fixed date, so that its texts do not depend on the
+clock: the current one, or that of `set_date`.
 """
 
 from __future__ import annotations
@@ -32,22 +32,22 @@ FUNCTION = {"name": "a", "description": "a", "parameters": TAKES}
 TOOLS = [{"type": "function", "function": FUNCTION}]
 CALL = {"id": "abcdefghi", "type": "function", "function": {"name": "a", "arguments": {"a": "a"}}}
 RESULT = {"role": "tool", "name": "a", "tool_call_id": CALL["id"], "content": "a"}
-EXAMPLES = {  # of all that templates write
+EXAMPLES = {  # cover everything that templates write
     "system": [{"role": "system", "content": "a"}, ASKED, SAID],
     "several turns": [ASKED, SAID, ASKED, SAID],
     "thinking": [ASKED, SAID | {"reasoning_content": "a"}],
     "tool call": [ASKED, {"role": "assistant", "content": "", "tool_calls": [CALL]}, RESULT, SAID],
 }
-SECONDS = 20.0  # for one rendering, thousands of times as long as it takes
-CLOCK = "strftime_now"  # what templates call for the date
-# every day of a leap year, and a day of every year, which have all words and numbers of dates
+SECONDS = 20.0  # limit for one rendering, which usually takes milliseconds
+CLOCK = "strftime_now"  # the function with which templates ask for the date
+# every day of a leap year, and a day of each year, cover all words and numbers of dates
 DAYS = [str(date(2024, 1, 1) + timedelta(days)) for days in range(366)]
 DAYS += [f"{year}-01-01" for year in range(2000, 2100)]
 _date = str(date.today())
 
 
 class Template:
-    """A chat template in its child; `name` is the model's. `problem`: what was wrong last."""
+    """A chat template in its child; `name` is the model's. `problem`: the last error."""
 
     def __init__(self, name: str, template: str, given: str) -> None:
         self.name, self.problem = name, ""
@@ -66,17 +66,17 @@ class Template:
         day: str | None = None,
         **more: bool,
     ) -> tuple[str, list[tuple[int, int]]] | None:
-        """Return the text and the assistant's spans of it; None where the template raises.
+        """Return the text and the assistant's spans in it; None if the template raises an error.
 
-        `follows`: an answer is to follow. `day`: the date, if not the run's. `more`: extra template
-        variables.
+        `follows`: add the generation prompt. `day`: the date, if not the run's. `more`: extra
+        template variables.
         """
         line = json.dumps([messages, follows, day or _date, more | {"tools": tools}])
         try:
             self.child.stdin.write(line + "\n")
             self.child.stdin.flush()
             answer = json.loads(self.child.stdout.readline())
-        except (BrokenPipeError, ValueError):  # it has ended
+        except (BrokenPipeError, ValueError):  # the child has ended
             raise self._error("never ends, or takes more memory than there is") from None
         self.problem = answer.get("error", "")
         return None if self.problem else (answer["text"], answer["spans"])
@@ -102,7 +102,7 @@ def writes_date(tokenizer: PreTrainedTokenizerBase) -> bool:
 
 
 def template_of(tokenizer: PreTrainedTokenizerBase) -> Template:
-    """Return the template of a tokenizer. Raises UserError if it has none that works."""
+    """Return the template of a tokenizer. Raises UserError if it has no working one."""
     name = f"--model {tokenizer.name_or_path}"
     try:
         template = tokenizer.get_chat_template()
@@ -117,7 +117,7 @@ def template_of(tokenizer: PreTrainedTokenizerBase) -> Template:
 def examples(
     tokenizer: PreTrainedTokenizerBase, follows: bool
 ) -> Iterator[tuple[str, dict[str, Any], str]]:
-    """Yield kind, messages with tools, and text of the EXAMPLES that the template takes."""
+    """Yield kind, messages with tools, and text of the EXAMPLES that the template accepts."""
     for kind, messages in EXAMPLES.items():
         asked = messages[: -1 if follows else None]
         tools = TOOLS if kind == "tool call" else None
@@ -126,7 +126,7 @@ def examples(
 
 
 def dated_texts(tokenizer: PreTrainedTokenizerBase) -> Iterator[str]:
-    """Yield the EXAMPLES into which the template writes the date, on each of the DAYS."""
+    """Yield the EXAMPLES in which the template writes the date, for each of the DAYS."""
     template = template_of(tokenizer)
     for kind, messages in EXAMPLES.items() if writes_date(tokenizer) else ():
         tools = TOOLS if kind == "tool call" else None
@@ -142,9 +142,9 @@ def rendered(
     follows: bool = False,
     **more: bool,
 ) -> tuple[str, list[tuple[int, int]]]:
-    """Return what `Template.render` does; no text of messages that the template does not take.
+    """Return the result of `Template.render`, or no text if the template rejects the messages.
 
-    Where it knows no system, as Gemma's, what that says goes before the first question.
+    If it has no system role, as Gemma's, the system message is put before the first question.
     """
     template = template_of(tokenizer)
     rendering = template.render(messages, follows, **more)
@@ -156,20 +156,20 @@ def rendered(
 
 
 def prompt_of(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, Any]]) -> list[int]:
-    """Return the tokens before an answer that begins at once, without thinking; [] for none."""
+    """Return the prompt tokens of an immediate answer, without thinking; [] for no messages."""
     text = rendered(tokenizer, messages, True, enable_thinking=False)[0] if messages else ""
     return tokenizer(text, add_special_tokens=False, verbose=False).input_ids
 
 
 def text_by(tokenizer: PreTrainedTokenizerBase, document: str | Dialogue) -> str:
-    """Return a document's text; none of a dialogue that the template does not take."""
+    """Return a document's text; "" for a dialogue that the template rejects."""
     if isinstance(document, str):
         return document
     return rendered(tokenizer, document.messages)[0]
 
 
 def sample_of_dialogue(tokenizer: PreTrainedTokenizerBase, dialogue: Dialogue) -> Sample:
-    """Return a dialogue's tokens, and in the mask those that an assistant has written."""
+    """Return a dialogue's tokens; the mask marks those that an assistant has written."""
     text, spans = rendered(tokenizer, dialogue.messages)
     encoding = tokenizer(text, add_special_tokens=False, verbose=False)
     if not encoding.is_fast:

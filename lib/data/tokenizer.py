@@ -1,12 +1,12 @@
-"""A fast tokenizer with fewer tokens: which tokens need which others, and how it is written.
+"""A fast tokenizer with fewer tokens: dependencies between tokens, and the trimmed files.
 
 Byte-pair encoding (byte-level, or with tokens for bytes) and Unigram can be trimmed. A text whose
-tokens all stay is tokenised as before: no merge that its words go through is missing, and the
-merges that are gone belong to other words. A text that needs a dropped token is cut into smaller
-tokens, down to bytes, and decodes to the same text.
+tokens are all kept is tokenized as by the original: all merges of its words are kept, and the
+removed merges belong to other words. A text with a removed token is split into smaller tokens,
+down to bytes, and decodes to the same text.
 
-The smaller tokenizer is written to a folder and loaded from there by AutoTokenizer, so a run works
-with exactly the tokenizer that a user of the saved model will load.
+The trimmed tokenizer is written to a folder and loaded from there by AutoTokenizer. A run thus uses
+exactly the tokenizer that a user of the saved model will load.
 """
 
 from __future__ import annotations
@@ -34,19 +34,19 @@ from .templates import dated_texts, examples
 from .tokenizer_model import BYTE_TOKENS, CHECK, check_of
 
 FLAG = "--trim_vocabulary"
-TEMPLATE = 2**16  # characters of a chat template, several times the longest in use
+TEMPLATE = 2**16  # longest accepted chat template, in characters; several times the longest in use
 JINJA = Environment(extensions=["jinja2.ext.loopcontrols"])
 GENERATION = re.compile(r"\{%-?\s*(end)?generation\s*-?%\}")  # a tag that transformers adds
-# fields of a tokenizer's components that hold what is written in place of a blank
+# fields of a tokenizer's components that hold replacements for a blank
 SUBSTITUTES = ("replacement", "content", "prepend", "String", "Regex")
 ROLES = "user assistant system tool".split()
 NUMBER = re.compile(r"\d+")
-RESERVED_FAMILY = 4  # so many special tokens that differ in a number only are reserved ones
+RESERVED_FAMILY = 4  # special tokens that differ only in a number are reserved from this many on
 log = logging.getLogger(__name__)
 
 
 def keep_limits(tokenizer: PreTrainedTokenizerBase) -> None:
-    """Remember a tokenizer's padding and truncation, which any call of it ends for good."""
+    """Remember a tokenizer's padding and truncation, which any call of it removes."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     tokenizer.limits = {name: getattr(backend, name, None) for name in ("padding", "truncation")}
     tokenizer("a")
@@ -62,16 +62,16 @@ def as_loaded(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
 
 
 def template_texts(tokenizer: PreTrainedTokenizerBase, name: str) -> list[str]:
-    """Return the literals of the chat templates and their texts outside tags.
+    """Return the literals of the chat templates and their text outside tags.
 
-    A template that is no Jinja is a text as a whole. Raises UserError for one that is too long.
+    A template that is not Jinja counts as one text. Raises UserError for one that is too long.
     """
     templates = tokenizer.chat_template or {}
     templates = {"": templates} if isinstance(templates, str) else templates
     return [text for template in templates.values() for text in _texts(template, name)]
 
 
-@cache  # so that a warning is given once
+@cache  # cached so that a warning appears once
 def _texts(template: str, name: str) -> list[str]:
     if len(template) > TEMPLATE:
         problem = f"its chat template has more than {TEMPLATE} characters; shorten or remove it"
@@ -88,7 +88,7 @@ def _texts(template: str, name: str) -> list[str]:
 class TrimmableTokenizer:
     """The tokens of a fast tokenizer by id, and the tokens that each of them is merged from.
 
-    `name` is how messages call the tokenizer. Raises UserError if it can't be trimmed.
+    `name` names the tokenizer in messages. Raises UserError if it can't be trimmed.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, name: str) -> None:
@@ -111,14 +111,14 @@ class TrimmableTokenizer:
         self.model_tokens = [t for t, _ in vocab] if self.kind == "Unigram" else list(vocab)
         if len(set(self.model_tokens)) < len(self.model_tokens):
             raise _refused(name, "one with duplicate tokens")
-        self.parts: dict[int, set[int]] = {}  # by `merge_parts`
+        self.parts: dict[int, set[int]] = {}  # cache of `merge_parts`
         self.ranks: dict[tuple[str, str], int] = {}
         for rank, merge in enumerate(model.get("merges") or ()):
             self.ranks.setdefault(tuple(merge), rank)
 
     @cached_property
     def texts(self) -> dict[int, str]:
-        """The text of each token as it is written; "" for a byte, or a part of a letter."""
+        """The decoded text of each token; "" for a byte, or a part of a letter."""
         level = decoders.ByteLevel() if self.is_byte_level else None
         texts = {}
         for index, token in self.id_to_token.items():
@@ -129,7 +129,7 @@ class TrimmableTokenizer:
 
     @cached_property
     def scripts(self) -> dict[int, str | None]:
-        """The script of most letters of each token; None where it has none."""
+        """The script of most letters of each token; None without letters."""
         return {index: script_of(text) for index, text in self.texts.items()}
 
     @property
@@ -138,9 +138,9 @@ class TrimmableTokenizer:
         return any(part.get("type") == "ByteLevel" for part in _components(components))
 
     def merge_parts(self, index: int) -> set[int]:
-        """Return the ids of a token and of all tokens that its merges go through.
+        """Return the ids of a token and of all tokens in its merges.
 
-        A token that no merges lead to (a special one, or one that is only taken whole) needs none.
+        A token without merges (a special one, or one that is only matched whole) needs only itself.
         """
         if index in self.parts:
             return self.parts[index]
@@ -161,10 +161,10 @@ class TrimmableTokenizer:
         return self.parts.setdefault(index, {self.token_to_id[part] for part in parts})
 
     def reserved_ids(self) -> set[int]:
-        """Return the special tokens that stand in for tokens to come, such as `<unused42>`.
+        """Return the reserved special tokens, such as `<unused42>`.
 
-        These are families of special tokens that differ in a number only. Tokens that the
-        tokenizer's settings name, or its post-processor or padding inserts, are not among them.
+        These are families of special tokens that differ only in a number. Tokens that the
+        tokenizer's settings name, or its post-processor or padding inserts, are not included.
         """
         special = {token["content"] for token in self.data["added_tokens"] if token["special"]}
         sizes = Counter(NUMBER.sub("#", content) for content in special)
@@ -176,12 +176,12 @@ class TrimmableTokenizer:
         return {self.token_to_id[content] for content in reserved} - self._inserted_ids()
 
     def required_ids(self) -> set[int]:
-        """Return special and added tokens but reserved ones, and the parts any text is made of."""
+        """Return special and added tokens except reserved ones, and the basic parts of any text."""
         data, model = self.data, self.data["model"]
         needed = {token["content"] for token in data["added_tokens"]}
         needed |= set(self.tokenizer.all_special_tokens)
         components = (data["normalizer"], data["pre_tokenizer"], data["decoder"])
-        # as bytes, the sign for a blank would stay a sign
+        # as bytes, the sign for a blank would not decode to a blank
         texts = (part.get(key) for part in _components(components) for key in SUBSTITUTES)
         needed |= {text for text in texts if isinstance(text, str)}
         if self.is_byte_level:
@@ -191,7 +191,7 @@ class TrimmableTokenizer:
         else:
             needed |= {token for token in self.model_tokens if len(token) == 1}
         if self.kind == "Unigram":
-            # an unknown letter's score is computed from the worst one
+            # an unknown letter's score is computed from the lowest score
             needed.add(min(model["vocab"], key=lambda entry: entry[1])[0])
             if model["unk_id"] is not None:
                 needed.add(self.model_tokens[model["unk_id"]])
@@ -201,7 +201,7 @@ class TrimmableTokenizer:
         return (ids - self.reserved_ids()) | self._inserted_ids()
 
     def _inserted_ids(self) -> set[int]:
-        """Return the ids that the post-processor and padding put beside a text."""
+        """Return the ids that the post-processor and padding add to a text."""
         ids = {self.data["padding"]["pad_id"]} if self.data["padding"] else set()
         _map_ids(self.data["post_processor"], ids.add)
         return ids
@@ -209,7 +209,7 @@ class TrimmableTokenizer:
     def template_ids(self) -> set[int]:
         """Return the tokens of the chat templates: of literals, text outside tags, and examples.
 
-        Where a template writes the date, those of any date are among them.
+        If a template writes the date, the tokens of any date are included.
         """
         if not self.tokenizer.chat_template:
             return set()
@@ -218,7 +218,7 @@ class TrimmableTokenizer:
             for follows in (False, True):
                 texts += [text for *_, text in examples(self.tokenizer, follows)]
             texts += dated_texts(self.tokenizer)
-        except UserError as error:  # nobody has asked for dialogues
+        except UserError as error:  # dialogues were not requested
             log.warning("%s", error)
         ids = self.tokenizer(texts, add_special_tokens=False, verbose=False).input_ids
         return {index for each in ids for index in each}
@@ -253,8 +253,8 @@ class TrimmableTokenizer:
     ) -> PreTrainedTokenizerBase:
         """Return the smaller tokenizer as AutoTokenizer loads it.
 
-        `config` is the model's, which may decide the tokenizer's class. Raises UserError if the
-        loaded tokenizer has other ids than it was written with.
+        `config` is the model's, which may determine the tokenizer's class. Raises UserError if the
+        loaded tokenizer has other ids than the written one.
         """
         new_ids = {index: place for place, index in enumerate(kept)}
         with tempfile.TemporaryDirectory() as name:
@@ -301,7 +301,7 @@ def _components(value: Any) -> Iterator[dict[str, Any]]:
 
 
 def _map_ids(value: Any, new_id: Callable[[int], Any]) -> Any:
-    """Return a post-processor with new ids; templates hold them as `ids`, others as [token, id]."""
+    """Return a post-processor with new ids; templates have them as `ids`, others as [token, id]."""
     match value:
         case [str() as token, int() as index]:
             return [token, new_id(index)]

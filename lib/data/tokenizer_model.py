@@ -1,15 +1,15 @@
-"""What llama.cpp's converter and others that read no tokenizer.json need beside it.
+"""Write the tokenizer data that llama.cpp's converter and others need beside tokenizer.json.
 
-Tokenizers of SentencePiece's kind (byte-pair encoding with a token for every byte, as Llama 2,
-Mistral 7B and Gemma have it) get a `tokenizer.model`: every piece with its type and a score. An
-engine that merges by score then merges as the merges of tokenizer.json do, because a token's score
-is the negated rank of the first merge that makes it.
+Tokenizers like SentencePiece's have byte-pair encoding with a token for every byte, as in Llama 2,
+Mistral 7B and Gemma. They get a `tokenizer.model`: every piece with its type and a score. A score
+is the negated rank of the first merge that makes the token. An engine that merges by score then
+applies the merges of tokenizer.json in their order.
 
-Byte-level tokenizers are told apart by the converter through the ids that a certain text is cut
-into. Trimming changes the ids, so the tokenizer's config remembers those of the whole vocabulary.
+The converter identifies byte-level tokenizers by the ids of a certain text. Trimming changes the
+ids, so the tokenizer's config stores those of the original vocabulary.
 
-The file's format is sentencepiece_model.proto of google/sentencepiece, written here field by field:
-the package's own classes refuse any protobuf but the newest.
+The file's format is sentencepiece_model.proto of google/sentencepiece, written here field by field,
+because the package's own classes work only with the newest protobuf.
 """
 
 from __future__ import annotations
@@ -25,11 +25,11 @@ from transformers import PreTrainedTokenizerBase
 
 FILE = "tokenizer.model"
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)  # ModelProto.SentencePiece.Type
-UNREACHED = -1e6  # score of a token that no merge makes
+UNREACHED = -1e6  # score of tokens without a merge
 BYTE_TOKENS = {f"<0x{number:02X}>" for number in range(256)}
 
 CHECK = "llama_cpp_check"  # field of tokenizer_config.json
-# the text of llama.cpp's convert_hf_to_gguf_update.py, by whose ids it knows a tokenizer
+# the text of llama.cpp's convert_hf_to_gguf_update.py whose ids identify a tokenizer
 CHECK_TEXT = (
     "\n \n\n \n\n\n \t \t\t \t\n  \n   \n    \n     \n🚀 (normal) 😶\u200d🌫️ (multiple emojis "
     "concatenated) ✅ 🦙🦙 3 33 333 3333 33333 333333 3333333 33333333 3.3 3..3 3...3 "
@@ -40,9 +40,9 @@ CHECK_TEXT = (
 
 
 def check_of(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any] | None:
-    """Return how the whole vocabulary cuts CHECK_TEXT: the text's digest and the ids.
+    """Return the original vocabulary's encoding of CHECK_TEXT: the text's digest and the ids.
 
-    None for a tokenizer that is not byte-level. One that was trimmed before keeps what it has.
+    None for a tokenizer that is not byte-level. A trimmed tokenizer returns its stored value.
     """
     if CHECK in tokenizer.init_kwargs:
         return tokenizer.init_kwargs[CHECK]
@@ -63,7 +63,7 @@ def is_byte_level(data: dict[str, Any]) -> bool:
 
 
 def is_sentencepiece(data: dict[str, Any]) -> bool:
-    """Return whether a tokenizer.json, read to `data`, is BPE whose letters fall back to bytes."""
+    """Return whether a tokenizer.json, read to `data`, is BPE with byte fallback."""
     model = data["model"]
     return (
         model.get("type") == "BPE"
@@ -84,7 +84,7 @@ def begins_with_blank(data: dict[str, Any]) -> bool:
 
 
 def write_tokenizer_model(tokenizer: PreTrainedTokenizerBase, folder: Path) -> bool:
-    """Write FILE into `folder` and return True if the tokenizer is of SentencePiece's kind."""
+    """Write FILE into `folder` and return True if the tokenizer is like SentencePiece's."""
     if not getattr(tokenizer, "is_fast", False) or not is_sentencepiece(data := _data(tokenizer)):
         return False
     (folder / FILE).write_bytes(_model_proto(data, pieces(data)))
@@ -117,12 +117,12 @@ def _data(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
 
 
 def _model_proto(data: dict[str, Any], listed: list[tuple[str, float, int]]) -> bytes:
-    """Return a ModelProto: pieces, and as much of the other settings as engines read."""
+    """Return a ModelProto: pieces, and the other settings that engines read."""
     unknown = _unknown(data["model"])
     number = next(i for i, (_, _, kind) in enumerate(listed) if kind == UNKNOWN)
     trainer = {3: 2, 4: len(listed), 35: 1}  # BPE, size, byte fallback
     trainer |= {40: number, 41: -1, 42: -1, 43: -1, 45: unknown.encode()}
-    # blanks stay, and are written as ▁
+    # blanks are kept, and written as ▁
     normalizer = {1: b"identity", 3: int(begins_with_blank(data)), 4: 0, 5: 1}
     parts = (_message({1: text.encode(), 2: score, 3: kind}) for text, score, kind in listed)
     written = b"".join(_message({1: part}) for part in parts)
@@ -130,7 +130,7 @@ def _model_proto(data: dict[str, Any], listed: list[tuple[str, float, int]]) -> 
 
 
 def _message(fields: dict[int, int | float | bytes]) -> bytes:
-    """Return a message of protobuf, of its fields by their numbers."""
+    """Return a protobuf message from its fields by number."""
     written = b""
     for number, value in fields.items():
         match value:
@@ -144,7 +144,7 @@ def _message(fields: dict[int, int | float | bytes]) -> bytes:
 
 
 def _varint(value: int) -> bytes:
-    value %= 2**64  # negative numbers as their two's complement
+    value %= 2**64  # two's complement of negative numbers
     written = bytearray()
     while value > 0x7F:
         written.append(value & 0x7F | 0x80)

@@ -1,9 +1,9 @@
-"""Windows to recover a pruned model on: whole documents, cut, with nothing of the test text.
+"""Windows to recover a pruned model on: whole documents, cut, without any test text.
 
-Documents are taken in an order drawn by a seed and cut into windows; those shorter than a window
-share one, each with its own positions. Models whose masks transformers makes of positions, most
-with attention, read each alone; the others, and recurrent layers, read on. A window is dropped if a
-passage of the test windows stands in it, wherever it begins there. Held out are whole documents.
+Documents are taken in a seeded random order and cut into windows. Documents shorter than a window
+share one, each with its own positions. Most models with attention, whose masks transformers derives
+from positions, read each document alone. Other models and recurrent layers read across documents. A
+window with a passage of the test windows, at any offset, is dropped. Whole documents are held out.
 """
 
 from __future__ import annotations
@@ -31,10 +31,10 @@ from .windows import (
     shuffled,
 )
 
-HELD_OUT = (4, 16)  # windows of the training text that are held out, at least and at most
-HELD_OUT_SHARE = 0.05  # of the training text, in between
-PASSAGE = 32  # consecutive tokens by which a test text is recognised in a training window
-CHUNK = 2**20  # tokens that are looked for in the test text at a time
+HELD_OUT = (4, 16)  # minimum and maximum number of held-out windows
+HELD_OUT_SHARE = 0.05  # held-out share of the training text, within these limits
+PASSAGE = 32  # consecutive tokens that identify a test text in a training window
+CHUNK = 2**20  # tokens compared with the test text at a time
 log = logging.getLogger(__name__)
 
 
@@ -42,9 +42,9 @@ log = logging.getLogger(__name__)
 class TrainingText:
     """The windows that a model is recovered on. `facts` is the record for results.json."""
 
-    windows: Windows  # all different
-    order: Tensor  # (windows trained on,): rows of `windows`; in several passes if they are few
-    held_out: Windows  # to measure on
+    windows: Windows  # distinct windows
+    order: Tensor  # (windows trained on,): rows of `windows`, in several passes if necessary
+    held_out: Windows  # for measuring the loss
     facts: dict
 
 
@@ -55,20 +55,20 @@ def training_windows(
     tests: Sequence[Tensor | Windows] = (),
     calibration: Tensor | Windows | None = None,
 ) -> TrainingText:
-    """Cut `count` windows, and some to hold out, from the sources' train text.
+    """Cut `count` training windows, and some held-out ones, from the sources' train text.
 
-    What is left of a document after its last whole window is dropped, and so is every window that
-    holds a passage of `tests`, windows (n, seqlen). Whole documents are held out, short ones and
-    ones that `calibration` has not seen first; of a single document, a span. A source with too few
-    windows repeats them in another order. The sources are mixed by weight, and `bos` begins each
-    window, as for `calibration_windows`. Raises UserError if a source has fewer than two windows.
+    Remainders of documents after their last whole window are dropped, and so are windows with a
+    passage of `tests`, windows (n, seqlen). Whole documents are held out, first short ones and ones
+    not in `calibration`; from a single document, a span. A source with too few windows repeats
+    them in another order. The sources are mixed by weight, and `bos` begins each window, as for
+    `calibration_windows`. Raises UserError if a source has fewer than two windows.
     """
     weights = [source.weight or 1.0 for source in sources]
     held_out = min(max(HELD_OUT[0], int(HELD_OUT_SHARE * count)), HELD_OUT[1])
     shares, held_out_shares = apportion(weights, count), apportion(weights, held_out)
     overlap = OverlapFilter(tests, spec)
     seen = OverlapFilter([] if calibration is None else [calibration], spec)
-    # of each source: windows, those held out, (share,) rows of the first in order, and the record
+    # per source: windows, held-out windows, (share,) rows of the first in order, and the record
     drawn: list[tuple[Windows, Windows, Tensor, dict]] = []
     for source, share, n_held in zip(sources, shares, held_out_shares, strict=True):
         if not share:
@@ -111,11 +111,11 @@ def _cut_windows(
     overlap: OverlapFilter,
     seen: OverlapFilter,
 ) -> tuple[Windows, Windows, int, str | None]:
-    """Return some `share` windows, those held out, how many were dropped, and the revision."""
+    """Return about `share` windows, held-out ones, the number dropped, and the revision."""
     rng, seqlen = random.Random(spec.seed), spec.seqlen
-    groups: list[Windows] = []  # of one document, or one of several short ones
-    short: list[Sample] = []  # documents for the next window
-    lengths: list[int] = []  # of the texts, in tokens
+    groups: list[Windows] = []  # each from one document, or from several short ones
+    short: list[Sample] = []  # documents of the next window
+    lengths: list[int] = []  # text lengths in tokens
     n_dropped = n_windows = 0
     documents, revision = read_documents(source, "train")
 
@@ -151,15 +151,15 @@ def _cut_windows(
     wanted = n_held
     if n_windows < share + n_held:
         wanted = min(n_held, max(1, int(HELD_OUT_SHARE * n_windows)))
-    if len(groups) == 1:  # one long text: a piece of it is held out
+    if len(groups) == 1:  # one long text: a span of it is held out
         (whole,), start = groups, rng.randrange(n_windows - wanted + 1)
         end = start + wanted
         groups = [whole[start:end], join([whole[:start], whole[end:]])]
-    else:  # as they come, those that have more than is wanted last
+    else:  # in the drawn order, with groups larger than wanted last
 
         def place(group: Windows) -> tuple[int, bool]:
-            found = seen.found_in(group.ids, group.mask if chat else None)
-            return len(group) * (len(group) > wanted), bool(found.any())
+            overlaps = seen.found_in(group.ids, group.mask if chat else None)
+            return len(group) * (len(group) > wanted), bool(overlaps.any())
 
         groups.sort(key=place)
     sums = [*accumulate(map(len, groups[:-1]), initial=0)]
@@ -169,9 +169,9 @@ def _cut_windows(
 
 
 class OverlapFilter:
-    """Finds passages of test windows, wherever they stand in other windows.
+    """Finds passages of test windows, at any offset in other windows.
 
-    A passage is known by a sum of its tokens times fixed random factors, modulo 2^64.
+    A passage is identified by a sum of its tokens times fixed random factors, modulo 2^64.
     """
 
     def __init__(self, tests: Sequence[Tensor | Windows], spec: WindowSpec) -> None:
@@ -184,9 +184,9 @@ class OverlapFilter:
             passages = self._sums(test.ids[:, first:])
             if test.mask is None:
                 sums.append(passages[:, :: self.length].flatten())
-            else:  # what every dialogue begins with is no passage of the test
+            else:  # beginnings shared by all dialogues are not passages of the test
                 sums.append(passages[test.mask[:, first:].unfold(1, self.length, 1).all(-1)])
-        # the largest int64 is a sum that ends every search; it is never a passage by chance
+        # an end mark for every search; no passage has the largest int64 by chance
         end = torch.tensor([torch.iinfo(torch.long).max])
         self.sums = torch.cat([*sums, end]).unique()  # sorted
 
@@ -199,11 +199,11 @@ class OverlapFilter:
         return sums
 
     def found_in(self, windows: Tensor, mask: Tensor | None = None) -> Tensor:
-        """Return for each of windows (n, seqlen) whether any passage stands in it: (n,) bool.
+        """Return for each of windows (n, seqlen) whether it contains a passage: (n,) bool.
 
-        With a `mask` of the windows' shape only passages whose last token it has are looked for.
+        With a `mask` of the windows' shape only passages whose last token is in the mask count.
         """
         parts = map(self._sums, windows.split(max(1, CHUNK // windows.shape[1])))
         places = ((sums, torch.searchsorted(self.sums, sums)) for sums in parts)
-        found = torch.cat([self.sums[place] == sums for sums, place in places])
-        return (found if mask is None else found & mask[:, self.length - 1 :]).any(1)
+        matches = torch.cat([self.sums[place] == sums for sums, place in places])
+        return (matches if mask is None else matches & mask[:, self.length - 1 :]).any(1)

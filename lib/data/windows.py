@@ -1,9 +1,9 @@
-"""Windows of token ids: what a model is calibrated on, and what it is measured on.
+"""Windows of token ids for calibration and evaluation.
 
-`calibration_windows` draws random windows from one source or from a mixture, by each source's
+`calibration_windows` draws random windows from one source or from a mix, by each source's
 published loop. `test_set` cuts a whole text into windows. lib/data/training.py cuts the windows
-that a pruned model is recovered on. lib/data/sources.py says what a source is, and
-lib/data/documents.py reads its texts.
+that a pruned model is recovered on. lib/data/sources.py defines sources, and
+lib/data/documents.py reads their texts.
 """
 
 from __future__ import annotations
@@ -29,19 +29,19 @@ from .samples import Sample, Windows, as_windows, join, packed, prepend, spread,
 from .sources import AGAIN, JOINED, Source, mixture_name
 from .templates import sample_of_dialogue, template_of, text_by
 
-BUFFER = 1_000  # documents of a stream that are shuffled among each other
-STREAM_LIMIT = 200_000  # documents of a stream that are tried before giving up
-TEST_CHARACTERS = 4_000_000  # read of a large set's test text
-TEST_BYTES = 1024  # of it, times the tokens of a window, are measured: some 256 windows
-PROMPT = 16  # tokens of a prompt
+BUFFER = 1_000  # documents of a stream shuffled together
+STREAM_LIMIT = 200_000  # documents of a stream tried before giving up
+TEST_CHARACTERS = 4_000_000  # limit of a large set's test text
+TEST_BYTES = 1024  # measured per token of a window: about 256 windows
+PROMPT = 16  # tokens per prompt
 ASKED = 32  # test dialogues whose prompts are answered
-PROMPT_CHARACTERS = 50 * PROMPT  # of a document that are tokenised for its prompt
-APART = 4  # windows of plain text begin a fourth of a window apart or more, on average
+PROMPT_CHARACTERS = 50 * PROMPT  # characters of a document that are tokenized for its prompt
+APART = 4  # windows of plain text start at least 1/4 window apart, on average
 log = logging.getLogger(__name__)
 
 
 class TextTooShort(UserError):
-    """The texts do not give the windows; those of `fits` tokens they would give."""
+    """The texts are too short for the requested windows; windows of `fits` tokens would fit."""
 
     def __init__(self, source: Source, problem: str, fits: int = 0) -> None:
         super().__init__(str(source.error(problem)))
@@ -50,7 +50,7 @@ class TextTooShort(UserError):
 
 @dataclass(frozen=True)
 class WindowSpec:
-    """What windows are: `seqlen` tokens by a tokenizer, after `bos` if given, drawn by `seed`."""
+    """The shape of windows: `seqlen` tokens of a tokenizer, after `bos` if given, and the seed."""
 
     tokenizer: PreTrainedTokenizerBase
     seqlen: int
@@ -63,10 +63,10 @@ def calibration_windows(
 ) -> tuple[Tensor | Windows, dict]:
     """Draw windows (nsamples, seqlen), int64, and record where each was drawn from.
 
-    Several sources are mixed by weight: apportioned by largest remainder and interleaved; every
+    Several sources are mixed by weight: apportioned by largest remainder and interleaved. Each
     source gives the first windows that it would give alone. With `bos` every window begins with
-    that token, in place of its last one, unless it does so already. Dialogues are packed, with
-    their own positions and a template's BOS. Raises UserError if the texts have fewer windows.
+    that token, which replaces its last one if necessary. Dialogues are packed, with their own
+    positions and a template's BOS. Raises UserError if the texts have too few windows.
     """
     assert nsamples > 0 and spec.seqlen > 1
     counts = apportion([s.weight or 1.0 for s in sources], nsamples)
@@ -107,16 +107,16 @@ def interleave(counts: Sequence[int]) -> list[int]:
 def _draw_windows(source: Source, spec: WindowSpec, count: int) -> tuple[Windows, dict]:
     """Draw windows (count, seqlen) from one source, and record where each was drawn from.
 
-    The published loops search endlessly where too few texts are long enough. This one raises
-    UserError once every text was tried.
+    The published loops search endlessly if too few texts are long enough. This one raises
+    UserError after it has tried every text.
     """
-    drawn: list[tuple[int, int, Windows]] = []  # row, place in its text, window
-    lengths: dict[int, int] = {}  # tokens of each text that was tried
+    drawn: list[tuple[int, int, Windows]] = []  # row, offset in its text, window
+    lengths: dict[int, int] = {}  # tokens of each text tried
     rng, seqlen = random.Random(spec.seed), spec.seqlen
     documents, revision = read_documents(source, "train")
     record = {"name": source.name, "source": source.text, "revision": revision}
     if are_dialogues(documents):
-        # each APART times, as it comes between others
+        # each dialogue up to APART times, since it comes with different neighbors
         every = chain.from_iterable(shuffled(source, documents, rng) for _ in range(APART))
         cut = list(islice(packed_dialogues(source, spec, every), count))
         if len(cut) < count:
@@ -136,7 +136,7 @@ def _draw_windows(source: Source, spec: WindowSpec, count: int) -> tuple[Windows
             break
     if len(drawn) < count:
         longest = sorted(lengths.values(), reverse=True)
-        needed = 1 if source.draw in (AGAIN, JOINED) else count  # texts that a window fits into
+        needed = 1 if source.draw in (AGAIN, JOINED) else count  # texts that a window must fit
         fits = longest[needed - 1] - 1 if len(longest) >= needed else 0
         ways = [f"--seqlen {fits} gives {count} windows"] if fits > 1 else []
         ways += [f"--nsamples {len(drawn)} takes these"] if drawn else []
@@ -146,7 +146,7 @@ def _draw_windows(source: Source, spec: WindowSpec, count: int) -> tuple[Windows
         raise TextTooShort(source, problem, fits)
     tokens = sum(lengths.values())
     needed = seqlen + (count - 1) * seqlen // APART
-    if source.draw == JOINED and source.path and tokens < needed:  # they would be nearly the same
+    if source.draw == JOINED and source.path and tokens < needed:  # windows would be nearly equal
         most, fits = APART * (tokens - seqlen) // seqlen + 1, APART * tokens // (count + APART - 1)
         problem = f"its {tokens} tokens are {needed - tokens} too few for {count} windows of "
         problem += f"{seqlen}; give more text, --nsamples {most} or --seqlen {max(fits, 2)}"
@@ -160,7 +160,7 @@ def packed_dialogues(
 ) -> Iterator[Windows]:
     """Yield the windows of documents, some of them dialogues (`lib.data.samples.packed`).
 
-    At the end, how many the chat template does not take is told.
+    Logs at the end how many dialogues the chat template rejected.
     """
     left_out: dict[Document, str] = {}
 
@@ -183,9 +183,9 @@ def _drawn_texts(
 ) -> Iterator[tuple[int, Tensor]]:
     """Yield row and token ids (tokens,) of texts in the order of the source's published loop.
 
-    It ends once no text is left that may give another window.
+    Ends when no remaining text can give another window.
     """
-    if source.stream:  # as they come, each once
+    if source.stream:  # in the order of the stream, each once
         texts = islice(enumerate(documents, documents.first), STREAM_LIMIT)
         for row, text in shuffle_stream(texts, rng):
             yield row, sample_of(spec.tokenizer, text).ids
@@ -215,7 +215,7 @@ def shuffled(source: Source, documents: Documents, rng: random.Random) -> Iterat
 
 
 def shuffle_stream(items: Iterable, rng: random.Random) -> Iterator:
-    """Yield the items in an order drawn by `rng`, each within a buffer of BUFFER items."""
+    """Yield the items in an order drawn with `rng`, each within a buffer of BUFFER items."""
     buffer = []
     for item in items:
         if len(buffer) < BUFFER:
@@ -232,18 +232,18 @@ def shuffle_stream(items: Iterable, rng: random.Random) -> Iterator:
 class TestSet:
     """Test windows; `facts` is their record for results.json.
 
-    Its `bytes` are the UTF-8 bytes of the tokens that are predicted (`token_bytes`), all but the
-    first of each window. So bits per byte = summed loss / ln 2 / bytes, whatever the tokenizer does
-    inside a word. `prompts` are beginnings of documents.
+    Its `bytes` are the UTF-8 bytes of the predicted tokens (`token_bytes`), all except the first of
+    each window. So bits per byte = summed loss / ln 2 / bytes, however the tokenizer splits words.
+    `prompts` are beginnings of documents.
     """
 
-    __test__ = False  # not a class of tests, whatever pytest makes of its name
+    __test__ = False  # pytest must not collect this class
     name: str
     windows: Tensor | Windows  # (windows, seqlen), int64
     facts: dict
     prompts: Sequence[Tensor] = ()  # (tokens,) each, int64
-    dialogues: Sequence[Dialogue] = ()  # whose prompts are answered
-    documents: Tensor | None = None  # (windows,), int64: which one the middle token is of
+    dialogues: Sequence[Dialogue] = ()  # dialogues whose prompts are answered
+    documents: Tensor | None = None  # (windows,), int64: the document of the middle token
 
     @property
     def ids(self) -> Tensor:
@@ -253,14 +253,13 @@ class TestSet:
 def test_set(
     source: Source, spec: WindowSpec, n_prompts: int = 0, most: int | None = None
 ) -> TestSet:
-    """Cut the test text into windows: its documents are joined and tokenised as one text.
+    """Cut the test text into windows: its documents are joined and tokenized as one text.
 
-    What is left after the last whole window is dropped. Of a large set only the first documents
-    (`hub.TEST_DOCUMENTS`) and `TEST_BYTES` are used, the same ones by every tokenizer. With `bos`
-    each window is that token and seqlen - 1 tokens of the text. Dialogues are packed, and only what
-    an assistant says is measured; each of their windows counts as a document. Of more windows than
-    `most`, so many are taken at equal distances. Raises UserError if the text is shorter than one
-    window.
+    The remainder after the last whole window is dropped. A large set is cut to the first documents
+    (`hub.TEST_DOCUMENTS`) and `TEST_BYTES`, equally for every tokenizer. With `bos` each window is
+    that token and seqlen - 1 tokens of the text. Dialogues are packed, only the assistant's tokens
+    are measured, and each window counts as a document. `most` limits the number of windows, which
+    are evenly spaced. Raises UserError if the text is shorter than one window.
     """
     documents, revision = read_documents(source, "test")
     texts = test_documents(source, documents)
@@ -273,8 +272,8 @@ def test_set(
         windows = join([cut[number] for number in documents])
         counted = windows.counted[:, :-1]
         answers = [ids[mask] for ids, mask in zip(windows.ids[:, 1:], counted, strict=True)]
-        said = (spec.tokenizer.decode(ids, clean_up_tokenization_spaces=False) for ids in answers)
-        size = sum(len(text.encode()) for text in said)
+        words = (spec.tokenizer.decode(ids, clean_up_tokenization_spaces=False) for ids in answers)
+        size = sum(len(text.encode()) for text in words)
         more = {"dialogues": len(texts), "answer_tokens": int(counted.sum())}
         asked = list(islice((each for each in texts if isinstance(each, Dialogue)), ASKED))
     else:
@@ -295,7 +294,7 @@ def test_set(
 def _text_windows(
     source: Source, spec: WindowSpec, texts: Sequence[str], most: int | None
 ) -> tuple[Tensor, int, Tensor, int]:
-    """Return windows (n, seqlen) of test texts, their bytes and documents (n,); and of how many."""
+    """Return windows (n, seqlen) of test texts, bytes, documents (n,), and the windows in all."""
     seqlen, bos = spec.seqlen, spec.bos
     pieces = [text_by(spec.tokenizer, each) for each in texts]
     text = source.separator.join(pieces)
@@ -305,7 +304,7 @@ def _text_windows(
     ids = encoding.input_ids[0].long()
     first = int(bos is not None and len(ids) > 0 and ids[0] == bos)
     ids, sizes = ids[first:], token_bytes(encoding, text)
-    step = seqlen if bos is None else seqlen - 1  # tokens of the text in each window
+    step = seqlen if bos is None else seqlen - 1  # tokens of the text per window
     count = len(ids) // step
     if not count:
         problem = f"the test text has {len(ids)} tokens, less than one window of {step}"
@@ -314,7 +313,7 @@ def _text_windows(
     each_token = ids, sizes[first:], sizes.cumsum(0)[first:]
     cut = (each[: count * step].view(count, step) for each in each_token)
     windows, sizes, places = (each[spread(count, most)] for each in cut)
-    covered = sizes[:, step + 1 - seqlen :].sum().item()  # after BOS the first is predicted too
+    covered = sizes[:, step + 1 - seqlen :].sum().item()  # after BOS the first one is a target
     ends = torch.tensor([len((piece + source.separator).encode()) for piece in pieces]).cumsum(0)
     documents = torch.searchsorted(ends, places[:, step // 2].contiguous())
     windows = windows if bos is None else prepend(windows, bos)
@@ -322,7 +321,7 @@ def _text_windows(
 
 
 def test_documents(source: Source, documents: Iterable[Document]) -> Sequence[Document]:
-    """Return the documents of an open test split to measure on: the first ones of a large set."""
+    """Return the documents of an open test split to evaluate on: of a large set the first ones."""
     if not source.sampled:
         return documents
     selected, length = [], 0
@@ -335,9 +334,9 @@ def test_documents(source: Source, documents: Iterable[Document]) -> Sequence[Do
 
 
 def _prompts(texts: Sequence[str], spec: WindowSpec, tokens: int) -> Iterator[Tensor]:
-    """Yield the first `tokens` ids (tokens,) of documents that have more, in an order of their own.
+    """Yield the first `tokens` ids (tokens,) of longer documents, in a fixed random order.
 
-    A prompt begins as the tokenizer begins a text, and with `bos` where given.
+    A prompt begins as the tokenizer begins a text, and with `bos` if given.
     """
     for row in random.Random(0).sample(range(len(texts)), len(texts)):
         text = text_by(spec.tokenizer, texts[row])[:PROMPT_CHARACTERS]
@@ -349,16 +348,16 @@ def _prompts(texts: Sequence[str], spec: WindowSpec, tokens: int) -> Iterator[Te
 def tokenise(tokenizer: PreTrainedTokenizerBase, text: str, bos: int | None = None) -> Tensor:
     """Return the token ids (tokens,) of one text, int64, with the tokenizer's special tokens.
 
-    Those of a text that has any begin with `bos` where it is given.
+    If `bos` is given, ids begin with it unless the text has none.
     """
-    ids = encode(tokenizer, text).input_ids[0].long()  # an empty text comes as float
+    ids = encode(tokenizer, text).input_ids[0].long()  # an empty text gives float
     return ids if bos is None or not len(ids) or ids[0] == bos else prepend(ids[None], bos)[0]
 
 
 def sample_of(
     tokenizer: PreTrainedTokenizerBase, document: Document, bos: int | None = None
 ) -> Sample:
-    """Return the tokens of a document; a template puts BOS before a dialogue itself, or none."""
+    """Return the tokens of a document; for dialogues the template decides about BOS."""
     if isinstance(document, Dialogue):
         return sample_of_dialogue(tokenizer, document)
     ids = tokenise(tokenizer, document, bos)
@@ -366,30 +365,30 @@ def sample_of(
 
 
 def encode(tokenizer: PreTrainedTokenizerBase, text: str) -> BatchEncoding:
-    """Tokenise one text, with the tokenizer's special tokens.
+    """Tokenize one text, with the tokenizer's special tokens.
 
-    The tokenizer's warning about texts longer than the model's window is left out, since the text
+    Suppresses the tokenizer's warning about texts longer than the model's window, since the text
     is cut into windows afterwards.
     """
     return tokenizer(text, return_tensors="pt", return_attention_mask=False, verbose=False)
 
 
 def token_bytes(encoding: BatchEncoding, text: str) -> Tensor:
-    """Return how many UTF-8 bytes of a text each of its tokens stands for: (tokens,), int64.
+    """Return the number of a text's UTF-8 bytes that each token stands for: (tokens,), int64.
 
-    Tokens of the same characters, such as the bytes of one, have equal parts of them, in whole
-    bytes; so have all tokens where the tokenizer, in Python, tells no offsets. What a tokenizer
-    leaves out, such as blanks, counts with the token after it, as does a letter that it ends in.
+    Tokens of the same characters, such as the bytes of one, get equal parts, in whole bytes; so do
+    all tokens of a Python tokenizer, which has no offsets. Text that a tokenizer omits, such as
+    blanks, counts with the next token, as does a letter that the token ends inside.
     """
     codes = torch.frombuffer(bytearray(text.encode("utf-32-le")), dtype=torch.int32)
     sizes = 1 + (codes > 0x7F).long() + (codes > 0x7FF) + (codes > 0xFFFF)
     before = F.pad(sizes.cumsum(0), (1, 0))  # (characters + 1,)
     all_of_it = [(0, len(text))] * encoding.input_ids.shape[1]
     spans = torch.tensor(encoding[0].offsets if encoding.is_fast else all_of_it)  # (tokens, 2)
-    run = F.pad((spans[1:] != spans[:-1]).any(1).cumsum(0), (1, 0))  # of the same characters
+    run = F.pad((spans[1:] != spans[:-1]).any(1).cumsum(0), (1, 0))  # tokens of the same characters
     length = run.bincount()
-    last = length.cumsum(0) - 1  # token of each run
-    ends = before[spans[:, 1].cummax(0).values[last]]  # (runs,), of bytes
+    last = length.cumsum(0) - 1  # last token of each run
+    ends = before[spans[:, 1].cummax(0).values[last]]  # (runs,), end in bytes
     starts = F.pad(ends[:-1], (1, 0))
     place = torch.arange(1, len(spans) + 1) - (last + 1 - length)[run]  # in its run, from 1 on
     parts = starts[run] + (ends - starts)[run] * place // length[run]

@@ -1,1 +1,1 @@
-"""Several processes on one job, started by torchrun or accelerate launch."""
+"""Several processes for one job, started by torchrun or accelerate launch."""

@@ -1,19 +1,19 @@
-"""Several ranks on one job: torch.distributed, started by torchrun or accelerate launch.
+"""Several ranks for one job: torch.distributed, started by torchrun or accelerate launch.
 
     torchrun --nproc_per_node 2 main.py ...
 
-Each rank takes its share of the windows. Statistics are sums, so one all-reduce of each makes them
-those of a single process; then the linears are shared out by cost, each is solved by one rank, and
-the pruned weights are broadcast. One rank prints, logs and saves.
+Each rank takes its share of the windows. Statistics are sums, so one all-reduce of each gives those
+of a single process. Then the layers are distributed by cost, each is solved by one rank, and the
+pruned weights are broadcast. One rank prints, logs and saves.
 
-Where a rank ends, the launcher ends the others. Ranks wait for each other in `barrier`, on the CPU,
-and not for long anywhere else: collectives between GPUs follow a barrier at once.
+If a rank ends, the launcher ends the others. Ranks wait for each other in `barrier`, on the CPU,
+and not for long elsewhere: collectives between GPUs directly follow a barrier.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any
@@ -26,20 +26,20 @@ from ..util.command import environment_number
 from ..util.errors import UserError
 
 JOINING = timedelta(seconds=60)  # launchers start all ranks at the same time
-WAITING = timedelta(hours=1)  # for a rank that solves, reads or writes what others need
+WAITING = timedelta(hours=1)  # for a rank that solves, reads or writes for the others
 
 
 class DistContext:
     """The ranks of a job; with one process, or `alone`, every method does nothing.
 
-    Every method that needs the others raises UserError where one is gone or does not answer.
+    Methods that need the other ranks raise UserError if one has ended or does not answer.
     """
 
     def __init__(self, device: torch.device, alone: bool = False) -> None:
         self.rank = 0 if alone else environment_number("RANK", 0)
         self.size = 1 if alone else environment_number("WORLD_SIZE", 1)
         several = self.size > 1
-        # launchers number the ranks of a machine one after another
+        # launchers number the ranks of a machine consecutively
         self.local_rank = environment_number("LOCAL_RANK", 0) if several else 0
         self.local_size = environment_number("LOCAL_WORLD_SIZE", 1) if several else 1
         self.device = device
@@ -52,7 +52,7 @@ class DistContext:
         return self.rank == 0
 
     def share(self, count: int) -> slice:
-        """Return this rank's part of `count` windows; parts differ by one at most."""
+        """Return this rank's part of `count` windows; sizes differ by at most one."""
         return slice(count * self.rank // self.size, count * (self.rank + 1) // self.size)
 
     def barrier(self) -> None:
@@ -64,7 +64,7 @@ class DistContext:
     def sum_(self, tensors: Sequence[Tensor], idle: bool = False) -> None:
         """Sum each tensor over all ranks in place, once all have called this.
 
-        Those of a rank that is `idle` do not count.
+        Tensors of a rank that is `idle` do not count.
         """
         for one in tensors if idle else ():
             one.zero_()
@@ -74,7 +74,7 @@ class DistContext:
                 torch_dist.all_reduce(one)
 
     def all_gather_object(self, value: Any) -> list[Any]:
-        """Return `value` of every rank; for small picklable values only."""
+        """Return `value` of every rank; only for small picklable values."""
         if self.size == 1:
             return [value]
         self.barrier()
@@ -86,7 +86,7 @@ class DistContext:
     def broadcast_(self, tensor: Tensor, source: int) -> Tensor:
         """Return rank `source`'s tensor on every rank, directly after a barrier.
 
-        A `tensor` on the device is written in place.
+        A `tensor` on the device is overwritten.
         """
         tensor = tensor.to(self.device).contiguous()
         if self.size > 1:
@@ -104,6 +104,16 @@ class DistContext:
                         f"{other.get(name)!r}; start all with the same flags, data and packages"
                     )
 
+    def check_alike(self, check: Callable[[], object]) -> None:
+        """Call `check` in all ranks; where it raises UserError in one, it is raised in all."""
+        problem = None
+        try:
+            check()
+        except UserError as error:
+            problem = str(error)
+        if problems := [one for one in self.all_gather_object(problem) if one]:
+            raise UserError(problems[0])
+
     def assign_owners(self, costs: Sequence[float]) -> list[int]:
         """Return which rank solves each task: the costliest first, to the least loaded."""
         load = [0.0] * self.size
@@ -116,13 +126,13 @@ class DistContext:
     def close(self) -> None:
         """End the process group, after the last collective of all."""
         if self.size > 1:
-            self.barrier()  # a connection that is closed too early breaks another's collective
+            self.barrier()  # closing a connection too early breaks another rank's collective
             torch_dist.destroy_process_group()
-            self.size = self.local_size = 1  # the main rank may go on alone
+            self.size = self.local_size = 1  # the main rank may continue alone
 
     @contextmanager
     def collective(self) -> Iterator[None]:
-        """Raise UserError where a call that needs the other ranks fails inside."""
+        """Raise UserError if a call inside that needs the other ranks fails."""
         try:
             yield
         except RuntimeError as error:
@@ -135,7 +145,7 @@ class DistContext:
     def _join(self) -> None:
         gpu = self.device if self.device.type != "cpu" else None
         if gpu:
-            torch.accelerator.set_device_index(gpu.index)  # where NCCL puts its own tensors
+            torch.accelerator.set_device_index(gpu.index)  # NCCL puts its own tensors there
         backend = torch_dist.get_default_backend_for_device(self.device)
         try:
             store, _, _ = next(torch_dist.rendezvous("env://", timeout=JOINING))
@@ -163,10 +173,10 @@ def _reason(error: Exception) -> str:
 
 
 def local_device(device: torch.device) -> torch.device:
-    """Return this rank's own GPU, counted from `device`, where a machine runs several.
+    """Return this rank's own GPU, counted from `device`, if a machine runs several ranks.
 
-    A single one that a rank sees is its own (`srun --gpus-per-task=1`), unless torchrun, under
-    which all see the same, has started the ranks.
+    If a rank sees a single GPU, it is its own (`srun --gpus-per-task=1`). The exception is
+    torchrun, under which all ranks see the same GPUs.
     """
     local, count = environment_number("LOCAL_RANK", 0), torch.accelerator.device_count()
     alone = count == 1 and "TORCHELASTIC_RUN_ID" not in os.environ

@@ -1,1 +1,1 @@
-"""What to drop, and how: a score or a solver for the linears that share an input."""
+"""Pruning methods: a score or a solver for the linear layers that share an input."""

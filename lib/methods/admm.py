@@ -1,4 +1,4 @@
-"""ADMM: choose masks and weights together, and aim at what the untouched model computes.
+"""ADMM: choose masks and weights together, aiming at the outputs of the dense model.
 
 The problem, its scaling and its damping are those of lib/methods/least_squares.py: find the masked
 matrix Q (out, in) with the least tr(Q A Q^T) - 2 tr(B Q^T).
@@ -9,16 +9,16 @@ one Z that must agree, with scaled dual U. In terms of T = V + U an iteration re
     mask = where |T| is lowest;  Z = T where kept, else 0;  U = T where pruned, else 0
     V = (B + rho (Z - U)) (A + rho I)^-1;  T = V + U
 
-one product and one mask for all linears that share the input, side by side. What differs from the
-paper, each because it measured better (the error of linears of two models on held-out text):
+with one product and one mask for all layers that share the input, side by side. Differences from
+the paper, each of which lowered the error of layers of two models on held-out text:
 
   - rho is `rho` times the unexplained share, and STIFFENING times that in the second half. The
-    paper's 1 is stiff where inputs are correlated; what suits those lets the masks of uncorrelated
-    inputs flap for ever.
-  - The mask is complete from the first iteration and chosen in each of them. A sparsity that rises
-    along a cubic takes iterations and ends higher.
-  - Unstructured masks compare the weights of a whole linear, not of a row; each is weighed by what
-    an error in its output costs, where that is known (`--allocation error`).
+    paper's 1 is stiff for correlated inputs. A rho tuned for those makes the masks of uncorrelated
+    inputs oscillate.
+  - The mask is complete from the first iteration and chosen again in each. A sparsity that rises
+    along a cubic takes more iterations and ends with a higher error.
+  - Unstructured masks compare the weights of a whole layer, not of a row. Each weight is scaled by
+    the cost of an error in its output, if that is known (`--allocation error`).
   - Conjugate gradients on the problem end the solution, every row on its own mask.
 
 Run: `python main.py --model MODEL --prune_method admm`.
@@ -36,17 +36,17 @@ from .least_squares import LeastSquares, conjugate_gradients_
 from .obs import choose_rows, solve_rows
 from .sparsity import Sparsity, n_of_first, threshold
 
-STIFFENING = 2.5  # of rho in the last iterations: first explore masks, then agree
-EXPLORED, AGREED = 6e-3, 5e-4  # shares of the mask: a phase ends where no more changes
-LEAST_COST = 0.01  # of the mean cost of outputs' errors: none counts for less
-SETTLED_STEPS = 0.6  # of the refinements, where masks settled
+STIFFENING = 2.5  # rho's factor in the last iterations: first explore masks, then agree
+EXPLORED, AGREED = 6e-3, 5e-4  # shares of the mask: a phase ends if no larger share changes
+LEAST_COST = 0.01  # lower bound of an output's error cost, relative to the mean
+SETTLED_STEPS = 0.6  # share of the refinements, if the masks settled
 
 
 class Admm(LeastSquares):
-    """The sums of one input of a block, and the solver for the linears that receive it.
+    """The sums of one input of a block, and the solver for its layers.
 
-    At most `iterations` and then as many stiffer ones choose the mask, `refinements` steps of
-    conjugate gradients end on it. `rho` is a share of an input's unexplained variance.
+    At most `iterations`, then as many stiffer ones, choose the mask. `refinements` steps of
+    conjugate gradients follow. `rho` is a multiple of the inputs' unexplained variance.
     """
 
     iterations = 10
@@ -54,7 +54,7 @@ class Admm(LeastSquares):
     rho = 1.5
 
     def prune_(self, weights: Sequence[Tensor], sparsities: Sequence[Sparsity]) -> None:
-        """Prune float32 matrices (out_i, in) in place. UserError where A can't be factored."""
+        """Prune float32 matrices (out_i, in) in place. UserError if A can't be factored."""
         rows = [len(weight) for weight in weights]
         start, target, hessian, across, unexplained = self.problem(weights, drops_dead=True)
         weighting = error_weighting(self.output_costs, rows, start.device)  # (out,) or None
@@ -76,7 +76,7 @@ class Admm(LeastSquares):
     def remove_neurons_(self, weight: Tensor, gains: Tensor, count: int) -> Tensor:
         """Remove columns stage by stage (lib/methods/obs.py) from the minimum."""
         _, target, hessian, scale, _ = self.problem([weight], drops_dead=True)
-        self.input_error_gram = None  # B holds it
+        self.input_error_gram = None  # B contains it
         inverse = inverse_(cholesky(hessian))
         kept = choose_rows(inverse @ target, inverse, count)
         del inverse
@@ -88,10 +88,10 @@ class Admm(LeastSquares):
 def error_weighting(
     output_costs: Sequence[Tensor | None] | None, rows: list[int], device: torch.device
 ) -> Tensor | None:
-    """What errors count in the outputs of all linears, side by side (out,); None where equally.
+    """Return the weights of errors in all layers' outputs, side by side (out,); None if equal.
 
-    It is the root of what a square costs, over the mean of its linear: the share of zeros is that
-    linear's own.
+    A weight is the root of an output's error cost over the mean cost in its layer, so each layer
+    keeps its own share of zeros.
     """
     if output_costs is None or all(costs is None for costs in output_costs):
         return None
@@ -105,9 +105,9 @@ def error_weighting(
 
 
 def masked(part: Tensor, sparsity: Sparsity) -> Tensor:
-    """Z of a linear: its part of T (in, out) with 0 where |T| is lowest, of all or of each group.
+    """Return Z of a layer: its part of T (in, out) with 0 where |T| is lowest, of all or per group.
 
-    Ties with the last pruned one are pruned too, where all are compared.
+    If all weights are compared, ties with the last pruned one are pruned too.
     """
     if not sparsity.m:
         return torch.hardshrink(part, threshold(part.abs(), int(part.numel() * sparsity.ratio)))
@@ -125,29 +125,29 @@ def alternate(
     rows: list[int],
     sparsities: Sequence[Sparsity],
 ) -> tuple[Tensor, Tensor, bool]:
-    """From T = V = `total` (in, out), overwritten: Z, its mask, and whether the masks settled.
+    """From T = V = `total` (in, out), overwritten, find Z, its mask, and whether the masks settled.
 
-    `rows` are the outputs of each linear, side by side, and each has a sparsity of one pattern.
-    A phase has at most so many `iterations`. It ends where hardly any more of a mask changes, and
-    with the first phase all end: stiffer ones would change as little.
+    `rows` are the numbers of outputs of the layers, side by side; all sparsities have one pattern.
+    A phase has at most `iterations`. It ends when almost no mask entry changes. If the first phase
+    ends so, the second is skipped: stiffer iterations would change as little.
     """
     signed, last_mask = torch.empty_like(total), torch.zeros_like(total, dtype=torch.bool)
     settled = False
 
     def parts(*matrices: Tensor) -> Iterator[tuple]:
-        """Each linear's parts of them, and its sparsity."""
+        """Yield each layer's parts of the matrices, and its sparsity."""
         return zip(*(matrix.split(rows, 1) for matrix in matrices), sparsities, strict=True)
 
     stiffer = STIFFENING * rho
-    for own, later, least in ((rho, stiffer, EXPLORED), (stiffer, stiffer, AGREED)):
+    for current, later, least in ((rho, stiffer, EXPLORED), (stiffer, stiffer, AGREED)):
         if settled:
             break
-        inverse = None  # frees the last phase's before the next is made
-        stiff = hessian.diagonal_scatter(hessian.diagonal() + own)  # A + rho I
+        inverse = None  # frees the previous phase's inverse first
+        stiff = hessian.diagonal_scatter(hessian.diagonal() + current)  # A + rho I
         inverse = inverse_(cholesky(stiff))
         del stiff
-        constant = inverse @ target  # what B has in V
-        inverse *= -own
+        constant = inverse @ target  # B's contribution to V
+        inverse *= -current
         for iteration in range(iterations):
             changed = 0
             for part, *others, sparsity in parts(total, signed, constant, last_mask):
@@ -157,15 +157,15 @@ def alternate(
                 mask = kept == 0
                 changed = changed + (mask != earlier).count_nonzero()
                 earlier.copy_(mask)
-                part.sub_(kept).add_(fixed)  # U, and B's part of V
+                part.sub_(kept).add_(fixed)  # U, and B's contribution to V
             settled = bool(changed <= least * total.numel())
             end = settled or iteration == iterations - 1
-            if end and not settled and own != later:  # U is in units of rho
-                total.sub_(constant).mul_(own / later).add_(constant)
+            if end and not settled and current != later:  # U is in units of rho
+                total.sub_(constant).mul_(current / later).add_(constant)
             total.addmm_(inverse, signed)
             if end:
                 break
-    # of the exact counts
+    # masks with the exact counts
     masks = [sparsity.mask(part.T, overall=True).T for part, sparsity in parts(total.abs())]
     mask = torch.cat(masks, 1)
     return total.masked_fill_(mask, 0), mask, settled

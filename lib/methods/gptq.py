@@ -1,23 +1,22 @@
-"""Quantize kept weights column by column, and let those that are left make up for it.
+"""Quantize kept weights column by column, and adjust the remaining columns to compensate.
 
 A pruned matrix W (out, in) becomes Q on a grid of lib/packed/formats.py, zero where W is zero. As
-in ADMM it aims at what the untouched model computes, which is here the model before it is
-quantized: wanted is the least tr(Q A Q^T) - 2 tr(B Q^T) of lib/methods/least_squares.py. There are
-three steps.
+in ADMM the target is the dense model's output, here that of the model before quantization: minimize
+tr(Q A Q^T) - 2 tr(B Q^T) of lib/methods/least_squares.py. There are three steps.
 
- 1. Conjugate gradients take W to the best real values on its mask, for the inputs have changed.
- 2. Columns are rounded from left to right, and those to the right make up for each as far as the
-    inverse of A says (GPTQ, Frantar et al. 2023, arXiv 2210.17323). With A = R R^T, R upper
+ 1. Conjugate gradients move W to the best real values on its mask, because the inputs have changed.
+ 2. Columns are quantized from left to right, and the columns to the right compensate for each, with
+    the inverse of A (GPTQ, Frantar et al. 2023, arXiv 2210.17323). With A = R R^T, R upper
     triangular, and C = R / diag(R) this is SparseGPT's recursion (lib/methods/sparsegpt.py,
-    equation (*)) with a grid in place of a mask. A pruned weight takes part: it receives, and what
-    it has received is an error when its turn comes, since it is rounded to 0. A group of inputs
-    gets the scales that suit the values which it has when it is reached, where an error in the
-    weights of input j counts diag(X^T X)_j.
- 3. Column by column once more, every kept weight moves to the point of the grid that is best with
-    all others as they are: from where it is r / A_jj away, where r is its row of B - A Q
-    (coordinate descent). The mask is exact here, which it is not in step 2.
+    equation (*)) with a grid in place of a mask. Pruned weights take part: corrections to them
+    become errors in their turn, since they are set to 0. The scales of a group of inputs are
+    fitted when it is reached, to its values at that time. An error in the weights of input j is
+    weighted by diag(X^T X)_j.
+ 3. Column by column once more, every kept weight moves to the best grid point with all others
+    fixed (coordinate descent). The ideal move is r / A_jj, where r is its row of B - A Q. This step
+    respects the mask exactly, unlike step 2.
 
-Linears that share the input are solved side by side, transposed to (in, out).
+Layers that share the input are solved side by side, transposed to (in, out).
 """
 
 from __future__ import annotations
@@ -35,10 +34,10 @@ from .sparsegpt import unit_inverse
 
 
 class Start(NamedTuple):
-    """From where a rounded matrix (out, in) is trained on: `Grid` fits `scales` (out, groups).
+    """The starting point for training a quantized matrix (out, in), on `scales` (out, groups).
 
-    `masters` (out, in), float32, are what each weight was just before it was rounded: of the same
-    codes, and near those that it may change to. Pruned weights are 0.
+    `masters` (out, in), float32, are the values just before quantization. They have the same
+    codes, and are near the codes that they may change to. Pruned weights are 0.
     """
 
     masters: Tensor
@@ -46,16 +45,16 @@ class Start(NamedTuple):
 
 
 class GPTQ(LeastSquares):
-    """The sums of one input of a block, and what rounds the linears that receive it."""
+    """The sums of one input of a block, and the quantizer for its linear layers."""
 
-    damping = 18.0  # codes of a few bits fit what is chance in few tokens more than zeros do
+    damping = 18.0  # more than for pruning: 4-bit codes overfit few tokens more than zeros do
     refinements: ClassVar[int] = 5  # steps of conjugate gradients
-    sweeps: ClassVar[int] = 2  # of coordinate descent over all columns
+    sweeps: ClassVar[int] = 2  # passes of coordinate descent over all columns
 
     def quantize_(self, weights: Sequence[Tensor], fmt: Int4) -> list[Start]:
-        """Round float32 matrices (out_i, in) in place. UserError where A can't be factored."""
+        """Quantize float32 matrices (out_i, in) in place. UserError if A can't be factored."""
         start, target, hessian, across, _ = self.problem(weights)
-        mask = start == 0
+        mask = (start == 0) & fmt.zero
         conjugate_gradients_(start, target, hessian, mask, self.refinements)
         grid = SolverGrid(fmt, across, keep=(~mask).float())
         solution, unrounded = round_in_order(start, hessian, grid)
@@ -69,7 +68,7 @@ class GPTQ(LeastSquares):
 
 
 class SolverGrid(Grid):
-    """The grid of a solution (in, out): columns of integers times scales, times norms of inputs.
+    """The grid of a solution (in, out): columns of integers times scales times input norms.
 
     `across` (in, 1) are the norms; `keep` (in, out) is 1.0 where a weight is kept, else 0.0. Scales
     are 1 until they are fitted, group by group.
@@ -83,7 +82,7 @@ class SolverGrid(Grid):
         self.groups = [slice(start, min(start + form.group, len(keep))) for start in starts]
 
     def fit_group_(self, values: Tensor, here: slice) -> None:
-        """Take the scales that suit the values (inputs, out) of a group of inputs."""
+        """Fit the scales of a group of inputs to its values (inputs, out)."""
         across = self.across[here]
         matrix = values.mul(self.keep[here]).div_(across).T.contiguous()
         scales = self.form.fit_scales(matrix, costs=across.flatten().square())
@@ -99,8 +98,8 @@ class SolverGrid(Grid):
     ) -> Tensor:
         """Round a group's values (inputs, out) to the nearest points, in order, into a solution.
 
-        Returns by how much what stood `before`, or else the values, is ahead of these: a value is
-        lowered by the differences of those above it times its column of `coupling`.
+        Returns `before` minus the rounded values; `before` defaults to the values. Each row is
+        first lowered by the differences of the rows above, weighted by its column of `coupling`.
         """
         steps = self.scales[:, here.start // self.form.group] * self.across[here]
         differences = torch.empty_like(values)
@@ -111,19 +110,19 @@ class SolverGrid(Grid):
             if j:
                 value.addmv_(differences[:j].T, coupling[:j, j], alpha=-1)
             torch.div(value, step, out=rounded)
-            rounded.round_().clamp_(self.form.lowest, self.form.highest).mul_(step).mul_(keep)
+            self.form.snap_(rounded).mul_(step).mul_(keep)
             torch.sub(old, rounded, out=difference)
         return differences
 
     def matrix(self, solution: Tensor) -> Tensor:
-        """A solution (in, out) on the grid as the matrix (out, in) that is saved, to the bit."""
+        """Return a solution (in, out) on the grid as the exact matrix (out, in) that is saved."""
         return self.rounded(solution / self.across).T.contiguous()
 
 
 def round_in_order(ideal: Tensor, hessian: Tensor, grid: SolverGrid) -> tuple[Tensor, Tensor]:
-    """Step 2: a solution on the grid, of the best real values (in, out) and A (in, in).
+    """Step 2: quantize the best real values (in, out), given A (in, in), in order.
 
-    And its values before each was rounded. UserError where A can't be factored.
+    Returns the solution on the grid, and its values before rounding. UserError if A is indefinite.
     """
     factor = cholesky(hessian.flip(0, 1)).flip(0, 1)
     factor.div_(factor.diagonal().clone())  # C
@@ -151,7 +150,7 @@ def descend_(
 ) -> None:
     """Step 3: lower tr(Q A Q^T) - 2 tr(B Q^T) from Q = `solution` (in, out) on its grid.
 
-    `unrounded` (in, out) gets what the last sweep wanted each value to be.
+    `unrounded` (in, out) receives the ideal values of the last sweep.
     """
     residual = torch.addmm(target, hessian, solution, alpha=-1)  # B - A Q
     diagonal = hessian.diagonal()

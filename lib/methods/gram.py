@@ -1,11 +1,11 @@
-"""X^T X, the sum behind every second-order method: added up, damped and factored.
+"""X^T X, the sum behind every second-order method: accumulation, damping and factorization.
 
-It is symmetric: taken in panels of rows, at about half the cost of a matrix product, each panel
-needs only what lies right of the diagonal. That is BLAS's symmetric update made of plain products,
-so it runs on torch's own threads, adds into the sum without a buffer, and lets everyone choose when
-to mirror.
+X^T X is symmetric. Computed in panels of rows, each panel needs only the part right of the
+diagonal, at about half the cost of a matrix product. This is BLAS's symmetric update in terms of
+plain products. It uses torch's threads, adds into the sum without a buffer, and lets callers choose
+when to mirror.
 
-Beside it the products of inputs with something else, of float32, as far as a sum over tokens goes.
+Also here: float32 cross products L^T X, summed over tokens.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from torch import Tensor
 
 from ..util.errors import UserError
 
-PANEL = 128  # rows of a panel on a CPU; narrower products are slower than what they save
+PANEL = 128  # panel rows on a CPU; narrower products lose more speed than they save work
 HALVES = (torch.float16, torch.bfloat16)
 TRIES = 4
 UNFACTORED = "X^T X can't be factored; use more calibration tokens (--nsamples)"
@@ -27,12 +27,12 @@ UNFACTORED = "X^T X can't be factored; use more calibration tokens (--nsamples)"
 def add_upper_gram_(hessian: Tensor, x: Tensor) -> None:
     """Add X^T X of x (tokens, in), in any float dtype, to the float32 sum `hessian` (in, in).
 
-    Only the diagonal and what lies above it is meaningful afterwards, until `mirror_`.
+    Only the diagonal and the part above it are meaningful afterwards, until `mirror_`.
     """
     if x.is_cuda and x.dtype in HALVES:
         return _add_halves_(hessian, x.T, x)
     x = x.float()
-    if x.device.type != "cpu":  # the whole product at once, as an accelerator likes it
+    if x.device.type != "cpu":  # an accelerator is faster with the whole product at once
         hessian.addmm_(x.T, x)
         return
     for start in range(0, len(hessian), PANEL):
@@ -41,7 +41,7 @@ def add_upper_gram_(hessian: Tensor, x: Tensor) -> None:
 
 
 def mirror_(hessian: Tensor) -> None:
-    """Copy what lies above the diagonal of a square matrix below it, in place."""
+    """Copy the part above the diagonal of a square matrix below it, in place."""
     for start in range(0, len(hessian), PANEL):
         end = start + PANEL
         square = hessian[start:end, start:end]
@@ -52,7 +52,7 @@ def mirror_(hessian: Tensor) -> None:
 def add_cross_(total: Tensor, left: Tensor, x: Tensor) -> None:
     """Add L^T X of `left` (tokens, out), float32, and x (tokens, in) to the float32 `total`.
 
-    `left` is a difference of activations, small beside them, and wants more digits than x has.
+    `left` is a difference of activations, small beside them, and needs more digits than x has.
     """
     if x.is_cuda and x.dtype == torch.bfloat16:
         for part in split(left):
@@ -62,13 +62,13 @@ def add_cross_(total: Tensor, left: Tensor, x: Tensor) -> None:
 
 
 def split(left: Tensor) -> tuple[Tensor, Tensor]:
-    """Return two tensors of bfloat16 whose sum has 16 bits of each float32 number."""
+    """Return two bfloat16 tensors whose sum has 16 bits of each float32 number."""
     high = left.bfloat16()
     return high, (left - high.float()).bfloat16()
 
 
 def _add_halves_(total: Tensor, a: Tensor, b: Tensor) -> None:
-    """Add a b of halves on CUDA: exact in float32, in which tensor cores add them up."""
+    """Add a b of 16-bit floats on CUDA: products are exact in float32, where tensor cores add."""
     if hasattr(torch.ops.aten.addmm, "dtype_out"):
         torch.addmm(total, a, b, out_dtype=torch.float32, out=total)
     else:
@@ -78,7 +78,7 @@ def _add_halves_(total: Tensor, a: Tensor, b: Tensor) -> None:
 def damped_cholesky_(matrix: Tensor, damping: float, unit: Tensor | float = 1.0) -> Tensor:
     """Add `damping` times `unit` to the diagonal of `matrix` in place, and factor it.
 
-    Where that is not enough the damping rises tenfold, with a warning; UserError after a few tries.
+    If that fails the damping rises tenfold, with a warning; UserError after TRIES attempts.
     """
     diagonal = matrix.diagonal().clone()
     for _ in range(TRIES):
@@ -94,17 +94,17 @@ def damped_cholesky_(matrix: Tensor, damping: float, unit: Tensor | float = 1.0)
 
 
 def cholesky(matrix: Tensor) -> Tensor:
-    """Lower triangular L (n, n) with L L^T = `matrix`, of which the lower triangle is read.
+    """Return lower triangular L (n, n) with L L^T = `matrix`; reads only its lower triangle.
 
-    UserError where it is not positive definite.
+    Raises UserError if it is not positive definite.
     """
     factor, failed = torch.linalg.cholesky_ex(matrix)
-    # what is not finite in a row reaches the diagonal
+    # a non-finite number in a row reaches the diagonal
     if failed.any() | ~factor.diagonal().isfinite().all():
         raise UserError(UNFACTORED)
     return factor
 
 
 def inverse_(factor: Tensor) -> Tensor:
-    """(L L^T)^-1 (n, n) in the memory of a `factor` L that `cholesky` has returned."""
+    """Return (L L^T)^-1 (n, n) in the memory of a `factor` L from `cholesky`."""
     return torch.cholesky_inverse(factor, out=factor)

@@ -1,26 +1,26 @@
-"""The least squares problem of a linear that aims at what the untouched model computes.
+"""The least-squares problem of a linear layer that aims at the outputs of the dense model.
 
-*The problem.* A linear with weights W (out, in) receives X (tokens, in) from the blocks pruned so
-far; the untouched model would feed it D (tokens, in). Where its outputs are added to a residual
-stream, L (tokens, out) is the error of that stream: how far the untouched model's is ahead.
-Wanted is the masked matrix Q that minimises
+*The problem.* A layer with weights W (out, in) receives X (tokens, in) from the blocks pruned so
+far. In the dense model it would receive D (tokens, in). If its outputs are added to a residual
+stream, L (tokens, out) is the error of that stream: the dense model's minus the current one. The
+masked matrix Q minimizes
 
     |X Q^T - D W^T - L|^2 + damping |(Q - W) S|^2                                          (1)
 
-Where SparseGPT keeps a linear's own outputs X W^T, this also repairs what the linears before it
-broke, in its input (asymmetric calibration: GPTAQ, arXiv 2504.02692, and
+SparseGPT keeps a layer's own outputs X W^T. This problem also repairs the errors of earlier
+layers, in its input (asymmetric calibration: GPTAQ, arXiv 2504.02692, and
 Qronos, arXiv 2505.11695, both for quantization) and in the stream it writes to. (1) needs sums over
 tokens: A = X^T X, F = (D - X)^T X of the input's error and G = L^T X of the stream's. The
-differences are summed because they are small: D^T X would drown them in rounding.
+differences are summed because they are small: rounding in D^T X would hide them.
 
 *Scaling.* S = diag(A)^1/2 are the norms of the inputs. In terms of W S and S^-1 A S^-1, which has
-a unit diagonal, magnitudes of weights compare across inputs as Wanda's scores do. From here on all
-is scaled and A includes the damping: (1) is tr(Q A Q^T) - 2 tr(B Q^T) with B = W (A + F) + G.
+a unit diagonal, magnitudes of weights are comparable across inputs, as Wanda's scores are. Below,
+all is scaled and A includes the damping: (1) is tr(Q A Q^T) - 2 tr(B Q^T) with B = W (A + F) + G.
 
-*Damping.* What least squares finds in T tokens that isn't there grows with in / T and with the
-share u of an input's variance that the others do not explain, the mean of 1 / (A^-1)_jj: the
-damping is FLOOR + `damping` u in / T. A fixed share that suits one model and number of windows
-spoils another: errors can be fitted to few tokens all too well.
+*Damping.* Least squares overfits T tokens. The error grows with in / T and with the share u of an
+input's variance that the others do not explain, the mean of 1 / (A^-1)_jj. The damping is therefore
+FLOOR + `damping` u in / T. A fixed share that suits one model and number of windows overfits or
+underfits another.
 """
 
 from __future__ import annotations
@@ -33,11 +33,11 @@ from torch import Tensor
 from .base import PruningMethod
 from .gram import add_cross_, add_upper_gram_, damped_cholesky_, inverse_, mirror_
 
-FLOOR = 0.01  # of an input's variance: the least damping
+FLOOR = 0.01  # least damping, as a share of an input's variance
 
 
 class LeastSquares(PruningMethod):
-    """The sums of one input of a block that the problem of its linears is made of.
+    """The sums over one input of a block that define the problem of its layers.
 
     `damping` is a multiple of the unexplained share per token and input.
     """
@@ -55,7 +55,7 @@ class LeastSquares(PruningMethod):
     def observe(
         self, x: Tensor, dense: Tensor | None = None, residual_error: Tensor | None = None
     ) -> None:
-        """As `PruningMethod.observe`; `residual_error` is L + (D - X) W^T of (1), and all of it."""
+        """As `PruningMethod.observe`; `residual_error` is L + (D - X) W^T of (1), in full."""
         super().observe(x)
         add_upper_gram_(self.hessian, x)
         if residual_error is not None:
@@ -75,11 +75,11 @@ class LeastSquares(PruningMethod):
     def problem(
         self, weights: Sequence[Tensor], drops_dead: bool = False
     ) -> tuple[Tensor, Tensor, Tensor, Tensor, float]:
-        """(1) of matrices (out_i, in) that share the input, scaled.
+        """Return (1) for matrices (out_i, in) that share the input, scaled.
 
         Returns W S and B (in, out), A (in, in), S (in, 1), and the unexplained share. An input that
-        was always 0 is dead and tells nothing of its weights, which go if it `drops_dead`. The
-        floor of the damping rises where it must; UserError where that does not help.
+        was always 0 is dead and gives no information on its weights; `drops_dead` prunes them. The
+        floor of the damping rises if necessary; UserError if that does not help.
         """
         hessian = self.hessian.clone()
         mirror_(hessian)
@@ -92,7 +92,7 @@ class LeastSquares(PruningMethod):
         del inverse
         share = self.damping * len(hessian) / self.tokens
         hessian.diagonal().add_(share * unexplained)
-        unexplained *= 1 + share  # of the damped matrix
+        unexplained *= 1 + share  # share in the damped matrix
         start = torch.cat([weight.T for weight in weights], 1)
         if self.residual_error_gram is not None:
             error = self.residual_error_gram.T / across
@@ -109,7 +109,7 @@ def conjugate_gradients_(
 ) -> None:
     """Lower (1) from Q = `solution` (in, out), each column on its own mask."""
     tiny = torch.finfo(solution.dtype).tiny
-    keep = (~mask).float()  # cheaper to multiply with than a mask is to fill
+    keep = (~mask).float()  # multiplying is faster than filling by a mask
     residual = torch.addmm(target, hessian, solution, alpha=-1).mul_(keep)
     direction = residual.clone()
     norm = residual.square().sum(0)  # (out,)

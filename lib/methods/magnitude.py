@@ -1,4 +1,4 @@
-"""Magnitude pruning: the smallest weights go, whatever flows through them. The baseline.
+"""Magnitude pruning, the baseline: prune the smallest weights, regardless of activations.
 
 Run: `python main.py --model MODEL --prune_method magnitude`.
 """
@@ -24,5 +24,5 @@ class Magnitude(PruningMethod):
             weight.masked_fill_(sparsity.mask(weight.abs(), overall=True), 0)
 
     def remove_neurons_(self, weight: Tensor, gains: Tensor, count: int) -> Tensor:
-        """Score |W_j| times the norms of the rows that make neuron j: no rescaling changes it."""
+        """Score |W_j| times the norms of the rows that make neuron j: invariant to rescaling."""
         return keep_highest_(weight, weight.norm(dim=0) * gains, count)

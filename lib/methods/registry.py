@@ -1,7 +1,7 @@
 """The pruning methods by name: one class, one line here. Importing this file imports no torch.
 
-A method's class extends lib/methods/base.py's `PruningMethod`, which says what it may override. One
-in a file of the user's is named FILE.py:CLASS, and imports `langprune.methods.base`.
+A method's class extends `PruningMethod` of lib/methods/base.py, which documents its hooks. A class
+in a user's file is named FILE.py:CLASS, and imports `langprune.methods.base`.
 """
 
 from __future__ import annotations
@@ -28,26 +28,26 @@ METHODS = {
     "ria": "ria:Ria",
     "magnitude": "magnitude:Magnitude",
 }
-EXPERT_METHODS = {  # of --sparsity_type experts
+EXPERT_METHODS = {  # for --sparsity_type experts
     "reap": "experts:Reap",
     "contribution": "experts:Contribution",
     "frequency": "experts:Frequency",
     "random": "experts:Random",
 }
-HOOKS = {NEURONS: "remove_neurons_", EXPERTS: "scores"}  # of other types: prune_
+HOOKS = {NEURONS: "remove_neurons_", EXPERTS: "scores"}  # other types use prune_
 TRUTH = {"true": True, "false": False, "1": True, "0": False}
 PACKAGE = Path(__file__).resolve().parent.parent
 CODE = PACKAGE / "methods", PACKAGE / "pruning"
-ROOTS = __package__.partition(".")[0], "langprune"  # what imports call the package
+ROOTS = __package__.partition(".")[0], "langprune"  # names of the package in imports
 
 
 def is_file(name: str) -> bool:
-    """Whether a method's name is FILE.py:CLASS."""
+    """Return whether a method's name is FILE.py:CLASS."""
     return ".py:" in name
 
 
 def label(name: str) -> str:
-    """Return the name of a method in tables and file names: of FILE.py:CLASS the class alone."""
+    """Return a method's name in tables and file names: for FILE.py:CLASS only the class."""
     return name.rpartition(":")[2]
 
 
@@ -59,9 +59,9 @@ def method_of(
 ) -> type[PruningMethod]:
     """Return a method's class, to be called with (width, device); importing it imports torch.
 
-    `variant`: of Wanda the one of --use_variant. `arguments`: NAME=VALUE each, or a mapping, which
-    replace what the class declares. `kind`: the --sparsity_type. UserError where a file, a class or
-    an argument is not what it must be, or where the class lacks what `kind` needs.
+    `variant`: Wanda's --use_variant. `arguments`: NAME=VALUE each, or a mapping, which replace the
+    class's values. `kind`: the --sparsity_type. Raises UserError for an invalid file, class or
+    argument, or if the class lacks the hook of `kind`.
     """
     if isinstance(name, type):
         method, name = name, name.__name__
@@ -87,9 +87,9 @@ def method_of(
 
 
 def _has(method: type, hook: str) -> bool:
-    """Whether a class has a hook that goes with its `prune_`: not one of a class that it changes.
+    """Return whether a class has a hook that matches its `prune_`, not one of an overridden class.
 
-    A subclass of Wanda with another score would remove neurons by Wanda's rule.
+    A subclass of Wanda with another score would otherwise remove neurons by Wanda's rule.
     """
     mro = method.__mro__
     owner = {name: next((c for c in mro if name in vars(c)), None) for name in (hook, "prune_")}
@@ -101,11 +101,11 @@ def _has(method: type, hook: str) -> bool:
 
 @cache
 def _from_file(path: str, class_name: str, changed: int) -> type[PruningMethod]:
-    """Return a class of the user's file, as it was when it was `changed`."""
+    """Return a class of the user's file; `changed` is the file's time stamp, a key of the cache."""
     flag = f"--prune_method {path}:{class_name}"
     if changed is False:
         raise UserError(f"{flag}: no such file; give the path of a Python file")
-    # the file says langprune, which in a checkout is lib
+    # the user's file imports langprune, which in a checkout is lib
     for file in Path(__file__).parent.glob("*.py"):
         import_module(f".{file.stem}", __package__)
     for name, module in list(sys.modules.items()):
@@ -116,7 +116,7 @@ def _from_file(path: str, class_name: str, changed: int) -> type[PruningMethod]:
     module = sys.modules[spec.name] = util.module_from_spec(spec)
     try:
         spec.loader.exec_module(module)
-    except Exception as error:  # whatever the user's code raises
+    except Exception as error:  # any error of the user's code
         line = f"{type(error).__name__}: {first_line(error)}"
         raise UserError(f"{flag}: can't be imported ({line}); mend the file") from error
     base = import_module(".base", __package__).PruningMethod
@@ -135,7 +135,7 @@ def _from_file(path: str, class_name: str, changed: int) -> type[PruningMethod]:
 
 
 def parameters(method: type[PruningMethod]) -> dict[str, Any]:
-    """Return the parameters that a class and those that it extends declare, with their values."""
+    """Return the parameters that a class and its bases declare, with their values."""
     base = next(each for each in method.__mro__ if each.__name__ == "PruningMethod")
     names = [name for each in reversed(method.__mro__) for name in vars(each)]
     return {
@@ -147,7 +147,7 @@ def parameters(method: type[PruningMethod]) -> dict[str, Any]:
 
 
 def _with_arguments(method: type[PruningMethod], given: Sequence[str]) -> type[PruningMethod]:
-    """Return a class with other parameters, of NAME=VALUE each."""
+    """Return a class with other parameter values, given as NAME=VALUE each."""
     declared, values = parameters(method), {}
     for each in given:
         name, equals, text = each.partition("=")
@@ -169,28 +169,28 @@ def _with_arguments(method: type[PruningMethod], given: Sequence[str]) -> type[P
 
 
 def source_digest(method: type[PruningMethod], *drivers: str) -> str:
-    """Return a method's revision, and a digest of all code that decides what it gives.
+    """Return a method's revision, and a digest of all code that determines its results.
 
-    That is its own file, the `drivers`, files of lib/ that run it, and what these import from
-    lib/methods and lib/pruning.
+    The digest covers its own file, the `drivers` (files of lib/ that run it), and their imports
+    from lib/methods and lib/pruning.
     """
-    own = Path(sys.modules[method.__module__].__file__).resolve()
+    method_file = Path(sys.modules[method.__module__].__file__).resolve()
     files: dict[Path, None] = {}
-    waiting = [own, *(PACKAGE / name for name in drivers)]
+    waiting = [method_file, *(PACKAGE / name for name in drivers)]
     while waiting:
         file = waiting.pop()
         if file not in files:
             files[file] = None
             waiting += _imported(file)
     hasher = hashlib.sha256()
-    for file in (own, *sorted(files.keys() - {own})):
+    for file in (method_file, *sorted(files.keys() - {method_file})):
         hasher.update(file.name.encode() + b"\0" + file.read_bytes())
     return f"revision {method.revision}, source {hasher.hexdigest()[:16]}"
 
 
 def _imported(file: Path) -> list[Path]:
     """Return the files of lib/methods and lib/pruning that a file imports."""
-    found = []
+    imported = []
     for node in ast.walk(ast.parse(file.read_text("utf-8"))):
         names = [alias.name for alias in getattr(node, "names", ()) if hasattr(alias, "name")]
         if isinstance(node, ast.ImportFrom) and node.level:
@@ -205,5 +205,5 @@ def _imported(file: Path) -> list[Path]:
         else:
             continue
         files = (folder.joinpath(*path.split(".")).with_suffix(".py") for path in paths if path)
-        found += [each for each in files if each.parent in CODE and each.is_file()]
-    return found
+        imported += [each for each in files if each.parent in CODE and each.is_file()]
+    return imported

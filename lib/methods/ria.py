@@ -4,10 +4,10 @@ The score of weight W[i, j] is
 
     (|W[i, j]| / sum_i |W[i, j]| + |W[i, j]| / sum_j |W[i, j]|) * ||X[:, j]||^alpha
 
-its share of what its input sends and of what its output receives, times Wanda's norm of the input
-to the power of alpha. As in the authors' default, scores are compared over the whole matrix, or
-within N:M groups. Their channel permutation, which sorts inputs before N:M groups are formed, is
-not part of this: inputs stay where they are.
+the weight's shares of its column and of its row in |W|, times Wanda's norm of the input to the
+power of alpha. As in the authors' default, scores are compared over the whole matrix, or within
+N:M groups. The authors' channel permutation, which sorts inputs before N:M groups are formed, is
+not implemented: inputs stay in their order.
 Run: `python main.py --model MODEL --prune_method ria [--method_args alpha=0.5]`.
 """
 
@@ -23,7 +23,7 @@ from .wanda import Wanda
 
 
 class Ria(Wanda):
-    """Wanda's sums of one input; weights count beside those of their row and of their column."""
+    """Wanda's sums of one input; scores weights relative to their row and their column."""
 
     alpha = 0.5
     remove_neurons_ = PruningMethod.remove_neurons_  # the paper has no rule for neurons
@@ -35,7 +35,7 @@ class Ria(Wanda):
 
 
 def relative_importance(weight: Tensor) -> Tensor:
-    """Shares of |W| (out, in) in its column and its row, added; 0 where all of these are 0."""
+    """Return the sum of each |W|'s (out, in) shares of its column and row; 0 if these are all 0."""
     size = weight.abs()
     return size / _or_one(size.sum(0)) + size / _or_one(size.sum(1, keepdim=True))
 

@@ -1,7 +1,7 @@
-"""How sparse, in which pattern, and the only place where a score becomes a mask.
+"""Sparsity and its pattern, and the only place where a score becomes a mask.
 
-A mask is True where a weight is *pruned*. Ties go to the lower column, so that a mask depends on
-the scores alone. Importing this file does not import torch.
+A mask is True where a weight is *pruned*. Ties go to the lower column, so that a mask depends
+only on the scores. Importing this file does not import torch.
 """
 
 from __future__ import annotations
@@ -13,19 +13,19 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 UNSTRUCTURED = "unstructured"
-NEURONS, EXPERTS = "neurons", "experts"  # whole ones: what is left is a smaller dense model
+NEURONS, EXPERTS = "neurons", "experts"  # removed whole, which leaves a smaller dense model
 SMALLER = (NEURONS, EXPERTS)
-RATIO_TYPES = (UNSTRUCTURED, *SMALLER)  # whose ratio is free
+RATIO_TYPES = (UNSTRUCTURED, *SMALLER)  # types with a free ratio
 TYPES = (UNSTRUCTURED, "2:4", "4:8", *SMALLER)
-ALLOCATIONS = ("uniform", "error", "owl")  # or a file of layers
-SAMPLED = 2**16  # scores; above, a sample first narrows down where numpy has to select
-STRIDE = 31  # between scores of the sample; prime, to meet all columns
-MARGIN = 2.5  # of the square root of the sample: five standard deviations of a rank, at most
+ALLOCATIONS = ("uniform", "error", "owl")  # or a file with layers' sparsities
+SAMPLED = 2**16  # scores; above, a sample first narrows the range for numpy's selection
+STRIDE = 31  # between sampled scores; prime, so that all columns are sampled
+MARGIN = 2.5  # times the root of the sample size: at least five standard deviations of a rank
 
 
 @dataclass(frozen=True)
 class Sparsity:
-    """Share of the weights to drop; with `n` and `m`, n of every m consecutive inputs."""
+    """Share of the weights to prune; with `n` and `m`, n of every m consecutive inputs."""
 
     ratio: float
     n: int | None = None
@@ -33,9 +33,9 @@ class Sparsity:
 
     @classmethod
     def parse(cls, kind: str, ratio: float | None) -> Sparsity:
-        """Read a type and a ratio in [0, 1), None for that of N:M; ValueError where they disagree.
+        """Read a type and a ratio in [0, 1), None for that of N:M; ValueError if they disagree.
 
-        Of `neurons` and `experts` it is a ratio of those, and says nothing of single weights.
+        For `neurons` and `experts` it is their ratio, and does not apply to individual weights.
         """
         if ratio is None:
             if kind not in TYPES or kind in RATIO_TYPES:
@@ -56,7 +56,7 @@ class Sparsity:
         return cls(ratio, n, m)
 
     def mask(self, score: Tensor, overall: bool = False) -> Tensor:
-        """Return the mask of the lowest scores of each N:M group or row, or `overall`."""
+        """Return the mask of the lowest scores in each N:M group or row, or `overall`."""
         if self.m:
             groups = score.unflatten(-1, (-1, self.m)).movedim(-1, 0)  # (m, ...)
             return n_of_first(groups, self.n).movedim(0, -1).reshape(score.shape)
@@ -65,18 +65,18 @@ class Sparsity:
 
 
 def lowest_per_row(score: Tensor, count: int) -> Tensor:
-    """Mask (rows, columns) of exactly the `count` smallest scores, none negative, of every row."""
+    """Mask (rows, columns) of exactly the `count` smallest scores of every row, all >= 0."""
     import numpy
     import torch
 
-    if score.device.type != "cpu":  # without the host looking at it
+    if score.device.type != "cpu":  # avoids synchronizing with the host
         first = score.sort(dim=-1, stable=True).indices[..., :count]
         return torch.zeros_like(score, dtype=torch.bool).scatter_(-1, first, True)
     if count == 0:
         return torch.zeros_like(score, dtype=torch.bool)
-    if score.dtype == torch.bfloat16:  # unknown to numpy
+    if score.dtype == torch.bfloat16:  # numpy has no bfloat16
         score = score.float()
-    # numpy's selection is some twenty times as fast as torch's on a CPU
+    # numpy's selection is about 20 times as fast as torch's on a CPU
     if score[..., 0].numel() == 1:
         threshold = torch.tensor(_select(score.numpy().reshape(-1), count), dtype=score.dtype)
     else:
@@ -89,7 +89,7 @@ def lowest_per_row(score: Tensor, count: int) -> Tensor:
 
 
 def threshold(score: Tensor, count: int) -> float:
-    """The `count`-th smallest of all scores, none negative; -1 where `count` is 0."""
+    """Return the `count`-th smallest of all scores, none negative; -1 if `count` is 0."""
     if count == 0:
         return -1.0
     score = score.reshape(-1)
@@ -100,7 +100,7 @@ def threshold(score: Tensor, count: int) -> float:
 
 
 def _select(scores: Any, count: int) -> Any:
-    """The `count`-th smallest of an array, exactly: among the few near where a sample has it."""
+    """Return the exact `count`-th smallest of an array, searched near its place in a sample."""
     import numpy
 
     if len(scores) > SAMPLED:
@@ -127,14 +127,14 @@ def n_of_first(score: Tensor, n: int | Tensor) -> Tensor:
     if score.device.type != "cpu":
         _add_ranks_(rank, score)
     else:
-        score = score.float() if score.dtype == torch.bfloat16 else score  # unknown to numpy
-        # numpy's operations cost a fraction of torch's to call, and the arrays are small
+        score = score.float() if score.dtype == torch.bfloat16 else score  # numpy has no bfloat16
+        # numpy's calls cost a fraction of torch's, and the arrays are small
         _add_ranks_(rank.numpy(), score.numpy())
     return rank < n
 
 
 def _add_ranks_(ranks: Any, scores: Any) -> None:
-    """Add how many of its group (first dimension) come before each score; tensors or arrays."""
+    """Add to each rank the number of earlier scores in its group (dim 0); tensors or arrays."""
     for right in range(1, len(scores)):
         left_first = scores[:right] <= scores[right]
         ranks[right] += left_first.sum(0, dtype=ranks.dtype)
@@ -142,7 +142,7 @@ def _add_ranks_(ranks: Any, scores: Any) -> None:
 
 
 def _lowest_up_to(threshold: Tensor, score: Tensor, count: int) -> Tensor:
-    """Mask of what is below each row's threshold and of the first that equal it: `count` in all."""
+    """Mask the scores below each row's threshold, and the first equal ones: `count` in all."""
     import torch
 
     mask = score < threshold

@@ -17,15 +17,15 @@ from .base import PruningMethod
 from .obs import keep_highest_
 from .sparsity import Sparsity
 
-TOKENS = 64  # whose squares are added up in float32
-VARIANT_TOLERANCE = 1e-3  # of the sparsity reached, and the width of alpha at which bisection stops
+TOKENS = 64  # tokens whose squares are summed in float32
+VARIANT_TOLERANCE = 1e-3  # for the sparsity, and for the interval of alpha at which bisection stops
 
 
 class Wanda(PruningMethod):
     """Sum of squares per input channel, for one input of a block.
 
-    In float32 over a few tokens and in float64 over those sums: the same, and so the same mask,
-    whatever the batch size and the number of processes, if windows are a multiple of `TOKENS`.
+    Sums are in float32 over a few tokens, then in float64. If the window length is a multiple of
+    `TOKENS`, sums and masks do not depend on the batch size or the number of processes.
     """
 
     def __init__(self, width: int, device: torch.device) -> None:
@@ -50,22 +50,22 @@ class Wanda(PruningMethod):
             weight.masked_fill_(self.mask(score, sparsity), 0)
 
     def mask(self, score: Tensor, sparsity: Sparsity) -> Tensor:
-        """The mask of the lowest scores (out, in)."""
+        """Return the mask of the lowest scores (out, in)."""
         return sparsity.mask(score)
 
     def remove_neurons_(self, weight: Tensor, gains: Tensor, count: int) -> Tensor:
-        """Score |W_j| |X_j|: what neuron j adds to the outputs, inputs taken as uncorrelated."""
+        """Score |W_j| |X_j|: neuron j's part of the outputs, if inputs are uncorrelated."""
         score = weight.norm(dim=0) * self.square_sum.sqrt().float()
         return keep_highest_(weight, score, count)
 
 
 class WandaVariant(Wanda):
-    """Wanda whose rows have shares of zeros of their own, as with --use_variant."""
+    """Wanda with an individual share of zeros per row, as with --use_variant."""
 
     def mask(self, score: Tensor, sparsity: Sparsity) -> Tensor:
-        """Rows drop their smallest scores while these sum to at most alpha of the row.
+        """Prune the smallest scores of each row while these sum to at most alpha of the row.
 
-        Bisection on alpha from 0.4 in [0, 0.8] until the sparsity of the whole matrix is within
+        Bisects on alpha from 0.4 in [0, 0.8] until the sparsity of the whole matrix is within
         0.001 of the ratio or the interval is below 0.001, as in the authors' code.
         """
         values, order = score.sort(dim=-1, stable=True)

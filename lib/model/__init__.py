@@ -1,1 +1,1 @@
-"""A model, its decoder blocks and their matrices, wherever these are kept."""
+"""Loading, running, storing and saving a model, its decoder blocks and their matrices."""

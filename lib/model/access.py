@@ -1,7 +1,7 @@
-"""A checkpoint that a flag names, and one-line errors for everything that can stop its loading.
+"""A checkpoint that a flag names, with one-line errors for everything that can stop its loading.
 
-The hub is queried once, with a short time limit, since transformers' own attempts take half a
-minute to fail. If it can't be reached, a copy in the cache is used.
+The Hub is queried once, with a short time limit, since transformers' own attempts take half a
+minute to fail. If the Hub cannot be reached, a copy in the cache is used.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from safetensors import safe_open
 from ..packed.errors import PackedError
 from ..util.errors import UserError, first_line, hub_problem
 
-TIMEOUT = 10.0  # seconds for the hub's answer
+TIMEOUT = 10.0  # seconds for the Hub's answer
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 ADAPTER = "adapter_config.json"
 LAYERS = re.compile(rb'"(?:num_hidden_layers|num_layers|n_layers?)"\s*:\s*(\d{1,18})')
@@ -32,19 +32,19 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A model on disk or on the hub, and the flag that named it; as text `--model NAME`."""
+    """A model on disk or on the Hub, and the flag that named it; as text `--model NAME`."""
 
     name: str
     flag: str = "--model"
-    cache_dir: str | None = None  # of the hub's files; None: huggingface_hub's own
+    cache_dir: str | None = None  # for the Hub's files; None: huggingface_hub's default
     trust_remote_code: bool = False
-    revision: str | None = field(default=None, compare=False)  # a commit of the hub
+    revision: str | None = field(default=None, compare=False)  # a commit on the Hub
 
     def __str__(self) -> str:
         return f"{self.flag} {self.name}"
 
     def pinned(self, config: Any) -> Checkpoint:
-        """Return the checkpoint at the commit of its config, even if the hub has a newer one."""
+        """Return the checkpoint at the commit of its config, even if the Hub has a newer one."""
         return replace(self, revision=getattr(config, "_commit_hash", None))
 
     def options(self) -> dict[str, Any]:
@@ -98,9 +98,9 @@ def check_folder(checkpoint: Checkpoint) -> None:
 
 @cache
 def local_only(checkpoint: Checkpoint) -> bool:
-    """Return whether all files come from this machine: from a folder, or with the hub unreachable.
+    """Return whether all files come from this machine: from a folder, or if the Hub is unreachable.
 
-    Raises UserError if the hub has no such model, or can't be reached and there is no copy in the
+    Raises UserError if the Hub has no such model, or can't be reached and there is no copy in the
     cache.
     """
     if Path(checkpoint.name).exists():
@@ -121,7 +121,7 @@ def local_only(checkpoint: Checkpoint) -> bool:
 
 
 def quantization(load_bit: str | None, skipped: list[str]) -> dict:
-    """Return arguments for `from_pretrained` under `--load_bit`: all but `skipped` in 4 or 8."""
+    """Return arguments for `from_pretrained` under `--load_bit`: all except `skipped` in 4 or 8."""
     if load_bit is None:
         return {}
     from transformers import BitsAndBytesConfig
@@ -139,7 +139,7 @@ def quantization(load_bit: str | None, skipped: list[str]) -> dict:
 
 @contextmanager
 def as_user_error(checkpoint: Checkpoint, what: str, way_out: str) -> Iterator[None]:
-    """Inside, an exception becomes a UserError: `what` can't be loaded, why, and the way out."""
+    """Convert exceptions to UserError: `what` can't be loaded, the reason, and the way out."""
     try:
         yield
     except (UserError, PackedError, MemoryError):
@@ -147,7 +147,7 @@ def as_user_error(checkpoint: Checkpoint, what: str, way_out: str) -> Iterator[N
     except Exception as error:  # safetensors and tokenizers raise direct children of Exception
         if type(error).__name__ == "OutOfMemoryError":
             raise
-        if "negative dimension" in str(error):  # transformers first leaves 1.2 GiB of a device
+        if "negative dimension" in str(error):  # transformers leaves 1.2 GiB of a device free
             raise MemoryError("the device has less than 1.2 GiB") from error
         if "trust_remote_code" in str(error) and not checkpoint.trust_remote_code:
             what = f"{what}, which brings code of its own,"
@@ -158,9 +158,9 @@ def as_user_error(checkpoint: Checkpoint, what: str, way_out: str) -> Iterator[N
 
 
 def check_complete(checkpoint: Checkpoint, info: dict) -> None:
-    """Raise UserError if `from_pretrained` reports missing weights or other shapes.
+    """Raise UserError if `from_pretrained` reports missing weights or mismatched shapes.
 
-    It warns of unused weights.
+    Warns of unused weights.
     """
     missing, misfits = sorted(info["missing_keys"]), sorted(info["mismatched_keys"])
     if missing:
@@ -180,7 +180,7 @@ def check_complete(checkpoint: Checkpoint, info: dict) -> None:
 
 
 def stored_names(checkpoint: Checkpoint) -> dict[str, str]:
-    """Return {name of a tensor: the file that holds it} of a local checkpoint; else nothing."""
+    """Return {name of a tensor: the file that holds it} of a local checkpoint, else {}."""
     names: dict[str, str] = {}
     for file in sorted(Path(checkpoint.name).glob("*.safetensors")):
         with safe_open(file, framework="pt") as stored:

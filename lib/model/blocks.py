@@ -1,13 +1,13 @@
 """The runner that passes windows through a model's decoder blocks, one block after another.
 
 Pruning and evaluation both use it. First every block records the arguments that the model calls
-*it* with (sliding-window and full-attention blocks get different masks and rotary tables) and
-returns its input unchanged, so a pass costs an embedding look-up. Then the blocks run one by one
-over all windows, their outputs written over their inputs in one buffer. Last, the model's own
+*it* with (sliding-window and full-attention blocks get different masks and rotary tables). It then
+returns its input unchanged, so this pass costs only an embedding look-up. Then the blocks run one
+by one over all windows, and their outputs replace their inputs in one buffer. Last, the model's own
 forward runs with the blocks replaced by the buffer's contents, which gives exact logits.
 
-A model whose blocks can't be run so is measured as a whole: what then stands in the buffer is what
-the module that holds the blocks returns.
+Models that cannot be run block by block are evaluated with their own forward. The buffer then holds
+the decoder's last hidden state.
 """
 
 from __future__ import annotations
@@ -33,19 +33,19 @@ from .linears import find_linears
 from .matrix import PrunableLinear
 from .store import BlockStore
 
-# of float32 logits at a time: what fits into a CPU's cache, what keeps a GPU busy
+# float32 logits computed at a time: fits into a CPU's cache, or keeps a GPU busy
 LOGIT_BYTES, GPU_LOGIT_BYTES = 2**24, 2**29
 # with fewer positions in a product, reading the head takes longer than the arithmetic
 HEAD_POSITIONS = 128
 PROBE_TOKENS = 16
-PROBE_TOLERANCE = 0.02  # of the logits' norm; rounding in bfloat16 stays below
+PROBE_TOLERANCE = 0.02  # share of the logits' norm; rounding in bfloat16 stays below it
 
 
 @dataclass
 class HiddenStates:
-    """Windows and their hidden states before the next block."""
+    """Windows and their hidden states at the input of the next block."""
 
-    windows: Tensor  # (windows, tokens) of ids
+    windows: Tensor  # (windows, tokens) token ids
     batch_size: int
     hidden: Tensor | None = None  # (windows, tokens, hidden)
     # [block][batch]: a block's arguments besides its hidden states
@@ -61,7 +61,7 @@ class HiddenStates:
         self.hidden[batch] = hidden
 
     def copy(self) -> HiddenStates:
-        """Return the same windows with hidden states of their own."""
+        """Return the same windows with a copy of the hidden states."""
         pinned = self.hidden.is_pinned()
         hidden = torch.empty_like(self.hidden, pin_memory=pinned).copy_(self.hidden)
         return replace(self, hidden=hidden)
@@ -78,13 +78,13 @@ class BlockRunner:
     `name` is the blocks' name in the model, such as `model.layers`; `flag` is the flag that named
     the model, which must be in eval mode. Patches are undone after exceptions too.
 
-    It carries what every pass needs: `dist`, the processes that share the work; `batch_size`, the
-    windows per forward pass; `state_device`, which holds hidden states between two blocks;
-    `cache_inputs`, whether there is memory for inputs of a block that save passes through it;
-    `checkpointed`, whether a block's activations are computed again in training; and
-    `most_windows`, whole batches that are measured at a time where blocks are fetched (None: all).
-    `weights` says in which dtype the model will be saved. All blocks are run at once if `whole`,
-    for those that can't be run one by one.
+    It holds the settings of every pass. `dist`: the processes that share the work. `batch_size`:
+    windows per forward pass. `state_device`: holds hidden states between two blocks.
+    `cache_inputs`: whether memory suffices to cache a block's inputs, which saves passes.
+    `checkpointed`: whether training recomputes a block's activations. `most_windows`: windows
+    measured at a time if blocks are fetched, in whole batches (None: all). `weights` has the dtype
+    in which the model will be saved. With `whole` all blocks run at once, for models that cannot be
+    run block by block.
     """
 
     def __init__(
@@ -114,30 +114,30 @@ class BlockRunner:
         self.checkpointed = checkpointed
         self.whole = whole
         self.most_windows = most_windows
-        self.output: type | None = None  # the decoder's, if so
+        self.output: type | None = None  # the decoder's output class, if `whole`
         self.tuples = self._probe()
 
     @property
     def save_dtype(self) -> torch.dtype | None:
-        """The dtype in which the model will be saved; None: as it is."""
+        """The dtype in which the model will be saved; None: unchanged."""
         return self.weights.saved.dtype
 
     def on_device(self, index: int, write_back: bool = False) -> AbstractContextManager:
-        """Inside, block `index` is on the device; `write_back` keeps changes of its weights."""
+        """Keep block `index` on the device; `write_back` keeps changes of its weights."""
         return self.weights.on_device(index, write_back)
 
     def linears(self, index: int) -> list[PrunableLinear]:
-        """Return the prunable and packed linears of block `index`, with their full names."""
+        """Return the prunable and packed linear layers of block `index`, with their full names."""
         return find_linears(self.blocks[index], f"{self.name}.{index}")[0]
 
     def each_linear(self) -> Iterator[PrunableLinear]:
-        """Yield every linear of the blocks, on the device while it is looked at."""
+        """Yield every linear layer of the blocks, on the device until the next one."""
         for index in range(len(self.blocks)):
             with self.on_device(index):
                 yield from self.linears(index)
 
     def check_finite(self) -> None:
-        """Raise UserError naming the first linear of the blocks whose weight holds nan or inf."""
+        """Raise UserError naming the first linear layer whose weight holds nan or inf."""
         for linear in self.each_linear():
             linear.check_finite(self.named)
 
@@ -148,13 +148,13 @@ class BlockRunner:
         batch_size: int | None = None,
         state_device: torch.device | str | None = None,
     ) -> HiddenStates:
-        """Embed the windows (n, tokens) and record every block's own arguments for each batch."""
+        """Embed the windows (n, tokens) and record every block's arguments for each batch."""
         batch_size = batch_size or self.batch_size
         state_device = state_device or self.state_device
         windows = as_windows(windows)
         states = HiddenStates(windows.ids, batch_size, block_args=[[] for _ in self.blocks])
         tensors: dict[tuple, list[Tensor]] = {}
-        known: dict[int, tuple[Tensor, Tensor]] = {}  # of one call of the model
+        known: dict[int, tuple[Tensor, Tensor]] = {}  # per call of the model
         received: list[Tensor] = []  # hidden states that the blocks of this batch received
 
         def recorder(index: int, batch: slice) -> Callable:
@@ -227,7 +227,7 @@ class BlockRunner:
 
     @torch.no_grad()
     def _whole_states(self, windows: Windows, state_device: torch.device | str) -> HiddenStates:
-        """Return what the decoder itself gives for windows (n, tokens), all blocks in one."""
+        """Return the decoder's own output for windows (n, tokens), all blocks in one call."""
         states = HiddenStates(windows.ids, self.batch_size)
 
         def see(decoder: nn.Module, args: tuple, out: Any) -> None:
@@ -251,9 +251,9 @@ class BlockRunner:
     ) -> Iterator[tuple[int, int, HiddenStates]]:
         """Yield hidden states after the last block: number of the set, first window, states.
 
-        Where bringing a block costs nothing, each batch goes through all blocks and few states are
-        kept; where blocks are fetched, each sees as many windows as `most_windows` allows before
-        the next one is. `on_progress` is called with the number of windows that are done.
+        If fetching a block costs nothing, each batch goes through all blocks and few states are
+        kept. If blocks are fetched, each block sees up to `most_windows` windows before the next
+        one. `on_progress` is called with the number of finished windows.
         """
         resident, blocks = self.weights.zero_copy, len(self.blocks)
         most = self.batch_size if resident else self.most_windows or max(1, sum(map(len, sets)))
@@ -262,7 +262,7 @@ class BlockRunner:
         for number, each in enumerate(sets):
             start = 0
             while start < len(each):
-                # batches begin where they would alone, so that they compute the same
+                # batches begin where they would alone, which keeps results equal
                 room -= room % self.batch_size if room < len(each) - start else 0
                 if not room or (resident and groups[-1]):
                     groups.append([])
@@ -272,7 +272,7 @@ class BlockRunner:
                 room -= stop - start
                 start = stop
         groups = [group for group in groups if group]
-        if self.weights.together:  # every rank fetches each block as many times as the others
+        if self.weights.together:  # every rank fetches each block equally often
             most = max(self.dist.all_gather_object(len(groups)))
             groups += [[]] * (most - len(groups))
         for group in groups:
@@ -328,14 +328,14 @@ class BlockRunner:
         except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise self._refused("has blocks that depend on each other") from error
         expected = self.model(input_ids=ids, use_cache=False).logits.float()
-        comparable = expected.isfinite().all(-1)  # (1, tokens); nan is reported later, by linear
+        comparable = expected.isfinite().all(-1)  # (1, tokens); nan is reported later, per layer
         logits, expected = logits[comparable], expected[comparable]
-        if not (logits - expected).norm() <= PROBE_TOLERANCE * expected.norm():  # nan is refused
+        if not (logits - expected).norm() <= PROBE_TOLERANCE * expected.norm():  # also rejects nan
             raise self._refused("computes more than its decoder blocks one after another")
 
     @property
     def named(self) -> str:
-        """The model as messages name it: `--model NAME`."""
+        """The model's name in messages: `--model NAME`."""
         return f"{self.flag} {self.model.name_or_path}"
 
     def _refused(self, what: str) -> UserError:
@@ -365,9 +365,9 @@ class BlockRunner:
         return lengths
 
     def _call_model(self, windows: Windows) -> None:
-        """Call the model, with positions where documents share a window, if it takes any.
+        """Call the model, with positions if documents share a window and it takes positions.
 
-        Then its own code ends masks between documents, in most architectures with attention.
+        Its own code then separates the documents' masks, in most architectures with attention.
         """
         more, positions = {}, windows.positions
         if positions is not None and not positions[:, 1:].all():
@@ -386,7 +386,7 @@ class Stop(Exception):
 
 @contextmanager
 def replaced(forwards: Mapping[nn.Module, Callable]) -> Iterator[None]:
-    """Inside, modules have other forwards; afterwards these are restored."""
+    """Replace the forwards of modules, and restore them afterwards."""
     with ExitStack() as patches:
         for module, forward in forwards.items():
             patches.enter_context(mock.patch.object(module, "forward", forward))
@@ -402,13 +402,13 @@ def run_block(block: nn.Module, hidden: Tensor, args: tuple, kwargs: dict) -> Te
 def first_equal(
     tensors: dict[tuple, list[Tensor]], known: dict[int, tuple[Tensor, Tensor]], value: Any
 ) -> Any:
-    """Return the first tensor that equals `value`; what is no tensor stays as it is.
+    """Return the first tensor that equals `value`; other objects are returned unchanged.
 
-    `tensors`, by shape, dtype and device, are those before, to which a new one is added: most
-    arguments of blocks are the same in all batches. `known` has what was found in a call of the
-    model, in which an id identifies a tensor: comparing reads all of both, and waits for a GPU.
+    `tensors` has earlier tensors by shape, dtype and device, and collects new ones: most arguments
+    of blocks are the same in all batches. `known` caches results by tensor id within one call of
+    the model, because a comparison reads both tensors and waits for a GPU.
     """
-    if isinstance(value, UserDict):  # keys and values that blocks leave for others
+    if isinstance(value, UserDict):  # keys and values that blocks pass to later blocks
         return copy.copy(value)
     if not isinstance(value, Tensor):
         return value
@@ -429,7 +429,7 @@ def iter_logits(
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Yield positions 0 to `length` in chunks, with their logits (n, chunk, vocabulary).
 
-    Without `chunk`, the first is one position, whose logits show how many fit into LOGIT_BYTES.
+    Without `chunk`, the first is one position, whose logits give the number within LOGIT_BYTES.
     """
     start, size = 0, chunk or 1
     while start < length:
@@ -444,7 +444,7 @@ def iter_logits(
 def positions_at_once(device: torch.device, vocabulary: int, windows: int, least: int = 1) -> int:
     """Return how many positions of `windows` windows have their logits in memory at a time.
 
-    Over all windows these are `least` positions at least, even beyond LOGIT_BYTES.
+    Over all windows these are at least `least` positions, even beyond LOGIT_BYTES.
     """
     return max(1, max(rows_at_once(device, vocabulary), least) // windows)
 

@@ -19,13 +19,13 @@ from .matrix import PrunableLinear
 from .quantized import quantized_linear
 
 PRODUCTS = (F.linear, torch.matmul, Tensor.matmul, Tensor.__matmul__)
-NARROWEST = 8  # inputs or outputs of a matrix worth pruning
+NARROWEST = 8  # smallest number of inputs or outputs of a prunable matrix
 
 
 def find_linears(
     block: nn.Module, prefix: str
 ) -> tuple[list[PrunableLinear], dict[str, tuple[int, str]]]:
-    """The prunable matrices of a block, and {name: (weights, reason)} of the others."""
+    """Return the prunable matrices of a block, and {name: (weights, reason)} of the others."""
     linears, dense, experts_of = [], {}, _expert_counts(block)
     for path, module in block.named_modules():
         name = f"{prefix}.{path}" if path else prefix
@@ -64,7 +64,7 @@ def find_linears(
 
 
 class PackedView(PrunableLinear):
-    """A packed linear, which can be measured but not pruned again."""
+    """A packed linear layer, which can be measured but not pruned again."""
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -75,13 +75,13 @@ class PackedView(PrunableLinear):
 
 
 def _holds_experts(module: nn.Module, weight: Tensor) -> bool:
-    """Whether a parameter is a stack of matrices, one for each expert."""
+    """Return whether a parameter is a stack of matrices, one per expert."""
     stacked = weight.dim() == 3 and len(weight) > 1 and min(weight.shape[1:]) >= NARROWEST
     return stacked and not isinstance(module, _ConvNd)
 
 
 def _expert_counts(block: nn.Module) -> dict[str, int]:
-    """{path: number of experts} for the parents of experts and all their children."""
+    """Return {path: number of experts} for the parents of experts and all their children."""
     counts: dict[str, int] = {}
     for path, module in block.named_modules():
         stacks = [len(w) for w in module.parameters(recurse=False) if _holds_experts(module, w)]
@@ -94,7 +94,7 @@ def _expert_counts(block: nn.Module) -> dict[str, int]:
 
 
 class _ExpertProducts(TorchFunctionMode):
-    """Sees the products with slices of fused expert parameters, before or after."""
+    """Calls `see` for products with slices of fused expert parameters, before or after them."""
 
     def __init__(self, linears: list[PrunableLinear], see: Callable, after: bool) -> None:
         super().__init__()
@@ -117,7 +117,7 @@ class _ExpertProducts(TorchFunctionMode):
 
 
 def first_argument(args: tuple, kwargs: dict) -> Tensor:
-    """A linear module's input, which its forward may call `input`, or `x` as in GPT-2."""
+    """Return a linear module's input: its first argument, of any name (GPT-2 has `x`)."""
     return args[0] if args else next(iter(kwargs.values()))
 
 
@@ -125,10 +125,10 @@ def first_argument(args: tuple, kwargs: dict) -> Tensor:
 def watch_inputs(
     linears: Sequence[PrunableLinear], see: Callable[..., None], after: bool = False
 ) -> Iterator[None]:
-    """Inside, `see(linear, x)` is called with what each linear is about to be multiplied with.
+    """Call `see(linear, x)` with the input x (..., in) of each layer, before it is multiplied.
 
-    x is (..., in). `after`: `see(linear, x, out)`, with its output (..., out) too. `see` may raise
-    to end the forward pass early. Hooks are gone afterwards.
+    `after`: call `see(linear, x, out)` with its output (..., out) too. `see` may raise an exception
+    to end the forward pass early. Hooks are removed afterwards.
     """
 
     def hook(linear: PrunableLinear) -> Callable:
@@ -149,7 +149,7 @@ watch_outputs = partial(watch_inputs, after=True)
 
 @contextmanager
 def experts_by(model: nn.Module, implementation: str) -> Iterator[None]:
-    """Inside, experts multiply so; `eager` is one by one, each one's input seen; same results."""
+    """Set the experts' implementation; `eager` runs them singly, with visible inputs."""
     before = model.get_experts_implementation()
     try:
         model.set_experts_implementation(implementation)

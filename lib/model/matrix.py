@@ -1,8 +1,8 @@
 """One prunable matrix of a decoder block, independent of how its module stores it.
 
-`nn.Linear` keeps its weight (out, in), GPT-2's `Conv1D` (in, out), a fused mixture-of-experts
-parameter (experts, out, in) or, transposed, (experts, in, out). Solvers see a float32 (out, in)
-matrix and none of that. It is saved in the dtype that `SaveDtypes` says, as any parameter is.
+`nn.Linear` stores its weight as (out, in), GPT-2's `Conv1D` as (in, out), a fused MoE parameter as
+(experts, out, in) or, transposed, (experts, in, out). Solvers only see a float32 (out, in) matrix.
+It is saved in the dtype that `SaveDtypes` gives, as any parameter is.
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ from ..util.errors import UserError
 
 
 class SaveDtypes:
-    """Says in which dtype a parameter is saved, kept, fetched, sent and trained.
+    """The dtype in which each parameter is saved, kept, fetched, sent and trained.
 
-    The model is saved in `dtype` (None: as it is), except for what its class always keeps in
-    float32 (some routers), by parts of names, and what text does not read.
+    The model is saved in `dtype` (None: unchanged). Exceptions are parts that its class always
+    keeps in float32 (some routers), by parts of names, and parts that do not process text.
     """
 
     def __init__(self, model: nn.Module | None = None, dtype: torch.dtype | None = None) -> None:
@@ -30,7 +30,7 @@ class SaveDtypes:
         self.unread = getattr(model, "unread", frozenset())
 
     def of(self, name: str, parameter: Tensor) -> torch.dtype:
-        """Return the dtype in which a parameter is saved; `name` is that in the model."""
+        """Return the dtype in which a parameter is saved; `name` is its name in the model."""
         if self.dtype is None or name in self.unread or self.exact & set(name.split(".")):
             return parameter.dtype
         return self.dtype if parameter.is_floating_point() else parameter.dtype
@@ -48,18 +48,18 @@ class PrunableLinear:
     parameter: str = "weight"
     expert: int | None = None
     transposed: bool = False
-    is_quantized: ClassVar[bool] = False  # its weight holds codes, not values
+    is_quantized: ClassVar[bool] = False  # whether the weight holds codes instead of values
 
     @property
     def stage(self) -> str:
-        """The parameter's name, which all of its experts, reached at one point, have in common."""
+        """The parameter's name, which all of its experts share, since they are reached together."""
         if self.expert is None:
             return f"{self.name}.{self.parameter}"
         return self.name.rpartition(".")[0]
 
     @property
     def raw_weight(self) -> Tensor:
-        """A view of the weight as the model stores it."""
+        """The weight as the model stores it (a view)."""
         weight = getattr(self.module, self.parameter).data
         return weight if self.expert is None else weight[self.expert]
 
@@ -78,13 +78,13 @@ class PrunableLinear:
             )
 
     def matrix(self) -> Tensor:
-        """A contiguous float32 copy (out, in) on the weight's device."""
+        """Return a contiguous float32 copy (out, in) on the weight's device."""
         weight = self.raw_weight.T if self.transposed else self.raw_weight
         return weight.to(torch.float32, copy=True).contiguous()
 
     def saved_dtype(self, saved: SaveDtypes) -> torch.dtype:
-        """The dtype in which ranks send the matrix, and save it."""
-        if self.is_quantized:  # it is quantized again afterwards
+        """Return the dtype in which ranks send the matrix, and save it."""
+        if self.is_quantized:  # it will be quantized again
             return torch.float32
         return saved.of(self.name, self.raw_weight)
 

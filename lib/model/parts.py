@@ -1,14 +1,13 @@
-"""The parts of a model's blocks that can go: neurons of its MLPs, or routed experts.
+"""The removable parts of a model's blocks: neurons of its MLPs, or routed experts.
 
-The model is built twice without weights, once as its config says and once with fewer parts. The
-tensors that differ have one entry or several for each part in one dimension, and the integers of
-modules that differ count them. So no architecture is named here, and what is cut loads as any other
-model.
+The model is built twice without weights: from its config, and with fewer parts. Tensors whose
+shapes differ have one or more entries per part along one dimension. Module attributes (integers)
+that differ are counts. No architecture is named here, and the smaller model loads like any other.
 
-A neuron is an input of an MLP's down projection, with the row of each linear that makes this input
-(gate and up, or one linear before the activation), and their biases. An expert is a slice of
-stacked weights, with the router's row, its bias, and the term that corrects its score. That each
-part works by itself is checked when some are removed (lib/remove.py).
+A neuron is an input of an MLP's down projection, with the rows that compute it and their biases.
+The rows are those of gate and up, or of one linear layer before the activation. An expert is a
+slice of stacked weights, with the router's row, its bias, and its score correction. Removal
+(lib/remove.py) checks that the parts work independently.
 """
 
 from __future__ import annotations
@@ -40,26 +39,26 @@ NO_FIELD = {
 
 @dataclass(frozen=True)
 class PartLayout:
-    """Where a model has its parts: `count` in each block, which `field` of the text config sets.
+    """The parts of a model: `count` in each block, which `field` of the text config sets.
 
-    A fused linear has several rows for each neuron; those of one kind are contiguous. A token is
-    sent to `chosen` experts, of `open_groups` of `groups` groups, consecutive and equal in size.
+    A fused layer has several rows per neuron; rows of one kind are contiguous. A token is routed to
+    `chosen` experts of `open_groups` groups, out of `groups` consecutive ones of equal size.
     """
 
     kind: str
     count: int
     field: str
-    tensors: tuple[dict[str, tuple[int, int]], ...] = ()  # of each block {path: (dim, entries)}
-    # of each block, the down projection, or the module that runs the experts; "" for none
+    tensors: tuple[dict[str, tuple[int, int]], ...] = ()  # per block {path: (dim, entries)}
+    # per block, the down projection, or the module that runs the experts; "" for none
     modules: tuple[str, ...] = ()
-    counters: tuple[tuple[str, str, int], ...] = ()  # modules, attributes, and for each part
+    counters: tuple[tuple[str, str, int], ...] = ()  # module, attribute, count per part
     chosen: int = 1
     groups: int = 1
     open_groups: int = 1
 
 
 def kind_of(config: Any) -> str:
-    """Return which parts of a model can go: experts where its blocks have several, or neurons."""
+    """Return the kind of removable parts: experts if blocks have several, or else neurons."""
     text = config.get_text_config(decoder=True)
     several = any((getattr(text, field, 0) or 0) > 1 for field in FIELDS[EXPERTS])
     return EXPERTS if several else NEURONS
@@ -70,8 +69,8 @@ def find_parts(
 ) -> PartLayout:
     """Return the neurons or experts of the blocks `name` of `model`, which needs no weights.
 
-    Raises UserError for quantized models, MLPs that are experts or of several widths, and where no
-    field of the config sets the number of parts.
+    Raises UserError for quantized models, for MLPs that are experts or have several widths, and if
+    no field of the config sets the number of parts.
     """
     blocks, why = model.get_submodule(name), NO_FIELD[kind]
     linears = (one for block in blocks for one in find_linears(block, "")[0])
@@ -91,11 +90,11 @@ def find_parts(
 def _layout(
     kind: str, field: str, config: Any, checkpoint: Checkpoint, model: nn.Module, name: str
 ) -> PartLayout | None:
-    """The layout that `field` stands for; None where it changes anything else than such parts."""
+    """Return the layout that `field` sets; None if the field also changes other shapes."""
     blocks, text = model.get_submodule(name), config.get_text_config(decoder=True)
     groups, count = getattr(text, "n_group", None) or 1, getattr(text, field, 0)
     if count is None and kind == NEURONS:
-        count = 4 * text.hidden_size  # as models then have it
+        count = 4 * text.hidden_size  # the models' default
     step = 2 if kind == NEURONS else groups
     if not isinstance(count, int) or count <= step:
         return None
@@ -103,12 +102,12 @@ def _layout(
     if other is None:
         return None
     tensors: list[dict[str, tuple[int, int]]] = [{} for _ in blocks]
-    for path, (shape, its) in changed_shapes(model, other).items():
-        dims = [dim for dim, size in enumerate(shape) if its[dim : dim + 1] != (size,)]
-        if not path.startswith(f"{name}.") or len(its) != len(shape) or len(dims) != 1:
+    for path, (shape, other_shape) in changed_shapes(model, other).items():
+        dims = [dim for dim, size in enumerate(shape) if other_shape[dim : dim + 1] != (size,)]
+        if not path.startswith(f"{name}.") or len(other_shape) != len(shape) or len(dims) != 1:
             return None
         [dim] = dims
-        if shape[dim] % count or its[dim] * count != shape[dim] * fewer:
+        if shape[dim] % count or other_shape[dim] * count != shape[dim] * fewer:
             return None
         index, _, inner = path.removeprefix(f"{name}.").partition(".")
         tensors[int(index)][inner] = dim, shape[dim] // count
@@ -137,7 +136,7 @@ def _layout(
 
 
 def _down_projection(block: nn.Module, tensors: dict[str, tuple[int, int]]) -> str | None:
-    """The path of the linear that reads the neurons; None where these are not one MLP's alone."""
+    """Return the path of the layer that reads the neurons; None unless they are one MLP's only."""
     downs, others = [], []
     for path, (dim, entries) in tensors.items():
         owner, _, attribute = path.rpartition(".")
@@ -150,7 +149,7 @@ def _down_projection(block: nn.Module, tensors: dict[str, tuple[int, int]]) -> s
 
 
 def _experts_module(block: nn.Module, tensors: dict[str, tuple[int, int]]) -> str | None:
-    """The path of the module with stacked weights; "" if there is none, None if there are more."""
+    """Return the path of the stacked weights' module; "" if there is none, None if several."""
     stacks = {p.rpartition(".")[0] for p in tensors if get_tensor(block, p).dim() == 3}
     if len(stacks) > 1 or any(where != (0, 1) for where in tensors.values()):
         return None
@@ -164,9 +163,9 @@ def get_tensor(module: nn.Module, path: str) -> Tensor:
 
 
 def keep_parts_(block: nn.Module, layout: PartLayout, index: int, name: str, kept: Tensor) -> None:
-    """Remove from block `index`, of the name `name`, all parts but `kept` (n,), in this order.
+    """Remove from block `index`, named `name`, all parts except `kept` (n,), in this order.
 
-    Tensors that have lost them already, as in a block that was restored, stay as they are.
+    Tensors without the removed parts, as in a restored block, remain unchanged.
     """
     for path, (dim, entries) in layout.tensors[index].items():
         tensor = get_tensor(block, path)

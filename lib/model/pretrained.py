@@ -49,12 +49,12 @@ from .linears import experts_by
 from .matrix import SaveDtypes
 from .quantized import stored_bits
 
-LONGEST_WINDOW = 4096  # tokens, where neither a flag nor the model says less
+LONGEST_WINDOW = 4096  # tokens, the default if the model has no lower limit
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-BATCH_TOKENS, GPU_BATCH_TOKENS = 1024, 8192  # in one forward pass, roughly
-NARROW = 4096  # width below which that many tokens do not keep a GPU busy
-MOST_TENSORS = 10  # parameters of a model for each tensor in its weights, far above any kind's
-MOST_WEIGHTS = 16  # numbers for each byte in its weights
+BATCH_TOKENS, GPU_BATCH_TOKENS = 1024, 8192  # per forward pass, roughly
+NARROW = 4096  # below this width that many tokens do not keep a GPU busy
+MOST_TENSORS = 10  # parameters of a model per stored tensor, far above any architecture's
+MOST_WEIGHTS = 16  # numbers per byte of stored weights
 
 
 def pick_device(name: str | None) -> torch.device:
@@ -81,16 +81,16 @@ def pick_device(name: str | None) -> torch.device:
 
 
 def set_current_device(device: torch.device) -> None:
-    """Make `device` the default for calls that name none, and products on it exact."""
+    """Make `device` the default for calls without a device, and float32 products on it exact."""
     if device.type != "cpu":
-        # read when cuBLAS starts: without it products need not add up in the same order twice
+        # read when cuBLAS starts: without it sums in products may have another order each time
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.backends.cuda.matmul.fp32_precision = "ieee"  # an environment may ask for TF32
         torch.accelerator.set_device_index(device.index)
 
 
 def load_config(checkpoint: Checkpoint) -> Any:
-    """Load the model's config, before any weight. Raises UserError if it can't be loaded."""
+    """Load the model's config, but no weight. Raises UserError if it can't be loaded."""
     check_folder(checkpoint)
     way_out = "check that file and the installed transformers"
     with as_user_error(checkpoint, "its config.json", way_out):
@@ -104,10 +104,10 @@ def load_config(checkpoint: Checkpoint) -> Any:
 
 
 def auto_class(config: Any) -> type:
-    """Return the class of transformers that loads a config's checkpoint whole.
+    """Return the class of transformers that loads a config's checkpoint in full.
 
-    It is AutoModelForCausalLM, unless a class that also sees has this config and the checkpoint's
-    `architectures` do not name the language model's.
+    This is AutoModelForCausalLM, unless the config belongs to a vision-language model and the
+    checkpoint's `architectures` do not name the language model's class.
     """
     causal, seeing = (
         each._model_mapping.get(type(config), None)
@@ -118,10 +118,10 @@ def auto_class(config: Any) -> type:
 
 
 def load_tokenizer(checkpoint: Checkpoint) -> Any:
-    """Load the model's tokenizer. Raises UserError if it has none that works."""
+    """Load the model's tokenizer. Raises UserError if it has no working one."""
     with as_user_error(checkpoint, "its tokenizer", "put the tokenizer's files beside the weights"):
         tokenizer = AutoTokenizer.from_pretrained(checkpoint.name, **checkpoint.options())
-        template_texts(tokenizer, str(checkpoint))  # which checks them
+        template_texts(tokenizer, str(checkpoint))  # also checks them
         keep_limits(tokenizer)
     if not tokenizer("a").input_ids and not tokenizer("text").input_ids:
         raise UserError(f"{checkpoint}: its tokenizer turns text into no tokens")
@@ -141,7 +141,7 @@ def window_length(config, requested: int | None, longest: int = LONGEST_WINDOW) 
 
 
 def default_batch_size(device: torch.device, seqlen: int, width: int) -> int:
-    """Return the windows per forward pass that keep the device busy without much memory."""
+    """Return the windows per forward pass that keep the device busy with moderate memory."""
     tokens = BATCH_TOKENS
     if device.type != "cpu":
         tokens = GPU_BATCH_TOKENS * max(1, NARROW / width)  # as many activations as at that width
@@ -159,16 +159,16 @@ def dtype_name(dtype: torch.dtype) -> str:
 
 
 def pick_dtype(name: str, config, device: torch.device) -> torch.dtype:
-    """Return the working dtype.
+    """Return the compute dtype.
 
-    `auto` is the checkpoint's where the device multiplies it by itself, else float32: on a GPU that
-    would emulate bfloat16, and on a CPU but for bfloat16 with AMX's or AVX-512's instructions.
+    `auto` is the checkpoint's if the device supports it natively, else float32. A GPU may only
+    emulate bfloat16; a CPU supports only bfloat16, with AMX or AVX-512 instructions.
     """
     if name != "auto":
         return DTYPES[name]
     dtype, fast = checkpoint_dtype(config), True
     if device.type == "cpu":
-        able = getattr(torch.cpu, "get_capabilities", dict)()  # newer than the oldest torch allowed
+        able = getattr(torch.cpu, "get_capabilities", dict)()  # missing in the oldest torch
         fast = dtype == torch.bfloat16 and (able.get("amx_bf16") or able.get("avx512_bf16"))
     elif device.type == "cuda" and dtype == torch.bfloat16:
         fast = torch.cuda.is_bf16_supported(including_emulation=False)
@@ -178,7 +178,7 @@ def pick_dtype(name: str, config, device: torch.device) -> torch.dtype:
 def saved_dtype(name: str, config, narrows: bool = False) -> torch.dtype:
     """Return the dtype in which a changed model is saved; `auto` is the checkpoint's.
 
-    `narrows`: bfloat16 in place of float32.
+    `narrows`: bfloat16 instead of float32.
     """
     dtype = checkpoint_dtype(config) if name == "auto" else DTYPES[name]
     return torch.bfloat16 if narrows and dtype == torch.float32 else dtype
@@ -187,8 +187,8 @@ def saved_dtype(name: str, config, narrows: bool = False) -> torch.dtype:
 def skeleton(config: Any, checkpoint: Checkpoint) -> nn.Module:
     """Build the model without weights, on the meta device.
 
-    Its `unread` are the names of the parameters and buffers that text alone does not read. Raises
-    UserError where it can't be built, or is far larger than a local folder's weights.
+    Its `unread` are the names of parameters and buffers that a text-only pass does not read. Raises
+    UserError if it can't be built, or is far larger than a local folder's weights.
     """
     stored = stored_names(checkpoint)
     n_bytes = sum(map(os.path.getsize, set(stored.values())))
@@ -217,24 +217,24 @@ def skeleton(config: Any, checkpoint: Checkpoint) -> nn.Module:
 
 
 def _unread(model: nn.Module) -> frozenset[str]:
-    """Return the names of what a text-only pass does not read in a model without weights.
+    """Return the names of tensors that a text-only pass of a model without weights does not read.
 
-    Where it can't run so, that is all but the decoder, the embedding and the head.
+    If such a pass fails, these are all except the decoder, the embedding and the head.
     """
     read: set[int] = set()
 
     class Reads(TorchFunctionMode):
         def __torch_function__(self, func, types, args=(), kwargs=None):
-            if func.__name__ != "__get__":  # of a dtype or a device
+            if func.__name__ != "__get__":  # reads of a dtype or a device
                 read.update(map(id, tree_leaves((args, kwargs))))
             return func(*args, **(kwargs or {}))
 
     fake = FakeTensorMode(allow_non_fake_inputs=True)
     try:
-        # as batched_mm no shape depends on values
+        # with batched_mm no shape depends on values
         with experts_by(model, "batched_mm"), fake, torch.device("meta"), torch.no_grad(), Reads():
             model(input_ids=torch.zeros(1, 2, dtype=torch.long), use_cache=False)
-    except Exception:  # any model's class may need values in its own way
+    except Exception:  # a model's class may raise any error
         parts = model.get_decoder(), model.get_input_embeddings(), model.get_output_embeddings()
         read = {id(each) for part in parts for each in part.state_dict(keep_vars=True).values()}
     state = model.state_dict(keep_vars=True)
@@ -244,27 +244,27 @@ def _unread(model: nn.Module) -> frozenset[str]:
 def skeleton_with(config: Any, field: str, value: int, checkpoint: Checkpoint) -> nn.Module | None:
     """Build the model without weights, with another value in a field of its text config.
 
-    Returns None where it can't be built so.
+    Returns None if it can't be built.
     """
     changed = copy.deepcopy(config)
     setattr(changed.get_text_config(decoder=True), field, value)
     try:
         return skeleton(changed, checkpoint)
-    except Exception:  # any model's class may reject the value in its own way
+    except Exception:  # a model's class may raise any error
         return None
 
 
 def changed_shapes(model: nn.Module, other: nn.Module) -> dict[str, tuple[tuple, tuple]]:
-    """Return {path: its shape, that in the other model} of parameters and buffers that differ.
+    """Return {path: (shape, other shape)} of parameters and buffers whose shapes differ.
 
-    The shape of what one of them does not have is ().
+    The shape of a missing one is ().
     """
     ours, theirs = (
         {path: tuple(each.shape) for path, each in chain(m.named_parameters(), m.named_buffers())}
         for m in (model, other)
     )
     pairs = {path: (ours.get(path, ()), theirs.get(path, ())) for path in ours | theirs}
-    return {path: (shape, its) for path, (shape, its) in pairs.items() if shape != its}
+    return {path: (shape, new) for path, (shape, new) in pairs.items() if shape != new}
 
 
 def load_model(
@@ -277,10 +277,10 @@ def load_model(
     writes: bool = True,
     load_bit: str | None = None,
 ) -> nn.Module:
-    """Load the model in eval mode by `device_map`. Raises UserError if weights are damaged.
+    """Load the model in eval mode with `device_map`. Raises UserError if weights are damaged.
 
-    Weights that are on disk and are converted on loading go to folder `offload`; of the ranks that
-    share it one alone `writes`.
+    Weights on disk that are converted on loading go to folder `offload`; only one of the ranks that
+    share it `writes`.
     """
     checkpoint = checkpoint.pinned(config)
     way_out = "are they complete? download them again; if memory is short, --offload_folder FOLDER"
@@ -315,7 +315,7 @@ def load_model(
     check_complete(checkpoint, info)
     model.unread = unread
     if getattr(model, "is_quantized", False):
-        for module in model.modules():  # scales would be rounded where a CPU repacks weights
+        for module in model.modules():  # a CPU's repacking would round the scales
             if hasattr(module, "support_avx512bf16_for_cpu"):
                 module.support_avx512bf16_for_cpu = False
         # the other weights of a quantized checkpoint keep their stored dtype
@@ -329,8 +329,8 @@ def load_model(
 def fresh_copy(model: nn.Module, with_blocks: bool = True) -> nn.Module:
     """Return a copy of a model that may be changed freely, or without weights in its blocks.
 
-    Matrices outside the blocks, which no run writes into, share memory with the model's until they
-    are moved or cast; vectors are copied, since they may be trained.
+    Matrices outside the blocks, which no run changes, share memory with the model's until they are
+    moved or cast. Vectors are copied, since they may be trained.
     """
     _, blocks = decoder_blocks(model)
     inside = {id(tensor) for tensor in (*blocks.parameters(), *blocks.buffers())}
@@ -348,9 +348,9 @@ def fresh_copy(model: nn.Module, with_blocks: bool = True) -> nn.Module:
 
 
 def text_alone(model: nn.Module, checkpoint: Checkpoint) -> nn.Module:
-    """Return transformers' own model of the text alone, with the parts of one that also sees.
+    """Return transformers' text-only model with the text parts of a vision-language model.
 
-    Raises UserError where there is no other part, or transformers has no such class.
+    Raises UserError if there are no other parts, or transformers has no such class.
     """
     whole = model.config
     if stored_bits(whole) or not getattr(model, "unread", None):
@@ -379,8 +379,8 @@ def save_in_shards(
 ) -> bool:
     """Write the model in `dtype`; the files of finished blocks, {file: names}, become its shards.
 
-    They stay where they are, too: on the same disk that takes no room. Returns False, having
-    written nothing, where the names in a checkpoint of this model differ from those in the files.
+    The files also remain in place, which takes no room on the same disk. Returns False and writes
+    nothing if the names in a checkpoint of this model differ from those in the files.
     """
     inside = {name for each in shards.values() for name in each}
     held = {name: each.to("meta") for name, each in model.state_dict().items() if name in inside}
@@ -410,10 +410,10 @@ def save_in_shards(
 
 @contextmanager
 def cast(model: nn.Module, dtype: torch.dtype) -> Iterator[None]:
-    """Inside, the model's floating-point parameters have the dtype in which they are saved.
+    """Cast the model's floating-point parameters to their saved dtypes.
 
-    Modules that the architecture always keeps in float32 (some routers) stay so. Afterwards all
-    have their own again, with values that were rounded to it.
+    Modules that the architecture always keeps in float32 (some routers) are not cast. Afterwards
+    all parameters have their original dtypes, with the rounded values.
     """
     saved = SaveDtypes(model, dtype)
     before = {parameter: parameter.dtype for parameter in model.parameters()}
@@ -433,7 +433,7 @@ def cast(model: nn.Module, dtype: torch.dtype) -> Iterator[None]:
 def decoder_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
     """Return name and list of the decoder blocks: the ModuleList of classes in `_no_split_modules`.
 
-    If there are several (a model that also sees), it is the one whose blocks all read text. Raises
+    If there are several (a multimodal model), it is the one whose blocks all read text. Raises
     UserError if there is none.
     """
     classes, unread = set(model._no_split_modules or ()), getattr(model, "unread", frozenset())
@@ -463,13 +463,13 @@ def decoder_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
 
 
 def footprint(model: nn.Module) -> int:
-    """Return the bytes of parameters, buffers and torch's 2:4 tensors on any device, shared ones
-    counted once."""
+    """Return the bytes of parameters, buffers and torch's 2:4 tensors on any device; shared ones
+    count once."""
     tensors = (*model.parameters(), *model.buffers())
     return sum(tensor.nbytes for tensor in tensors) + semi_structured_bytes(model)
 
 
 def parameter_bytes(model: nn.Module, dtype: torch.dtype) -> int:
-    """Return the bytes of the parameters saved in `dtype`, shared ones counted once."""
+    """Return the bytes of the parameters saved in `dtype`; shared ones count once."""
     saved = SaveDtypes(model, dtype)
     return sum(one.numel() * saved.of(name, one).itemsize for name, one in model.named_parameters())

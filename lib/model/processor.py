@@ -1,4 +1,4 @@
-"""The processor of a checkpoint that also sees or hears: its files, the tokens that it writes."""
+"""The processor of a multimodal checkpoint: its files, and the tokens that it inserts."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ NUMBERED = re.compile(r"([^\d]*[^\W\d][^\d]*)\d")  # a token's text before its f
 
 
 def processor_files(checkpoint: Checkpoint) -> dict[str, dict | str]:
-    """Return {name: fields or text} of what a checkpoint has beside its weights and tokenizer."""
+    """Return {name: fields or text} of a checkpoint's processor and chat template files."""
     options, files = checkpoint.options() | QUIET, {}
     options.pop("trust_remote_code")
     for name in FILES:
@@ -36,10 +36,10 @@ def processor_files(checkpoint: Checkpoint) -> dict[str, dict | str]:
 
 
 def processor_ids(checkpoint: Checkpoint, tokenizer: PreTrainedTokenizerBase) -> set[int]:
-    """Return the token ids in the processor's files, and of what its code writes beside texts.
+    """Return the token ids in the processor's files, and those that its code adds to texts.
 
-    That is literals without letters, such as line breaks around a picture, and numbered tokens,
-    such as `<row_2_col_3>` for a part of it, which no text has and no setting names.
+    The code adds literals without letters, such as line breaks around an image. It also adds
+    numbered tokens, such as `<row_2_col_3>` for a tile, which occur in no text and no setting.
     """
     files = processor_files(checkpoint)
     fields = [tokenizer.init_kwargs, *(each for each in files.values() if isinstance(each, dict))]
@@ -54,7 +54,7 @@ def processor_ids(checkpoint: Checkpoint, tokenizer: PreTrainedTokenizerBase) ->
 
 
 def copy_processor(checkpoint: Checkpoint, folder: Path, rows: Tensor | None) -> None:
-    """Copy the processor's files into `folder`, where it lacks them.
+    """Copy the processor's files into `folder`, unless they exist there.
 
     `rows` (rows,) holds the original id of each new one of a trimmed vocabulary.
     """

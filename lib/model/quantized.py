@@ -1,7 +1,7 @@
-"""Linears whose weights bitsandbytes stores in 4 or 8 bits: dequantized, pruned, requantized.
+"""Linear layers that bitsandbytes stores in 4 or 8 bits: dequantized, pruned, requantized.
 
-Zero is one of NF4's sixteen values and one of int8's, so a mask survives. If a method only drops
-weights, the kept ones keep their codes and scales; if it also changes them, the matrix is
+Zero is one of NF4's sixteen values and one of int8's, so a mask survives. If a method only prunes
+weights, the kept ones keep their codes and scales. If it also changes them, the matrix is
 requantized in the same format.
 """
 
@@ -22,7 +22,7 @@ FORMATS = ("bitsandbytes",)
 
 
 class Quantized4bit(PrunableLinear):
-    """bitsandbytes' Linear4bit: codes of 4 bits, two in a byte, with a scale for each block."""
+    """bitsandbytes' Linear4bit: codes of 4 bits, two per byte, with a scale for each block."""
 
     is_quantized = True
 
@@ -83,7 +83,7 @@ class Quantized8bit(PrunableLinear):
         codes.masked_fill_(matrix == 0, 0)
 
     def _codes(self) -> tuple[Tensor, Tensor]:
-        """Return codes (out, in) and scales (out,), wherever bitsandbytes has moved them."""
+        """Return codes (out, in) and scales (out,) from where bitsandbytes keeps them."""
         weight, state = self.module.weight, self.module.state
         return weight.data, weight.SCB if weight.SCB is not None else state.SCB
 
@@ -103,9 +103,9 @@ def check_format(
     changes: str | None,
     offload: str | None = None,
 ) -> None:
-    """Raise UserError if the checkpoint's format can't be pruned or loaded as the flags say.
+    """Raise UserError if the checkpoint's format can't be pruned or loaded with these flags.
 
-    `changes` is the flag by which the run changes weights, None if none does.
+    `changes` is the flag that makes the run change weights, None if none does.
     """
     _, method = _stored(config)
     if method is None:

@@ -1,11 +1,11 @@
-"""The dense model's hidden states on test windows, which a pruned model is compared with.
+"""The dense model's hidden states on test windows, for comparison with the pruned model.
 
     reference = DenseReference(tail_of(runner), dense_states(runner, tests))  # before pruning
     perplexities(runner, tests, reference=reference)                          # afterwards
 
-The host keeps the states after the last block, in the model's dtype. Their logits are computed
-again when they are needed: `vocabulary / hidden` times as many numbers. The embedding, the final
-norm and the head that do so are those of the dense model, whatever becomes of the pruned one's.
+The host keeps the states after the last block, in the model's dtype. Their logits, which would be
+`vocabulary / hidden` times as many numbers, are recomputed when needed. They are computed with the
+dense model's embedding, final norm and head, even if the pruned model's change.
 """
 
 from __future__ import annotations
@@ -24,13 +24,13 @@ from ..util.files import PARTIAL
 from .blocks import BlockRunner
 from .pretrained import decoder_blocks, fresh_copy
 
-COMPARED_WINDOWS = 64  # of each test set, at most
+COMPARED_WINDOWS = 64  # maximum per test set
 
 States = list[dict[int, Tensor]]  # for each test set {window: hidden states (tokens, hidden)}
 
 
 def compared_windows(count: int) -> list[int]:
-    """Return the numbers of the compared windows, spread evenly over the `count` of a test set."""
+    """Return the numbers of the compared windows, evenly spaced over the `count` of a test set."""
     return spread(count, COMPARED_WINDOWS)
 
 
@@ -50,10 +50,10 @@ class DenseReference:
     def logits(
         self, test: int, numbers: Sequence[int], ids: Tensor
     ) -> tuple[list[int], Callable[[Tensor], Tensor]]:
-        """Return which of windows `ids` (n, tokens) are compared, and a function for their logits.
+        """Return which windows of `ids` (n, tokens) are compared, and a function for their logits.
 
-        `numbers`: of the windows in their test set. The second value turns positions into logits
-        (compared, len(positions), vocabulary).
+        `numbers` are the windows' numbers in their test set. The function takes positions and
+        returns logits (compared, len(positions), vocabulary).
         """
         states = self.states[test]
         rows = [row for row, number in enumerate(numbers) if number in states]
@@ -71,7 +71,7 @@ def dense_states(
 ) -> States:
     """Compute hidden states after the last block, on the host, of this rank's compared windows.
 
-    `runner`: of the dense model; `tests`: windows (n, tokens) of each test set.
+    `runner` holds the dense model; `tests` are windows (n, tokens) of each test set.
     """
     chosen = [local_windows(len(test), runner.dist) for test in tests]
     local = [test[indices] for test, indices in zip(tests, chosen, strict=True)]
@@ -83,7 +83,7 @@ def dense_states(
 
 
 def shared_states(folder: Path, key: str, compute: Callable[[], States]) -> States:
-    """Return the states that another run has left in `folder` under `key`, or compute them."""
+    """Return the states that another run stored in `folder` under `key`, or compute them."""
     file = folder / f"dense-{key}.pt"
     if not file.is_file():
         folder.mkdir(exist_ok=True)

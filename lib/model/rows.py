@@ -1,7 +1,7 @@
-"""The rows of a model's embedding and head, one for each token, and the token ids in its configs.
+"""The rows of a model's embedding and head, one per token, and the token ids in its configs.
 
-Some models have more tables whose rows are tokens, such as Gemma 3n's embeddings for each layer.
-The config of a trimmed model holds, as `vocabulary_trimmed_from`, how many rows it had.
+Some models have more tables with a row per token, such as Gemma 3n's embeddings for each layer.
+The config of a trimmed model holds its original number of rows as `vocabulary_trimmed_from`.
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ from .access import Checkpoint
 from .blocks import Stop
 
 TRIMMED_FROM = "vocabulary_trimmed_from"
-READ_TOKENS = 1024  # looked up at a time, to see which rows a model reads
+READ_TOKENS = 1024  # looked up at a time, to find the rows that a model reads
 
 
 def trimmable_rows(model: nn.Module, checkpoint: Checkpoint) -> int:
     """Return the number of rows of the embedding; messages name the `checkpoint`.
 
-    Raises UserError if anything but the embedding, the head and `token_tables` depends on that
+    Raises UserError if anything except the embedding, the head and `token_tables` depends on that
     number, so that removing rows would break the model. Needs no weights.
     """
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
@@ -52,9 +52,9 @@ def trimmable_rows(model: nn.Module, checkpoint: Checkpoint) -> int:
 
 
 def token_tables(model: nn.Module) -> list[nn.Embedding]:
-    """Return the embeddings besides the input's whose number of rows is one of a vocabulary.
+    """Return the other embeddings whose number of rows equals a vocabulary size.
 
-    They may have fewer rows than the input's. Whether tokens choose the rows, use must show.
+    They may have fewer rows than the input's. Only a pass shows whether tokens choose the rows.
     """
     sizes = _vocabulary_sizes(model.config.get_text_config(decoder=True))
     others = (module for module in model.modules() if module is not model.get_input_embeddings())
@@ -62,7 +62,7 @@ def token_tables(model: nn.Module) -> list[nn.Embedding]:
 
 
 def _vocabulary_sizes(config: Any) -> set[int]:
-    """Return the numbers of rows that a config's own fields name."""
+    """Return the vocabulary sizes in a config's own fields."""
     return {
         value
         for key, value in vars(config).items()
@@ -92,7 +92,7 @@ def config_token_ids(checkpoint: Checkpoint, config: Any) -> set[int]:
     options.pop("trust_remote_code")
     try:
         generation = GenerationConfig.from_pretrained(checkpoint.name, **options)
-    except OSError:  # the model has none
+    except OSError:  # the model has no such config
         return ids
     return ids | find_token_ids(generation.to_dict())
 
@@ -101,8 +101,8 @@ def config_token_ids(checkpoint: Checkpoint, config: Any) -> set[int]:
 def keep_rows_(model: nn.Module, rows: Tensor) -> None:
     """Replace embedding and head of `model` by their `rows` (tokens,), in this order.
 
-    All `token_tables` and all token ids in its configs and modules follow; tied weights stay tied.
-    Raises UserError if a table is quantized, or read by anything but tokens.
+    Updates all `token_tables` and all token ids in its configs and modules; tied weights stay tied.
+    Raises UserError if a table is quantized, or has other inputs than tokens.
     """
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
     tables, after, tied = token_tables(model), len(rows), head.weight is embedding.weight
@@ -132,13 +132,13 @@ def keep_rows_(model: nn.Module, rows: Tensor) -> None:
 
 
 def _rows_read(model: nn.Module, tables: list[nn.Embedding], ids: Tensor) -> list[Tensor]:
-    """Return which row of each table the model reads for each of `ids` (tokens,): (tokens,) each.
+    """Return the row of each table that the model reads for `ids` (tokens,): (tokens,) each.
 
-    For tokens past the end of a smaller table that is another token's. The forward pass ends where
-    all tables were read. Raises UserError if most tokens do not choose their own row.
+    For tokens beyond a smaller table this is another token's row. The forward pass ends once all
+    tables were read. Raises UserError if most tokens do not choose their own row.
     """
     device = model.get_input_embeddings().weight.device
-    if device.type == "meta":  # of a model without weights the shapes matter
+    if device.type == "meta":  # without weights only the shapes matter
         return [ids for _ in tables]
     read: dict[nn.Module, list[Tensor]] = {table: [] for table in tables}
 

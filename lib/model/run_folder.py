@@ -1,17 +1,17 @@
-"""A locked folder for what a run has finished, so that it can be continued.
+"""A locked folder for the finished parts of a run, so that it can be resumed.
 
-This is the one place that knows what such a folder holds:
+Only this file knows the contents of such a folder:
 
-    job.json, .lock                     what the run's result depends on; that a run uses the folder
-    block-N, quantized-N, changed-N     block N once it is pruned, rounded, or changed otherwise
-    start-N, allocation, recovery       what rounding, pruning and training go on from
-    recovery-R-of-N-S                   the part of rank R, of N that share a training, at step S
-    converted/                          weights that transformers has converted on loading
+    job.json, .lock                     the settings that determine the result; the lock of a run
+    block-N, quantized-N, changed-N     block N after pruning, quantization, or other changes
+    start-N, allocation, recovery       states from which quantization, pruning, training continue
+    recovery-R-of-N-S                   the part of rank R, of N in one training, at step S
+    converted/                          weights that transformers converted on loading
 
-The safetensors files are written beside their places and renamed, with a digest of job.json; only
-such files are ever read back or deleted. Where blocks are fetched, the last file of each becomes a
-shard of the saved model by a second name (lib/model/pretrained.py), so that the folder is whole
-until `clear`. The folder may be OUT.partial itself: `hand_over` then leaves the model alone in it.
+The safetensors files are written to temporary names and renamed, with a digest of job.json. Only
+such files are ever read back or deleted. If blocks are fetched, the last file of each becomes a
+shard of the saved model through a second name (lib/model/pretrained.py), and the folder stays
+complete until `clear`. It may be OUT.partial itself: `hand_over` then leaves only the model in it.
 """
 
 from __future__ import annotations
@@ -35,30 +35,30 @@ from ..util.errors import UserError, first_line
 from ..util.files import PARTIAL, check_writable, exclusive_lock, sync, write_text
 
 JOB, LOCK = "job.json", ".lock"
-DECIDED = "decided"  # in job.json: by the run itself, from what it read
-PRUNED, ROUNDED, CHANGED, START = "block", "quantized", "changed", "start"  # of each block
+DECIDED = "decided"  # in job.json: values that the run itself derived from its input
+PRUNED, ROUNDED, CHANGED, START = "block", "quantized", "changed", "start"  # one file per block
 ALLOCATION, RECOVERY = "allocation", "recovery"
 
 
 def of_block(stage: str, index: int) -> str:
-    """Return the name of a block's file, without ending."""
+    """Return the name of a block's file, without suffix."""
     return f"{stage}-{index:05d}"
 
 
 def begun_with(path: str | Path | None, name: str) -> Any:
-    """Return what the job.json of a folder has by `name`; None where it has none."""
+    """Return the value of `name` in a folder's job.json, or None."""
     try:
         return json.loads((Path(path) / JOB).read_text("utf-8")).get(name) if path else None
-    except (OSError, ValueError, AttributeError):  # RunFolder says what is wrong
+    except (OSError, ValueError, AttributeError):  # RunFolder reports the problem
         return None
 
 
 class RunFolder:
     """Finished blocks in folder `path`, which `flag` named.
 
-    `begun` is the content of job.json, None for a new folder, besides what was `decided`. Raises
-    UserError if another run uses the folder, or if it holds other files. Call `close` at the end,
-    after errors too.
+    `begun` is the content of job.json without `decided`, None for a new folder. Raises UserError
+    if another run uses the folder, or if it holds other files. Call `close` at the end, after
+    errors too.
     """
 
     def __init__(self, flag: str, path: str | Path) -> None:
@@ -85,15 +85,15 @@ class RunFolder:
 
     @classmethod
     def joined(cls, label: str, path: str, digest: str) -> RunFolder:
-        """Return the main rank's folder for another rank, which writes files of its own there."""
+        """Return the main rank's folder for another rank, which writes its own files there."""
         folder = cls.__new__(cls)
         folder.label, folder.path, folder.digest = label, Path(path), digest
         return folder
 
     def begin(self, job: Mapping[str, Any], **decided: Any) -> None:
-        """Write what the run's result depends on; files of other jobs are not read.
+        """Write the settings that determine the result; files of other jobs are not read.
 
-        What a run has `decided` since, it decides again alike when it is continued.
+        `decided` stores run-time decisions so that a resumed run repeats them.
         """
         dumps = partial(json.dumps, indent=2, ensure_ascii=False, sort_keys=True)
         self.digest = hashlib.sha256(dumps(job).encode()).hexdigest()
@@ -101,7 +101,7 @@ class RunFolder:
         write_text(self.path / JOB, dumps({**job, DECIDED: self.decided}))
 
     def write(self, name: str, tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> Path:
-        """Write tensors and plain facts into `name`.safetensors, whole or not at all.
+        """Write tensors and plain facts into `name`.safetensors atomically.
 
         The host holds a copy of one tensor at a time.
         """
@@ -122,7 +122,7 @@ class RunFolder:
         return file
 
     def read(self, name: str) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
-        """Return tensors and facts of a file; None if it is missing, damaged or of another run."""
+        """Return tensors and facts of a file; None if missing, damaged or from another run."""
         file = self.path / f"{name}.safetensors"
         if not file.is_file():
             return None
@@ -140,18 +140,18 @@ class RunFolder:
 
     @property
     def converted(self) -> Path:
-        """Where transformers writes the weights that it converts on loading."""
+        """The folder into which transformers writes the weights that it converts on loading."""
         return self.path / "converted"
 
     def files(self, ending: str = ".safetensors") -> list[Path]:
-        """Return the files with what a run would have to do again."""
+        """Return the files with work that a run would otherwise repeat."""
         names = [f"{stage}-[0-9]*" for stage in (PRUNED, ROUNDED, CHANGED, START)]
         names += [ALLOCATION, RECOVERY, f"{RECOVERY}-[0-9]*"]
         files = (file for name in names for file in self.path.glob(name + ending))
         return [file for file in files if file.is_file()]
 
     def summary(self, blocks: int) -> str:
-        """Say what is finished, of so many blocks."""
+        """Describe the finished work on `blocks` blocks."""
         kept = Counter(file.stem.partition("-")[0] for file in self.files())
         steps = {PRUNED: "pruned", ROUNDED: "rounded"}
         done = [f"{kept[name]} of {blocks} blocks {step}" for name, step in steps.items()]
@@ -160,7 +160,7 @@ class RunFolder:
     def hand_over(self, other: Path | None) -> dict[str, str]:
         """Leave the folder to the model that was saved in it.
 
-        What is still read goes to folder `other`: returns {old path: new path}.
+        Files that are still needed move to folder `other`: returns {old path: new path}.
         """
         moved = {str(file): shutil.move(file, other) for file in self.files() if other}
         self.clear()
@@ -174,7 +174,7 @@ class RunFolder:
                 file.unlink(missing_ok=True)
             (self.path / JOB).unlink(missing_ok=True)
         self._lock.close()
-        with suppress(OSError):  # it has other files, or is gone
+        with suppress(OSError):  # it has other files, or was removed
             self.path.rmdir()
 
     def close(self) -> None:
@@ -188,13 +188,13 @@ class RunFolder:
 def write_tensors(file: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
     """Write a safetensors file of tensors on any device, one after another.
 
-    safetensors itself wants all of them on the host: for a training that is as much as it holds on
-    the device. The format is a header in JSON, behind its length, and then the tensors' bytes.
+    safetensors itself needs all of them on the host, as much memory as a training has on the
+    device. The file is the length of a JSON header, the header, and the tensors' bytes.
     """
-    # those with wide numbers first, so that each is aligned
+    # tensors with wide numbers first, so that each is aligned
     names = sorted(tensors, key=lambda name: (-tensors[name].dtype.itemsize, name))
     kinds = {name: torch.empty(0, dtype=one.dtype) for name, one in tensors.items()}
-    known, start = json.loads(save(kinds)[8:]), 0  # what safetensors calls their dtypes
+    known, start = json.loads(save(kinds)[8:]), 0  # safetensors' names of their dtypes
     header: dict[str, Any] = {"__metadata__": dict(metadata)}
     for name in names:
         shape, end = list(tensors[name].shape), start + tensors[name].nbytes

@@ -1,13 +1,12 @@
 """The weights of a model's decoder blocks: on the device, or in files from which they are fetched.
 
-A `BlockStore` leaves them in the model. If there is no room, or if several ranks of a machine work
-on one model, the blocks of a `FileBlockStore` stay in safetensors files that the system maps into
-memory: files of the checkpoint until a block is changed, then files in a run's folder
-(lib/model/run_folder.py), whose pages are in memory once for all ranks of the machine. A block that
-is not on the device has its weights on the meta device. It is fetched once for all windows; a
-forward pass of the model itself fetches each block when it reaches it.
+A `BlockStore` leaves them in the model. A `FileBlockStore` is for too little memory, or for several
+ranks per machine. Its blocks stay in memory-mapped safetensors files: those of the checkpoint until
+a block is changed, then files in a run's folder (lib/model/run_folder.py). All ranks of a machine
+share their pages. A block that is not on the device has its weights on the meta device. It is
+fetched once for all windows. A forward pass of the model itself fetches blocks one by one.
 
-Both keep every finished block in such a file where the run can be continued.
+Both store every finished block in such a file if the run can be resumed.
 """
 
 from __future__ import annotations
@@ -38,14 +37,14 @@ META = torch.device("meta")
 class BlockStore:
     """The blocks of a model that holds all its weights itself.
 
-    `save_dtype`: in which the model is saved (None: as it is). `finished`: the folder in which
-    finished blocks are kept, in the main rank of `dist` alone; `resumes` says in every rank whether
-    there is one.
+    `save_dtype`: the dtype in which the model is saved (None: unchanged). `finished`: the folder
+    for finished blocks, only in the main rank of `dist`; `resumes` is true in every rank if there
+    is one.
     """
 
     resident = True  # all weights are on the device
     zero_copy = True  # fetching an unchanged block costs nothing
-    together = False  # ranks can fetch a block only at the same time
+    together = False  # whether all ranks must fetch a block at the same time
 
     def __init__(
         self,
@@ -61,13 +60,13 @@ class BlockStore:
         self.saved = SaveDtypes(model, save_dtype)
         self.dist = dist or DistContext(device, alone=True)
         self.resumes = any(self.dist.all_gather_object(finished is not None))
-        self._kept: Path | None = None  # the file that holds the block on the device
+        self._kept: Path | None = None  # file of the block on the device
 
     @contextmanager
     def on_device(self, index: int, write_back: bool = False) -> Iterator[None]:
-        """Inside, block `index` is on the device.
+        """Keep block `index` on the device within this context.
 
-        With `write_back`, changes of its weights are kept, and every rank must call this, since
+        With `write_back`, changes of its weights are kept. Every rank must then call this, since
         each waits for all.
         """
         yield
@@ -75,7 +74,7 @@ class BlockStore:
     def get(self, index: int, stage: str = PRUNED) -> dict[str, Any] | None:
         """Replace the block on the device by the one that an interrupted run finished.
 
-        Returns its notes; None where it is not finished. Every rank must call this.
+        Returns its notes; None if it is not finished. Every rank must call this.
         """
         file = of_block(stage, index)
         kept = self.read_kept(file)
@@ -88,7 +87,7 @@ class BlockStore:
         for name, tensor in tensors:
             if name in quantized:
                 quantized[name].set_weight_(tensor)
-            else:  # it may have lost rows or columns
+            else:  # its shape may be smaller
                 parameter = block.get_parameter(name.removeprefix(prefix))
                 parameter.data = tensor.to(parameter.device, parameter.dtype, copy=True)
         if self.finished:
@@ -102,9 +101,9 @@ class BlockStore:
         matrices: Mapping[str, Tensor] | None = None,
         stage: str = PRUNED,
     ) -> None:
-        """Keep block `index`, which is on the device, with its notes, if the run can be continued.
+        """Store block `index`, which is on the device, with its notes, if the run can be resumed.
 
-        `matrices` holds {path of a quantized linear: its solved weight}. The main rank writes, and
+        `matrices` holds {path of a quantized layer: its solved weight}. The main rank writes, and
         all wait for it.
         """
         if not self.resumes:
@@ -118,9 +117,9 @@ class BlockStore:
         self.dist.barrier()
 
     def read_kept(self, name: str) -> tuple[Iterator[tuple[str, Tensor]], dict[str, Any]] | None:
-        """Return tensors by name, one after another, and facts of a file of an interrupted run.
+        """Return tensors by name, one after another, and facts from a file of an interrupted run.
 
-        None where there is none. Every rank must call this, and take all tensors or none.
+        None if there is none. Every rank must call this, and take all tensors or none.
         """
         if not self.resumes:
             return None
@@ -137,15 +136,15 @@ class BlockStore:
 
     @contextmanager
     def mapped(self) -> Iterator[None]:
-        """Inside, the blocks have their weights, for `save_pretrained`."""
+        """Give the blocks their weights, for `save_pretrained`."""
         yield
 
     def shards(self) -> dict[Path, list[str]] | None:
-        """Return {file of a block: names of its tensors}, if all can be files of a saved model."""
+        """Return {file of a block: names of its tensors} if all files can be shards of a model."""
         return None
 
     def moved(self, files: Mapping[str, str]) -> None:
-        """Read blocks, once they are saved, from {old path: new path}; for every rank."""
+        """Read saved blocks from {old path: new path}; every rank must call this."""
 
     def _prefix(self, index: int) -> str:
         return f"{self.name}.{index}."
@@ -154,12 +153,12 @@ class BlockStore:
         """Return the weights of the block on the device, by path."""
         held: dict[str, Tensor] = dict(self.blocks[index].named_parameters())
         for name, module in self.blocks[index].named_modules():
-            if isinstance(module, SparseLinear):  # which has buffers too
+            if isinstance(module, SparseLinear):  # has buffers too
                 held |= {f"{name}.{key}": value for key, value in module.state_dict().items()}
         return held
 
     def _to_keep(self, index: int) -> dict[str, Tensor]:
-        """Return them by name, in the dtype in which they are saved where that loses nothing."""
+        """Return the weights by name, in the dtype in which they are saved if that is lossless."""
         kept = {}
         for path, tensor in self._held(index).items():
             narrow = self._as_saved(index, path, tensor)
@@ -177,12 +176,12 @@ class BlockStore:
 
 
 class FileBlockStore(BlockStore):
-    """Blocks in files: they come to the device one at a time, and leave it again.
+    """Blocks in files, which come to the device one at a time.
 
-    `model` is as transformers has loaded it by `device_map`. `folder`: where this machine writes
-    changed blocks, None in ranks that do not. `on_disk`: the pages of all blocks do not fit in
-    memory. `narrow`: weights are rounded to the dtype in which they are saved as they are fetched.
-    For the others see `BlockStore`.
+    `model` was loaded by transformers with `device_map`. `folder`: where this machine writes
+    changed blocks, None in other ranks. `on_disk`: whether the pages of all blocks do not fit in
+    memory. `narrow`: whether fetched weights are rounded to the dtype in which they are saved.
+    `BlockStore` documents the other arguments.
     """
 
     resident = False
@@ -199,17 +198,15 @@ class FileBlockStore(BlockStore):
     ) -> None:
         super().__init__(model, device, **kept)
         self.folder, self.on_disk, self.narrow = folder, on_disk, narrow
-        self.places = self._stored()  # of each block: {path: (file, name in it)}
+        self.places = self._stored()  # per block {path: (file, name in it)}
         for module in model.modules():
-            remove_hook_from_module(module)
-            if "forward" in vars(module):  # accelerate leaves it, a cycle: what is replaced stays
-                del module.forward
-        del model.hf_device_map  # nothing of it is left
+            remove_hook(module)
+        del model.hf_device_map  # outdated
         for index, block in enumerate(self.blocks):
             add_hook_to_module(block, FetchHook(self, index))
 
     def of_copy(self, model: nn.Module) -> FileBlockStore:
-        """Return a store of the same files for a copy of the model; changes come into neither."""
+        """Return a store of the same files for a copy of the model; changes affect neither."""
         other = copy.copy(self)
         other.blocks, other.places = decoder_blocks(model)[1], list(self.places)
         other.folder = other.finished = None
@@ -233,7 +230,7 @@ class FileBlockStore(BlockStore):
         if write_back:
             self._kept = None
         block = self.blocks[index]
-        remove_hook_from_module(block)  # a copy of the block fetches nothing
+        remove_hook(block)  # copies of the block must not fetch
         try:
             self.fetch(index)
             yield
@@ -252,16 +249,16 @@ class FileBlockStore(BlockStore):
         """Move the weights of block `index` to the meta device."""
         block = self.blocks[index]
         for module in block.modules():
-            if isinstance(module, SparseLinear):  # its buffers too
+            if isinstance(module, SparseLinear):  # move its buffers too
                 module.to(META)
         for path, parameter in list(block.named_parameters()):
             set_tensor(block, path, parameter.to(META))
 
     @contextmanager
     def mapped(self) -> Iterator[None]:
-        """Inside, the blocks have their weights in the saved dtype, for `save_pretrained`.
+        """Give the blocks their weights in the saved dtype, for `save_pretrained`.
 
-        They are mapped from their files, and in memory only while they are read.
+        The weights are mapped from files, and in memory only while they are read.
         """
         with ExitStack() as emptied:
             for index, block in enumerate(self.blocks):
@@ -283,17 +280,17 @@ class FileBlockStore(BlockStore):
         return shards
 
     def moved(self, files: Mapping[str, str]) -> None:
-        self.narrow = True  # as a model that stays in memory is once it was saved
+        self.narrow = True  # as in a saved model that stays in memory
         self.places = [
             {path: (files.get(file, file), name) for path, (file, name) in places.items()}
             for places in self.places
         ]
 
     def _stored(self) -> list[dict[str, tuple[str, str]]]:
-        """Return where transformers has left the weights on disk, by the hooks it would use.
+        """Return where transformers left the weights on disk, from the hooks that it would use.
 
-        That is in the checkpoint's own files, and for weights that were converted on loading, such
-        as fused experts, in its folder for them.
+        Weights are in the checkpoint's own files. Weights converted on loading, such as fused
+        experts, are in its folder for them.
         """
         hooks = (getattr(module, "_hf_hook", None) for module in self.blocks.modules())
         index = next(hook.weights_map for hook in hooks if hook and hook.weights_map).dataset.index
@@ -310,7 +307,7 @@ class FileBlockStore(BlockStore):
         """Map the tensors of block `index`, by path, in the dtypes of their files."""
         places, tensors = self.places[index], {}
         for file in sorted({file for file, _ in places.values()}):
-            names = {path: name for path, (its, name) in places.items() if its == file}
+            names = {path: name for path, (stored_in, name) in places.items() if stored_in == file}
             try:
                 with safe_open(file, framework="pt") as stored:
                     tensors |= {path: stored.get_tensor(name) for path, name in names.items()}
@@ -321,7 +318,7 @@ class FileBlockStore(BlockStore):
         return tensors
 
     def _each(self, index: int) -> Iterator[tuple[str, Tensor, Tensor]]:
-        """Yield path, tensor in its file, and tensor as the model computes with it."""
+        """Yield path, tensor in its file, and tensor in the model's compute dtype."""
         block = self.blocks[index]
         empty = dict((*block.named_parameters(), *block.named_buffers()))
         for path, tensor in self._mapped(index).items():
@@ -329,7 +326,7 @@ class FileBlockStore(BlockStore):
             yield path, tensor, narrow.to(empty[path].dtype)
 
     def _write(self, index: int) -> None:
-        """Write the block on the device to a file, from which it is read from now on."""
+        """Write the block on the device to a file, from which it is read afterwards."""
         places = None
         if self.folder:
             file, prefix = self._kept, self._prefix(index)
@@ -341,12 +338,12 @@ class FileBlockStore(BlockStore):
 
 
 class FetchHook(ModelHook):
-    """Has a block on the device while the model's own forward pass is in it."""
+    """Keeps a block on the device while the model's own forward pass runs it."""
 
     def __init__(self, store: FileBlockStore, index: int) -> None:
         self.store, self.index = store, index
 
-    def __deepcopy__(self, memo: dict) -> FetchHook:  # of a model, whose copy has the same files
+    def __deepcopy__(self, memo: dict) -> FetchHook:  # a model's copy has the same files
         return self
 
     def pre_forward(self, module: nn.Module, *args, **kwargs) -> tuple[tuple, dict]:
@@ -358,8 +355,17 @@ class FetchHook(ModelHook):
         return output
 
 
+def remove_hook(module: nn.Module) -> None:
+    """Remove accelerate's hook of a module, and the `forward` that it leaves.
+
+    That is a cycle: a copy of the module would stay on the device until garbage is collected.
+    """
+    remove_hook_from_module(module)
+    vars(module).pop("forward", None)
+
+
 def set_tensor(module: nn.Module, path: str, tensor: Tensor) -> Tensor:
-    """Replace a parameter or buffer, and return the one before."""
+    """Replace a parameter or buffer, and return the old one."""
     parent, _, name = path.rpartition(".")
     owner = module.get_submodule(parent)
     before = getattr(owner, name)

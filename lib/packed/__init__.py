@@ -1,11 +1,11 @@
-"""Sparse linears that stay packed: a bit for each weight, and the kept values side by side.
+"""Sparse linear layers that stay packed: one bit per weight, and the kept values contiguous.
 
 Importing this package teaches transformers to load packed checkpoints:
 
     import packed_bitmask
     model = AutoModelForCausalLM.from_pretrained(folder)
 
-It needs torch, transformers and safetensors, and nothing else of the project that it is a part of.
+It needs only torch, transformers and safetensors, and nothing else of the project around it.
 The format, the paths and the kernels are described in README.md beside this file.
 """
 

@@ -1,8 +1,8 @@
 """The packed form as a format of transformers: configuration, loading and saving.
 
-Sharding, `device_map`, dtypes and safetensors stay transformers' work. Before any weight is read
-the linears that the configuration names become empty `SparseLinear`s on the meta device, and the
-headers of all files are compared with them: a damaged file costs no memory.
+transformers itself handles sharding, `device_map`, dtypes and safetensors. Before any weight is
+read, the layers that the configuration names become empty `SparseLinear`s on the meta device. Then
+the headers of all files are compared with them, so a damaged file costs no memory.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from .linear import PackedModule, SparseLinear
 PACKAGE = "packed_bitmask"  # the name under which pip installs this package
 FORMAT = "packed-bitmask"
 VERSION = 2
-# printed by a transformers that doesn't know the format: "Unknown quantization type, got ..."
+# printed by a transformers that does not know the format: "Unknown quantization type, got ..."
 METHOD = f"{FORMAT} (run `import {PACKAGE}` first)"
 OTHER = "the file is damaged or belongs to another checkpoint"
 
@@ -43,9 +43,9 @@ OTHER = "the file is damaged or belongs to another checkpoint"
 class PackedConfig(QuantizationConfigMixin):
     """`quantization_config` of a packed checkpoint.
 
-    It holds the format, its version, the bits of a kept value, at 4 bits how many inputs share a
-    scale (`group`, always 64) and, by module path, [out, in, kept weights] of every packed linear.
-    Where embedding and head are packed too, [rows, width] of each that has rows of its own.
+    It holds the format, its version, the bits of a kept value, at 4 bits the number of inputs per
+    scale (`group`, always 64) and, by module path, [out, in, kept weights] of every packed layer.
+    If embedding and head are packed too, [rows, width] of each that is not tied to the other.
     """
 
     def __init__(
@@ -79,16 +79,16 @@ class PackedConfig(QuantizationConfigMixin):
         self.linears = {name: list(size) for name, size in sorted(linears.items())}
 
     def to_dict(self) -> dict[str, Any]:
-        """As config.json holds it, without what does not apply."""
+        """The fields as config.json has them, without empty ones."""
         return {key: value for key, value in super().to_dict().items() if value is not None}
 
 
 class PackedQuantizer(HfQuantizer):
-    """Loads and saves packed checkpoints; it never packs by itself."""
+    """Loads and saves packed checkpoints; it does not pack models."""
 
-    requires_calibration = True  # only checkpoints that are packed already can be loaded
+    requires_calibration = True  # only packed checkpoints can be loaded
     quantization_config: PackedConfig
-    loads = False  # a checkpoint; else it saves a model that was packed here
+    loads = False  # True: loads a checkpoint; False: saves a model that was packed here
 
     def _process_model_before_weight_loading(
         self, model: PreTrainedModel, checkpoint_files: list[str] | None = None, **_: Any
@@ -107,11 +107,11 @@ class PackedQuantizer(HfQuantizer):
             model.set_submodule(name, sparse)
         if config.embeddings:
             packed = _replace_embeddings_(model, tied=len(config.embeddings) == 1)
-            own = {name: list(one.weight.shape) for name, one in packed.items() if not one.tied}
-            if own != config.embeddings:
+            sizes = {name: list(one.weight.shape) for name, one in packed.items() if not one.tied}
+            if sizes != config.embeddings:
                 raise PackedError(
                     f"quantization_config: `embeddings` is {config.embeddings}, but this model has "
-                    f"{own}; config.json belongs to another checkpoint"
+                    f"{sizes}; config.json belongs to another checkpoint"
                 )
         files = check_files(checkpoint_files or [], config)
         for name in (*config.linears, *(config.embeddings or ())):
@@ -134,7 +134,7 @@ class PackedQuantizer(HfQuantizer):
             self.dequantize(model)
 
     def _dequantize(self, model: PreTrainedModel, dtype: torch.dtype | None = None) -> nn.Module:
-        """Every packed linear dense again, embedding and head too, in the dtype of the model."""
+        """Make every packed module dense, embedding and head too, in the dtype of the model."""
         for name, module in list(model.named_modules()):
             if isinstance(module, PackedModule):
                 model.set_submodule(name, module.to_dense())
@@ -142,7 +142,7 @@ class PackedQuantizer(HfQuantizer):
         return model
 
     def get_state_dict_and_metadata(self, model: PreTrainedModel) -> tuple[dict, dict]:
-        """In one order, so that a model shards alike however it came about."""
+        """Sort the keys so that sharding is deterministic."""
         return dict(sorted(model.state_dict().items())), {}
 
     def is_serializable(self) -> bool:
@@ -157,7 +157,7 @@ class PackedQuantizer(HfQuantizer):
         return True
 
 
-# This package can be imported under two names, installed and as a part of a larger project. Each
+# This package can be imported under two names, installed or as part of a larger project. Each
 # import registers its own classes, and those of the last one are used.
 AUTO_QUANTIZATION_CONFIG_MAPPING.pop(METHOD, None)
 AUTO_QUANTIZER_MAPPING.pop(METHOD, None)
@@ -166,8 +166,8 @@ register_quantizer(METHOD)(PackedQuantizer)
 
 
 def check_files(files: Iterable[str], config: PackedConfig) -> dict[str, str]:
-    """The file of each packed tensor. PackedError unless safetensors files hold the tensors that
-    `config` names, whole, of the right shapes and kinds. Reads the headers alone."""
+    """Return the file of each packed tensor. PackedError unless safetensors files hold complete
+    tensors with the names of `config`, shapes and dtypes. Reads only the headers."""
     wanted = {
         f"{name}.{part}": tensor
         for name, size in config.linears.items()
@@ -201,7 +201,7 @@ def check_files(files: Iterable[str], config: PackedConfig) -> dict[str, str]:
 
 
 def mark_packed_(model: PreTrainedModel) -> None:
-    """Make `model.save_pretrained` write the packed checkpoint, configuration included."""
+    """Make `model.save_pretrained` write the packed checkpoint, including its configuration."""
     packed = {n: m for n, m in model.named_modules() if isinstance(m, SparseLinear)}
     (bits,) = {module.fmt.bits for module in packed.values()}
     linears = {n: [m.out_features, m.in_features, m.nnz] for n, m in packed.items()}
@@ -209,7 +209,7 @@ def mark_packed_(model: PreTrainedModel) -> None:
     embeddings = {name: list(module.weight.shape) for name, module in rows.items()}
     quantizer = PackedQuantizer(PackedConfig(linears, bits, PACKED[bits].group, embeddings or None))
     model.hf_quantizer, model.is_quantized = quantizer, True
-    if conversions := getattr(model, "_weight_conversions", None):  # names stay the model's
+    if conversions := getattr(model, "_weight_conversions", None):  # keep the model's names
         kept = [each for each in conversions if isinstance(each, WeightConverter)]
         model._weight_conversions = kept
     model.quantization_method = METHOD
@@ -217,21 +217,21 @@ def mark_packed_(model: PreTrainedModel) -> None:
 
 
 def pack_embeddings_(model: PreTrainedModel) -> list[str]:
-    """Replace embedding and head by ones with int8 rows, in place; the names of both.
+    """Replace embedding and head by ones with int8 rows, in place; return the names of both.
 
-    Where the two are tied they stay so. PackedError where the model has other kinds of them.
+    Tied ones stay tied. Raises PackedError if the model has other kinds of them.
     """
     embedding, head = _dense_embeddings(model)
     tied = head is not None and head.weight is embedding.weight
     packed = _replace_embeddings_(model, tied)
-    for module, dense in zip(packed.values(), (embedding, head), strict=False):  # maybe no head
+    for module, dense in zip(packed.values(), (embedding, head), strict=False):  # head may be None
         if not module.tied:
             module.quantize_(dense.weight)
     return [*packed]
 
 
 def _dense_embeddings(model: PreTrainedModel) -> tuple[nn.Embedding, nn.Linear | None]:
-    """Embedding and head. PackedError where one is of a class that can't be packed."""
+    """Return embedding and head. PackedError if one is of a class that can't be packed."""
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
     plain = head is None or getattr(type(head), "forward", None) is nn.Linear.forward
     for what, module, fine in (
@@ -245,7 +245,7 @@ def _dense_embeddings(model: PreTrainedModel) -> tuple[nn.Embedding, nn.Linear |
 
 
 def _replace_embeddings_(model: PreTrainedModel, tied: bool) -> dict[str, PackedRows]:
-    """Put packed modules, not filled, in the places of embedding and head; these, by name."""
+    """Replace embedding and head by empty packed modules, and return these by name."""
     embedding, head = _dense_embeddings(model)
     names = {module: name for name, module in model.named_modules()}
     packed = {names[embedding]: PackedEmbedding(embedding)}
@@ -257,7 +257,7 @@ def _replace_embeddings_(model: PreTrainedModel, tied: bool) -> dict[str, Packed
 
 
 def card_lines(folder: str, kind: str = "AutoModelForCausalLM") -> list[str]:
-    """How to load a packed checkpoint as `kind`, for its model card."""
+    """Return the lines that load a packed checkpoint as `kind`, for its model card."""
     return [
         f"import {PACKAGE}  # teaches transformers the packed form",
         f"from transformers import {kind}",
@@ -266,7 +266,7 @@ def card_lines(folder: str, kind: str = "AutoModelForCausalLM") -> list[str]:
 
 
 def _are_sizes(sizes: object, length: int) -> bool:
-    """Whether these are {name: [rows, columns, how many are kept]} with `length` numbers each."""
+    """Return whether this is {name: [rows, columns, number kept]} with `length` numbers each."""
     return isinstance(sizes, dict) and all(
         isinstance(size, list | tuple)
         and [type(number) for number in size] == [int] * length

@@ -1,7 +1,7 @@
 """Embedding and output head as int8 with a scale for each row, tied or not. For inference only.
 
-Every token has a row in both. An embedding looks its rows up and multiplies them by their scales;
-a head multiplies by the integers, on a CPU by the kernels of kernels.cpp.
+Every token has a row in both. An embedding looks up its rows and multiplies them by their scales.
+A head multiplies by the integers, on a CPU with the kernels of kernels.cpp.
 """
 
 from __future__ import annotations
@@ -16,13 +16,13 @@ from .formats import PACKED, SMALLEST, check_finite
 from .layout import tiles
 from .linear import PackedModule
 
-LARGEST = 127  # integer
+LARGEST = 127  # largest integer
 
 
 def quantize_rows(matrix: Tensor) -> tuple[Tensor, Tensor]:
-    """The integers nearest to a matrix (rows, width), int8, and the scales (rows,), float32.
+    """Return the integers nearest to a matrix (rows, width), int8, and scales (rows,), float32.
 
-    A row's scale is its largest weight over 127. PackedError where the matrix holds nan or inf.
+    A row's scale is its largest weight over 127. PackedError if the matrix holds nan or inf.
     """
     check_finite(matrix, 8)
     codes = matrix.new_empty(matrix.shape, dtype=torch.int8)
@@ -32,7 +32,7 @@ def quantize_rows(matrix: Tensor) -> tuple[Tensor, Tensor]:
         largest = tile.abs().amax(1, keepdim=True)
         scale = (largest / LARGEST).clamp_min(SMALLEST)
         rounded = (tile / scale).round_().clamp_(-LARGEST, LARGEST)
-        # the scale of a row that is on a grid can be a neighbour of the largest weight over 127
+        # the exact scale of a row on a grid may be a float next to the largest weight over 127
         for neighbour in (scale.nextafter(torch.zeros_like(scale)), scale.nextafter(scale * 2)):
             exact = (rounded * neighbour == tile).all(1, keepdim=True) & (largest > 0)
             scale = torch.where(exact, neighbour, scale)
@@ -41,7 +41,7 @@ def quantize_rows(matrix: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def dense_rows(codes: Tensor, scales: Tensor) -> Tensor:
-    """The float32 matrix (rows, width) that integers and scales stand for."""
+    """Return the float32 matrix (rows, width) of integers and scales."""
     return codes.float().mul_(scales[:, None])
 
 
@@ -49,9 +49,9 @@ class PackedRows(PackedModule):
     """A matrix (rows, width) as int8 `weight` (rows, width) and float32 `scale` (rows,)."""
 
     def __init__(self, weight: Tensor, tied: PackedRows | None = None) -> None:
-        """For a matrix like `weight`, on its device; not filled, or the rows of `tied`."""
+        """Make empty rows for a matrix like `weight`, on its device, or share those of `tied`."""
         super().__init__(weight.dtype)
-        self._owner = (tied,) if tied is not None else ()  # in a tuple, so as not to be a child
+        self._owner = (tied,) if tied is not None else ()  # a tuple, so as not to be a child
         if tied is not None:
             self.weight = tied.weight
             return
@@ -71,14 +71,14 @@ class PackedRows(PackedModule):
         return bool(self._owner)
 
     def quantize_(self, weight: Tensor) -> None:
-        """Hold the integers nearest to `weight` (rows, width)."""
+        """Store the integers nearest to `weight` (rows, width)."""
         codes, scales = quantize_rows(weight.detach())
-        self.weight.data.copy_(codes)  # in place: a tied head has the same parameter
+        self.weight.data.copy_(codes)  # in place, since a tied head has the same parameter
         self.scale.copy_(scales)
         self.checked = True
 
     def dense(self) -> Tensor:
-        """The matrix (rows, width) in the model's dtype."""
+        """Return the matrix (rows, width) in the model's dtype."""
         self.check()
         return dense_rows(self.weight, self.scale).to(self.dtype)
 
@@ -91,19 +91,19 @@ class PackedEmbedding(PackedRows):
     """An embedding of any class whose rows are int8."""
 
     def __init__(self, embedding: nn.Embedding) -> None:
-        """Like `embedding`, on its device; its rows are not filled."""
+        """Make an embedding like `embedding`, on its device, with empty rows."""
         super().__init__(embedding.weight)
         self.num_embeddings, self.embedding_dim = embedding.weight.shape
-        self.padding_idx = embedding.padding_idx  # rows for padding are looked up as any other
-        # does with the rows that were looked up what its class does, such as scaling them; its
-        # weight is no parameter, so that it is neither saved nor loaded
+        self.padding_idx = embedding.padding_idx  # padding rows are looked up like others
+        # applies its class's operations, such as scaling, to the looked-up rows; its weight is no
+        # parameter, so that it is neither saved nor loaded
         self.template = copy.deepcopy(embedding, {id(embedding.weight): None})
         del self.template._parameters["weight"]
         self.template.weight = torch.empty(0, self.embedding_dim, dtype=self.dtype)
         self.template.padding_idx = None
 
     def forward(self, ids: Tensor) -> Tensor:
-        """ids of any shape -> (..., width)."""
+        """Look up ids of any shape -> (..., width)."""
         if not self.checked:
             self.check()
         flat = ids.flatten()
@@ -120,23 +120,23 @@ class PackedEmbedding(PackedRows):
 
 
 class PackedHead(PackedRows):
-    """An output head whose rows are int8: its own, or those of a `PackedEmbedding`."""
+    """An output head with int8 rows: its own, or those of a `PackedEmbedding`."""
 
     def __init__(self, head: nn.Linear, tied: PackedEmbedding | None = None) -> None:
-        """Like `head`, on its device; its rows are not filled, or those of `tied`."""
+        """Make a head like `head`, on its device, with empty rows, or the rows of `tied`."""
         super().__init__(head.weight, tied)
         self.out_features, self.in_features = head.weight.shape
         self.bias = None if head.bias is None else nn.Parameter(head.bias.detach(), False)
         self._all_kept: tuple[Tensor, Tensor] | None = None  # mask and offsets for the kernels
 
     def forward(self, x: Tensor) -> Tensor:
-        """x (..., width) -> (..., rows)."""
+        """Multiply x (..., width) -> (..., rows)."""
         if not self.checked:
             self.check()
         return self.multiply(x)
 
     def _operands(self) -> tuple[Tensor, ...]:
-        """Of a matrix that keeps every weight, so that all rows have one mask."""
+        """Return operands that keep every weight, with one mask for all rows."""
         if self._all_kept is None:
             width = self.in_features
             offsets = torch.arange(0, (self.out_features + 1) * width, width)

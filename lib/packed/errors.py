@@ -1,13 +1,13 @@
-"""The package's one exception and its one warning. Both are a single line."""
+"""The package's only exception and its only warning. Both have messages of one line."""
 
 
 class PackedError(ValueError):
-    """A file, a configuration or a matrix that is not what it has to be.
+    """An invalid file, configuration or matrix.
 
-    The message names what is wrong and the way out. A command line should print it as it is,
-    without a traceback.
+    The message names the problem and the way out. A command line should print it without a
+    traceback.
     """
 
 
 class PackedWarning(UserWarning):
-    """Something works, but not in the fastest way; the message says why."""
+    """Something works, but not in the fastest way; the message gives the reason."""

@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from .errors import PackedError
-from .layout import Packed, all_finite, keep, kept_of, places, row_offsets, tiles
+from .layout import Packed, all_finite, keep, kept_of, look_up, places, row_offsets, tiles
 
 SMALLEST = torch.finfo(torch.float32).tiny
 Tensors = dict[str, tuple[tuple[int, ...], torch.dtype | None]]  # shapes and dtypes, by name
@@ -30,7 +30,15 @@ Tensors = dict[str, tuple[tuple[int, ...], torch.dtype | None]]  # shapes and dt
 DROPPED_BITS = 19  # of a float32: with these zero, five significant bits are left
 TO_TOP = 13  # such steps lead from a twelfth of a number to what rounds to an eighth of it
 LARGEST = 2.0**12  # eight times this is a float16 number
+LEAST = 2.0**-24  # that float16 holds
 CANDIDATES = 28  # steps of five significant bits that lead from any number to its threefold
+
+# of iq4_nl, by code, and the code of the one nearest to each half from -128 on
+LEVELS = torch.tensor(
+    [-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113], dtype=torch.float32
+)
+CODES = (torch.arange(-127.75, 128, 0.5)[:, None] - LEVELS).abs().argmin(1)
+CODES, NEAREST = CODES.to(torch.uint8), LEVELS[CODES]
 
 
 def check_finite(matrix: Tensor, bits: int) -> None:
@@ -47,6 +55,7 @@ class Values:
     group: int | None = None  # inputs that share a scale
     stored: torch.dtype | None = None  # of `weight`; None: the matrix's own
     packs = True  # whether a packed checkpoint holds it
+    zero = True  # whether it holds a 0 beside other numbers
 
     def tensors(self, out_features: int, in_features: int, nnz: int) -> Tensors:
         """Shapes and dtypes (None: the model's own) of a packed matrix with `nnz` kept weights."""
@@ -115,7 +124,9 @@ class Int4(Values):
     bits = 4
     group = 64
     stored = torch.uint8
+    scaled = torch.bfloat16  # dtype of the scales
     lowest, highest = -8, 7
+    engines: tuple[str, ...] = ()  # that `export` writes it for
 
     def tensors(self, out_features: int, in_features: int, nnz: int) -> Tensors:
         return super().tensors(out_features, in_features, nnz) | {
@@ -135,6 +146,10 @@ class Int4(Values):
         """Whether every value of a matrix (out, in) is on its grid: storing changes none."""
         return torch.equal(self.nearest(matrix), matrix.float())
 
+    def snap_(self, values: Tensor) -> Tensor:
+        """Move float32 values, in place, to the nearest numbers that have scale 1."""
+        return values.round_().clamp_(self.lowest, self.highest)
+
     def n_groups(self, in_features: int) -> int:
         """How many scales a row has."""
         return max(1, -(-in_features // self.group))
@@ -144,7 +159,7 @@ class Int4(Values):
         return scales.float().repeat_interleave(self.group, 1)[:, :in_features]
 
     def fit_scales(self, matrix: Tensor, costs: Tensor | None = None) -> Tensor:
-        """The scales (out, groups), bfloat16, of the grid nearest to a matrix (out, in).
+        """The scales (out, groups), of dtype `scaled`, of the grid nearest to a matrix (out, in).
 
         `costs` (in,) weigh the squared error of each input. A matrix that `round_to` has given has
         the very same values on the grid fitted to it. PackedError where the matrix holds nan or
@@ -152,7 +167,7 @@ class Int4(Values):
         """
         check_finite(matrix, 4)
         rows, width = matrix.shape
-        scales = matrix.new_empty(rows, self.n_groups(width), dtype=torch.bfloat16)
+        scales = matrix.new_empty(rows, self.n_groups(width), dtype=self.scaled)
         if costs is not None:
             costs = F.pad(costs.float(), (0, scales.shape[1] * self.group - width))
             costs = costs.view(-1, self.group)
@@ -166,8 +181,7 @@ class Int4(Values):
         codes = matrix.new_empty(matrix.shape, dtype=torch.int8)
         for part in tiles(*matrix.shape, matrix.device):
             steps = self.spread_scales(scales[part], matrix.shape[1])
-            tile = matrix[part].float().div(steps)
-            codes[part] = tile.round_().clamp_(self.lowest, self.highest)
+            codes[part] = self.snap_(matrix[part].float().div(steps))
         return codes
 
     def round_to(self, matrix: Tensor, scales: Tensor) -> Tensor:
@@ -219,8 +233,7 @@ class Int4(Values):
         best = torch.full_like(groups[:, :, :1], -1)  # the rule makes all zeros -0
         least = torch.full_like(best, torch.inf)
         for scale in scales:
-            error = (groups / scale).round_().clamp_(self.lowest, self.highest)
-            error = error.mul_(scale).sub_(groups).square_()
+            error = self.snap_(groups / scale).mul_(scale).sub_(groups).square_()
             error = (error if costs is None else error.mul_(costs)).sum(2, keepdim=True)
             better = (error < least) & may(scale)
             best = torch.where(better, scale, best)
@@ -247,6 +260,9 @@ class Q4_0(Int4):
     title = "llama.cpp's q4_0"
     group = 32
     packs = False
+    engines = ("compressed-tensors", "mlx", "onnx")
+    rule = True  # whether llama.cpp's own finds its scales and codes
+    promise = "conversion by llama.cpp will change no value of"
 
     def takes(self, in_features: int) -> bool:
         """Whether rows are whole blocks; llama.cpp leaves others at 16 bits."""
@@ -268,14 +284,13 @@ class Q4_0(Int4):
             if bool(far.any()):
                 steps = steps.masked_scatter(far[:, None], self._fit(blocks[far], None).float())
                 lowest, place = torch.div(blocks, steps, out=codes).min(1, keepdim=True)
-            codes.round_().clamp_(self.lowest, self.highest).add_(0)  # the rule knows no code of -0
+            self.snap_(codes).add_(0)  # the rule knows no code of -0
             least = codes.gather(1, place).masked_fill_(lowest <= self.lowest / 2, self.lowest)
             rounded[part] = codes.scatter_(1, place, least).mul_(steps).view(-1, matrix.shape[1])
         return rounded
 
     def _fit(self, tile: Tensor, costs: Tensor | None) -> Tensor:
-        blocks = tile.reshape(len(tile), tile.shape[1] // self.group, self.group)
-        top = blocks.gather(2, blocks.abs().argmax(2, keepdim=True))  # (rows, groups, 1)
+        blocks, top = self._blocks(tile)
         scales = (
             scale.clamp_(-LARGEST, LARGEST).half().float()
             for scale in _steps(top / (1.5 * self.lowest), TO_TOP)
@@ -286,11 +301,96 @@ class Q4_0(Int4):
 
         return self._nearest(blocks, scales, costs, may).squeeze(2)
 
+    def _blocks(self, tile: Tensor) -> tuple[Tensor, Tensor]:
+        """Blocks (rows, groups, group) of a tile, and the value of largest magnitude of each."""
+        blocks = tile.reshape(len(tile), tile.shape[1] // self.group, self.group)
+        return blocks, blocks.gather(2, blocks.abs().argmax(2, keepdim=True))
 
-def _steps(first: Tensor, count: int) -> Iterator[Tensor]:
-    """Numbers of five significant bits, from the one at or below `first` away from zero."""
-    bits = first.view(torch.int32) >> DROPPED_BITS
-    return ((bits + step << DROPPED_BITS).view(torch.float32) for step in range(count))
+
+class IQ4_NL(Q4_0):
+    """llama.cpp's iq4_nl: sixteen uneven levels, of which none is 0, at the bytes of q4_0.
+
+    A block of 32 inputs has a scale d, a float16 number of either sign with few significant bits,
+    and the values d * level, rounded to bfloat16. That image is what a model has and saves in any
+    dtype. Since so few scales are near the largest value over a level, the one that gives the image
+    is found again, and with it the codes. llama.cpp's own rule would find others, so that blocks
+    are written as their bytes. A block of zeros has scale 0.
+    """
+
+    name = "iq4_nl"
+    title = "llama.cpp's iq4_nl"
+    scaled = torch.float16
+    zero = False
+    engines = ()
+    rule = False
+    promise = "gguf --type iq4_nl will write the scales and codes of"
+
+    def __init__(self, scale_bits: int = 5) -> None:
+        self.dropped = 24 - scale_bits  # bits of a float32
+        self.reach = 2**scale_bits >> 8  # so many scales to each side may give the same image
+
+    def snap_(self, values: Tensor) -> Tensor:
+        return values.copy_(look_up(NEAREST, _halves(values)))
+
+    def round_to(self, matrix: Tensor, scales: Tensor) -> Tensor:
+        """A matrix (out, in) on the grid of `scales`: its image, float32."""
+        return Int4.round_to(self, matrix, scales).bfloat16().float().add_(0)  # no -0
+
+    def holds(self, matrix: Tensor) -> bool:
+        return bool(self.read(matrix)[1].all())
+
+    def read(self, matrix: Tensor) -> tuple[Tensor, Tensor]:
+        """The scales (out, groups) that give a matrix (out, in), and whether a block has one."""
+        scales = matrix.new_zeros(len(matrix), self.n_groups(matrix.shape[1]), dtype=self.scaled)
+        held = torch.zeros_like(scales, dtype=torch.bool)
+        for part in tiles(*matrix.shape, matrix.device):
+            blocks, top = (each.flatten(0, 1) for each in self._blocks(matrix[part].float()))
+            its, done = top.new_zeros(len(top)), top[:, 0] == 0
+            for level in sorted(LEVELS.tolist(), key=abs, reverse=True):
+                nearest = (top / level).view(torch.int32).add_(1 << self.dropped - 1)
+                first = (nearest >> self.dropped) - self.reach << self.dropped
+                for scale in _steps(first.view(torch.float32), 2 * self.reach + 1, self.dropped):
+                    left = (~done).nonzero()[:, 0]
+                    scale, block = scale[left].half().float(), blocks[left]
+                    gives = (self.round_to(block, scale) == block).all(1)
+                    its[left[gives]], done[left[gives]] = scale[gives, 0], True
+            scales[part], held[part] = (each.view(scales[part].shape) for each in (its, done))
+        return scales, held
+
+    def to_bytes(self, matrix: Tensor) -> Tensor:
+        """The blocks of a matrix (out, in) as llama.cpp stores them: uint8 (blocks, 18).
+
+        PackedError where a block is not on the grid.
+        """
+        scales, held = self.read(matrix)
+        if not bool(held.all()):
+            raise PackedError(f"its values are not on the grid of {self.name}")
+        levels = self.codes(matrix, scales).view(-1, self.group).float()
+        codes = look_up(CODES, _halves(levels))
+        pairs = codes[:, :16] | codes[:, 16:] << 4
+        return torch.cat([scales.view(-1, 1).view(torch.uint8), pairs], 1)
+
+    def _fit(self, tile: Tensor, costs: Tensor | None) -> Tensor:
+        blocks, top = self._blocks(tile)
+        count = 5 * 2 ** (24 - self.dropped) // 16 + 2  # lead from any number to its 1.4-fold
+        scales = (  # float16 has them, and 127 times the largest
+            scale.abs().clamp_(LEAST, 256).half().float().copysign(scale)
+            for end in (LEVELS[0], LEVELS[-1])
+            for scale in _steps(top / (1.25 * end), count, self.dropped)
+        )
+        best = self._nearest(blocks, scales, costs)
+        return torch.where(top.abs() < LEAST, 0, best).squeeze(2)
+
+
+def _halves(values: Tensor) -> Tensor:
+    """The index of float32 values in CODES and NEAREST, of 0 / 0 that of the level 1."""
+    return (values + 128).mul_(2).nan_to_num_(256).clamp_(0, len(CODES) - 1)
+
+
+def _steps(first: Tensor, count: int, dropped: int = DROPPED_BITS) -> Iterator[Tensor]:
+    """Numbers of few significant bits, from the one at or below `first` away from zero."""
+    bits = first.view(torch.int32) >> dropped
+    return ((bits + step << dropped).view(torch.float32) for step in range(count))
 
 
 class Grid:
@@ -313,5 +413,6 @@ class Grid:
         return weight.mT if self.transposed else weight
 
 
-FORMATS: dict[str, Values | Int4] = {fmt.name: fmt for fmt in (Values(), Int4(), Q4_0())}
+FORMATS: dict[str, Values | Int4] = {fmt.name: fmt for fmt in (Values(), Int4(), Q4_0(), IQ4_NL())}
 PACKED = {fmt.bits: fmt for fmt in FORMATS.values() if fmt.packs}  # what packed checkpoints hold
+GRIDS = {fmt.name: fmt for fmt in FORMATS.values() if not fmt.packs}  # llama.cpp's types

@@ -1,9 +1,9 @@
-"""`SparseLinear`: a linear whose sparse weight stays packed in memory. For inference only.
+"""`SparseLinear`: a linear layer whose weight stays packed in memory. For inference only.
 
-On a CPU every product goes through the kernels of kernels.cpp, if there is a compiler to build
-them. On CUDA a 2:4 weight is multiplied by torch's semi-structured kernels, where torch takes it:
-its tensor is made at the first forward on the device. Anything else unpacks the one weight it needs
-at each forward.
+On a CPU every product uses the kernels of kernels.cpp, if there is a compiler to build them. On
+CUDA a 2:4 weight is multiplied by torch's semi-structured kernels, if torch accepts it; its tensor
+is made at the first forward on the device. In all other cases a forward unpacks the weight that it
+needs.
 """
 
 from __future__ import annotations
@@ -25,21 +25,21 @@ from .layout import Packed, is_two_of_four, row_offsets
 
 OWN_FORWARD = "has a forward of its own"
 FORWARDS = nn.Linear.forward, Conv1D.forward
-TILE_WEIGHTS = 2**20  # unpacked at a time by each thread: what lies in a cache is multiplied fast
-DECODED_TOKENS = 4  # at a time, at most, where a model decodes: the kernels' path for few tokens
+TILE_WEIGHTS = 2**20  # unpacked at a time per thread; fits in a cache, which makes products fast
+DECODED_TOKENS = 4  # largest batch of a decoding model: the kernels' path for few tokens
 
 
 class PackedModule(nn.Module):
     """A matrix of integers or kept values in place of a dense one.
 
-    A cast is for what comes out; scales keep their dtype.
+    A cast changes the dtype of outputs; scales keep theirs.
     """
 
-    transposed = False  # whether the dense checkpoint keeps it (in, out)
-    way = ""  # to multiply: "dense", by the dense weight; "decoding", some tokens at a time
+    transposed = False  # whether the dense checkpoint stores it as (in, out)
+    way = ""  # matmul path override for checks: "dense" or "decoding" (few tokens at a time)
     source = ""  # name and file, for messages
-    checked = False  # whether the tensors were found to be what they have to be
-    by_kernel = False  # whether the last product was one
+    checked = False  # whether the tensors were checked
+    by_kernel = False  # whether the last product used a kernel
 
     def __init__(self, dtype: torch.dtype) -> None:
         super().__init__()
@@ -47,14 +47,14 @@ class PackedModule(nn.Module):
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of what comes out, and of the matrix where it is dense."""
+        """The dtype of outputs, and of the dense matrix."""
         return self._dtype
 
     def check(self) -> None:
-        """PackedError, naming the module, where its tensors don't fit together.
+        """Raise PackedError, naming the module, if its tensors don't fit together.
 
-        Tensors that are on the meta device, because they lie on disk, are checked by the first
-        call that finds them; what was found good is not checked again.
+        Tensors on the meta device, because they are on disk, are checked by the first call after
+        loading. Valid tensors are not checked again.
         """
         held = self.weight, self.scale, self._buffers.get("mask")
         if self.checked or any(tensor is not None and tensor.is_meta for tensor in held):
@@ -65,10 +65,10 @@ class PackedModule(nn.Module):
         self.checked = True
 
     def multiply(self, x: Tensor) -> Tensor:
-        """x (..., in) -> (..., out)."""
-        tokens = x.reshape(-1, self.in_features)  # what no kernel can do without
+        """Multiply x (..., in) -> (..., out)."""
+        tokens = x.reshape(-1, self.in_features)  # other inputs have no kernel
         known = tokens.is_cpu and tokens.dtype in DTYPES and self.way != "dense"
-        if not len(tokens):  # of an expert that nothing was sent to
+        if not len(tokens):  # an expert without tokens
             y = tokens.new_empty(0, self.out_features)
         elif not known or not kernels.ready():
             y = self._by_dense_rows(tokens)
@@ -92,7 +92,7 @@ class PackedModule(nn.Module):
         return products[0] if len(products) == 1 else torch.cat(products, 1)
 
     def to_dense(self) -> nn.Module:
-        """The dense module of the class that this one came from."""
+        """Return the dense module, of the original class."""
         dense, kind = self.dense(), Conv1D if self.transposed else nn.Linear
         with torch.device("meta"):
             linear = kind(*(dense.shape if self.transposed else dense.T.shape))
@@ -112,15 +112,15 @@ class PackedModule(nn.Module):
 class SparseLinear(PackedModule):
     """y = x W^T + b with W (out, in) packed.
 
-    `mask`, `weight` and, beside integers, `scale` are what formats.py describes, and what is saved;
-    `offsets` is counted from the mask. The name `weight` makes a loader that doesn't know the
-    packed form stop at the shape, instead of filling in random numbers.
+    `mask`, `weight` and, beside integers, `scale` are saved as formats.py describes; `offsets` is
+    counted from the mask. The name `weight` makes a loader that does not know the packed form stop
+    at the shape, instead of filling in random numbers.
     """
 
     def __init__(self, linear: nn.Module, nnz: int, fmt: Values = PACKED[16]) -> None:
-        """Of the size, dtype and device of an `nn.Linear` or `Conv1D`; tensors are not filled.
+        """Take size, dtype and device from an `nn.Linear` or `Conv1D`; tensors are not filled.
 
-        `nnz`: kept weights, which `fmt` stores.
+        `nnz`: the number of kept weights, which `fmt` stores.
         """
         weight = linear.weight
         super().__init__(weight.dtype)
@@ -147,7 +147,7 @@ class SparseLinear(PackedModule):
     def from_linear(
         cls, linear: nn.Module, fmt: Values = PACKED[16], scales: Tensor | None = None
     ) -> SparseLinear:
-        """From an `nn.Linear` or `Conv1D`; shares the bias. `scales` (out, groups): of `encode`."""
+        """Pack an `nn.Linear` or `Conv1D`; shares the bias. `encode` takes `scales`."""
         weight = linear.weight.detach()
         sparse = cls(linear, int(torch.count_nonzero(weight)), fmt)
         packed = fmt.encode(weight.T if sparse.transposed else weight, scales)
@@ -159,7 +159,7 @@ class SparseLinear(PackedModule):
         return sparse
 
     def dense(self, dtype: torch.dtype | None = None) -> Tensor:
-        """The weight (out, in), in `dtype` or the linear's own."""
+        """Return the weight (out, in), in `dtype` or the layer's own."""
         dtype = dtype or self.dtype
         if self.holds_semi_structured_alone:
             return self.semi_structured.to_dense().to(dtype)
@@ -176,19 +176,19 @@ class SparseLinear(PackedModule):
 
     @property
     def holds_semi_structured_alone(self) -> bool:
-        """Whether torch's 2:4 tensor stands in place of the packed ones, which are empty."""
+        """Whether torch's 2:4 tensor replaces the packed ones, which are then empty."""
         return self.semi_structured is not None and not self.fmt.stored
 
     def count_rows_(self) -> None:
-        """Set `offsets` by the mask."""
+        """Count `offsets` from the mask."""
         if not self.holds_semi_structured_alone:
             self.offsets = row_offsets(self.mask)
 
     def semi_structure_(self) -> bool:
-        """Hold the weight as torch's 2:4 tensor if torch takes it; whether it does.
+        """Convert the weight to torch's 2:4 tensor if torch accepts it; return whether it does.
 
-        Tried once, until `pack_again_`. Values of 16 bits are then held by that tensor alone.
-        Integers stay beside it: a kept weight that was rounded to 0 can't be told from the values.
+        Tried once, until `pack_again_`. That tensor replaces 16-bit values. Integers stay,
+        since the tensor can't tell a kept weight that was rounded to 0 from a pruned one.
         """
         if self.semi_structured is None and not self.refused:
             self.refused = self._why_not_semi_structured()
@@ -204,14 +204,14 @@ class SparseLinear(PackedModule):
         return self.semi_structured is not None
 
     def pack_again_(self) -> None:
-        """Hold the packed tensors alone; the next forward asks torch again."""
+        """Hold only the packed tensors; the next forward tries torch again."""
         if self.holds_semi_structured_alone:
             self._set_packed(self.fmt.encode(self.semi_structured.to_dense()))
             self.offsets = row_offsets(self.mask)
         self.semi_structured, self.refused = None, ""
 
     def _why_not_semi_structured(self) -> str:
-        """Why torch is not asked; empty where it is."""
+        """Return why torch is not tried, or ""."""
         hook = getattr(self, "_hf_hook", None)  # accelerate's, which fills and empties the tensors
         if any(getattr(one, "offload", False) for one in getattr(hook, "hooks", (hook,))):
             return "offloaded"
@@ -222,9 +222,9 @@ class SparseLinear(PackedModule):
         self.weight = nn.Parameter(packed.weight, requires_grad=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        """x (..., in) -> (..., out)."""
+        """Multiply x (..., in) -> (..., out)."""
         if self.by_kernel and self.checked and not self.way and not x.requires_grad:
-            parameters, buffers = self._parameters, self._buffers  # without nn.Module's __getattr__
+            parameters, buffers = self._parameters, self._buffers  # avoids nn.Module's __getattr__
             mask, weight, offsets = buffers["mask"], parameters["weight"], buffers["offsets"]
             if weight.is_cpu and offsets.is_cpu and x.is_cpu and x.numel() and x.dtype in DTYPES:
                 scale, bias = buffers.get("scale"), parameters.get("bias")
@@ -264,10 +264,10 @@ class SparseLinear(PackedModule):
         return self.fmt.decode(self.packed, self.in_features, self.offsets, dtype, part)
 
     def _apply(self, fn, recurse=True):
-        self.pack_again_()  # every move and cast is of the packed tensors
+        self.pack_again_()  # moves and casts apply to the packed tensors
         return super()._apply(fn, recurse)
 
-    def __getstate__(self):  # of copies and pickles
+    def __getstate__(self):  # for copies and pickles
         self.pack_again_()
         return super().__getstate__()
 
@@ -285,25 +285,25 @@ class SparseLinear(PackedModule):
 
 
 def two_of_four(dense: Tensor, bias: Tensor | None = None) -> Tensor:
-    """Torch's tensor of a 2:4 matrix (out, in), whose products with tokens take a `bias` (out,).
+    """Return torch's tensor of a 2:4 matrix (out, in); its products take a `bias` (out,).
 
-    It is of cuSPARSELt, or of CUTLASS where torch was built without cuSPARSELt. Raises what torch
-    raises for the device, dtype or shape, and ArithmeticError where it holds another matrix.
+    It uses cuSPARSELt, or CUTLASS if torch was built without cuSPARSELt. Raises torch's errors for
+    the device, dtype or shape, and ArithmeticError if the tensor holds another matrix.
     """
     make = torch.sparse.to_sparse_semi_structured
     if not torch.backends.cusparselt.is_available() and dense.dtype.itemsize == 2:
         make = torch.sparse.SparseSemiStructuredTensorCUTLASS.from_dense
-    with warnings.catch_warnings():  # torch calls the class a prototype, once
+    with warnings.catch_warnings():  # torch warns once that the class is a prototype
         warnings.simplefilter("ignore", UserWarning)
         tensor = make(dense)
-    F.linear(dense[:1], tensor, bias)  # CUTLASS finds no fault with a device earlier
+    F.linear(dense[:1], tensor, bias)  # CUTLASS reports an unsupported device only here
     if not torch.equal(tensor.to_dense(), dense):
         raise ArithmeticError("its 2:4 tensor holds another matrix")
     return tensor
 
 
 def semi_structured_bytes(model: nn.Module) -> int:
-    """Bytes of torch's 2:4 tensors, which are neither parameters nor buffers of a model."""
+    """Return the bytes of torch's 2:4 tensors, which are neither parameters nor buffers."""
     tensors = [getattr(module, "semi_structured", None) for module in model.modules()]
     parts = [part for one in tensors if one is not None for part in (one.packed, one.meta)]
     return sum(part.nbytes for part in parts if part is not None)
@@ -311,7 +311,7 @@ def semi_structured_bytes(model: nn.Module) -> int:
 
 @contextmanager
 def multiplying(model: nn.Module, way: str) -> Iterator[None]:
-    """Inside, all packed modules of a model multiply in one way; see `PackedModule.way`."""
+    """Set `PackedModule.way` in all packed modules of a model within this context."""
     modules = [module for module in model.modules() if isinstance(module, PackedModule)]
     try:
         for module in modules:
@@ -323,7 +323,7 @@ def multiplying(model: nn.Module, way: str) -> Iterator[None]:
 
 
 def why_dense(linear: nn.Module) -> str:
-    """Why a linear stays dense; empty where it is to be packed, which makes it smaller."""
+    """Return why a linear layer stays dense; "" if it is to be packed, which makes it smaller."""
     weight = linear.weight
     if type(linear).forward not in FORWARDS:
         return f"{type(linear).__name__} {OWN_FORWARD}"
@@ -332,6 +332,6 @@ def why_dense(linear: nn.Module) -> str:
     if not weight.is_floating_point():
         return f"quantized to {weight.dtype}"
     matrix = weight.detach().T if isinstance(linear, Conv1D) else weight.detach()
-    nnz, offsets = int(torch.count_nonzero(matrix)), 8 * (len(matrix) + 1)  # counted on loading
+    nnz, offsets = int(torch.count_nonzero(matrix)), 8 * (len(matrix) + 1)  # recomputed on loading
     smaller = PACKED[16].nbytes(*matrix.shape, nnz) + offsets < 2 * matrix.numel()
     return "" if smaller else "too few zeros to be smaller packed"

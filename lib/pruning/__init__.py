@@ -1,1 +1,1 @@
-"""One decoder block at a time: what its linears receive, and what becomes of them."""
+"""Calibration and pruning of one decoder block at a time."""

@@ -1,21 +1,21 @@
-"""How sparse each linear becomes, at an equal total: by what its errors do to the predictions.
+"""Choose the sparsity of each linear layer, at an equal total, by its effect on the predictions.
 
-An error in an output i of a linear costs F_i times its square (lib/pruning/fisher.py). With
-inputs taken as uncorrelated, as Wanda takes them, dropping W_ij costs F_i W_ij^2 |X_j|^2. The
-lowest of these costs, summed up to a share s of a linear's weights, are D(s). A method that adjusts
-the weights it keeps does better than that, the better the more it keeps: at the requested sparsity
-r its error is taken to be D(r), and to grow from there as
+An error in output i of a linear layer costs F_i times its square (lib/pruning/fisher.py). If inputs
+are taken as uncorrelated, as in Wanda, pruning W_ij costs F_i W_ij^2 |X_j|^2. D(s) is the sum of
+the lowest of these costs, up to a share s of the layer's weights. A method that adjusts the kept
+weights does better, and the more weights it keeps, the better. At the requested sparsity r its
+error is taken to be D(r), and to grow from there as
 
     C(s) = D(r) (D(s) / D(r))^GROWTH.
 
-Wanted are the s of all linears that minimise the sum of C(s), with as many zeros in all. Both are
-sums over linears, so that for a price of a zero every linear decides alone; the price is found by
-bisection. What layers make of the errors of layers before them is left to F, which is measured in
-the dense model; so no linear goes too far from r.
+The s of all layers minimize the sum of C(s) at the requested total number of zeros. Both are sums
+over layers, so at a given price per zero each layer decides alone. Bisection finds the price.
+F is measured in the dense model and ignores how later layers change the errors of earlier ones.
+Therefore no layer's sparsity may differ too much from r.
 
-LSA (Yang et al., ICLR 2026) allocates by the reconstruction errors of layers, which ignore what
-later layers make of them. The diagonal of Fisher's information is as in GroupFisher (Liu et
-al. 2021, arXiv 2108.00708) and Guided quantization (Kim et al. 2025, arXiv 2505.07004).
+LSA (Yang et al., ICLR 2026) allocates by the reconstruction errors of layers, which ignore the
+effect of later layers. The diagonal Fisher information is as in GroupFisher (Liu et
+al. 2021, arXiv 2108.00708) and guided quantization (Kim et al. 2025, arXiv 2505.07004).
 Run: `python main.py ... --sparsity_ratio 0.7 --allocation error`.
 """
 
@@ -42,21 +42,21 @@ from .inputs import first_names, own_windows, weight_key
 from .owl import by_outliers
 
 GROWTH = 2.0
-BELOW = 0.4  # a linear's sparsity is at most so much below r, before the total is set right,
-LEAST_KEPT = 1 / 3  # and the linear keeps at least this share of what it would have kept
-STEPS = 200  # of the span, between which sparsities are chosen
-WINDOWS = 8  # that the backward pass takes
-ROUNDS = 60  # of bisection
-FAINT = 1e-12  # of all of a linear's cost
-TOTAL_TOLERANCE = 1e-3  # of the total of a file of layers
+BELOW = 0.4  # largest decrease of a layer's sparsity below r, before renormalization
+LEAST_KEPT = 1 / 3  # least kept weights of a layer, relative to those at sparsity r
+STEPS = 200  # intervals between the candidate sparsities
+WINDOWS = 8  # calibration windows in the backward pass
+ROUNDS = 60  # bisection steps
+FAINT = 1e-12  # lower bound of a cost, relative to the layer's total cost
+TOTAL_TOLERANCE = 1e-3  # allowed difference between the total of an allocation file and the request
 
 
 @dataclass(frozen=True)
 class Allocation:
-    """The sparsity of each linear, by its full name.
+    """The sparsity of each linear layer, by its full name.
 
-    `output_costs`, where they are known: by the same names, what the square of an error in each of
-    a linear's outputs costs (out,).
+    `output_costs`, if known: by the same names, the cost of a squared error in each of the
+    layer's outputs (out,).
     """
 
     sparsity: dict[str, Sparsity]
@@ -64,7 +64,7 @@ class Allocation:
 
 
 def uniform(runner: BlockRunner, sparsity: Sparsity) -> Allocation:
-    """All linears of the blocks are as sparse."""
+    """Give all linear layers of the blocks the same sparsity."""
     return Allocation(dict.fromkeys(first_names(runner), sparsity))
 
 
@@ -75,21 +75,21 @@ def by_error(
     seed: int = 0,
     on_progress: Callable[[int], Any] = lambda blocks: None,
 ) -> Allocation:
-    """Allocate by the dense model's predictions on the first of windows (n, tokens).
+    """Allocate by the dense model's predictions on the first of the windows (n, tokens).
 
-    `seed`: draws labels. `on_progress(1)` is called after each block, in the forward pass and in
+    `seed` draws the labels. `on_progress(1)` is called after each block, in the forward pass and in
     the backward pass.
     """
     windows, dist = windows[:WINDOWS], runner.dist
     generator = torch.Generator().manual_seed(seed)
     uniforms, _ = own_windows(torch.rand(windows.shape, generator=generator), dist)
-    own, idle = own_windows(windows, dist)
+    local, idle = own_windows(windows, dist)
     first = first_names(runner)
-    sizes: dict[str, int] = {}  # of weights, by their first name
-    weight_costs: dict[str, Tensor] = {}  # at each sparsity of the span (STEPS + 1,)
+    sizes: dict[str, int] = {}  # number of weights, by the first name
+    weight_costs: dict[str, Tensor] = {}  # cost at each sparsity of the span (STEPS + 1,)
     output_costs: dict[str, Tensor] = {}  # (out,)
     with deterministic(runner.device, strict=False), experts_by(runner.model, "eager"):
-        for diagonals in backward_pass(runner, own, uniforms, on_progress):
+        for diagonals in backward_pass(runner, local, uniforms, on_progress):
             sums = [tensor for one in diagonals.values() for tensor in vars(one).values()]
             dist.sum_(sums, idle)
             for linear, diagonal in diagonals.items():
@@ -108,12 +108,12 @@ def by_error(
 
 
 def costs(weight: Tensor, diagonal: FisherDiagonal, ratio: float) -> Tensor:
-    """C(s) of a matrix (out, in) over the span (STEPS + 1,), float64, on the host."""
+    """Return C(s) of a matrix (out, in) over the span (STEPS + 1,), float64, on the host."""
     each = weight.float().square()
-    each *= diagonal.inputs.float()  # a sum: an expert counts as often as it is asked
+    each *= diagonal.inputs.float()  # sums, not means: an expert counts in proportion to its use
     each *= (diagonal.grad_sq / diagonal.tokens).float()[:, None]
     lowest = each.flatten().sort().values
-    # part by part: one running sum over all is not the same in every run on a GPU
+    # part by part, since one running sum over all weights is not reproducible on a GPU
     parts = lowest.tensor_split([int(share * len(lowest)) for share in span(ratio)])
     sums = torch.stack([part.sum(dtype=torch.float64) for part in parts]).cpu().cumsum(0)
     least = max(FAINT * float(sums[-1]), torch.finfo(torch.float64).tiny)
@@ -122,19 +122,19 @@ def costs(weight: Tensor, diagonal: FisherDiagonal, ratio: float) -> Tensor:
 
 
 def span(ratio: float) -> list[float]:
-    """The sparsities to choose from."""
+    """Return the candidate sparsities."""
     low, high = max(0.0, ratio - BELOW), 1 - LEAST_KEPT * (1 - ratio)
     return [low + (high - low) * step / STEPS for step in range(STEPS + 1)]
 
 
 def choose(costs: dict[str, Tensor], sizes: dict[str, int], ratio: float) -> dict[str, float]:
-    """{name: sparsity} that minimises the sum of `costs`; the mean, by size, is `ratio`."""
+    """Return {name: sparsity} that minimizes the sum of `costs`; the mean, by size, is `ratio`."""
     size = torch.tensor([sizes[name] for name in costs], dtype=torch.float64)
     prices = torch.stack(list(costs.values())) / size[:, None]  # (n, STEPS + 1)
     choices = torch.tensor(span(ratio), dtype=torch.float64)
 
     def at(price: float) -> Tensor:
-        """What each weight chooses where a zero is worth so much (n,)."""
+        """Return the choice of each weight matrix at this price per zero (n,)."""
         return choices[(prices - price * choices).argmin(1)]
 
     low, high = 0.0, float(prices.max() * STEPS / (choices[-1] - choices[0]).clamp_min(1e-9)) or 1.0
@@ -156,10 +156,10 @@ def allocate(
     on_progress: Callable[[int], Any] = lambda blocks: None,
     gradients: bool = False,
 ) -> Allocation:
-    """Choose how sparse each linear layer becomes: by a rule at an equal total, or as a file says.
+    """Choose the sparsity of each linear layer: by a rule at an equal total, or from a file.
 
-    A continued run has what it computed before (`kept_allocation`). `gradients`: with the costs of
-    errors in outputs, which rule `error` gives anyway. `on_progress(1)` is called once for each
+    A resumed run uses its stored allocation (`kept_allocation`). `gradients`: also compute the
+    costs of errors in outputs, which rule `error` always does. `on_progress(1)` is called once per
     block by rule `owl`, and twice by `error` and for gradients.
     """
     allocation = uniform(runner, sparsity)
@@ -168,9 +168,9 @@ def allocate(
     elif rule not in ALLOCATIONS:
         allocation = Allocation(read_layers(rule, runner.blocks, runner.name, sparsity))
     if rule == "error" or gradients:
-        found = by_error(runner, windows, sparsity.ratio, seed, on_progress)
-        layers = found.sparsity if rule == "error" else allocation.sparsity
-        allocation = Allocation(layers, found.output_costs)
+        measured = by_error(runner, windows, sparsity.ratio, seed, on_progress)
+        layers = measured.sparsity if rule == "error" else allocation.sparsity
+        allocation = Allocation(layers, measured.output_costs)
     if rule in ("error", "owl") or gradients:
         keep_allocation(runner, allocation)
     return allocation
@@ -179,10 +179,10 @@ def allocate(
 def read_layers(
     file: str, blocks: nn.ModuleList, blocks_name: str, sparsity: Sparsity
 ) -> dict[str, Sparsity]:
-    """Return the sparsity of every linear by its name, as a JSON file {name: share of zeros} says.
+    """Return the sparsity of every linear layer by name, from a JSON file {name: share of zeros}.
 
-    The blocks need no weights. UserError where the file does not fit them, the N:M pattern, or the
-    total.
+    The blocks need no weights. Raises UserError if the file does not fit them, the N:M pattern, or
+    the total.
     """
     flag = f"--allocation {file}"
     try:
@@ -222,9 +222,9 @@ def keep_allocation(runner: BlockRunner, allocation: Allocation) -> None:
 
 
 def kept_allocation(runner: BlockRunner) -> Allocation | None:
-    """What `keep_allocation` wrote in an interrupted run, so that blocks that it finished and those
-    still to come fit together; None where it wrote nothing. Every process has to call this.
-    """
+    """Return the allocation that `keep_allocation` wrote in an interrupted run, or None.
+
+    Finished and remaining blocks then fit together. Every process has to call this."""
     kept = runner.weights.read_kept(ALLOCATION)
     if kept is None:
         return None

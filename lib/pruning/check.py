@@ -1,4 +1,4 @@
-"""The sparsity that a model really has, measured from its weights, against the requested one."""
+"""Measure the sparsity of a model from its weights and compare it with the requested one."""
 
 from __future__ import annotations
 
@@ -10,11 +10,10 @@ from ..util.errors import UserError
 
 
 class Measured:
-    """Zeros and sizes, in weights, of every linear of the decoder blocks, by name.
+    """Numbers of zeros and of weights in every linear layer of the decoder blocks, by name.
 
-    They are checked against `target`, the sparsity that each must have, where it is given; linears
-    named in `left_dense` are only counted. UserError naming the linear that fell short, or whose
-    N:M groups hold too few zeros.
+    If `target` is given, each layer must have that sparsity; layers named in `left_dense` are only
+    counted. Raises UserError naming a layer with too few zeros, in all or in its N:M groups.
     """
 
     def __init__(
@@ -38,7 +37,7 @@ class Measured:
                 if short := int((zeros < n).count_nonzero()):
                     groups = zero.numel() // m
                     raise UserError(f"{name}: {short} of {groups} groups are not {n}:{m}")
-            # counts are rounded down, once per row or block of columns
+            # methods round counts down, once per row or block of columns
             elif ratio * zero.numel() - self.zeros[name] > max(linear.shape):
                 raise UserError(
                     f"{name}: only {zero.float().mean():.4f} of its weights are zero, "
@@ -47,7 +46,7 @@ class Measured:
 
     @property
     def overall(self) -> float:
-        """Share of zeros among the weights of all linears."""
+        """Share of zeros among the weights of all linear layers."""
         return sum(self.zeros.values()) / max(1, sum(self.sizes.values()))
 
     def shares(self) -> dict:
@@ -55,7 +54,7 @@ class Measured:
         return {"overall": self.overall, "linears": shares}
 
     def again(self, runner: BlockRunner) -> Measured:
-        """Measure the model as it is now. UserError where a linear is less sparse than it was."""
+        """Measure the current model. Raises UserError if a layer is less sparse than at first."""
         now = Measured(runner, self.target, self.left_dense)
         for name, zeros in self.zeros.items():
             if now.zeros[name] < zeros:

@@ -1,12 +1,12 @@
-"""How far the outputs of a layer are from what they were, on a few tokens of its inputs.
+"""Estimate the error of a pruned layer's outputs on a sample of its input tokens.
 
-The relative squared error of a linear layer is |X (W - Q)^T|^2 / |X W^T|^2 over the tokens X that
-it received while it was pruned, W before and Q after. Over all tokens it would cost as much as the
-layers themselves, or by X^T X more than SparseGPT's solution; so it is estimated, for every method
-from a sample drawn in the same way. A few tokens, such as the first of a text, may be a hundred
-times as large as others: tokens are drawn with a probability in proportion to their squared norms,
-and count by its inverse (priority sampling, Duffield, Lund & Thorup 2007), so that both sums are
-unbiased. With no more than `TOKENS` of them it is exact.
+The relative squared error of a linear layer is |X (W - Q)^T|^2 / |X W^T|^2. X are the tokens that
+it received during pruning, W the weights before and Q after. Over all tokens this would cost as
+much as the layers themselves, or X^T X more than SparseGPT's solution. It is therefore estimated,
+for every method from a sample drawn in the same way. A few tokens, such as the first of a text,
+may be a hundred times as large as others. Tokens are drawn with a probability in proportion to
+their squared norms and weighted by its inverse (priority sampling, Duffield, Lund & Thorup 2007),
+so that both sums are unbiased. With at most `TOKENS` tokens the error is exact.
 """
 
 from __future__ import annotations
@@ -14,22 +14,22 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-TOKENS = 128  # of a sample: below 1% of what passing some thousand tokens through a layer costs
-GOLDEN = (5**0.5 - 1) / 2  # its multiples, modulo 1, are spread evenly, and the same in every run
+TOKENS = 128  # sample size: costs below 1% of passing a few thousand tokens through a layer
+GOLDEN = (5**0.5 - 1) / 2  # its multiples modulo 1 are evenly spread and reproducible
 
 
 class TokenSample:
-    """A sample of the tokens of an input (tokens, in), batch after batch.
+    """A sample of the tokens of an input (tokens, in), drawn batch by batch.
 
-    It is the same whatever the batch size.
+    It does not depend on the batch size.
     """
 
     def __init__(self) -> None:
         self.seen = 0
-        self.kept: tuple[Tensor, ...] = ()  # keys, falling; squared norms; rows (n, in)
+        self.kept: tuple[Tensor, ...] = ()  # descending keys; squared norms; rows (n, in)
 
     def add(self, x: Tensor) -> None:
-        """Draw from x (tokens, in) too."""
+        """Add tokens x (tokens, in) to the population that is sampled."""
         exact = torch.promote_types(x.dtype, torch.float32)
         sizes = torch.linalg.vector_norm(x, dim=1, dtype=exact).double().square()
         places = torch.arange(1, len(x) + 1, device=x.device, dtype=torch.float64) + self.seen
@@ -49,7 +49,7 @@ class TokenSample:
         self.kept = kept
 
     def rows(self, count: int = TOKENS) -> Tensor:
-        """Return up to `count` tokens (n, in), float32, times the root of what each counts for."""
+        """Return up to `count` tokens (n, in), float32, times the root of their weights."""
         keys, sizes, x = self.kept
         weights = torch.ones_like(sizes[:count])
         if len(keys) > count:
@@ -60,7 +60,7 @@ class TokenSample:
 def relative_error(rows: Tensor, weight: Tensor, pruned: Tensor) -> float | None:
     """Return |X (W - Q)^T|^2 / |X W^T|^2 of tokens X (n, in), W and Q (out, in), in 6 digits.
 
-    None where the layer's outputs are all 0. W is overwritten.
+    None if the layer's outputs are all 0. W is overwritten.
     """
     before = (rows @ weight.T).square().sum(dtype=torch.float64)
     change = (rows @ weight.sub_(pruned).T).square().sum(dtype=torch.float64)

@@ -1,16 +1,16 @@
-"""How much the outputs of every linear matter to what the model predicts.
+"""Estimate how much the outputs of every linear layer matter to the model's predictions.
 
-Let an error e be added to a linear's outputs y (tokens, out). To second order, the divergence of
-the model's next-token distributions from what they were, summed over tokens, becomes
+Let an error e be added to a linear layer's outputs y (tokens, out). To second order, the KL
+divergence of the new next-token distributions from the old ones, summed over tokens, is
 
     KL = 1/2 e^T F e,   F = E[g g^T],   g = d (-log p(label)) / d y,   label drawn from p itself,
 
-with F Fisher's information. Its diagonal is estimated, one number for each output: the mean over
-tokens of g_i^2. One backward pass through the dense model gives those of all linears. Labels of the
+with the Fisher information F. Its diagonal is estimated, one number per output: the mean over
+tokens of g_i^2. One backward pass through the dense model gives it for all layers. Labels from the
 text itself would give the empirical Fisher, which also measures how far the model is from the text.
 
-Memory holds the hidden states before every block, of the few windows that this takes, and the
-graph of one block at a time; blocks may be fetched one by one.
+Memory holds the hidden states at the input of every block, for a few windows, and the graph of one
+block at a time. Blocks may be fetched one by one.
 """
 
 from __future__ import annotations
@@ -32,15 +32,15 @@ from ..util.deterministic import deterministic
 from ..util.errors import RunWarning
 from .inputs import rows
 
-CHUNK = 1024  # tokens of the vocabulary whose probabilities are added up at once
+CHUNK = 1024  # tokens of the vocabulary whose probabilities are summed at once
 
 
 @dataclass
 class FisherDiagonal:
-    """Float64 sums over all tokens that reached one linear.
+    """Float64 sums over all tokens that reached one linear layer.
 
-    `inputs` (in,): of the squares of what it receives. `grad_sq` (out,): of those of g. `tokens`
-    (): how many these are.
+    `inputs` (in,): squares of its inputs. `grad_sq` (out,): squares of g. `tokens` (): their
+    number.
     """
 
     inputs: Tensor
@@ -57,9 +57,9 @@ def backward_pass(
 ) -> Iterator[dict[PrunableLinear, FisherDiagonal]]:
     """Take windows (n, tokens) through the dense model and back, and yield each block's sums.
 
-    The last block comes first: the sums of its linears, which are on the device meanwhile; linears
-    that no token reached are among them. `uniforms` (n, tokens): in [0, 1), by which labels
-    are drawn. `on_progress(1)` is called after each block, forward and back.
+    The last block comes first. Its sums stay on the device until the next one, and include layers
+    that no token reached. `uniforms` (n, tokens): numbers in [0, 1) that draw the labels.
+    `on_progress(1)` is called after each block, forward and back.
     """
     states, before = runner.capture(windows), []
     for index in range(len(runner.blocks)):
@@ -67,7 +67,7 @@ def backward_pass(
         with runner.on_device(index):
             runner.advance_(states, index)
         on_progress(1)
-    gradient = states.hidden  # of the loss, in place of the hidden states after the last block
+    gradient = states.hidden  # gradient of the loss, in place of the last block's outputs
     for batch in states.batches:
         ids = states.windows[batch].to(runner.device)
         last = gradient[batch].to(runner.device).detach().requires_grad_()
@@ -81,7 +81,7 @@ def backward_pass(
             try:
                 with deterministic(runner.device, strict=True):
                     diagonals = _through_(runner, index, given, gradient)
-            except RuntimeError as error:  # of the first batch, before anything was stored
+            except RuntimeError as error:  # raised in the first batch, before anything was stored
                 if "deterministic" not in str(error):
                     raise
                 line = f"--allocation error: another run may give other weights: {error}"
@@ -94,7 +94,7 @@ def backward_pass(
 def _through_(
     runner: BlockRunner, index: int, states: HiddenStates, gradient: Tensor
 ) -> dict[PrunableLinear, FisherDiagonal]:
-    """The sums of block `index`, which receives `states`; `gradient` becomes that at its input."""
+    """Return the sums of block `index` on `states`; `gradient` becomes that at its input."""
     diagonals = {}
     for linear in runner.linears(index):
         sizes = linear.shape[1], linear.shape[0], ()
@@ -122,15 +122,15 @@ def _through_(
 
 
 def _square_sums(x: Tensor) -> Tensor:
-    """Sum of squares of each channel (channels,) over the tokens of x (..., channels), float64."""
+    """Sum the squares of each channel (channels,) over the tokens of x (..., channels), float64."""
     return rows(x).float().square().sum(0, dtype=torch.float64)
 
 
 def sampled_nll_backward_(logits: Callable[[Tensor], Tensor], uniforms: Tensor) -> None:
     """Compute gradients of -log p(label), summed over positions, with labels drawn from p.
 
-    `logits(positions)` gives (n, positions, vocabulary); what it is computed from gets its
-    gradient, a chunk of positions at a time. A label is the first token at which the cumulative
+    `logits(positions)` gives (n, positions, vocabulary); the tensor behind it gets its gradient,
+    one chunk of positions at a time. A label is the first token at which the cumulative
     probability exceeds `uniforms` (n, positions).
     """
     for positions, chunk in iter_logits(logits, uniforms.shape[1], uniforms.device):
@@ -144,8 +144,8 @@ def sampled_nll_backward_(logits: Callable[[Tensor], Tensor], uniforms: Tensor) 
 def draw(p: Tensor, uniforms: Tensor) -> Tensor:
     """Return the first token (..., 1) at which cumulative p (..., vocabulary) exceeds `uniforms`.
 
-    What an accelerator adds up along one long dimension may differ from run to run. So it adds up
-    chunks, and the sums of these and those within one chunk are cumulated on the host.
+    An accelerator's sum along one long dimension may differ from run to run. Therefore it sums
+    chunks; the host cumulates these sums, and the probabilities within one chunk.
     """
     chunks = F.pad(p, (0, -p.shape[-1] % CHUNK)).unflatten(-1, (-1, CHUNK))
     drawn = uniforms[..., None].float().cpu()
@@ -155,4 +155,4 @@ def draw(p: Tensor, uniforms: Tensor) -> Tensor:
     index = place.to(p.device)[..., None].expand(*place.shape, CHUNK)
     within = chunks.gather(-2, index).squeeze(-2).cpu().cumsum(-1) + start
     labels = place * CHUNK + torch.searchsorted(within, drawn, right=True).clamp_(max=CHUNK - 1)
-    return labels.clamp_(max=p.shape[-1] - 1).to(p.device)  # sums end a rounding below 1
+    return labels.clamp_(max=p.shape[-1] - 1).to(p.device)  # sums may end slightly below 1

@@ -1,4 +1,4 @@
-"""A model, texts and results in memory: what `prune` of lib/prune.py takes and gives."""
+"""Models, texts and results in memory, for `prune` of lib/prune.py."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ from .masks import Packed, unpacked
 
 @dataclass(frozen=True)
 class Pruned:
-    """What was done, by layer: the full name of a linear layer of the blocks."""
+    """The results of pruning, by layer: the full name of a linear layer of the blocks."""
 
     errors: dict[str, float]  # relative squared error of its outputs, see lib/pruning/errors.py
-    shares: dict[str, float]  # of zeros
-    sparsity: float  # the share of zeros in all of them
-    notes: list[str]  # what was pruned in another way, or not at all
+    shares: dict[str, float]  # share of zeros
+    sparsity: float  # share of zeros in all layers together
+    notes: list[str]  # fallbacks and layers left dense
     packed: Packed
 
     @property
@@ -40,9 +40,9 @@ class Pruned:
 def text_windows(
     tokenizer: Any, texts: Sequence[str], seqlen: int, count: int, seed: int
 ) -> Tensor:
-    """Return `count` windows of token ids (count, seqlen), of texts joined in an order by `seed`.
+    """Return `count` windows of token ids (count, seqlen) from the texts, shuffled with `seed`.
 
-    UserError where they are too short.
+    Raises UserError if they are too short.
     """
     if tokenizer is None:
         raise UserError("tokenizer: texts need one; give it, or windows of token ids")
@@ -64,9 +64,9 @@ def text_windows(
 def runner_of(
     model: PreTrainedModel, seqlen: int, batch_size: int | None, sparsity: Sparsity
 ) -> Iterator[BlockRunner]:
-    """Yield a runner of the model's blocks where they are; afterwards the model is as before.
+    """Yield a runner of the model's blocks in place; afterwards the model's modes are restored.
 
-    UserError where they can't be run one by one, are not finite or too narrow for the pattern.
+    Raises UserError if they can't run one by one, are not finite, or too narrow for the pattern.
     """
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
     training, device = model.training, next(model.parameters()).device

@@ -1,7 +1,7 @@
-"""Linears that share an input, with the statistics of it: the unit that is observed and solved.
+"""Groups of linear layers that share an input, with its statistics.
 
-Statistics belong to an input, not to a linear: q, k and v share one, gate and up another. A pass
-over a block goes no further than the last input wanted.
+Statistics belong to an input, not to a layer: q, k and v share one, gate and up another. A pass
+over a block stops at the last input wanted.
 """
 
 from __future__ import annotations
@@ -28,22 +28,22 @@ from .errors import TOKENS, TokenSample
 
 @dataclass
 class BlockNotes:
-    """What pruning one block gave to report, as it is kept with the block."""
+    """Report on pruning one block; stored with the block."""
 
-    pruned: list[str] = field(default_factory=list)  # linears
+    pruned: list[str] = field(default_factory=list)  # names of linear layers
     fallbacks: dict[str, list[str]] = field(default_factory=dict)  # method: experts
     warnings: list[str] = field(default_factory=list)
-    errors: dict[str, float] = field(default_factory=dict)  # relative squared, of outputs
-    kept: list[int] = field(default_factory=list)  # neurons or experts that stay
-    routed: list[float] = field(default_factory=list)  # share of the tokens sent to each expert
+    errors: dict[str, float] = field(default_factory=dict)  # relative squared errors of outputs
+    kept: list[int] = field(default_factory=list)  # remaining neurons or experts
+    routed: list[float] = field(default_factory=list)  # share of tokens routed to each expert
 
 
 @dataclass
 class Group:
-    """Linears that share an input, and the method's statistics of that input.
+    """Linear layers that share an input, and the method's statistics of that input.
 
-    `sample` is of its tokens; `rows` (n, in) of it of all processes. `output_squares` are of each
-    linear's outputs by name (out,), float64, for a method that needs them.
+    `sample`: this process's sample of tokens; `rows` (n, in): that of all processes.
+    `output_squares`, if the method needs them: sums over outputs by layer (out,), float64.
     """
 
     linears: list[PrunableLinear]
@@ -53,12 +53,12 @@ class Group:
     output_squares: dict[str, Tensor] = field(default_factory=dict)
 
     def observe(self, x: Tensor, **aim: Tensor) -> None:
-        """Add x (tokens, in) to the sample and, as lib/methods/base.py says, the method's sums."""
+        """Add x (tokens, in) to the sample and to the method's sums (lib/methods/base.py)."""
         self.method.observe(x, **aim)
         self.sample.add(x)
 
     def observe_output(self, linear: PrunableLinear, x: Tensor) -> None:
-        """Add the squares of what a linear of the group makes of x (tokens, in)."""
+        """Add the squares of a layer's outputs on x (tokens, in)."""
         sums = (x.float() @ linear.matrix().T).square().sum(0, dtype=torch.float64)
         self.output_squares[linear.name] = self.output_squares.get(linear.name, 0) + sums
 
@@ -68,16 +68,16 @@ class Group:
 
     @property
     def cost(self) -> float:
-        """What solving it costs, up to a factor: one factorisation, then every row against it."""
+        """Cost of solving it, up to a factor: one factorization, then every row against it."""
         width = self.method.width
         return width**2 * (width + sum(linear.shape[0] for linear in self.linears))
 
     @property
     def fallback(self) -> str | None:
-        """The simpler method by which an expert is pruned that saw too few tokens, or None.
+        """The simpler method for an expert that received too few tokens, or None.
 
-        No token: by magnitude. Fewer than it has inputs: X^T X is singular and what is read from
-        its inverse is mostly damping, so Wanda's score is taken, from X^T X's diagonal.
+        Without tokens: magnitude. With fewer tokens than inputs X^T X is singular, and its
+        inverse mostly damping, so Wanda's score is used, from the diagonal of X^T X.
         """
         if self.linears[0].expert is None:
             return None
@@ -87,7 +87,7 @@ class Group:
         return "wanda" if few else None
 
     def solver(self) -> PruningMethod:
-        """The method that prunes the group: its own, or the fallback with the same statistics."""
+        """Return the method that prunes the group, or the fallback with the same statistics."""
         if self.fallback == "magnitude":
             return Magnitude(self.method.width, torch.device("cpu"))
         if self.fallback == "wanda":
@@ -98,13 +98,13 @@ class Group:
 
 
 def own_windows(windows: Tensor, dist: DistContext) -> tuple[Tensor, bool]:
-    """This process's part of windows (n, tokens), and whether it is idle.
+    """Return this process's part of windows (n, tokens), and whether it is idle.
 
-    An idle process has no window of its own; it runs another's, whose statistics do not count.
+    An idle process has no windows and runs a dummy window, whose statistics are not counted.
     """
-    own = windows[dist.share(len(windows))]
-    idle = not len(own)
-    return windows[:1] if idle else own, idle
+    local = windows[dist.share(len(windows))]
+    idle = not len(local)
+    return windows[:1] if idle else local, idle
 
 
 @torch.no_grad()
@@ -115,10 +115,10 @@ def observe(
     passes: Iterable[tuple[Callable[[], object], dict[str, Tensor]]],
     shared: bool = False,
 ) -> list[Group]:
-    """The linears of one block that `passes` reach, grouped by shared input, with its statistics.
+    """Group the layers of one block that `passes` reach by shared input, with its statistics.
 
-    A pass is a function that runs the block over a batch, and {linear's name: its input in the
-    untouched model} where that is wanted. `shared`: all receive one input, the first shows it.
+    A pass is a function that runs the block over a batch, and {layer's name: its input in the
+    dense model}, if wanted. `shared`: all layers receive one input, which the first one shows.
     """
     groups: list[Group] = []
     group_of: dict[PrunableLinear, Group] = {}
@@ -149,7 +149,7 @@ def observe(
 
     with watch_inputs(linears, see):
         for run, of_untouched in passes:
-            # not those of the pass before, whose memory may be in use again
+            # per pass, since the memory of a previous pass may be in use again
             dense, inputs, seen = of_untouched, [], set()
             with suppress(Stop):
                 run()
@@ -163,14 +163,14 @@ def merge(
     runner: BlockRunner,
     idle: bool,
 ) -> list[Group]:
-    """The groups that any process has, in one order, with the sums of all that are not `idle`.
+    """Return the groups of all processes in one order, with sums over all that are not `idle`.
 
-    Experts of `stage` that no token reached get a group too. UserError where none was reached.
+    Experts of `stage` that no token reached get a group too. Raises UserError if none was reached.
     """
-    own = {tuple(linear.name for linear in group.linears): group for group in groups}
+    local = {tuple(linear.name for linear in group.linears): group for group in groups}
     by_name = {linear.name: linear for linear in stage}
-    tokens: Counter[tuple[str, ...]] = Counter()  # by the names of linears
-    counts = {names: 0 if idle else group.method.tokens for names, group in own.items()}
+    tokens: Counter[tuple[str, ...]] = Counter()  # by the names of layers
+    counts = {names: 0 if idle else group.method.tokens for names, group in local.items()}
     for of_process in runner.dist.all_gather_object(counts):
         tokens.update(of_process)
     reached = {name for names in tokens for name in names}
@@ -184,7 +184,7 @@ def merge(
     merged = []
     for names, count in tokens.items():
         linears = [by_name[name] for name in names]
-        group = own.get(names) or Group(linears, method(linears[0].shape[1], runner.device))
+        group = local.get(names) or Group(linears, method(linears[0].shape[1], runner.device))
         group.method.tokens = count
         merged.append(group)
     runner.dist.sum_([sums for group in merged for sums in _sums(group, runner.dist)], idle)
@@ -192,12 +192,12 @@ def merge(
 
 
 def _sums(group: Group, dist: DistContext) -> list[Tensor]:
-    """What processes add up of a group: statistics, and samples, of which each fills its rows."""
+    """Return the tensors that processes sum: statistics, and sample rows, each filling its own."""
     method, each = group.method, TOKENS // dist.size
     group.rows = torch.zeros(TOKENS, method.width, device=method.device)
     if group.sample.kept:
-        own = group.sample.rows(each)
-        group.rows[each * dist.rank :][: len(own)] = own
+        local = group.sample.rows(each)
+        group.rows[each * dist.rank :][: len(local)] = local
     for linear in group.linears if method.needs_outputs else ():
         zeros = torch.zeros(linear.shape[0], dtype=torch.float64, device=method.device)
         group.output_squares.setdefault(linear.name, zeros)
@@ -205,12 +205,12 @@ def _sums(group: Group, dist: DistContext) -> list[Tensor]:
 
 
 def weight_key(linear: PrunableLinear) -> tuple[int, int | None]:
-    """A key that is equal for linears that share their weight, while their parameters exist."""
+    """Return a key equal for layers that share a weight, while their parameters exist."""
     return id(getattr(linear.module, linear.parameter)), linear.expert
 
 
 def first_names(runner: BlockRunner) -> dict[str, str]:
-    """{name of a linear: the first name of its weight}, which several blocks may share."""
+    """Return {layer's name: the first name of its weight}, which several blocks may share."""
     names: dict[tuple[int, int | None], str] = {}
     first = {}
     for index in range(len(runner.blocks)):
@@ -220,7 +220,7 @@ def first_names(runner: BlockRunner) -> dict[str, str]:
 
 
 def check_widths(blocks: nn.ModuleList, blocks_name: str, sparsity: Sparsity) -> None:
-    """UserError naming the first linear that can't carry the N:M pattern; needs no weights."""
+    """Raise UserError naming the first layer that can't have the N:M pattern; needs no weights."""
     for index, block in enumerate(blocks) if sparsity.m else ():
         for linear in find_linears(block, f"{blocks_name}.{index}")[0]:
             if linear.shape[1] % sparsity.m:
@@ -232,10 +232,10 @@ def check_widths(blocks: nn.ModuleList, blocks_name: str, sparsity: Sparsity) ->
 
 
 def rows(x: Tensor) -> Tensor:
-    """(..., in) as (tokens, in)."""
+    """Reshape (..., in) to (tokens, in)."""
     return x.reshape(-1, x.shape[-1])
 
 
 def same(a: Tensor, b: Tensor) -> bool:
-    """Whether two live tensors are the same memory seen the same way."""
+    """Return whether two live tensors are the same view of the same memory."""
     return a.data_ptr() == b.data_ptr() and a.shape == b.shape and a.stride() == b.stride()

@@ -1,7 +1,7 @@
-"""Masks of a pruned model without its weights: a bit for each, in a safetensors file.
+"""Masks of a pruned model without its weights: one bit per weight, in a safetensors file.
 
-`write_masks` keeps them, `read_masks` returns {layer: bool (out, in)}. In the file a layer's tensor
-is numpy's packbits of the mask, row after row; metadata hold its shape.
+`write_masks` writes them, `read_masks` returns {layer: bool (out, in)}. In the file a layer's
+tensor is numpy's packbits of the mask, row after row; the metadata hold its shape.
 """
 
 from __future__ import annotations
@@ -21,15 +21,15 @@ from ..model.blocks import BlockRunner
 from ..util.errors import UserError
 from ..util.files import check_writable
 
-SHAPES = "shapes"  # the key of the metadata
+SHAPES = "shapes"  # metadata key
 
 Packed = dict[str, tuple[tuple[int, int], Tensor]]
 
 
 def packed_masks(runner: BlockRunner, layers: Container[str]) -> Packed:
-    """Return {layer: shape, bits} of those named: 1 where the weight is 0, also if it was before.
+    """Return {layer: (shape, bits)} of the named layers: 1 for each zero weight, pruned or not.
 
-    Row by row (out, in), on the host, eight to a byte.
+    Row by row (out, in), on the host, eight bits per byte.
     """
     masks = {}
     for linear in runner.each_linear():
@@ -48,14 +48,14 @@ def unpacked(masks: Packed) -> dict[str, Tensor]:
 
 
 def check_new_file(flag: str, file: str) -> None:
-    """UserError where a file of masks could not be written."""
+    """Raise UserError if a file of masks could not be written."""
     if Path(file).is_dir():
         raise UserError(f"{flag} {file}: is a folder; name a file, such as masks.safetensors")
     check_writable(flag, str(Path(file).parent))
 
 
 def write_masks(file: str | Path, masks: Packed) -> None:
-    """Write masks to a safetensors file, whole or not at all."""
+    """Write masks to a safetensors file atomically."""
     shapes = {name: list(shape) for name, (shape, _) in masks.items()}
     file = Path(file)
     stage = file.with_name(f".{file.name}.partial")
@@ -66,9 +66,9 @@ def write_masks(file: str | Path, masks: Packed) -> None:
 
 
 def read_masks(file: str | Path) -> dict[str, Tensor]:
-    """Return {layer: bool (out, in)} of a file of --save_masks, True where a weight is pruned.
+    """Return {layer: bool (out, in)} from a file of --save_masks, True where a weight is pruned.
 
-    UserError where the file is none.
+    Raises UserError for any other file.
     """
     try:
         with safe_open(str(file), "pt") as opened:

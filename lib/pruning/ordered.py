@@ -1,19 +1,19 @@
-"""One block whose inputs are taken in order, beside the untouched one, in as few passes as can be.
+"""Sequential calibration of one block beside its dense copy, with as few passes as possible.
 
-A method that takes inputs in order prunes a block stage by stage: q, k and v, then o, then gate and
-up, then down. Of each stage it needs what the linears receive now and in the untouched model, or,
-for a residual projection, its input and how far the untouched stream is ahead once its outputs are
-added. A pass or most of one for every stage, in two streams, is saved by what is kept:
+A sequential method prunes a block stage by stage: q, k and v, then o, then gate and up, then down.
+For each stage it needs the layers' inputs in the pruned and in the dense model. For a residual
+projection it needs the input and the difference between both residual streams after it. Caching
+avoids up to one pass per stage in each of the two models:
 
-  - the untouched block runs once; kept are the inputs of the middle stages, and of a residual
-    projection the stream after it;
-  - a pass through the pruned block stops at the last input wanted. The input of a residual
-    projection is kept, and once it is pruned, its outputs: the module that ends in it (attention)
-    is not run again;
-  - with the stream before the last projection in place of the hidden states, and its input kept,
-    the block's output is that stream and one product.
+  - The dense block runs once. The inputs of the middle stages are cached, and for a residual
+    projection the stream after it.
+  - A pass through the pruned block stops at the last input wanted. The input of a residual
+    projection is cached, and after pruning its outputs: the module that ends in it (attention)
+    does not run again.
+  - If the stream before the last projection replaces the hidden states, and its input is cached,
+    the block's output is that stream plus one product.
 
-Where memory is short (`cache_inputs` false) nothing of this is kept, with the same results.
+If memory is short (`cache_inputs` false) nothing is cached; the results are the same.
 """
 
 from __future__ import annotations
@@ -32,24 +32,24 @@ from ..model.matrix import PrunableLinear
 from .inputs import Group, observe, rows, same
 from .residual import ResidualProjection, find_projection, replayed_outputs, stream_at
 
-Needs = dict[str, Tensor]  # by a linear's name: its input; of a projection, the stream after it
+Needs = dict[str, Tensor]  # by layer name: its input; for a projection, the stream after it
 
 
 @dataclass(frozen=True)
 class Stage:
-    """Linears of a block that are observed together, and pruned before those of later stages."""
+    """Layers of a block that are observed together, and pruned before those of later stages."""
 
     linears: list[PrunableLinear]
     shared: bool  # all receive one input
-    projection: ResidualProjection | None  # how they add to the residual stream, if they do
+    projection: ResidualProjection | None  # its place in the residual stream, if it adds to it
 
     def dense_needs(self) -> list[PrunableLinear]:
-        """Those of which something is needed of the untouched block."""
+        """Return the layers for which a tensor of the dense block is needed."""
         if self.projection:
             return [] if self.projection.last else self.linears
         if self.shared:
             return self.linears[:1]
-        # an expert's tokens are chosen by a router, which may choose others in the dense model
+        # an expert's tokens depend on the router, which may choose others in the dense model
         return [linear for linear in self.linears if linear.expert is None]
 
 
@@ -57,9 +57,9 @@ class Stage:
 def find_order(
     runner: BlockRunner, states: HiddenStates, index: int, linears: list[PrunableLinear]
 ) -> list[Stage]:
-    """The linears in stages, one for each distinct input, in the order of the forward pass.
+    """Return the layers in stages, one per distinct input, in the order of the forward pass.
 
-    What the first batch does not reach is a stage of its own at the end.
+    Layers that the first batch does not reach form a stage at the end.
     """
     reached: list[tuple[Tensor, list[str]]] = []  # an input, and `linear.stage` of its receivers
 
@@ -95,23 +95,23 @@ def known_order(
     index: int,
     linears: list[PrunableLinear],
 ) -> list[Stage]:
-    """`find_order`, tried once for a class of blocks; `orders` has what was found before."""
+    """Return `find_order`, computed once per class of blocks and cached in `orders`."""
     prefix = f"{runner.name}.{index}."
     names = [(linear.name.removeprefix(prefix), linear.shape) for linear in linears]
     key = type(runner.blocks[index]), *names
     if key not in orders:
         orders[key] = linears, find_order(runner, states, index, linears)
     first, order = orders[key]
-    own = dict(zip(first, linears, strict=True))
-    return [replace(stage, linears=[own[one] for one in stage.linears]) for stage in order]
+    linear_of = dict(zip(first, linears, strict=True))
+    return [replace(stage, linears=[linear_of[one] for one in stage.linears]) for stage in order]
 
 
 @dataclass(eq=False)
 class OrderedBlock:
-    """Block `index` of a method that takes inputs in order; `order` are its stages.
+    """Block `index` under sequential calibration; `order` are its stages.
 
-    `dense` is a copy of the untouched block. `need_outputs`: whether the block's outputs will be
-    wanted; `advance_` computes them, and ends the block.
+    `dense` is a copy of the dense block. `need_outputs`: whether the block's outputs are wanted;
+    `advance_` computes them, and ends the block.
     """
 
     runner: BlockRunner
@@ -127,18 +127,18 @@ class OrderedBlock:
     def __post_init__(self) -> None:
         self.dense_linears, _ = find_linears(self.dense, f"{self.runner.name}.{self.index}")
         self.last, final, batches = len(self.order) - 1, self.order[-1], self.states.batches
-        # the untouched block runs before the first stage for all, or before each for it alone
+        # with caching the dense block runs once, otherwise once per stage
         self.dense_to_the_end = bool(self.need_outputs or final.projection)
-        self.needs: list[Needs] = [{} for _ in batches]  # kept for later stages
-        # the block's outputs are the stream that is kept then, and one product
+        self.needs: list[Needs] = [{} for _ in batches]  # tensors cached for later stages
+        # the block's outputs are then the cached stream plus one product
         exact = final.projection and final.projection.exact
         self.finish_from_stream = bool(self.cache_inputs and self.need_outputs and exact)
-        # of projections, by place: inputs, then outputs once they are pruned
+        # per projection, by stage: its inputs, replaced by its outputs once it is pruned
         self.inputs: list[dict[int, Tensor]] = [{} for _ in batches]
         self.outputs: list[dict[int, Tensor]] = [{} for _ in batches]
 
     def observe(self, place: int) -> list[Group]:
-        """The statistics of stage `place`, those before it being pruned."""
+        """Return the statistics of stage `place`; the stages before it are pruned."""
         stage = self.order[place]
         if stage.projection:
             return [self._observe_projection(place, stage.projection)]
@@ -146,7 +146,7 @@ class OrderedBlock:
         return observe(self.runner, stage.linears, self.method, passes, stage.shared)
 
     def _observe_projection(self, place: int, projection: ResidualProjection) -> Group:
-        """The statistics of a single linear, with the stream's error once its outputs are added."""
+        """Return statistics of one layer, with the stream's error after its outputs are added."""
         [linear], device = self.order[place].linears, self.runner.device
         group = Group([linear], self.method(linear.shape[1], self.runner.device))
         for batch, needs, cut, run in self._iter_batches(place):
@@ -169,7 +169,7 @@ class OrderedBlock:
 
     @torch.no_grad()
     def advance_(self) -> None:
-        """Take both streams through the pruned block and the untouched one."""
+        """Take both streams through the pruned and the dense block."""
         states, last = self.states, self.last
         if not self.finish_from_stream:
             for batch, (cut, run) in enumerate(self.runner.iter_batches(states, self.index)):
@@ -182,7 +182,7 @@ class OrderedBlock:
             states.hidden[cut] = stream + linear.module(inputs.pop(last))
 
     def _skip_done_modules(self, place: int, batch: int) -> AbstractContextManager[None]:
-        """Inside, modules that end in a pruned projection before `place` are not run again."""
+        """Within this context, modules ending in a pruned projection before `place` are skipped."""
         inputs, outputs = self.inputs[batch], self.outputs[batch]
         for earlier in [done for done in inputs if done < place]:
             [linear] = self.order[earlier].linears
@@ -196,7 +196,7 @@ class OrderedBlock:
         return replayed_outputs(self.runner.blocks[self.index], replayed)
 
     def _iter_batches(self, place: int) -> Iterator[tuple[int, Needs, slice, Callable[[], Tensor]]]:
-        """For each batch: its number, what is needed of the untouched block, its slice, its run."""
+        """Yield for each batch its number, the needs from the dense block, its slice, its run."""
         runs = self.runner.iter_batches(self.states, self.index)
         for batch, (needs, (cut, run)) in enumerate(
             zip(self._iter_needs(place), runs, strict=True)
@@ -209,14 +209,14 @@ class OrderedBlock:
             yield batch, needs, cut, run_rest
 
     def _iter_needs(self, place: int) -> Iterator[Needs]:
-        """For each batch, what stage `place` needs of the untouched block."""
-        own = [linear.name for linear in self.order[place].dense_needs()]
+        """Yield for each batch the tensors that stage `place` needs from the dense block."""
+        names = [linear.name for linear in self.order[place].dense_needs()]
         stages = self.order if self.cache_inputs else [self.order[place]]
         wanted = [linear for stage in stages for linear in stage.dense_needs()]
         to_the_end = self.dense_to_the_end and (self.cache_inputs or place == self.last)
         if (self.cache_inputs and place) or not (wanted or to_the_end):
             for kept in self.needs:
-                yield {name: kept.pop(name) for name in own if name in kept}
+                yield {name: kept.pop(name) for name in names if name in kept}
             return
         states = self.dense_states
         for batch, (cut, run) in enumerate(
@@ -224,19 +224,19 @@ class OrderedBlock:
         ):
             needs, out = self._run_dense(run, cut, wanted, to_the_end)
             if to_the_end:
-                for name, tensor in needs.items():  # an input may be the block's own
+                for name, tensor in needs.items():  # an input may be that of the block
                     if same_memory(tensor, states.hidden):
                         needs[name] = tensor.clone()
                 states.hidden[cut] = out
-            now = {name: needs.pop(name) for name in own if name in needs}
+            current = {name: needs.pop(name) for name in names if name in needs}
             if needs:
                 self.needs[batch] = {name: owned(tensor) for name, tensor in needs.items()}
-            yield now
+            yield current
 
     def _run_dense(
         self, run: Callable[[], Tensor], cut: slice, wanted: list[PrunableLinear], to_the_end: bool
     ) -> tuple[Needs, Tensor | None]:
-        """What `wanted` need of one batch, and the untouched block's outputs if `to_the_end`."""
+        """Return the needs of `wanted` in one batch, and the dense block's outputs if requested."""
         needs: Needs = {}
 
         def note(linear: PrunableLinear, tensor: Tensor) -> None:
@@ -258,7 +258,7 @@ class OrderedBlock:
 
 
 def run_to_outputs(run: Callable[[], Tensor], linear: PrunableLinear) -> tuple[Tensor, Tensor]:
-    """The linear's input (..., in) and output (..., out), in a run that goes no further."""
+    """Return the layer's input (..., in) and output (..., out) from a run that stops there."""
     seen: list[Tensor] = []
 
     def see(_: PrunableLinear, x: Tensor, out: Tensor) -> None:
@@ -275,5 +275,5 @@ def same_memory(a: Tensor, b: Tensor) -> bool:
 
 
 def owned(x: Tensor) -> Tensor:
-    """A tensor to keep: without anything else that shares its memory."""
+    """Return a tensor that shares no larger memory, so that it can be cached."""
     return x if x.untyped_storage().nbytes() == x.nbytes else x.clone()

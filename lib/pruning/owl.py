@@ -1,15 +1,15 @@
-"""OWL: how sparse each block becomes, by the outliers among its scores (arXiv 2310.05175).
+"""OWL: choose the sparsity of each block by the outliers among its scores (arXiv 2310.05175).
 
-With Wanda's scores A[i, j] = |W[i, j]| ||X[:, j]|| of all linear layers of a block, in the dense
-model, an outlier is a score above M times their mean; D is the share of outliers (equation 1). A
-block keeps more the larger its D: as in the authors' code, over all blocks
+Scores are Wanda's A[i, j] = |W[i, j]| ||X[:, j]|| of all linear layers of a block in the dense
+model. An outlier is a score above M times their mean; D is the share of outliers (equation 1). A
+block keeps more weights if its D is larger. As in the authors' code, over all blocks
 
     1 - S_l = (1 - S) + 2 lambda (d_l - mean(d)),   d = (D - min(D)) / (max(D) - min(D)).
 
-Near the ends, where S +- 2 lambda would leave [0, 1], lambda is smaller. Of N:M it is N that
-differs, by whole numbers: theirs is 2 lambda = 2 for N of 8, and here the remainders of rounding
-are given out so that no more weights go than with N everywhere. They are compared in blocks, which
-all linear layers in them share, and the mean is by size.
+If S +- 2 lambda would leave [0, 1], lambda is smaller. In N:M patterns N differs, by whole
+numbers: the authors use 2 lambda = 2 for N of 8. Here the remainders of rounding are distributed
+so that no more weights are pruned than with N everywhere. Blocks are compared, whose layers all
+share one sparsity, and the mean is weighted by size.
 Run: `python main.py ... --sparsity_ratio 0.7 --allocation owl`.
 """
 
@@ -29,9 +29,9 @@ from ..model.blocks import BlockRunner
 from ..model.linears import experts_by
 from .inputs import Group, first_names, merge, observe, own_windows
 
-OUTLIER = 5.0  # M: a score of so many times the mean
+OUTLIER = 5.0  # M: the smallest outlier, as a multiple of the mean
 SPREAD = 0.08  # lambda
-COUNT_SPREAD = 1.0  # lambda in weights of a group, for N:M
+COUNT_SPREAD = 1.0  # lambda in weights per group, for N:M
 
 
 @torch.no_grad()
@@ -41,14 +41,14 @@ def by_outliers(
     sparsity: Sparsity,
     on_progress: Callable[[int], Any] = lambda blocks: None,
 ) -> dict[str, Sparsity]:
-    """Return the sparsity of every linear by name, from windows (n, tokens) in the dense model.
+    """Return the sparsity of every layer by name, from windows (n, tokens) in the dense model.
 
     `on_progress(1)` is called after each block.
     """
-    own, idle = own_windows(windows, runner.dist)
-    states, first = runner.capture(own), first_names(runner)
+    local, idle = own_windows(windows, runner.dist)
+    states, first = runner.capture(local), first_names(runner)
     shares: dict[int, float] = {}  # D, by block
-    sizes: dict[int, int] = {}  # weights that stand in no block before
+    sizes: dict[int, int] = {}  # weights that no earlier block shares
     block_of: dict[str, int] = {}
     with experts_by(runner.model, "eager"):
         for index in range(len(runner.blocks)):
@@ -70,7 +70,7 @@ def by_outliers(
 
 
 def _scores(groups: list[Group]) -> Iterator[Tensor]:
-    """Yield Wanda's scores (out, in) of every linear; one of them is in memory at a time."""
+    """Yield Wanda's scores (out, in) of every layer; one of them is in memory at a time."""
     for group in groups:
         for linear in group.linears:
             yield linear.matrix().abs_().mul_(group.method.square_sum.sqrt().float())
@@ -85,7 +85,7 @@ def outlier_share(scores: Callable[[], Iterable[Tensor]]) -> float:
 
 
 def spread(shares: list[float], sizes: list[int], sparsity: Sparsity) -> list[Sparsity]:
-    """Return the sparsity of blocks of so many weights, by their shares of outliers."""
+    """Return the sparsity of blocks with these sizes (in weights) and shares of outliers."""
     low, high, total = min(shares), max(shares), sum(sizes)
     ratio, m = sparsity.ratio, sparsity.m
     width = COUNT_SPREAD / m if m else min(SPREAD, ratio / 2, (1 - ratio) / 2)

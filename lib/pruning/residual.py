@@ -1,12 +1,12 @@
-"""The linears that add to the residual stream, in blocks of any architecture.
+"""Find the linear layers that add to the residual stream, in blocks of any architecture.
 
-With the outputs of a linear and of all linears after it replaced by zeros, a block returns the
-stream as it is where the linear's outputs are added: if it adds them unchanged. One batch shows
-whether it does: not where a norm follows the linear, or a factor (Gemma 2, Granite).
+If the outputs of a layer and of all later layers are replaced by zeros, a block returns the stream
+to which that layer adds. This requires that it adds its outputs unchanged. One batch shows whether
+it does: not if a norm or a factor follows the layer (Gemma 2, Granite).
 
-Two more things are tried, because they save passes. Is the stream there still what the block
-received? And does a module, such as attention, end in the linear and return its outputs? Then
-the module need not run again: its outputs can be replayed.
+Two more properties are tested, because they save passes. First, whether the stream there is still
+the block's input. Second, whether a module, such as attention, ends in the layer and returns its
+outputs. Such a module need not run again: its outputs can be replayed.
 """
 
 from __future__ import annotations
@@ -23,17 +23,17 @@ from ..model.blocks import BlockRunner, HiddenStates, replaced
 from ..model.linears import first_argument, watch_inputs
 from ..model.matrix import PrunableLinear
 
-ROUNDINGS = 8  # of the stream's dtype, that a sum may be off by
+ROUNDINGS = 8  # allowed error of a sum, in roundings of the stream's dtype
 
 
 @dataclass(frozen=True)
 class ResidualProjection:
-    """A linear whose outputs are added, unchanged, to the residual stream."""
+    """A linear layer whose outputs are added, unchanged, to the residual stream."""
 
-    last: bool  # of the block's linears
-    exact: bool  # the block's sum is the stream plus the outputs, to the last bit
-    ends: str | None = None  # the module in the block that returns the linear's outputs
-    length: int = 0  # of the tuple that this module returns; 0 for a tensor
+    last: bool  # whether it is the block's last linear layer
+    exact: bool  # whether the block's sum equals stream plus outputs to the last bit
+    ends: str | None = None  # the module in the block that returns the layer's outputs
+    length: int = 0  # length of the tuple that this module returns; 0 for a tensor
 
 
 @torch.no_grad()
@@ -44,10 +44,10 @@ def find_projection(
     stage: list[PrunableLinear],
     later: list[PrunableLinear],
 ) -> ResidualProjection | None:
-    """How `stage`, of block `index`, adds to the stream; `later` are the linears after it.
+    """Return how `stage`, of block `index`, adds to the stream; `later` are the layers after it.
 
-    None where it is more than one linear, or an expert, or adds nothing to the stream; or where
-    the stream is neither the block's input there nor, after it, the block's output.
+    None if it is more than one layer, or an expert, or adds nothing to the stream. None also if the
+    stream is neither the block's input there nor, after it, the block's output.
     """
     if len(stage) > 1 or stage[0].expert is not None:
         return None
@@ -55,11 +55,11 @@ def find_projection(
     hidden = states.hidden[states.batches[0]]
     try:
         projection = as_residual_projection(runner.blocks[index], run, stage[0], later, hidden)
-    except RuntimeError as error:  # a block whose shapes depend on what the linears give
+    except RuntimeError as error:  # a block whose shapes depend on the layers' outputs
         if isinstance(error, torch.OutOfMemoryError) or "allocate" in str(error):
             raise
         projection = None
-    return runner.dist.all_gather_object(projection)[0]  # rounding could divide processes
+    return runner.dist.all_gather_object(projection)[0]  # rounding could differ between processes
 
 
 def as_residual_projection(
@@ -69,7 +69,7 @@ def as_residual_projection(
     later: Sequence[PrunableLinear],
     hidden: Tensor,
 ) -> ResidualProjection | None:
-    """How `linear` adds to the stream of a block that `run` takes `hidden` through, or None."""
+    """Return how `linear` adds to the stream when `run` takes `hidden` through a block, or None."""
     outputs: list[Tensor] = []
     hook = linear.module.register_forward_hook(lambda _, args, out: outputs.append(out))
     with hook, zeroed_outputs(later):
@@ -95,11 +95,11 @@ def as_residual_projection(
 def module_ending_in(
     block: nn.Module, run: Callable[[], Tensor], linear: PrunableLinear
 ) -> tuple[str | None, int]:
-    """The outermost module inside the block that returns the linear's outputs.
+    """Return the outermost module inside the block that returns the layer's outputs.
 
-    Its name, and the length of the tuple in which these come first, 0 for a tensor alone. None
-    where there is no such module, or where the block does not return the same with its outputs
-    replayed.
+    Returns its name, and the length of the tuple in which they come first (0 for a tensor alone).
+    The name is None if there is no such module, or if the block's result changes when the outputs
+    are replayed.
     """
     returned: dict[str, Tensor | tuple] = {}
     paths = [
@@ -114,13 +114,13 @@ def module_ending_in(
             )
             hooks.enter_context(hook)
         whole = run()
-    *outer, innermost = paths  # from the outside inwards, the linear's module at the end
-    own = returned[innermost]
+    *outer, innermost = paths  # from the outermost module to the layer's own
+    result = returned[innermost]
     for path in outer:
         out = returned.get(path)
         first, length = (out[0], len(out)) if isinstance(out, tuple) else (out, 0)
-        if isinstance(first, Tensor) and first.shape == own.shape and torch.equal(first, own):
-            with replayed_outputs(block, {path: (own, length)}):
+        if isinstance(first, Tensor) and first.shape == result.shape and torch.equal(first, result):
+            with replayed_outputs(block, {path: (result, length)}):
                 if torch.equal(run(), whole):
                     return path, length
     return None, 0
@@ -129,7 +129,7 @@ def module_ending_in(
 def replayed_outputs(
     block: nn.Module, outputs: dict[str, tuple[Tensor, int]]
 ) -> AbstractContextManager[None]:
-    """Inside, modules of `block` by name return a tensor, in a tuple of that length if not 0."""
+    """Make modules of `block` return given tensors, in a tuple of the given length if not 0."""
 
     def replay(out: Tensor, length: int) -> Callable:
         return lambda *args, **kwargs: (out, *[None] * (length - 1)) if length else out
@@ -138,7 +138,7 @@ def replayed_outputs(
 
 
 def stream_at(run: Callable[[], Tensor], linear: PrunableLinear) -> tuple[Tensor, Tensor]:
-    """The last linear's input (..., in), and the stream (..., hidden) that it adds to."""
+    """Return the last layer's input (..., in), and the stream (..., hidden) that it adds to."""
     inputs: list[Tensor] = []
     with watch_inputs([linear], lambda _, x: inputs.append(x)), zeroed_outputs([linear]):
         stream = run()
@@ -146,14 +146,14 @@ def stream_at(run: Callable[[], Tensor], linear: PrunableLinear) -> tuple[Tensor
 
 
 def zeroed_outputs(linears: Sequence[PrunableLinear]) -> AbstractContextManager[None]:
-    """Inside, the modules of `linears` return zeros; afterwards they compute again."""
-    widths: dict[nn.Module, dict[str, int]] = {}  # of each parameter's outputs
+    """Within this context, the modules of `linears` return zeros."""
+    widths: dict[nn.Module, dict[str, int]] = {}  # output width of each parameter
     for linear in linears:
         widths.setdefault(linear.module, {})[linear.parameter] = linear.shape[0]
 
     def zeros(counts: list[int], *args, **kwargs) -> Tensor:
         x = first_argument(args, kwargs)
-        # experts of several parameters go from hidden states to the same
+        # modules with several parameters (experts) have outputs as wide as their inputs
         return x.new_zeros(*x.shape[:-1], x.shape[-1] if len(counts) > 1 else counts[0])
 
     forwards = {module: partial(zeros, [*each.values()]) for module, each in widths.items()}

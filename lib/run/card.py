@@ -19,6 +19,7 @@ from yaml import YAMLError
 from ..data.sources import BUILT_IN, parse_source
 from ..methods.sparsity import SMALLER
 from ..packed.checkpoint import card_lines
+from ..packed.formats import GRIDS
 from ..prune import first_of
 from ..util.command import one_line
 from ..util.errors import UserError
@@ -128,7 +129,7 @@ def converted_card(
         title, _, text = card.text.strip().partition("\n")
         text = text.partition(f"\n{HEADING}\n")[0]
         text += f"The figures are those of the model that was converted, before {kind}"
-        exact = kind == "q4_0" and kind in card.data.tags
+        exact = kind in GRIDS and kind in card.data.tags
         text += f", which has changed {changed}.\n" if exact else ".\n"
     text += "".join(f"\n- {line}" for line in proof) + "\n" * bool(proof)
     kept = ("license", "license_name", "license_link", "base_model", "language", "datasets")
@@ -194,13 +195,14 @@ def _what_was_done(results: Mapping[str, Any]) -> str:
     kind, share = results["sparsity_type"], f"{100 * (results['sparsity_ratio'] or 0):g}%"
     goal = share if kind == "unstructured" else kind
     goal = f"{share} fewer {kind}" if kind in SMALLER else goal
-    left = len(results.get("quantized", {}).get("left", ()))
+    quantized = results.get("quantized", {})
+    left, form = len(quantized.get("left", ())), quantized.get("format")
     steps = {
         "sparsity_type": f"pruned by {results['method']} to {goal}",
         "recovery": "recovered" if kind or _pruned_before(results) else "trained on the texts",
         "vocabulary": "its vocabulary trimmed",
         "packed": "its sparse linear layers packed",
-        "quantized": f"its linear layers{f' except {left}' * bool(left)} as llama.cpp's q4_0",
+        "quantized": f"its linear layers{f' except {left}' * bool(left)} as llama.cpp's {form}",
     }
     done = {key: results.get(key) for key in steps} | {"recovery": is_trained(results)}
     return ", ".join(words for key, words in steps.items() if done[key]) or "saved as it was"

@@ -27,6 +27,7 @@ from ..model.processor import processor_ids
 from ..model.quantized import check_format, stored_bits
 from ..model.rows import config_token_ids, keep_rows_, trimmable_rows
 from ..model.run_folder import JOB, RunFolder, begun_with
+from ..packed.formats import FORMATS
 from ..pruning.allocation import read_layers
 from ..pruning.inputs import check_widths
 from ..pruning.masks import check_new_file
@@ -170,6 +171,11 @@ def _open_model(args: argparse.Namespace, plan: Plan, longest: int) -> Job:
         check_widths(blocks, blocks_name, plan.sparsity)
         if plan.allocation not in ALLOCATIONS:
             read_layers(plan.allocation, blocks, blocks_name, plan.sparsity)
+    if plan.method and not plan.removes and not FORMATS[plan.format].zero:
+        raise UserError(
+            f"{shown(args, 'quantize')}: it has no 0, as --prune_method {plan.method} needs. Use "
+            "--quantize q4_0, or --sparsity_type neurons or experts."
+        )
     if args.text_only:
         pretrained.text_alone(skeleton, checkpoint)  # raises if that is impossible
     if plan.packs:

@@ -188,8 +188,8 @@ def build_parser() -> argparse.ArgumentParser:
     section("quantization and packing")
     flag(
         "quantize",
-        "quantize to 4 bits with calibration text; q4_0: for llama.cpp and export; int4: packed",
-        choices=("q4_0", "int4"),
+        "4 bits with calibration text; q4_0: every engine; iq4_nl: only llama.cpp; int4: packed",
+        choices=("q4_0", "iq4_nl", "int4"),
     )
     switch(
         "replace_sparse_layers",
@@ -404,10 +404,11 @@ def mistakes(args: argparse.Namespace) -> Iterator[str]:
             yield f"{shown(args, name)}: it requires {names}. Add it, or leave the flag out."
     method, kind, ratio = args.prune_method, args.sparsity_type, args.sparsity_ratio
     packs, form = packed(vars(args)), shown(args, "quantize")
-    if args.quantize == "q4_0" and packs:
+    in_llama_cpp = args.quantize and args.quantize != "int4"
+    if in_llama_cpp and packs:
         yield f"{form}: llama.cpp cannot read packed weights. Leave out --replace_sparse_layers."
-    if args.quantize == "q4_0" and args.eval_only:
-        yield f"{form}: --eval_only quantizes nothing to q4_0. Leave out --eval_only."
+    if in_llama_cpp and args.eval_only:
+        yield f"{form}: --eval_only does not quantize for llama.cpp. Leave out --eval_only."
     has_text = args.calibration_data or args.prune_on_c4
     rounds = args.quantize and (has_text or not packs)
     if not (method or args.eval_only or args.recover or args.trim_vocabulary or rounds):

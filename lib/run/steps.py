@@ -33,6 +33,7 @@ from ..quantize import quantize as quantize_linears
 from ..recover import Recoverer
 from ..remove import remove
 from ..sparse import check_same_outputs, pack_, relative_difference
+from ..util.errors import UserError
 from ..util.files import write_text
 from ..util.host import gib
 from ..vocabulary import PROOF_TOKENS
@@ -63,6 +64,7 @@ __all__ = [  # steps of main.run in other modules
     "save",
 ]
 ALLOCATION = "allocation.json"  # in --save; an input of --allocation
+MOST_ZEROS = 0.25  # share that quantization of the original to 4 bits may have made
 BEFORE = "perplexity", "bits_per_byte", "kl", "top1_agreement"
 Starts = dict[str, tuple[Tensor, Grid]]  # of `Quantizer`
 
@@ -160,6 +162,25 @@ def allocate(job: Job, runner: BlockRunner) -> Allocation:
     return allocation
 
 
+def check_zeros(job: Job, runner: BlockRunner) -> None:
+    """Report zeros that become levels. Raises UserError if they must come from pruning."""
+    form = FORMATS[job.plan.format]
+    if form.zero or not (share := Measured(runner).overall):
+        return
+    if share > MOST_ZEROS:
+        raise UserError(
+            f"--quantize {form.name}: it has no 0, and {share:.0%} of the weights of --model "
+            f"{job.args.model} are pruned. Use --quantize q4_0, or the dense model."
+        )
+    job.print(f"{form.name} has no 0: the {share:.2%} of the weights that are 0 get a level")
+
+
+def shares(job: Job, runner: BlockRunner, reached: Measured) -> dict:
+    """Measure the zeros again; none may be lost if the format has a 0."""
+    keeps = FORMATS[job.plan.format].zero
+    return (reached.again(runner) if keeps else Measured(runner)).shares()
+
+
 def quantize(job: Job, runner: BlockRunner, reached: Measured) -> Starts:
     """Quantize linear layers with calibration text; return the start of their training, if any."""
     plan, masters = job.plan, None
@@ -170,7 +191,7 @@ def quantize(job: Job, runner: BlockRunner, reached: Measured) -> Starts:
     job.print(*quantizer.summary())
     results = job.outcome.results
     results["notes"] = results.get("notes", []) + quantizer.summary()[1:]
-    results["sparsity"] = reached.again(runner).shares()
+    results["sparsity"] = shares(job, runner, reached)
     return quantizer.starts
 
 
@@ -199,7 +220,7 @@ def recover(
     with job.timed("recover", "recovering", tokens, "token") as bar:
         recoverer.run(bar)
     job.print(recoverer.line())
-    job.outcome.results["sparsity"] = reached.again(runner).shares()
+    job.outcome.results["sparsity"] = shares(job, runner, reached)
     job.outcome.results["recovery"] = recoverer.record() | {
         "teacher": job.args.teacher or job.args.model,
         "text": text.facts,
@@ -217,12 +238,13 @@ def first_logits(job: Job, runner: BlockRunner) -> Tensor:
 
 def check_quantized(job: Job, runner: BlockRunner, before: Tensor) -> None:
     """Check and record that conversion will change no linear layer; `before`: `first_logits`."""
-    record = check_quantized_weights(runner, FORMATS[job.plan.format])
+    form = FORMATS[job.plan.format]
+    record = check_quantized_weights(runner, form)
     record["difference"] = relative_difference(before, first_logits(job, runner))
     job.outcome.results["quantized"] = record
     job.print(
-        f"{record['format']}: llama.cpp will convert {record['tensors']} tensors unchanged; "
-        f"quantization changed the logits by {record['difference']:.2%}"
+        f"{form.name}: {form.promise} {record['tensors']} tensors; quantization changed the "
+        f"logits by {record['difference']:.2%}"
     )
 
 

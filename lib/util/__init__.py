@@ -1,1 +1,1 @@
-"""Shared by all folders: errors, progress bars, commands, files, locks, host memory."""
+"""Helpers for all folders: errors, progress bars, commands, files, locks, host memory."""

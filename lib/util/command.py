@@ -1,9 +1,9 @@
-"""Runs a command: a user's mistake becomes one line on stderr instead of a traceback.
+"""Run a command: a user's mistake becomes one line on stderr instead of a traceback.
 
     python -m lib.util.command MODULE ARGV...     # main(ARGV) of lib/MODULE, or of main.py
 
-A command starts others in processes of their own, in the folder that the user is in, so that
-relative paths mean what they meant to the user. Importing this file imports nothing heavy.
+A command starts others in separate processes, in the user's current folder, so that relative paths
+keep their meaning. Importing this file imports nothing heavy.
 """
 
 from __future__ import annotations
@@ -29,17 +29,17 @@ from .errors import UserError
 ROOT = Path(__file__).resolve().parents[2]
 PACKAGE = __name__.partition(".")[0] if __name__ != "__main__" else __spec__.name.partition(".")[0]
 FAILED = 1
-INTERRUPTED = 128 + signal.SIGINT  # what a shell reports for a command ended by Ctrl-C
+INTERRUPTED = 128 + signal.SIGINT  # a shell's status for a command ended by Ctrl-C
 ENDING = [signal.SIGTERM, *([signal.SIGHUP] if hasattr(signal, "SIGHUP") else [])]
 TURN_SECONDS = 3
-CALLED = "LANGPRUNE_CALLED"  # in the environment: what the user has typed before a command's name
-ENDS_WITH_STDIN = "LANGPRUNE_ENDS_WITH_STDIN"  # in the environment of what `call` starts
-# of libgomp, whose waiting threads spin: without a bound they take the cores that a loaded machine
-# gives to the threads that work; read when torch is imported
+CALLED = "LANGPRUNE_CALLED"  # environment: the words that the user typed before a command's name
+ENDS_WITH_STDIN = "LANGPRUNE_ENDS_WITH_STDIN"  # environment of the processes that `call` starts
+# libgomp's waiting threads spin; without this bound they take cores of a loaded machine from
+# working threads; read when torch is imported
 SPINS = {"GOMP_SPINCOUNT": "10000"}
-WAITING = {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT"}  # a user's own setting stays
-LACKING = "can't allocate memory", "_STATUS_ALLOC_FAILED"  # in a RuntimeError: torch's, cuBLAS's
-JOINERS = "\u200c\u200d"  # without a shape, but spelling needs them in Persian and Indic scripts
+WAITING = {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT"}  # a user's own setting has precedence
+LACKING = "can't allocate memory", "_STATUS_ALLOC_FAILED"  # in a RuntimeError of torch, of cuBLAS
+JOINERS = "\u200c\u200d"  # invisible, but needed for spelling in Persian and Indic scripts
 
 
 class Parser(argparse.ArgumentParser):
@@ -50,7 +50,7 @@ class Parser(argparse.ArgumentParser):
         super().__init__(prog=prog, allow_abbrev=False, **options)
 
     def parse_known_args(self, args=None, namespace=None):
-        """As argparse does, with hyphens in the names of flags as good as underscores."""
+        """Parse as argparse does, but accept hyphens like underscores in flag names."""
         words = sys.argv[1:] if args is None else args
         names = [
             re.sub(r"^--[\w-]+", lambda it: "--" + it[0][2:].replace("-", "_"), w) for w in words
@@ -65,7 +65,7 @@ class Parser(argparse.ArgumentParser):
 
 
 def typed(name: str) -> str:
-    """Return what starts another command, in the way that this one was started."""
+    """Return how to start another command, in the form in which this one was started."""
     called = os.environ.get(CALLED, "bash launch.sh")
     return "python main.py" if name == "prune" and called != "langprune" else f"{called} {name}"
 
@@ -84,7 +84,15 @@ def add_debug_flag(parser: argparse.ArgumentParser) -> argparse.Action:
 
 
 def make_parser(name: str, about: str, **options: str) -> argparse.ArgumentParser:
-    """Return the parser of a command, with `--debug`; `about` is its module's docstring."""
+    """Return the parser of a command, with `--debug`; `about` is its module's docstring.
+
+    UserError where torchrun has started several processes, which main.py alone shares work with.
+    """
+    if (size := environment_number("WORLD_SIZE", 1)) > 1:
+        raise UserError(
+            f"WORLD_SIZE {size}: {name} is one process, and only main.py takes several; start it "
+            "without torchrun, or unset WORLD_SIZE"
+        )
     paragraphs = [part for part in about.split("\n\n") if not part.startswith("    ")]
     parser = Parser(name, description=paragraphs[0], **options)
     add_debug_flag(parser)
@@ -97,10 +105,10 @@ def environment_number(name: str, default: int) -> int:
 
 
 def defer_to_rank0() -> None:
-    """Wait before another rank than the first reports an error.
+    """Wait before a rank other than the first reports an error.
 
-    Most errors are the same in all ranks, or follow from another's; the launcher ends this one when
-    the first has reported its own.
+    Most errors are the same in all ranks, or follow from another rank's. The launcher ends this
+    rank when the first has reported its own.
     """
     if environment_number("RANK", 0) > 0:
         time.sleep(TURN_SECONDS)
@@ -110,9 +118,9 @@ def run(main: Callable[[list[str]], None], argv: list[str] | None = None) -> int
     """Call `main(argv)` and return the exit status: 0, 1 (an error) or 130 (Ctrl-C).
 
     SIGTERM and SIGHUP (a closed terminal) end it with status 143 and 129, silently, after the
-    `finally` blocks of `main`. UserError, OSError (a full disk, a folder that can't be read) and a
-    lack of memory become one line on stderr, unless `--debug` is among the arguments. Any other
-    exception is a defect and keeps its traceback. argparse leaves by itself, with status 2.
+    `finally` blocks of `main`. UserError, OSError (a full disk, an unreadable folder) and a lack of
+    memory become one line on stderr, unless `--debug` is among the arguments. Any other exception
+    is a defect and keeps its traceback. argparse exits by itself, with status 2.
     """
     argv = sys.argv[1:] if argv is None else argv
     if not WAITING & os.environ.keys():
@@ -123,15 +131,15 @@ def run(main: Callable[[list[str]], None], argv: list[str] | None = None) -> int
     if environment_number("WORLD_SIZE", 1) > 1 and "--debug" not in argv:
         os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "FATAL")  # the error is reported in one line
     with _terminable():
-        if os.environ.pop(ENDS_WITH_STDIN, None):  # what this process starts has a stdin of its own
+        if os.environ.pop(ENDS_WITH_STDIN, None):  # child processes have their own stdin
             threading.Thread(target=_end_with_stdin, daemon=True).start()
         try:
             main(argv)
-            sys.stdout.flush()  # a reader that has gone shows here, not while the interpreter ends
-        except BrokenPipeError:  # `command | head`: the reader has seen enough
+            sys.stdout.flush()  # reports a closed pipe here, not at the interpreter's end
+        except BrokenPipeError:  # `command | head`: the reader has closed the pipe
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             return FAILED
-        except KeyboardInterrupt as stopped:  # it may tell how to go on
+        except KeyboardInterrupt as stopped:  # its arguments may name the way to continue
             defer_to_rank0()
             print("; ".join(["interrupted", *stopped.args]), file=sys.stderr, flush=True)
             return INTERRUPTED
@@ -156,22 +164,22 @@ def started_by(module: str, *argv: object) -> tuple[list[str], dict[str, str]]:
 
 
 def part(name: str) -> ModuleType:
-    """Import a module of this package, or main.py, which lies in it once it is installed."""
+    """Import a module of this package, or main.py, which is part of the installed package."""
     return import_module(name if name == "main" and PACKAGE == "lib" else f"{PACKAGE}.{name}")
 
 
 def main_of(module: str) -> Callable[[list[str]], None]:
     """Return the `main` of a module of this package, or of a package's `__main__`."""
-    found = part(module)
-    return (found if hasattr(found, "main") else part(f"{module}.__main__")).main
+    imported = part(module)
+    return (imported if hasattr(imported, "main") else part(f"{module}.__main__")).main
 
 
 def call(module: str, *argv: object) -> int:
-    """Run `main(ARGV)` of a module in a process of its own and return its exit status.
+    """Run `main(ARGV)` of a module in a separate process and return its exit status.
 
-    The process ends with this one: at Ctrl-C, which a terminal sends to both, it is waited for, and
-    whatever else ends this process terminates it. Where this one is killed, the end of its stdin
-    tells it.
+    The process ends with this one. At Ctrl-C, which a terminal sends to both, this one waits for
+    it; any other end of this process terminates it. If this one is killed, the process notices the
+    end of its stdin.
     """
     command, environment = started_by(f"{PACKAGE}.util.command", module, *argv)
     environment[ENDS_WITH_STDIN] = "1"
@@ -187,7 +195,7 @@ def call(module: str, *argv: object) -> int:
 
 
 def _end_with_stdin() -> None:
-    """Wait until whoever holds the other end of stdin is gone, and end as SIGTERM ends this."""
+    """Wait until the other end of stdin is closed, and then end as by SIGTERM."""
     while os.read(0, 1):
         pass
     os.kill(os.getpid(), signal.SIGTERM)
@@ -195,16 +203,16 @@ def _end_with_stdin() -> None:
 
 @contextmanager
 def _terminable() -> Iterator[None]:
-    """Make the signals that end a process raise SystemExit in the main thread meanwhile."""
+    """Make the ending signals raise SystemExit in the main thread within this context."""
 
     def leave(number: int, _) -> NoReturn:
         for each in ENDING:
-            signal.signal(each, signal.SIG_IGN)  # a second one must not break off `finally`
+            signal.signal(each, signal.SIG_IGN)  # a second one must not interrupt `finally`
         raise SystemExit(128 + number)
 
     before = {each: signal.getsignal(each) for each in ENDING}
     for each in ENDING:
-        if before[each] != signal.SIG_IGN:  # as nohup asks for
+        if before[each] != signal.SIG_IGN:  # nohup asks to ignore it
             signal.signal(each, leave)
     try:
         yield
@@ -214,7 +222,7 @@ def _terminable() -> Iterator[None]:
 
 
 def describe_error(error: BaseException) -> str | None:
-    """Return the message for a user; None where the error is a defect of the program."""
+    """Return the message for a user; None if the error is a defect of the program."""
     torch, packed = sys.modules.get("torch"), sys.modules.get(f"{PACKAGE}.packed.errors")
     if isinstance(error, ModuleNotFoundError) and not str(error.name).startswith(PACKAGE):
         return f"{error.name} is not installed; pip install -r requirements.txt"
@@ -231,7 +239,7 @@ def describe_error(error: BaseException) -> str | None:
 
 
 def one_line(text: str) -> str:
-    """Any text on one line, without control, directional and invisible characters."""
+    """Return a text on one line, without control, directional and invisible characters."""
     return "".join(c for c in " ".join(text.split()) if c.isprintable() or c in JOINERS)
 
 

@@ -1,4 +1,4 @@
-"""Gradients that an accelerator adds up in one order."""
+"""Reproducible gradients on accelerators."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ import torch
 
 @contextmanager
 def deterministic(device: torch.device, strict: bool) -> Iterator[None]:
-    """Inside, an accelerator adds up in one order, so that a seed gives the same weights.
+    """Make accelerator reductions deterministic, so that a seed reproduces the weights.
 
-    Where an operation has no deterministic implementation torch raises RuntimeError if `strict`,
-    and warns otherwise. Attention's backward is deterministic under `strict` alone, and cuDNN's,
-    which is preferred on some GPUs and chosen in the forward pass, never is.
+    If an operation has no deterministic implementation, torch raises RuntimeError if `strict`, and
+    warns otherwise. Attention's backward is deterministic only if `strict`. cuDNN's backward, which
+    some GPUs prefer and the forward pass selects, never is.
     """
     settings, attention = torch.utils.deterministic, torch.backends.cuda
     enabled = torch.are_deterministic_algorithms_enabled()
@@ -22,7 +22,7 @@ def deterministic(device: torch.device, strict: bool) -> Iterator[None]:
     fills, cudnn = settings.fill_uninitialized_memory, attention.cudnn_sdp_enabled()
     if device.type != "cpu":
         torch.use_deterministic_algorithms(True, warn_only=not strict)
-        settings.fill_uninitialized_memory = False  # nothing here reads what it has not written
+        settings.fill_uninitialized_memory = False  # no code here reads unwritten memory
         attention.enable_cudnn_sdp(False)
     try:
         yield

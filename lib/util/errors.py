@@ -1,16 +1,16 @@
-"""The exception that a user sees as a single line, and what other errors are in such a line."""
+"""The exception that a user sees as a single line, and other errors in such a line."""
 
 
 class UserError(ValueError):
     """A mistake of the user or a fault of the environment, reported in one line.
 
-    The message names the flag, the value and the way out; `main.py` prints it without a traceback
+    The message names the flag, the value and the way out. `main.py` prints it without a traceback
     (unless `--debug`) and exits with status 1.
     """
 
 
 class RunWarning(UserWarning):
-    """Concerns the whole run, not the linears that are being pruned when it is raised."""
+    """Concerns the whole run, not the linear layers that are being pruned when it is raised."""
 
 
 def first_line(error: BaseException) -> str:
@@ -20,9 +20,9 @@ def first_line(error: BaseException) -> str:
 
 
 def hub_problem(error: Exception, kind: str) -> str | None:
-    """Return what the hub's client met, and the way out; None for an error that is not its own.
+    """Return the problem of the Hub's client, and the way out; None for any other error.
 
-    `kind` is what was looked for: `model` or `data set`.
+    `kind` is the kind of the missing object: `model` or `data set`.
     """
     from huggingface_hub.errors import (
         GatedRepoError,

@@ -1,4 +1,4 @@
-"""Files and folders written whole or not at all, and checks of an output before that."""
+"""Files and folders that are written atomically, and checks of an output folder."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from filelock import FileLock, Timeout
 
 from .errors import UserError
 
-PARTIAL = ".partial"  # ends the name of what is not yet complete
+PARTIAL = ".partial"  # suffix of incomplete files and folders
 
 
 def check_writable(flag: str, path: str, beside: bool = False) -> None:
-    """Raise UserError where a run could not write into folder `path`, or `beside` it."""
+    """Raise UserError if a run could not write into folder `path`, or `beside` it."""
     folder = Path(path).absolute()
     if folder.exists() and not folder.is_dir():
         raise UserError(f"{flag} {path}: is a file; name a folder")
@@ -33,9 +33,9 @@ def check_writable(flag: str, path: str, beside: bool = False) -> None:
 
 
 def check_new_folder(flag: str, path: str, staged: bool = False) -> None:
-    """Raise UserError where no complete folder can become `path`, which may be an empty one.
+    """Raise UserError if no complete folder can become `path`, which may be an empty one.
 
-    `staged`: nor where something lies in the folder beside it.
+    `staged`: or if the folder beside it exists.
     """
     check_writable(flag, path, beside=True)  # other ranks may look into the folder
     folder, stage = Path(path), partial_of(path)
@@ -57,7 +57,7 @@ def partial_of(path: str | Path) -> Path:
 
 @contextmanager
 def staged_folder(path: str | Path, flag: str) -> Iterator[Path]:
-    """Yield a folder beside the new folder `path`, which it becomes at the end; else it goes."""
+    """Yield a folder beside the new `path`, which becomes it at the end or is deleted on error."""
     check_new_folder(flag, str(path), staged=True)
     stage = partial_of(path)
     stage.mkdir(parents=True)
@@ -71,9 +71,9 @@ def staged_folder(path: str | Path, flag: str) -> Iterator[Path]:
 
 @contextmanager
 def temporary_folder(parent: Path | None = None) -> Iterator[Path]:
-    """Yield a new folder, in `parent` or where the system has them, that goes with this process.
+    """Yield a new folder, in `parent` or the system's place, that is deleted with this process.
 
-    A shell waits for that, so that a process that is killed leaves nothing, in memory least of all.
+    A shell waits for the end, so that a killed process leaves nothing, especially in memory.
     """
     with tempfile.TemporaryDirectory(dir=parent) as folder:
         if os.name == "nt":
@@ -92,16 +92,16 @@ def sync_all(folder: Path) -> None:
 
 
 def put_in_place(stage: Path, target: Path) -> None:
-    """Give a complete folder its name, once all of it has reached the disk."""
+    """Rename a complete folder, once all of it has reached the disk."""
     sync_all(stage)
     if target.is_dir():
-        target.rmdir()  # it was empty; a target that somebody has filled meanwhile stays
+        target.rmdir()  # only an empty target is removed
     stage.rename(target)
     sync(target.parent)
 
 
 def write_text(path: Path, text: str | bytes) -> None:
-    """Write a small file whole or not at all. Raises UserError where it can't be written."""
+    """Write a small file atomically. Raises UserError if it can't be written."""
     stage = path.with_name(f".{path.name}{PARTIAL}")
     try:
         stage.write_bytes(text.encode() if isinstance(text, str) else text)
@@ -127,7 +127,7 @@ def sync(path: Path) -> None:
 
 @contextmanager
 def exclusive_lock(path: Path, held: str) -> Iterator[None]:
-    """Hold the lock file `path` meanwhile; UserError `held` where another process holds it."""
+    """Hold the lock file `path`; UserError `held` if another process holds it."""
     lock = FileLock(path, timeout=0)
     try:
         lock.acquire()
@@ -136,5 +136,5 @@ def exclusive_lock(path: Path, held: str) -> Iterator[None]:
     try:
         yield
     finally:
-        path.unlink(missing_ok=True)  # while it is held: whoever waits for it sees it go
+        path.unlink(missing_ok=True)  # unlink before release, so that a waiter notices
         lock.release()

@@ -1,4 +1,4 @@
-"""The host's memory: how much is available, how much was used at most, how it is freed."""
+"""The host's memory: available and peak bytes, and returning freed memory to the system."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any
 
 import psutil
 
-M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of mallopt(3)
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # parameters of mallopt(3)
 UNUSED_HEAP = 2**28  # bytes that may stay unused at the end of the heap
 LARGEST_IN_HEAP = 2**25  # bytes, glibc's limit; the weights of large models are mapped instead
 
@@ -19,17 +19,17 @@ LARGEST_IN_HEAP = 2**25  # bytes, glibc's limit; the weights of large models are
 def keep_freed_memory() -> None:
     """Ask glibc to reuse the memory of freed activations; other C libraries are left alone.
 
-    It hands a large block back to the system as soon as it is freed, and the next tensor of that
-    size starts with a page fault for every 4 KiB: a fifth of a forward pass of a small model.
+    glibc returns a large block to the system as soon as it is freed. The next tensor of that size
+    then causes a page fault for every 4 KiB: a fifth of a forward pass of a small model.
     """
     if sys.platform.startswith("linux") and hasattr(libc := ctypes.CDLL(None), "mallopt"):
-        malloc_trim()  # reading and tokenising texts has left much
+        malloc_trim()  # frees memory left by reading and tokenizing texts
         libc.mallopt(M_MMAP_THRESHOLD, LARGEST_IN_HEAP)
         libc.mallopt(M_TRIM_THRESHOLD, UNUSED_HEAP)
 
 
 def malloc_trim() -> None:
-    """Return freed memory to the system, where the C library is glibc."""
+    """Return freed memory to the system, if the C library is glibc."""
     if sys.platform.startswith("linux") and hasattr(libc := ctypes.CDLL(None), "malloc_trim"):
         libc.malloc_trim(0)
 
@@ -37,8 +37,8 @@ def malloc_trim() -> None:
 def available(root: Path = Path("/")) -> int:
     """Return the bytes that this process can still get from the machine, its container or its job.
 
-    Containers, systemd and Slurm limit groups of processes, each inside others (cgroups, of version
-    2 or 1); Slurm may only name what it granted.
+    Containers, systemd and Slurm limit nested groups of processes (cgroups, version 2 or 1). Slurm
+    may set only environment variables.
     """
     free, groups = [psutil.virtual_memory().available], root / "sys/fs/cgroup"
     try:
@@ -53,8 +53,8 @@ def available(root: Path = Path("/")) -> int:
         names = ("max", "current", "")
         if controllers:  # version 1
             names = "limit_in_bytes", "usage_in_bytes", "total_"
-        own = top / path.lstrip("/")  # a container sees its own group as the top
-        for group in {own, top, *(each for each in own.parents if top in each.parents)}:
+        cgroup = top / path.lstrip("/")  # a container sees its own group as the top
+        for group in {cgroup, top, *(each for each in cgroup.parents if top in each.parents)}:
             free += _left(group, *names)
     for name, times in (("SLURM_MEM_PER_NODE", 1), ("SLURM_MEM_PER_CPU", "SLURM_CPUS_ON_NODE")):
         granted, count = os.environ.get(name, ""), os.environ.get(str(times), str(times))
@@ -64,13 +64,13 @@ def available(root: Path = Path("/")) -> int:
 
 
 def _left(group: Path, limit: str, usage: str, prefix: str) -> list[int]:
-    """Return what a cgroup has left, as a list; an empty one where it has no limit."""
+    """Return the bytes that a cgroup has left, in a list, which is empty without a limit."""
     try:
         most, used = (int((group / f"memory.{name}").read_text()) for name in (limit, usage))
         lines = (group / "memory.stat").read_text().splitlines()
     except (OSError, ValueError):  # no such group, or "max"
         return []
-    cached = (f"{prefix}active_file ", f"{prefix}inactive_file ")  # which the system can give up
+    cached = (f"{prefix}active_file ", f"{prefix}inactive_file ")  # the system can reclaim these
     return [most - used + sum(int(line.split()[1]) for line in lines if line.startswith(cached))]
 
 

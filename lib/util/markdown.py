@@ -1,4 +1,4 @@
-"""Markdown: any text as plain words in a cell, and tables that are also read as plain text."""
+"""Markdown: any text as plain words in a cell, and tables that are readable as plain text."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from .command import one_line
 
 EMPTY = "–"
-# what Markdown, on the hub and elsewhere, gives a meaning within a line; `_` has none in a word
+# characters with a meaning in Markdown, on the Hub and elsewhere; `_` has none inside a word
 _MARKUP = re.compile(r"[\\`*\[\]~#$@]|(?<![^\W_])_|_(?![^\W_])|:(?=//)|(?<=www)\.")
 
 

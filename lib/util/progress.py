@@ -1,4 +1,4 @@
-"""Progress with time left: a bar on a terminal, a line now and then in a log."""
+"""Progress with time left: a bar on a terminal, occasional lines in a log."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from contextlib import contextmanager
 
 from tqdm import tqdm
 
-LOG_SECONDS = 30  # between two lines where stderr is not a terminal
+LOG_SECONDS = 30  # between two lines if stderr is not a terminal
 
 
 @contextmanager
@@ -18,7 +18,7 @@ def progress(
 ) -> Iterator[Callable[..., None]]:
     """Yield a function that advances a progress bar on stderr by a number of units.
 
-    `total` is None where the end is not known. The function also takes a short note, which is
+    `total` is None if the end is not known. The function also takes a short note, which is
     printed at the end of the bar.
     """
     in_log = not sys.stderr.isatty()
@@ -45,7 +45,7 @@ def progress(
 
 
 class _Lines:
-    """A log, which gets lines where a terminal's bar is written over itself."""
+    """A log, which gets lines instead of a bar that overwrites itself."""
 
     last = ""
 
@@ -59,7 +59,7 @@ class _Lines:
 
 
 def quiet() -> None:
-    """Silence the bars and hints of other packages, but for the bars of downloads."""
+    """Silence the bars and hints of other packages, except the bars of downloads."""
     from huggingface_hub.utils import are_progress_bars_disabled, enable_progress_bars
     from transformers.utils import logging as transformers_logging
 
@@ -67,6 +67,6 @@ def quiet() -> None:
     for package in ("bitsandbytes", "accelerate"):  # they report casts and offloaded modules
         logging.getLogger(package).setLevel(logging.ERROR)
     downloads = not are_progress_bars_disabled()
-    transformers_logging.disable_progress_bar()  # the hub's too
+    transformers_logging.disable_progress_bar()  # also the Hub's bars
     if downloads:
         enable_progress_bars()

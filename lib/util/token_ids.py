@@ -1,7 +1,7 @@
-"""Token ids in the fields of a config: found and replaced, however deeply they are nested.
+"""Find and replace token ids in the fields of a config, however deeply they are nested.
 
 Configs of models, generation and tokenizers hold token ids under many names (`eos_token_id`, a
-list of them, `image_token_index`, `suppress_tokens`, ...). When tokens get new ids, all follow.
+list of them, `image_token_index`, `suppress_tokens`, ...). All are updated when ids change.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ NAMES = re.compile(
 
 
 def find_token_ids(fields: Mapping[str, Any]) -> set[int]:
-    """Return every token id that `fields`, nested mappings, hold."""
+    """Return every token id in `fields`, nested mappings."""
     ids: set[int] = set()
     map_token_ids(fields, ids.add)
     return ids
@@ -41,7 +41,7 @@ def _map_field(name: Any, value: Any, new_id: Callable[[int], Any]) -> Any:
 
 
 def _map_ids(value: Any, new_id: Callable[[int], Any]) -> Any:
-    """Map an id, or nested lists of ids; anything else stays as it is."""
+    """Map an id, or nested lists of ids; return anything else unchanged."""
     if isinstance(value, list | tuple):
         return type(value)(_map_ids(item, new_id) for item in value)
     if isinstance(value, Mapping):

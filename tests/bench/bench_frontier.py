@@ -3,13 +3,13 @@
     python tests/bench/bench_frontier.py MODEL --data uk --tokens 131072 --llama BUILT \
         --out frontier -- --device cpu --seqlen 512
 
-Every model is MODEL, whole or with its vocabulary trimmed; rounded to q4_0 on the train text; or
-trained on the same windows: as it is, as q4_0, with fewer neurons, with half or 60% of its weights
-at 4 bits. What has 16 bits is quantized by llama.cpp's programs, in the folder BUILT, with an
-importance matrix of the train text; the files are dequantized and measured by main.py like all
-others, on the whole test text and on others that `--also` names. All are timed in one run by one
-thread: files by llama-bench, saved models in transformers. Bytes are those of the tensors. `--out`
-keeps models and results, and the same command goes on where it was; `--only` makes some.
+Every model is MODEL, whole or with its vocabulary trimmed; rounded to q4_0 or iq4_nl on the train
+text; or trained on the same windows: as it is, as these, with fewer neurons, with half or 60% of
+its weights at 4 bits. What has 16 bits is quantized by llama.cpp's programs, in the folder BUILT,
+with an importance matrix of the train text; the files are dequantized and measured by main.py like
+all others, on the whole test text and on others that `--also` names. All are timed in one run by
+one thread: files by llama-bench, saved models in transformers. Bytes are those of the tensors.
+`--out` keeps models and results, and the same command goes on where it was; `--only` makes some.
 """
 
 from __future__ import annotations
@@ -38,17 +38,19 @@ CHUNKS, WINDOW = 32, 512  # of the importance matrix, and tokens of each
 TEXT = 2_000_000  # characters of the train text, from which they come
 PACKED = "--prune_method admm --allocation error --replace_sparse_layers --quantize int4"
 NEURONS = "--prune_method admm --sparsity_type neurons --sparsity_ratio"
-Q4_0 = " --quantize q4_0"
+Q4_0, IQ4_NL = " --quantize q4_0", " --quantize iq4_nl"
 # {label: series, flags of main.py, llama.cpp's types}
 UNTOUCHED = "untouched"
 MODELS = {
     UNTOUCHED: (UNTOUCHED, "", TYPES),
     "trimmed": ("trimmed", "", TYPES),
     "rounded": ("rounded on text", Q4_0, ()),
+    "rounded, iq4_nl": ("rounded on text to iq4_nl", IQ4_NL, ()),
     "trained": ("trained", "", TYPES),
     "q4_0": ("trained as q4_0", Q4_0, ()),
+    "iq4_nl": ("trained as iq4_nl", IQ4_NL, ()),
 }
-UNTRAINED = UNTOUCHED, "trimmed", "rounded"
+UNTRAINED = UNTOUCHED, "trimmed", "rounded", "rounded, iq4_nl"
 for share in (0.125, 0.25, 0.375, 0.5):
     label, flags = f"neurons {100 * share:g}%", f"{NEURONS} {share}"
     MODELS[label] = "neurons", flags, ("q8_0", "q4_0")
@@ -143,8 +145,8 @@ def points(args: argparse.Namespace, passed_on: list[str]) -> Iterator[Point]:
             made += [] if label in UNTRAINED else ["--recover", args.tokens]
             tests = measured(args.out / name, *whole, *made, "--save_model", model)
         size, file = tensor_bytes(model), None
-        if Q4_0 in flags:
-            file = converted(model, args.out / f"{name}.gguf", "q4_0")
+        if kind := next((kind for kind in (Q4_0, IQ4_NL) if kind in flags), None):
+            file = converted(model, args.out / f"{name}.gguf", kind.split()[1])
             size = file_bytes(file)
         yield Point(series, label, model, file, size, tests)
         for kind in types if args.llama else ():

@@ -350,19 +350,24 @@ def test_a_file_is_never_larger_than_it_is_said_to_be() -> None:
         assert size <= said <= size + 0.01
 
 
-@pytest.mark.parametrize("kind", ["short texts", "dialogues", "small enough"])
+@pytest.mark.parametrize("kind", ["short texts", "dialogues", "small enough", "iq4_nl"])
 def test_main_takes_what_is_planned(kind: str, capfd: pytest.CaptureFixture) -> None:
     chat = kind == "dialogues"  # beside short texts, which are joined alone
     tiny.write_model("dense", tokenizer=chats.tokenizer_with(chats.LLAMA_3) if chat else None)
     tiny.write_texts("uk", tiny.sentences(200, words=4), 8)
     if chat:
         chats.write(Path("said"), chats.some(80), chats.some(8, 1))
-    more = {"short texts": ["--recover", "0"], "small enough": ["--megabytes", "9"]}.get(kind, [])
+    more = {"short texts": ["--recover", "0"], "small enough": ["--megabytes", "9"]}
+    more["iq4_nl"] = ["--recover", "0", "--quantize", "iq4_nl"]
     data = ["said", "uk"] if chat else ["uk"]
-    argv = ["dense", "small", "--data", *data, "--device", "cpu", *more]
+    argv = ["dense", "small", "--data", *data, "--device", "cpu", *more.get(kind, [])]
     assert run(compress.main, argv) == 0, capfd.readouterr().err
     assert "recovery" not in results("small-compress/compressed")
-    if kind != "short texts":
+    if kind == "iq4_nl":
+        assert "nothing pruned, about 0" in (said := capfd.readouterr().out) and "as iq4_nl" in said
+        assert re.search(r"linear layers as llama.cpp's +\|.*\| *iq4_nl \|", said)
+        assert "--type iq4_nl" in said and kind in metadata_load("small/README.md")["tags"]
+    elif kind != "short texts":
         assert "recovery" not in results("small-compress/rehearsal")
 
 
@@ -522,6 +527,9 @@ def test_commands_start_from_any_folder(capfd: pytest.CaptureFixture) -> None:
             ["--for", "packed", "any"],
             "--for packed: no other engine reads this format. Name it alone.",
         ),
+        (["--quantize", "iq4_nl", "--for", "mlx"], "only llama.cpp and ollama run it. Leave out"),
+        (["--quantize", "iq4_nl", "--for", "packed"], "--quantize iq4_nl: only llama.cpp and oll"),
+        (["--", "--quantize", "iq4_nl"], "--quantize: compress sets this flag. Use"),
         (["--for", "2:4"], "invalid choice: '2:4'"),
         (["--language", "xx"], "--language xx: is no language"),
         (["--", "--quantize", "q5"], "--quantize"),

@@ -14,11 +14,6 @@ HERE = Path(__file__).parent
 SKIPPED = "the pretended CUDA device does not fit this torch or has no compiler"
 
 
-def pytest_ignore_collect(config: pytest.Config) -> bool | None:
-    """Once it is there it can't be removed, and other tests expect none."""
-    return None if config.getoption("markexpr") == "cuda" else True
-
-
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if HERE in item.path.parents:

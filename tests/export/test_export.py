@@ -121,6 +121,10 @@ def test_no_number_changes(name: str, engine: str, folders, tmp_path, capsys) ->
         assert torch.equal(one, other)
 
 
+def test_a_format_names_its_engines() -> None:
+    assert list(GRID.engines) == list(engines.ENGINES)
+
+
 def refused(argv: list[object], words: str) -> None:
     """One line, before anything is written beside what was there."""
     new = Path(argv[1])

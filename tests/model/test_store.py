@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import copy
+import gc
 import json
 import shutil
+import weakref
 from pathlib import Path
 
 import pytest
@@ -71,6 +74,25 @@ def test_one_rank_of_a_machine_converts(tmp_path: Path) -> None:
         times.append({file.name: file.stat().st_mtime_ns for file in files})
     assert stores[0].places == stores[1].places
     assert times[0] == times[1] and any("experts" in file for file in times[0])
+
+
+def test_a_copy_of_a_fetched_block_leaves_memory_at_once(tmp_path: Path) -> None:
+    """Nothing collects garbage where a device is full."""
+    checkpoint = Checkpoint("sharded")
+    config = load_config(checkpoint)
+    where = device_map(skeleton(config, checkpoint), "model.layers", CPU)
+    options = dict(dtype=torch.float32, device_map=where, offload=str(tmp_path))
+    model = load_model(checkpoint, config, **options, writes=True)
+    store = FileBlockStore(model, CPU, folder=None, on_disk=False, narrow=False)
+    gc.disable()
+    try:
+        with store.on_device(1):
+            copied = copy.deepcopy(store.blocks[1])
+            alive = weakref.ref(copied.mlp.up_proj.weight)
+            del copied
+        assert alive() is None
+    finally:
+        gc.enable()
 
 
 @pytest.mark.parametrize("begun", [False, True])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,7 @@ from support import QUICK, Done, call, results, succeed, weights
 from transformers import AutoModelForCausalLM
 
 from lib.model import reference
-from lib.packed.formats import Q4_0
+from lib.packed.formats import IQ4_NL, Q4_0
 from lib.packed.linear import SparseLinear
 
 STEPS = 8
@@ -189,6 +190,26 @@ def test_q4_0_as_it_was_measured(model: str, flags: list[str], tmp_path: Path) -
         assert found["evaluation"][0]["kl"] > 0 and found["method"] == "q4_0"
 
 
+def test_iq4_nl_takes_no_model_with_zeros_by_pruning(tmp_path: Path) -> None:
+    """Some zeros, which an original may have, become levels."""
+    run(tmp_path, *PRUNE)
+    argv = [*BASE, "--quantize", "iq4_nl", "--save_model", tmp_path / "small"]
+    refused = call(*argv, "--model", tmp_path / "model")
+    (line,) = refused.complaints
+    assert refused.status == 1 and "50% of the weights of --model" in line
+    assert "are pruned. Use --quantize q4_0" in line and not (tmp_path / "small").exists()
+    some = AutoModelForCausalLM.from_pretrained("model", dtype="auto").requires_grad_(False)
+    for name, weight in some.named_parameters():
+        if "_proj" in name:
+            weight[:, ::10] = 0
+    tiny.write_model(tmp_path / "some", some)
+    done = call(*argv, "--model", tmp_path / "some", "--recover", 512)
+    assert done.status == 0 and re.search(r"the 1\d\.\d+% of the weights that are 0", done.out)
+    for name, tensor in weights(tmp_path / "small").items():
+        if "_proj" in name:
+            assert IQ4_NL().holds(tensor) and bool((tensor != 0).all()), name
+
+
 @pytest.mark.parametrize("kind", ["q4_0", "int4"])
 def test_training_that_does_not_help_leaves_what_was_rounded_on_text(
     kind: str, tmp_path: Path
@@ -230,9 +251,11 @@ def test_a_step_is_of_the_window_that_texts_allow(tmp_path: Path) -> None:
 REFUSED = {
     "zero": ([*PRUNE, "--recover", "0"], 2, "--recover: 0: must be"),
     "less than a step": ([*PRUNE, "--recover", "31"], 1, "--recover 31: it is less than"),
-    "q4_0, packed": (["--quantize", "q4_0", *PRUNE, PACK[0]], 2, "leave out --replace_sparse_lay"),
+    "q4_0, packed": (["--quantize", "q4_0", *PRUNE, PACK[0]], 2, "Leave out --replace_sparse_lay"),
     "q4_0, loaded in 8 bits": (["--quantize", "q4_0", "--load_bit", "8"], 2, "--quantize q4_0: we"),
     "q4_0, measuring": (["--quantize", "q4_0", "--eval_only"], 2, "Leave out --eval_only"),
+    "iq4_nl, packed": (["--quantize", "iq4_nl", PACK[0]], 2, "Leave out --replace_sparse_layers"),
+    "iq4_nl, pruned": (["--quantize", "iq4_nl", *PRUNE], 1, "has no 0, as --prune_method"),
     "measuring": (["--eval_only", "--recover", "99"], 2, "--eval_only"),
     "rank": ([*PRUNE, *RECOVER, "--recover_rank", "0"], 2, "--recover_rank: 0: must be"),
     "shape": (["--teacher", "other", *RECOVER], 1, "--teacher other: its model.layers.0.mlp"),

@@ -41,18 +41,22 @@ CASES = {
     # of one window all ranks have the same sums: codes are the same before they are trained
     "Conv1D": f"gpt2 --prune_method wanda --quantize q4_0 --nsamples 1 {TRAIN}",
     "q4_0": f"llama --quantize q4_0 {TRAIN}",
+    "iq4_nl": f"llama --quantize iq4_nl {TRAIN}",
     "int4": "llama --prune_method wanda --sparsity_type 2:4 --replace_sparse_layers --quantize "
     f"int4 {TRAIN}",
     "rank": f"llama --prune_method wanda --recover_rank 4 {TRAIN}",
     "rank, Conv1D": f"gpt2 --prune_method wanda --recover_rank 4 {TRAIN}",
     "rank, experts": f"mixtral --prune_method wanda --recover_rank 4 {TRAIN}",
     "neurons": f"llama --prune_method wanda --sparsity_type neurons {TRAIN}",
+    "saved in bfloat16": f"bfloat16 --prune_method wanda --sparsity_type 4:8 {TRAIN}",
+    "in bfloat16": f"bfloat16 --dtype bfloat16 --quantize q4_0 --recover_rank 4 {TRAIN}",
     "teacher": f"pruned --teacher llama {TRAIN}",
     "one window": "llama --prune_method wanda --recover 32",  # and a rank that has none
     "dialogues": "chat --prune_method wanda --calibration_data chats --recover 96",
 }
 TWICE = ("q4_0", "rank, experts")
-UNEVEN = ("mixture", "rank")  # three ranks: four experts, rows in parts that are padded
+# for three ranks: four experts, rows in parts that are padded, outputs that can't be padded
+UNEVEN = ("mixture", "Conv1D", "rank", "rank, Conv1D")
 pytestmark = pytest.mark.usefixtures("at_place")
 
 
@@ -66,6 +70,7 @@ def flags(case: str, where: Path | str) -> list:
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("place")
     tiny.write_model(folder / "llama", tiny.tiny_llama(num_hidden_layers=3))
+    tiny.write_model(folder / "bfloat16", tiny.tiny_llama(num_hidden_layers=3).bfloat16())
     tiny.write_model(folder / "tied", tiny.tiny_llama(tie_word_embeddings=True))
     wide = tiny.EXPERTS | dict(intermediate_size=32)
     tiny.write_model(folder / "mixtral", tiny.build("mixtral", 0, **wide))
@@ -115,7 +120,7 @@ def check_alike(case: str, shared: str) -> None:
         if case == "int4" and name.endswith(("weight", "mask", "scale")):
             continue  # packed: codes that are rounded another way
         differ = int(((tensor == 0) != (after[name] == 0)).sum())
-        on_grid = "q4_0" in CASES[case]  # where a kept weight may round to 0 too
+        on_grid = "4_" in CASES[case]  # where a kept weight may round to 0 too
         assert differ <= (0.02 * tensor.numel() if on_grid else 0), name
         assert after[name].shape == tensor.shape and after[name].dtype == tensor.dtype
     if case != "int4":

@@ -9,7 +9,7 @@ import pytest
 from huggingface_hub import ModelCard
 from made_up import results
 
-from lib.commands.gguf.proof import changed_by_q4_0
+from lib.commands.gguf.proof import changed_linears
 from lib.run.card import converted_card, model_card
 from lib.util.markdown import escape
 
@@ -136,9 +136,11 @@ def test_what_was_trained_as_q4_0_is_not_called_pruned(tmp_path: Path) -> None:
 
 def test_what_conversion_has_changed_is_counted() -> None:
     """Of a folder that was trained on elsewhere it is most values."""
-    assert changed_by_q4_0({"Q4_0": [0, 99], "Q8_0": [9, 9]}) == "its embedding and head alone"
+    assert (
+        changed_linears({"Q4_0": [0, 99], "Q8_0": [9, 9]}, "Q4_0") == "its embedding and head alone"
+    )
     changed = "3,200 of 3,300 values of its linears, and its embedding and head"
-    assert changed_by_q4_0({"Q4_0": [3200, 3300]}) == changed
+    assert changed_linears({"Q4_0": [3200, 3300]}, "Q4_0") == changed
 
 
 def test_a_gguf_file_has_the_card_of_the_model_it_was_made_from(tmp_path: Path) -> None:

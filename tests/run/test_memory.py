@@ -19,6 +19,7 @@ import main
 from lib.model.run_folder import RunFolder
 from lib.run import steps
 from lib.run.memory import memory_of
+from lib.util.errors import UserError
 from lib.util.host import available, gib
 
 SIZES = {
@@ -48,6 +49,19 @@ def test_training_of_large_models(size: str, flags: str, gigabytes: float) -> No
     assert memory.total("train") == pytest.approx(gigabytes * 1e9, rel=2e-3)
     assert memory.fits() == (gigabytes < 80)
     assert "| train | " in memory.table() and memory.passing["train"]["logits"] > 0
+
+
+def test_ranks_share_out_what_is_trained() -> None:
+    flags = "--recover 500000 --recover_optimizer adamw8bit"
+    one, two = (memory_of(llama("8B"), flags, free=80e9, ranks=ranks) for ranks in (1, 2))
+    assert two.fetched and two.fits() and not one.fits()
+    for name in ("masters", "gradients", "averages"):
+        assert 2 * two.stages["train"][name] == pytest.approx(one.stages["train"][name], rel=1e-3)
+    blocks = one.stages["train"]["teacher"]
+    assert two.stages["train"]["teacher"] == pytest.approx(blocks / 2 + blocks / 32, rel=1e-6)
+    assert "teacher" not in two.stages["measure"]  # it is on the disk
+    with pytest.raises(UserError, match="or 2 such cards by torchrun [(]51.6 GiB each[)]$"):
+        one.check()
 
 
 def test_blocks_are_fetched_where_weights_do_not_fit_twice() -> None:

