@@ -1,4 +1,5 @@
-"""Make a language model small for one language: trim its vocabulary, quantize and train it.
+"""Make a model small for one language: trim its vocabulary, quantize its weights, train them.
+For users who want a small model and have some minutes; main.py offers each step by itself.
 
     langprune compress MODEL OUT --language uk [--minutes 30] [--megabytes N] [--for mlx]
         [--quantize iq4_nl]
@@ -638,7 +639,9 @@ def _parser() -> argparse.ArgumentParser:
     add("--minutes", help="time for the whole command (default: 30)", type=POSITIVE, default=30)
     text = "tokens to train on, 0 for none (default: as many as --minutes allow)"
     add("--recover", help=text, type=NATURAL, metavar="TOKENS")
-    text = "number of dialogues that a chat model writes as calibration text (default: 256)"
+    text = (
+        "number of dialogues that a chat model writes as calibration text (default: 256; 0: none)"
+    )
     add("--dialogues", help=text, type=NATURAL, default=256, metavar="N")
     text = "any: OUT and OUT.gguf; a format of export: that too; packed: transformers on x86-64 "
     text += "CPUs (default: any)"

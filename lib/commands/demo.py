@@ -1,4 +1,5 @@
 """Run the whole pipeline on a tiny model that the demo trains, without network or GPU.
+For a first look: it ends with a report of all pruning methods.
 
     bash launch.sh demo [--folder demo]
 

@@ -1,4 +1,5 @@
-"""Let a chat model answer prompts, to get dialogues for calibration, training and evaluation.
+"""Let a chat model answer prompts, and keep the dialogues as calibration text for this model.
+For users of main.py with a chat model; `compress` does it without being asked.
 
     langprune dialogues MODEL OUT.jsonl --data aya:uk [--count 256]
 
@@ -166,7 +167,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--column", default="text", help="column of the texts (default: text)")
     add("--count", type=POSITIVE, default=256, help="number of dialogues (default: 256)")
     add("--tokens", type=POSITIVE, default=512, help="maximum length of an answer (default: 512)")
-    add("--minutes", type=float, default=float("inf"), help="time limit (default: none)")
+    add("--minutes", type=float, default=float("inf"), help="time limit in minutes (default: none)")
     add("--seed", type=int, default=0, help="seed of prompts and answers (default: 0)")
     add("--batch_size", type=POSITIVE, default=8, help="answers per batch (default: 8)")
     add("--device", help="cuda:N, xpu:N or cpu (default: the first GPU, else cpu)")

@@ -1,4 +1,5 @@
-"""Compare the weights, neurons or experts that prunings keep, to see where languages differ.
+"""Compare the weights, neurons or experts that prunings keep.
+For researchers who ask where languages differ in a model.
 
     bash launch.sh overlap RUN_A RUN_B [RUN ...] [--noise RUN_A2 ...] [--out FOLDER]
 

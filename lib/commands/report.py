@@ -1,4 +1,5 @@
-"""Write tables and pictures of many runs, with tests of which differences are significant.
+"""Write tables and pictures of finished runs, and test which differences are significant.
+For researchers; the tables are also written for LaTeX.
 
     bash launch.sh report RUN [RUN ...] [--against dense] [--latex FILE] [--csv FILE] [--out FOLDER]
 

@@ -1,4 +1,5 @@
 """Run many prunings (models x methods x types x ratios x calibration sets x seeds) and report.
+For researchers who compare methods, calibration texts or settings.
 
     bash launch.sh sweep --models MODEL --calibration uk en uk=0.5,en=0.5 --seeds 0 1 2
         --vary nsamples=8,32,128 --out runs -- --device cpu
@@ -57,7 +58,8 @@ def build_sweep_parser() -> argparse.ArgumentParser:
 
     several("models", "Hub ids or local folders of models", required=True)
     methods = (*METHODS, *EXPERT_METHODS)
-    several("methods", "default: all but for experts", choices=methods, default=list(METHODS))
+    text = "pruning methods (default: all except those for experts)"
+    several("methods", text, choices=methods, default=list(METHODS))
     types = [kind for kind in TYPES if kind not in SMALLER]
     text = f"sparsity types (default: all except {' and '.join(SMALLER)})"
     several("types", text, choices=TYPES, default=types)

@@ -1,4 +1,5 @@
-"""Write tasks for lm-eval from your own documents, to run on a model before and after pruning.
+"""Write tasks for lm-eval from your own documents, to test a model before and after pruning.
+For languages that have no benchmark.
 
     bash launch.sh tasks DATA OUT [--language uk] [--pairs FILE] [--model MODEL]
     python main.py --tasks uk_last_word,uk_last_word_said --include_path OUT ...

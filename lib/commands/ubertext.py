@@ -1,4 +1,5 @@
 """Build the published calibration and test texts from the five raw dumps of UberText 2.0.
+For those who want to repeat that dataset; runs download it from the Hub.
 
     bash launch.sh ubertext FOLDER_OF_DUMPS OUT [--push OWNER/NAME]
 

@@ -1,4 +1,4 @@
-"""Convert a packed checkpoint to a plain dense one, which any engine reads.
+"""Convert a packed checkpoint to a plain dense one, for engines that cannot read packed weights.
 
 bash launch.sh unpack IN OUT
 """
