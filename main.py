@@ -2,9 +2,9 @@
 
     python main.py --model MODEL --prune_method wanda --calibration_data DIR --save_model OUT
 
-`run` is the whole of it, step by step. Everything that can fail cheaply fails in `check`, before a
-weight is read. What fails before the model is saved ends the run, and finished blocks are kept;
-what fails afterwards can lose nothing.
+`run` is the whole run, step by step. `check` makes everything that can fail cheaply fail before a
+weight is read. An error before the model is saved ends the run and keeps finished blocks; a later
+error can lose nothing.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import sys
 from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any
 
-if __package__:  # installed: lib/ is the package langprune, and this file lies in it
+if __package__:  # installed: lib/ is the package langprune, and this file is inside it
     from .run.flags import build_parser, check_flags
     from .util import command
 else:
@@ -28,7 +28,7 @@ def main(argv: list[str]) -> None:
     parser = build_parser()
     args = parser.parse_args(argv)
     check_flags(parser, args)
-    # imports torch and transformers, which --help need not wait for
+    # imports torch and transformers, which --help does not need
     run(command.part("run.check").check(args))
 
 
@@ -51,7 +51,7 @@ def run(job: Job) -> dict[str, Any]:
             dense = teacher if plan.teacher else runner
             completions.generate("dense", dense.model)
             reference = steps.dense_reference(job, dense)
-            del dense  # with a teacher, the memory of a whole model
+            del dense  # a teacher takes the memory of a whole model
         untouched = steps.first_logits(job, runner) if plan.narrows else None
         reached = steps.prune(job, runner)
         unrounded = steps.first_logits(job, runner) if plan.rounds and plan.packs else None

@@ -1,18 +1,17 @@
-"""Give back what pruning took: a short training of the kept weights, the dense model their teacher.
+"""Recovery: a short fine-tuning of the kept weights, with the dense model as teacher.
 
     python main.py --model MODEL --prune_method admm --sparsity_type 2:4 --recover 500000 ...
 
-Trained are the weights that pruning kept, and the norms and biases of the decoder blocks; zeros
-stay zeros. The loss is the Kullback-Leibler divergence from the teacher's next-token distribution
-to the model's, and a share of cross-entropy with the text, taken a few positions at a time, so that
-the logits of a whole batch never stand in memory. While it trains, the model holds its weights as
-they will be saved: rounded to the dtype they are saved in, or to the integers and scales that they
-are packed as or that llama.cpp runs (`Grid`). Float32 masters beside it keep what rounding would
-lose, and get the gradients of the rounded weights, so that what is measured on the way is what is
-saved. What was rounded on text (lib/quantize.py) is trained from there: its masters are
-what each weight was just before that, its scales stay, and the rounded model is the first that is
-measured. Where masters do not fit, `rank` trains updates B A of every matrix instead, masked and
-merged into it (as PERP does, arXiv 2312.15230).
+It trains the weights that pruning kept, and the norms and biases of the decoder blocks; zeros stay
+zeros. The loss is the KL divergence of the model's next-token distribution from the teacher's, with
+a share of cross-entropy with the text. It is computed a few positions at a time, so that the logits
+of a whole batch are never in memory. During training the model holds its weights as they will be
+saved: rounded to the save dtype, or to a 4-bit grid (`Grid`). Float32 master weights keep what
+rounding would lose. They receive the gradients of the rounded weights (straight-through), so the
+model that is measured is the one that is saved. A quantized model (lib/quantize.py) is trained from
+its quantized weights: the masters are the values before rounding, the scales stay fixed, and the
+untrained model is the first candidate. If masters do not fit, `rank` trains updates B A of every
+matrix instead, masked and merged into it (PERP, arXiv 2312.15230).
 """
 
 from __future__ import annotations
@@ -51,45 +50,45 @@ from .sharded import (
 from .util.deterministic import deterministic
 from .util.errors import UserError
 
-STEPS = 256  # about so many, while a step's size is between these:
-LEAST, MOST = 2**8, 2**16  # tokens of a step
+TARGET_STEPS = 256  # optimizer steps, subject to the limits of a step below
+LEAST, MOST = 2**8, 2**16  # tokens per step
 RATE = 0.6  # see `default_rate`
-ROUNDED_RATE = 0.25  # of that, where nothing was pruned: rounding took little, more adds noise
-CROSS_ENTROPY = 0.2  # of the loss: what the teacher does not know of the language, the text does
-WARM_UP = 0.1  # of the steps
-LAST_RATE = 0.05  # of the peak rate, at the end
+ROUNDED_RATE = 0.25  # factor if nothing was pruned: quantization costs little, more adds noise
+CROSS_ENTROPY = 0.2  # default weight of the cross-entropy term
+WARM_UP = 0.1  # share of the steps
+LAST_RATE = 0.05  # learning rate at the end, as a share of the peak
 BETAS = (0.9, 0.95)
-GRADIENT_NORM = 1.0  # at most; a step's gradient is clipped to it
-MEASURED = 10  # times on the windows held out
-KEEP_SECONDS = 600  # between two states that are kept, at most
+GRADIENT_NORM = 1.0  # a step's gradient is clipped to it
+MEASURED = 10  # evaluations on the held-out windows
+CHECKPOINT_SECONDS = 600  # maximum time between two training checkpoints
 
 
 @dataclass(frozen=True)
 class TrainSchedule:
-    """How long, in what steps and how fast: all that the training depends on besides its text."""
+    """Length, steps and learning rate: the training depends on these and its text alone."""
 
-    tokens: int  # at most; whole steps are made
+    tokens: int  # upper limit; only whole steps are made
     seqlen: int
-    rate: float | None = None  # None: by default_rate
+    rate: float | None = None  # peak learning rate; None: default_rate
     rank: int | None = None
     optimizer: str = "adamw"  # or adamw8bit
-    share: float = 0.0  # of the text's own next tokens in the target
+    ce_weight: float = 0.0  # weight of cross-entropy in the loss; the rest is KL
     seed: int = 0
-    least: int = LEAST  # tokens of a step
+    least: int = LEAST  # tokens per step
     clip: float = GRADIENT_NORM
-    falls: bool = True  # the rate, after its rise: not where weights stay on a grid
-    pruned: bool = True  # or else but rounded
-    ranks: int = 1  # that share a step: each has a window at least
+    cosine_decay: bool = True  # off where weights stay on a grid (constant after warm-up)
+    pruned: bool = True  # False: the model was only quantized
+    ranks: int = 1  # each has at least one window per step
 
     @property
     def windows(self) -> int:
-        """In a step."""
+        """Windows per step."""
         return max(self.windows_alone, min(self.ranks, self.tokens // self.seqlen))
 
     @property
     def windows_alone(self) -> int:
-        """In a step of a single rank."""
-        wanted = min(max(self.tokens // STEPS, self.least), MOST, self.tokens)
+        """Windows per step of a single rank."""
+        wanted = min(max(self.tokens // TARGET_STEPS, self.least), MOST, self.tokens)
         return max(1, wanted // self.seqlen)
 
     @property
@@ -97,25 +96,25 @@ class TrainSchedule:
         return self.tokens // (self.windows * self.seqlen)
 
     def rate_at(self, step: int) -> float:
-        """A short rise, then half a cosine down, if it falls."""
+        """Learning rate: linear warm-up, then cosine decay if `cosine_decay`."""
         rise = min(1.0, (step + 1) / math.ceil(WARM_UP * self.steps))
-        fall = 0.5 * (1 + math.cos(math.pi * step / self.steps)) if self.falls else 1.0
+        fall = 0.5 * (1 + math.cos(math.pi * step / self.steps)) if self.cosine_decay else 1.0
         return self.rate * rise * (LAST_RATE + (1 - LAST_RATE) * fall)
 
     @property
     def measured(self) -> set[int]:
-        """After how many steps the held-out windows are measured."""
+        """Numbers of steps after which the held-out windows are measured."""
         return {math.ceil(self.steps * part / MEASURED) for part in range(1, MEASURED + 1)}
 
 
 def default_rate(
     matrices: Iterable[Tensor], width: int, blocks: int, dist: DistContext | None = None
 ) -> float:
-    """The peak learning rate that suits a model with these matrices, of any size.
+    """Return the peak learning rate for a model with these matrices, of any size.
 
-    AdamW moves every weight by about the rate, all in step with their inputs: what a matrix gives
-    changes by rate * sqrt(width) / (root mean square of its weights), relatively, and the changes
-    of all blocks add up. RATE is what that may come to. With `dist`, each rank gives its part.
+    AdamW moves every weight by about the rate, in step with its input. So a matrix's outputs change
+    by rate * sqrt(width) / (root mean square of its weights), relatively, and the changes of all
+    blocks add up. RATE bounds this total relative change. With `dist`, each rank gives its part.
     """
     squares, count = 0.0, 0
     for matrix in matrices:
@@ -127,12 +126,12 @@ def default_rate(
 
 
 class Whole:
-    """Trains every weight of a parameter; of a matrix those that are not zero.
+    """Trains every weight of a parameter; in a matrix only the weights that are not zero.
 
-    All that stands here is this rank's part where ranks share the parameter out along `dim`; leaves
-    that are `alike` are the same in every rank. `dtype` says as what the parameter is saved. Where
-    that is a grid, `start` holds the masters, of the parameter's shape, and it: the parameter is
-    what they are when rounded. They are taken over, as there is no memory for a copy.
+    If ranks share the parameter out along `dim`, all tensors here are this rank's part; leaves that
+    are `alike` are the same in every rank. `dtype` is the save dtype. For a quantized parameter,
+    `start` is (master weights, grid), and the parameter holds the masters rounded to the grid. The
+    masters are taken over, as there is no memory for a copy.
     """
 
     def __init__(
@@ -144,13 +143,13 @@ class Whole:
         dim: int | None = None,
     ) -> None:
         self.parameter, self.is_matrix, self.dtype, self.grid = parameter, is_matrix, dtype, None
-        self.dim = dim  # along which ranks share it out
+        self.dim = dim  # ranks share the parameter out along it
         masters = held = local(parameter)
         if start:
             masters, self.grid = start
             rounded = self.grid.rounded(masters)
             masters.copy_(torch.where(rounded == held, masters, held.to(masters.dtype)))
-        self.leaves = self.begin(masters)  # what is trained, float32
+        self.leaves = self.begin(masters)  # trained tensors, float32
 
     @property
     def alike(self) -> set[str]:
@@ -162,8 +161,8 @@ class Whole:
         return {"master": self.master}
 
     def take_gradient_(self, parameter: Tensor) -> None:
-        """Add the parameter's gradient to that of what is trained. A zero gets none, and AdamW
-        without decay leaves what never had a gradient as it is, bit for bit."""
+        """Add the parameter's gradient to that of the leaves. A zero gets none, and AdamW without
+        decay leaves a weight that never had a gradient as it is, bit for bit."""
         gradient = local(parameter.grad)
         if self.is_matrix:
             gradient = gradient.masked_fill_(self.master == 0, 0)
@@ -171,11 +170,11 @@ class Whole:
         parameter.grad = None
 
     def values(self) -> Tensor:
-        """What was trained, float32, before it is rounded."""
+        """Return the trained values, float32, before rounding."""
         return self.master
 
     def write_(self) -> None:
-        """Put what was trained into the parameter, rounded."""
+        """Write the trained values into the parameter, rounded."""
         values, held = self.values(), local(self.parameter)
         if self.grid:
             held.copy_(self.grid.rounded(values))
@@ -184,9 +183,9 @@ class Whole:
 
 
 class LowRank(Whole):
-    """Adds a trained B A to a matrix (..., rows, columns) where it is not zero.
+    """Adds a trained update B A to a matrix (..., rows, columns) where it is not zero.
 
-    A is drawn and scaled such that a step moves a weight about as far as if it were trained whole.
+    A is drawn and scaled so that a step moves a weight about as far as in `Whole`.
     """
 
     def __init__(
@@ -204,7 +203,7 @@ class LowRank(Whole):
 
     @property
     def alike(self) -> set[str]:
-        """Ranks with rows of a matrix have one A; of a stack each has both, for its experts."""
+        """Ranks that share the rows of a matrix have one A; of a stack each has A and B."""
         if self.dim is None:
             return {"up", "down"}
         return set() if self.base.dim() > 2 else {"down" if self.dim == 0 else "up"}
@@ -227,7 +226,7 @@ class LowRank(Whole):
         parameter.grad = None
 
     def values(self) -> Tensor:
-        change = (self.up @ self.down).masked_fill_(self.base == 0, -0.0)  # which changes no zero
+        change = (self.up @ self.down).masked_fill_(self.base == 0, -0.0)  # keeps zeros as they are
         return self.base.float() + change
 
 
@@ -238,12 +237,12 @@ def trained_parts(
     rank: int | None = None,
     seed: int = 0,
 ) -> dict[str, Whole]:
-    """All that recovery trains, by the parameters' names; parameters with two names once.
+    """Return the trained parts by the parameters' names; parameters with two names once.
 
-    These are the linears with zeros, all of them if `whole`, and the norms and biases of the
-    blocks; what the blocks share with embeddings or head is left alone. What has been rounded is
-    trained from its `starts`, see `Recoverer`, which are taken out, and matrices get updates of
-    `rank` if there is one.
+    These are the linear layers with zeros, all of them if `whole`, and the norms and biases of the
+    blocks. Parameters shared with embeddings or head are not trained. Quantized weights are trained
+    from their `starts` (see `Recoverer`), which are taken out. With `rank`, matrices get updates of
+    this rank.
     """
     model, inside, linears, sharded = runner.model, f"{runner.name}.", set(), is_sharded(runner)
     for linear in runner.each_linear():
@@ -271,12 +270,12 @@ def trained_parts(
 
 
 class Recoverer:
-    """Trains the model of `runner` in place to do as `teacher` does.
+    """Trains the model of `runner` in place to predict as `teacher` does.
 
-    `whole`: all linears of the blocks are trained, not only those with zeros. `starts`: the masters
-    and grids of those that are rounded already, by their parameters' names, emptied as they are
-    taken over. Kept are the weights of the least loss on the windows held out. What was measured
-    stands in `curve`, its best at `best`.
+    `whole`: all linear layers of the blocks are trained, not only those with zeros. `starts`: the
+    masters and grids of the quantized ones, by their parameters' names, emptied as they are taken
+    over. Keeps the weights with the lowest held-out loss. `curve` holds all measurements, `best`
+    the index of the lowest.
     """
 
     def __init__(
@@ -297,11 +296,11 @@ class Recoverer:
                 one.weights = ShardedStore(one.weights)
         self.parts = trained_parts(runner, whole, starts, schedule.rank, schedule.seed)
         self.grids = {name: part.grid for name, part in self.parts.items() if part.grid}
-        schedule = replace(schedule, falls=not self.grids)
+        schedule = replace(schedule, cosine_decay=not self.grids)
         if schedule.rate is None:
             width = runner.model.config.get_text_config(decoder=True).hidden_size
             counted = [part for part in self.parts.values() if part.is_matrix]
-            if self.sharded and not runner.dist.is_main:  # what is whole is the main rank's
+            if self.sharded and not runner.dist.is_main:  # whole parts count in the main rank
                 counted = [part for part in counted if part.dim is not None]
             matrices = (local(part.parameter) for part in counted)
             dist = runner.dist if self.sharded else None
@@ -309,17 +308,17 @@ class Recoverer:
             schedule = replace(schedule, rate=rate * (1 if schedule.pruned else ROUNDED_RATE))
         self.schedule = schedule
         self.trained = sum(part.parameter.numel() for part in self.parts.values())
-        # until an operation is met that is not deterministic; ranks can't do a part again
+        # off once an operation is not deterministic; sharded ranks cannot repeat a step
         self.strict = not self.sharded
-        self.curve: list[dict[str, float]] = []  # tokens, figures on what is held out, and of steps
-        self.best = 0  # of the curve
-        self.tokens, self.seconds = 0, 0.0  # once it has run
+        self.curve: list[dict[str, float]] = []  # tokens, held-out figures, mean loss of the steps
+        self.best = 0  # index in the curve
+        self.tokens, self.seconds = 0, 0.0  # set by `run`
 
     def summary(self) -> list[str]:
-        """What is going to be done, and a line on each text that is read again."""
+        """Return lines on what will be trained, and on each text that is read several times."""
         schedule = self.schedule
         how = f"updates of rank {schedule.rank} to" if schedule.rank else "training"
-        alone = "" if schedule.share else ", the teacher alone"
+        alone = "" if schedule.ce_weight else ", distillation only"
         count = f"{len(self.grids)} of {len(self.parts)} tensors"
         titles = {grid.form.title for grid in self.grids.values()}
         grids = f", {count} as {titles.pop()}," if titles else ""
@@ -334,8 +333,8 @@ class Recoverer:
             ),
             *self._shared_out(),
             *(
-                f"recovery: {source['name']} has {source['windows']} windows of train text, which "
-                f"are read {source['passes']} times"
+                f"recovery: {source['name']} has {source['windows']} windows of training text, "
+                f"which are read {source['passes']} times"
                 for source in self.text.facts["sources"]
                 if source["passes"] > 1
             ),
@@ -347,12 +346,12 @@ class Recoverer:
             line = f"recovery: blocks share weights, so each of {size} ranks holds all of them"
             return [line] * (size > 1)
         whole = [part.parameter.numel() for part in self.parts.values() if part.dim is None]
-        but = f", but for {len(whole)} tensors of {sum(whole):,}, which each has whole"
+        but = f", except {len(whole)} tensors of {sum(whole):,}, which each holds whole"
         return [f"recovery: {size} ranks share the weights out{but * bool(whole)}"]
 
     @property
     def scales(self) -> dict[str, Tensor]:
-        """The scales of the grids, by every name of a parameter."""
+        """Scales of the grids, by every name of a parameter."""
         if self.sharded:  # no two names have one parameter
             return self.whole_scales
         scales = {id(self.parts[name].parameter): grid.scales for name, grid in self.grids.items()}
@@ -360,18 +359,18 @@ class Recoverer:
         return {name: scales[id(one)] for name, one in parameters if id(one) in scales}
 
     def line(self) -> str:
-        """What a user should know at the end."""
+        """Return the line that reports the training."""
         first, best = self.curve[0], self.curve[self.best]
         if not self.best:
-            return "recovery: nothing was better than the model before it, which is kept"
+            return "recovery: training did not help; the model before it is kept"
         return (
-            f"recovery: loss {first['loss']:.4f} to {best['loss']:.4f} on what was held out, "
-            f"perplexity {first['perplexity']:.4f} to {best['perplexity']:.4f}, after "
+            f"recovery: held-out loss {first['loss']:.4f} -> {best['loss']:.4f}, "
+            f"perplexity {first['perplexity']:.4f} -> {best['perplexity']:.4f}, after "
             f"{best['tokens']} of {self.tokens} tokens"
         )
 
     def record(self) -> dict[str, Any]:
-        """What results.json says of the training, besides its text and its teacher."""
+        """Return the record of the training for results.json, without its text and teacher."""
         schedule = self.schedule
         return {
             "tokens": self.tokens,
@@ -381,7 +380,7 @@ class Recoverer:
             "rate": schedule.rate,
             "rank": schedule.rank,
             "optimizer": schedule.optimizer,
-            "cross_entropy": schedule.share,
+            "cross_entropy": schedule.ce_weight,
             "weights": self.trained,
             "curve": self.curve,
             "kept": self.curve[self.best],
@@ -390,7 +389,7 @@ class Recoverer:
     def run(self, on_progress: Callable[..., None] = lambda tokens, note="": None) -> None:
         """Train, and leave the model with its best weights, rounded.
 
-        `on_progress(tokens, note)` is called after each step. UserError where the loss is not
+        Calls `on_progress(tokens, note)` after each step. Raises UserError if the loss is not
         finite.
         """
         began = time.perf_counter()
@@ -405,14 +404,14 @@ class Recoverer:
         self.leaves = [leaf for _, leaf in sorted(every, key=itemgetter(0))]
         self.apart = sum(leaf.numel() for alike, leaf in every if not alike)
         sizes = [leaf.numel() for leaf in self.leaves]
-        # all gradients stand in one row, for one sum over processes of those that all have alike
+        # one buffer for all gradients, so that one sum over ranks serves those that are alike
         self.gradient = torch.zeros(sum(sizes), device=self.runner.device)
         for leaf, gradient in zip(self.leaves, self.gradient.split(sizes), strict=True):
             leaf.grad = gradient.view_as(leaf)
         kind = partial(torch.optim.AdamW, fused=True)
         if self.schedule.optimizer == "adamw8bit":  # Dettmers et al., arXiv 2110.02861
             from bitsandbytes.optim import AdamW8bit as kind
-        held = [leaf for leaf in self.leaves if leaf.numel()]  # ranks may have nothing of a matrix
+        held = [leaf for leaf in self.leaves if leaf.numel()]  # a rank's part may be empty
         self.optimizer = kind(held, betas=BETAS, weight_decay=0.0)
         state = self._resumed(finished if self.sharded else None)
         if not state:
@@ -430,7 +429,7 @@ class Recoverer:
                 if measured:
                     self._note((step + 1) * tokens, sum(losses) / len(losses))
                     losses = []
-                late = time.monotonic() - kept > KEEP_SECONDS
+                late = time.monotonic() - kept > CHECKPOINT_SECONDS
                 if self.sharded and finished:  # by the main rank's clock
                     late = self.runner.dist.all_gather_object(late)[0]
                 if finished and (measured or late):
@@ -457,7 +456,7 @@ class Recoverer:
 
     @contextmanager
     def _gradients(self) -> Iterator[None]:
-        """Inside, gradients of the model's parameters go to what is trained, one after another."""
+        """Within this context, gradients of the parameters are added to those of the leaves."""
         handles = []
         try:
             for part in self.parts.values():
@@ -474,7 +473,7 @@ class Recoverer:
                 leaf.grad = None
 
     def _step(self, step: int) -> float:
-        """One step of the optimizer; its loss, in nats a token."""
+        """Take one optimizer step; return its loss in nats per token."""
         schedule = self.schedule
         try:
             with answered(self.runner.dist):
@@ -496,7 +495,7 @@ class Recoverer:
         self.gradient *= (schedule.clip / (norm + 1e-6)).clamp(max=1.0)
         for group in self.optimizer.param_groups:
             group["lr"] = schedule.rate_at(step)
-        # the 8-bit average of a zero is not quite zero among others of its block
+        # in 8-bit AdamW a zero moves with its quantization block
         strays = schedule.optimizer == "adamw8bit" and not schedule.rank
         masters = [part.master for part in self.parts.values() if strays and part.is_matrix]
         zeros = [(master, master == 0) for master in masters]
@@ -505,15 +504,15 @@ class Recoverer:
             master.masked_fill_(zero, 0)
         try:
             self._write_()
-        except PackedError:  # integers hold no nan
+        except PackedError:  # integers cannot hold nan
             raise self._diverged(step, "weights are") from None
         return loss.item()
 
     def _diverged(self, step: int, what: str) -> UserError:
         rate, steps = self.schedule.rate, self.schedule.steps
         return UserError(
-            f"--recover_lr {rate:.2g}: in step {step + 1} of {steps} {what} not finite; try a "
-            "smaller one, or --dtype float32"
+            f"--recover_lr {rate:.2g}: in step {step + 1} of {steps} {what} not finite. Use "
+            "a smaller rate, or --dtype float32."
         )
 
     def _write_(self) -> None:
@@ -521,13 +520,13 @@ class Recoverer:
             part.write_()
 
     def _accumulate_(self, step: int) -> Tensor:
-        """Gradients of this process's share of a step's windows, and its part of the loss (1,)."""
+        """Add up gradients of this rank's windows of a step; return its part of the loss (1,)."""
         runner, windows = self.runner, self.schedule.windows
         places = self.text.order[step * windows : (step + 1) * windows]
         every = as_windows(self.text.windows)[places]
         own, tokens = every[runner.dist.share(len(places))], int(every.counted.sum())
         idle = -(-len(places) // runner.dist.size) - len(own) if self.sharded else 0
-        if idle:  # every rank makes as many calls; another's window does not count here
+        if idle:  # all ranks must make as many calls: a masked window that does not count
             mask = torch.zeros_like(every.ids[:1]).bool()
             own = join_rows(own, replace(every[:1], mask=mask))
         for part in self.parts.values():
@@ -539,7 +538,7 @@ class Recoverer:
         return loss
 
     def _backward(self, windows: Windows, tokens: int) -> Tensor:
-        """Gradients of a batch, and its part of the loss of a step with so many predictions."""
+        """Back-propagate one batch; return its part of the step's loss, a mean over `tokens`."""
         runner, teacher, ids = self.runner, self.teacher, windows.ids.to(self.runner.device)
         (teacher_states,) = teacher.run_blocks([windows], state_device=runner.device)
         states = runner.capture(windows, len(ids), runner.device)
@@ -557,47 +556,47 @@ class Recoverer:
             ids=ids,
             tokens=tokens,
             counted=windows.counted.to(ids.device),
-            share=self.schedule.share,
+            ce_weight=self.schedule.ce_weight,
         )
         with deterministic(runner.device, self.strict):
             hidden.backward(last.grad)
         return loss
 
     def measure(self) -> dict[str, float]:
-        """The loss that is trained, and other figures, on the windows held out, in every rank."""
-        held_out, share = [self.text.held_out], self.schedule.share
+        """Return the training loss and other figures on the held-out windows, in every rank."""
+        held_out, weight = [self.text.held_out], self.schedule.ce_weight
         (figures,) = perplexities(self.runner, held_out, reference=self.reference)
         text, kl = figures["own_nats"], figures["kl"]
-        return {"loss": kl + share * (text - kl), "perplexity": figures["perplexity"], "kl": kl}
+        return {"loss": kl + weight * (text - kl), "perplexity": figures["perplexity"], "kl": kl}
 
     def _note(self, tokens: int, trained: float | None) -> None:
-        """Measure the windows held out, and keep the weights if they are the best so far."""
+        """Measure the held-out windows, and keep the weights if they are the best so far."""
         self.curve.append({"tokens": tokens, "trained": trained} | self.measure())
         if len(self.curve) == 1 or self.curve[-1]["loss"] < self.curve[self.best]["loss"]:
             self.best = len(self.curve) - 1
             self._take_best()
 
     def _take_best(self) -> None:
-        """Keep the trained parameters on the host, as they are."""
+        """Copy the trained parameters to the host."""
         parameters = (local(part.parameter) for part in self.parts.values())
         self.best_values = [parameter.to("cpu", copy=True) for parameter in parameters]
 
     def _state(self) -> dict[str, Tensor]:
-        """All that the next step depends on, besides facts, and the best weights so far."""
+        """Return the tensors of a checkpoint: trained values, optimizer state, best weights."""
         state = {}
         for (name, part), best in zip(self.parts.items(), self.best_values, strict=True):
             for kind, leaf in part.leaves.items():
                 state[f"{kind} of {name}"] = leaf
                 for key, value in self.optimizer.state[leaf].items():
-                    if isinstance(value, Tensor) and "qmap" not in key:  # the same for all
+                    if isinstance(value, Tensor) and "qmap" not in key:  # a constant
                         state[f"{key} of {kind} of {name}"] = value
             state[f"best of {name}"] = best
         return state
 
     def _resumed(self, folder: RunFolder | None) -> dict[str, Any] | None:
-        """Take the state of an interrupted run, and return its facts; None if there is none.
+        """Load the state of an interrupted run, and return its facts; None if there is none.
 
-        `folder`: where every rank has kept its part.
+        `folder`: holds the part of every rank, if ranks share the weights.
         """
         if not self.sharded:
             kept = self.runner.weights.read_kept(RECOVERY)
@@ -606,7 +605,7 @@ class Recoverer:
         if kept is None:
             return None
         tensors, facts = kept
-        self.optimizer.step()  # on zeros it moves nothing, and makes its states
+        self.optimizer.step()  # zero gradients: allocates the state and changes no weight
         for its in self.optimizer.state.values():
             its["step"] += facts["step"] - 1
         self._take_best()
@@ -624,30 +623,30 @@ def divergence_(
     ids: Tensor,
     tokens: int,
     counted: Tensor,
-    share: float = 0.0,
+    ce_weight: float = 0.0,
 ) -> Tensor:
     """KL(teacher || model) summed over `counted` positions of windows (n, seqlen), over `tokens`.
 
-    `logits(positions)` and `teacher_logits(positions)` give (n, positions, vocabulary). The loss
-    is `share` times cross-entropy with the text's own next tokens, and the rest divergence. What
-    `logits` is computed from gets its gradient here, a chunk of positions at a time: of either
-    loss, d / d logits is the difference of the model's distribution and what it should be.
+    `logits(positions)` and `teacher_logits(positions)` return (n, positions, vocabulary). The loss
+    is `ce_weight` times cross-entropy with the text's next tokens, plus the rest times the KL
+    divergence. The inputs of `logits` get their gradients here, a chunk of positions at a time: for
+    both terms, d / d logits is the model's distribution minus the target's.
     """
     total, start, length = 0, 0, ids.shape[1]
     for positions, chunk in iter_logits(logits, length, ids.device):
-        # positions with a next token: a number, so that no chunk waits for the device
-        count = min(len(positions), length - 1 - start) if share else 0
+        # positions with a next token: a Python number, which needs no synchronization
+        count = min(len(positions), length - 1 - start) if ce_weight else 0
         with torch.no_grad():
             log_p = chunk.float().log_softmax(-1)
             log_q = teacher_logits(positions).float().log_softmax(-1)
             q = log_q.exp()
             loss = (q * log_q.sub_(log_p)).sum(-1, dtype=torch.float64)  # (n, positions)
             if count:
-                following = ids[:, start + 1 : start + 1 + count].unsqueeze(-1)
-                text = -log_p[:, :count].gather(-1, following).squeeze(-1)
-                loss[:, :count] += share * (text - loss[:, :count])
-                q[:, :count] *= 1 - share
-                q[:, :count].scatter_add_(-1, following, torch.full_like(text, share)[..., None])
+                labels = ids[:, start + 1 : start + 1 + count].unsqueeze(-1)
+                text = -log_p[:, :count].gather(-1, labels).squeeze(-1)
+                loss[:, :count] += ce_weight * (text - loss[:, :count])
+                q[:, :count] *= 1 - ce_weight
+                q[:, :count].scatter_add_(-1, labels, torch.full_like(text, ce_weight)[..., None])
             counts = counted[:, start : start + len(positions)]
             total += (loss * counts).sum() / tokens
             gradient = log_p.exp_().sub_(q).mul_(counts.unsqueeze(-1) / tokens).to(chunk.dtype)

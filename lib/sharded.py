@@ -1,9 +1,9 @@
-"""Blocks shared out over the ranks for training; all that knows of torch's FSDP is in this file.
+"""Blocks sharded over the ranks for training; only this file uses torch's FSDP.
 
-Each rank holds its rows of every parameter: of a matrix some outputs, of a stack some experts. A
-block is a group of its own to `fully_shard`, whose forward and backward passes gather it whole and
-sum its gradients. What ranks can't share evenly stays whole on each of them. Training begins with
-blocks in files, and ends with them: nothing of FSDP is left afterwards.
+Each rank holds its rows of every parameter: some outputs of a matrix, some experts of a stack.
+`fully_shard` treats each block as a group: forward and backward passes gather the block whole and
+sum its gradients. Parameters that ranks cannot share evenly stay whole on each rank. Training
+begins and ends with blocks in files; nothing of FSDP is left afterwards.
 """
 
 from __future__ import annotations
@@ -29,18 +29,18 @@ from .util.errors import UserError
 
 
 def is_sharded(runner: BlockRunner) -> bool:
-    """Whether several ranks share the blocks in training: where these are fetched from files."""
+    """Return whether ranks share the blocks in training, as they do if blocks are in files."""
     return runner.dist.size > 1 and not runner.weights.resident
 
 
 def can_share(blocks: nn.Module) -> bool:
-    """Whether no two blocks share a weight, so that one can be shared out without another."""
+    """Return whether no two blocks share a weight, so that each can be sharded alone."""
     held = [parameter for block in blocks for parameter in block.parameters()]
     return len(held) == len(set(held))
 
 
 def check_rows(blocks: nn.Module, name: str, ranks: int) -> None:
-    """Raise UserError where a matrix has fewer rows, or a stack fewer experts, than ranks."""
+    """Raise UserError if there are more ranks than rows of a matrix, or experts of a stack."""
     for index, block in enumerate(blocks):
         for linear in find_linears(block, f"{name}.{index}")[0]:
             one = getattr(linear.module, linear.parameter)
@@ -49,14 +49,14 @@ def check_rows(blocks: nn.Module, name: str, ranks: int) -> None:
                 what = "rows" if linear.expert is None else "experts"
                 raise UserError(
                     f"WORLD_SIZE {ranks}: {linear.stage} has {rows} {what}, fewer than the ranks "
-                    f"that would share them out for --recover; start at most {rows}"
+                    f"that would share them out for --recover. Start at most {rows}."
                 )
 
 
 def shared_along(block: nn.Module, ranks: int) -> dict[str, int | None]:
-    """Return {path of a parameter: the dimension that ranks share out}; None: it stays whole.
+    """Return {path of a parameter: dimension that ranks share out}; None: it stays whole.
 
-    FSDP takes parameters of one dtype, and pads the first dimension only.
+    FSDP accepts parameters of one dtype, and pads only the first dimension.
     """
     linears, _ = find_linears(block, "")
     columns = {id(one.module) for one in linears if one.transposed and one.expert is None}
@@ -73,7 +73,7 @@ def shared_along(block: nn.Module, ranks: int) -> dict[str, int | None]:
 
 
 def part_of(tensor: Tensor, dim: int | None, dist: DistContext) -> Tensor:
-    """Return a view of this rank's part of a tensor, as FSDP shares it out; None: all of it."""
+    """Return a view of this rank's part of a tensor, divided as in FSDP; `dim` None: all of it."""
     if dim is None:
         return tensor
     count = tensor.shape[dim]
@@ -85,7 +85,7 @@ def part_of(tensor: Tensor, dim: int | None, dist: DistContext) -> Tensor:
 def part_of_start(
     masters: Tensor, grid: Grid, dim: int | None, dist: DistContext
 ) -> tuple[Tensor, Grid]:
-    """Return copies of this rank's part of masters, of a parameter's shape, and of their grid."""
+    """Return copies of this rank's part of the masters of a parameter, and of their grid."""
     if dim is None:
         return masters, grid
     scales = grid.scales.view(masters.shape[dim], -1, grid.scales.shape[-1])
@@ -94,7 +94,7 @@ def part_of_start(
 
 
 def local(tensor: Tensor) -> Tensor:
-    """Return this rank's part of a parameter or of its gradient, a view; all of a plain tensor."""
+    """Return this rank's part of a parameter or gradient, a view; all of a plain tensor."""
     tensor = tensor.detach()
     return tensor.to_local() if hasattr(tensor, "to_local") else tensor
 
@@ -106,9 +106,9 @@ def _state(dist: DistContext) -> str:
 def write_state(
     folder: RunFolder, dist: DistContext, tensors: dict[str, Tensor], facts: dict[str, Any]
 ) -> None:
-    """Keep each rank's part of a training after `facts["step"]` steps; the one before goes."""
+    """Write each rank's checkpoint after `facts["step"]` steps, then remove the one before."""
     file = folder.write(f"{_state(dist)}-{facts['step']}", tensors, facts)
-    dist.barrier()  # until all have theirs, those before are a whole state
+    dist.barrier()  # until all are written, the ones before are the complete state
     for each in folder.path.glob(f"{_state(dist)}-*.safetensors"):
         if each != file:
             each.unlink()
@@ -117,7 +117,7 @@ def write_state(
 def read_state(
     folder: RunFolder, dist: DistContext
 ) -> tuple[Iterator[tuple[str, Tensor]], dict[str, Any]] | None:
-    """Return this rank's part of the last state that all ranks have, and its facts."""
+    """Return this rank's part of the last checkpoint that all ranks have, and its facts."""
     files = folder.path.glob(f"{_state(dist)}-*.safetensors")
     steps = {int(file.stem.rpartition("-")[2]) for file in files}
     steps = set.intersection(*dist.all_gather_object(steps))
@@ -128,14 +128,14 @@ def read_state(
 
 
 def ranks_of_state(folder: RunFolder) -> set[int]:
-    """Return how many ranks share the training whose state is in a folder; 1: it is not shared."""
+    """Return the numbers of ranks of the checkpoints in a folder; 1: not sharded."""
     parts = (file.stem.split("-of-") for file in folder.files() if file.stem.startswith(RECOVERY))
     return {int(more[0].partition("-")[0]) if more else 1 for _, *more in parts}
 
 
 @contextmanager
 def answered(dist: DistContext) -> Iterator[None]:
-    """Raise UserError where FSDP meets a rank that is gone; another failure stays what it is."""
+    """Raise UserError if FSDP loses a rank; other errors pass unchanged."""
     try:
         yield
     except RuntimeError as error:
@@ -147,18 +147,18 @@ def answered(dist: DistContext) -> Iterator[None]:
 
 
 class ShardedStore(FileBlockStore):
-    """The blocks of a store of files, of which every rank holds its part.
+    """The blocks of a store of files, sharded over the ranks.
 
-    `twins` are blocks that FSDP manages; the model's own stay empty but inside `on_device`, which
-    gathers one whole. So nothing is gathered where the model runs with replaced forwards. Every
-    rank must call `on_device`, and each twin, as many times as the others.
+    FSDP manages copies of the blocks, `twins`. The model's own blocks are empty except inside
+    `on_device`, which gathers one whole, so runs with replaced forwards gather nothing. All ranks
+    must call `on_device`, and each twin, the same number of times.
     """
 
     zero_copy = False
     together = True
 
     def __init__(self, files: FileBlockStore) -> None:
-        vars(self).update(vars(files))  # `places` is one list, which `restored` writes
+        vars(self).update(vars(files))  # shares the list `places`, which `restored` writes
         self.files = files
         self.along = [shared_along(block, self.dist.size) for block in self.blocks]
         self.twins = nn.ModuleList(self._twin(index) for index in range(len(self.blocks)))
@@ -175,17 +175,17 @@ class ShardedStore(FileBlockStore):
         self.twins[index].reshard()
 
     def restored(self) -> FileBlockStore:
-        """Return the store of files, with the blocks as they are now."""
+        """Return the store of files, with the trained blocks written to it."""
         for index, block in enumerate(self.blocks):
             with self.on_device(index, write_back=True):
-                for parameter in block.parameters():  # FSDP can't free what numpy has seen
+                for parameter in block.parameters():  # FSDP cannot free what numpy has seen
                     parameter.data = parameter.data.clone()
             remove_hook_from_module(block)
             add_hook_to_module(block, FetchHook(self.files, index))
         return self.files
 
     def finished_by_all(self) -> RunFolder | None:
-        """Return the folder of finished blocks, in which each rank keeps its part of a training."""
+        """Return the folder of finished blocks, where each rank writes its checkpoints."""
         folder, known = self.finished, None
         if folder:
             known = folder.label, str(folder.path.absolute()), folder.digest
@@ -193,23 +193,23 @@ class ShardedStore(FileBlockStore):
         return folder or (RunFolder.joined(*known) if known else None)
 
     def dim(self, name: str) -> int | None:
-        """Return along which dimension ranks share out a parameter, by its name in `twins`."""
+        """Return the dimension that ranks share out of a parameter, named as in `twins`."""
         index, _, path = name.partition(".")
         return self.along[int(index)][path]
 
     def whole_scales(self, name: str, grid: Grid) -> Tensor:
-        """Gather the scales (rows, groups) of a parameter's grid; `name` is that in `twins`."""
+        """Gather the scales (rows, groups) of a parameter's grid, named as in `twins`."""
         dim, shape = self.dim(name), self.twins.get_parameter(name).shape
         if dim is None:
             return grid.scales
-        rows = 1 if len(shape) == 2 else shape[1 + grid.transposed]  # of a part that is not divided
+        rows = 1 if len(shape) == 2 else shape[1 + grid.transposed]  # rows per index of `dim`
         whole = grid.scales.new_zeros(shape[dim], rows, grid.scales.shape[-1])
         part_of(whole, 0, self.dist).copy_(grid.scales.view(-1, *whole.shape[1:]))
         self.dist.sum_([whole])
         return whole.flatten(0, 1)
 
     def _twin(self, index: int) -> nn.Module:
-        """Return a copy of a block that holds this rank's part of it, managed by FSDP."""
+        """Return a copy of a block, sharded by FSDP."""
         from torch.distributed.device_mesh import DeviceMesh
         from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
         from torch.distributed.tensor import Shard
@@ -217,11 +217,11 @@ class ShardedStore(FileBlockStore):
         block, along = self.blocks[index], self.along[index]
         with self.files.on_device(index):
             memo = {}
-            for path, one in block.named_parameters():  # FSDP copies what it shares out
+            for path, one in block.named_parameters():  # FSDP copies parameters that it shards
                 data = one.data.clone() if along[path] is None else one.data
                 memo[id(one)] = nn.Parameter(data, requires_grad=False)
             twin = copy.deepcopy(block, memo)
-        vars(twin).pop("forward", None)  # where a hook was
+        vars(twin).pop("forward", None)  # set by a hook
         dims = {one: along[path] for path, one in twin.named_parameters()}
         fully_shard(
             twin,

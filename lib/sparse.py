@@ -1,7 +1,7 @@
-"""Swaps the linears of a pruned model for packed ones, which save and load packed.
+"""Replace the linear layers of a pruned model by packed ones, which save and load packed.
 
-What is stored is described in lib/packed/formats.py, the module in lib/packed/linear.py: on CUDA it
-multiplies by torch's 2:4 kernels (`to_sparse_semi_structured`) where torch takes the weight.
+lib/packed/formats.py describes the stored form, lib/packed/linear.py the module. On CUDA it uses
+torch's 2:4 kernels (`to_sparse_semi_structured`) if torch accepts the weight.
 """
 
 from __future__ import annotations
@@ -30,15 +30,15 @@ from .util.host import gib
 
 
 def check_packable(skeleton: PreTrainedModel, blocks_name: str) -> None:
-    """Raise UserError if no linear of the blocks of a model, which may be on the meta device, is of
-    a class that can be packed."""
+    """Raise UserError if no linear layer of the blocks, with or without weights, has a class that
+    can be packed."""
     modules = skeleton.get_submodule(blocks_name).modules()
     classes = {type(module) for module in modules if isinstance(module, nn.Linear | Conv1D)}
     if not any(cls.forward in FORWARDS for cls in classes):
         names = " and ".join(sorted(cls.__name__ for cls in classes)) or "none"
         raise UserError(
-            f"--replace_sparse_layers: no linear of {type(skeleton).__name__} can be packed, "
-            f"their class ({names}) {OWN_FORWARD}; remove the flag"
+            f"--replace_sparse_layers: no linear layer of {type(skeleton).__name__} can be packed: "
+            f"their class ({names}) {OWN_FORWARD}. Leave the flag out."
         )
 
 
@@ -50,32 +50,32 @@ def pack_(
     scales: Mapping[str, Tensor] | None = None,
     unrounded: Tensor | None = None,
 ) -> dict[str, Any]:
-    """Pack every sparse linear in place, and check on a window (1, tokens) that outputs are equal.
+    """Pack every sparse linear layer in place, and compare outputs on a window (1, tokens).
 
-    The model then saves itself packed. Linears with too few zeros to become smaller stay dense, and
-    a line says so. At 4 bits embedding and output head become int8 where they can be packed.
-    `scales` has those of weights that are on the grid of `fmt` already, by the weights' names;
-    `unrounded` are the logits before they were: with them the packed model is compared in the
-    record. Returns the records `packed` and, where it applies, `packed_embeddings`.
+    The model then saves itself packed. Layers with too few zeros to become smaller stay dense, and
+    a line reports them. At 4 bits, embedding and output head become int8 if they can be packed.
+    `scales`: those of weights that are already on the grid of `fmt`, by the weights' names;
+    `unrounded`: the logits before quantization, with which the record compares the packed model.
+    Returns the records `packed` and, if it applies, `packed_embeddings`.
 
-    Raises UserError if no linear becomes smaller, a matrix is not what was packed, or outputs
-    differ by more than rounding. After an error some of the linears may be packed: the model is not
-    to be saved.
+    Raises UserError if no layer becomes smaller, a packed matrix differs from its weight, or
+    outputs differ by more than rounding. After an error some layers may be packed: do not save the
+    model.
     """
     model, window = runner.model, window.to(runner.device)
 
     def logits() -> list[Tensor]:
-        """Of the whole window, and of its start computed as in decoding."""
+        """Logits of the whole window, and of its start computed as in decoding."""
         whole = some_logits(model, window)
         with multiplying(model, "decoding"):
             return [whole, some_logits(model, window[:, : whole.shape[1]])]
 
     before, size = logits(), footprint(model)
     paths = swap_linears_(runner, fmt, scales)
-    runner.dist.barrier()  # all are packed
+    runner.dist.barrier()  # all ranks have packed
     after, reference = logits(), before
     record = _record(runner)
-    if record["bits"] < 16:  # rounded to integers it is another model, whose dense outputs count
+    if record["bits"] < 16:  # compare with the dense outputs of the quantized weights
         with multiplying(model, "dense"):
             reference = logits()
     for dense, packed in zip(reference, after, strict=True):
@@ -91,7 +91,7 @@ def pack_(
             figures["packed_embeddings"] = embeddings = _pack_embeddings_(runner, window)
             lines.append(_line(" and ".join(embeddings["modules"]), embeddings))
         except PackedError as error:
-            lines.append(f"embedding and output head stay as they are: {error}")
+            lines.append(f"embedding and output head stay unchanged: {error}")
     if runner.dist.is_main:
         lines.append(f"footprint: {gib(size)} dense, {gib(footprint(model))} packed")
         print(*lines, sep="\n")
@@ -101,9 +101,9 @@ def pack_(
 def swap_linears_(
     runner: BlockRunner, fmt: Values = PACKED[16], scales: Mapping[str, Tensor] | None = None
 ) -> dict[str, str]:
-    """Replace every sparse linear of the blocks by a `SparseLinear`; {linear's name: how it runs}.
+    """Replace every sparse linear layer of the blocks by a `SparseLinear`; {its name: how it runs}.
 
-    Arguments and errors as those of `pack_`.
+    Arguments and errors as in `pack_`.
     """
     paths: dict[str, str] = {}
     for index, block in enumerate(runner.blocks):
@@ -141,21 +141,21 @@ def check_same_outputs(
 ) -> float:
     """Return the relative difference of the outputs of a model before and after a change.
 
-    Raises UserError, beginning with `what`, if it is beyond rounding: over eight roundings of the
-    dtype, or over `least`.
+    Raises UserError, starting with `what`, if it exceeds rounding: both 8 epsilons of the dtype and
+    `least`.
     """
     ratio = relative_difference(before, after)
     limit = max(8 * torch.finfo(before.dtype).eps, least)
     if not ratio <= limit:
         raise UserError(
-            f"{what} outputs differ by {ratio:.2g} (rounding explains {limit:.2g}); run without "
-            "the flag"
+            f"{what} outputs differ by {ratio:.2g} (rounding explains {limit:.2g}). Run without "
+            "the flag."
         )
     return ratio
 
 
 def _record(runner: BlockRunner) -> dict[str, Any]:
-    """Sizes of a model's packed linear layers, and of the same layers dense, as they are saved."""
+    """Return the saved sizes of a model's packed linear layers, packed and dense."""
     linears = [module for module in runner.model.modules() if isinstance(module, SparseLinear)]
     itemsize = (runner.save_dtype or runner.model.dtype).itemsize
     return {
@@ -169,7 +169,7 @@ def _record(runner: BlockRunner) -> dict[str, Any]:
 
 
 def _pack_embeddings_(runner: BlockRunner, window: Tensor) -> dict[str, Any]:
-    """Round embedding and output head to int8 in place; return the record of that."""
+    """Quantize embedding and output head to int8 in place; return their record."""
     model = runner.model
     before = some_logits(model, window)
     modules = pack_embeddings_(model)
@@ -198,7 +198,7 @@ def _line(what: str, record: Mapping[str, Any]) -> str:
 
 
 def _path(packed: SparseLinear, device: torch.device) -> str:
-    """How a packed linear on its device multiplies there."""
+    """Return how a packed linear layer multiplies on its device."""
     if device.type == "cpu":
         by_kernels = packed.dtype in kernels.DTYPES and kernels.ready()
         return "by the kernels for packed weights" if by_kernels else "unpacked at each forward"
@@ -208,8 +208,8 @@ def _path(packed: SparseLinear, device: torch.device) -> str:
 
 
 def _packed(name: str, linear: nn.Module, fmt: Values, scales: Tensor | None) -> SparseLinear:
-    """Pack a linear. Raises UserError if what is packed is not its weight on the grid nearest to
-    it, or its very weight where its scales are given."""
+    """Pack a linear layer. Raises UserError if the packed values are not its weight rounded to the
+    grid or, with `scales`, exactly its weight."""
     try:
         sparse = SparseLinear.from_linear(linear, fmt, scales)
     except PackedError as error:
@@ -219,5 +219,5 @@ def _packed(name: str, linear: nn.Module, fmt: Values, scales: Tensor | None) ->
         expected = fmt.round_to(weight, sparse.scale) if scales is None else weight
         if not torch.equal(sparse.dense(torch.float32), expected):
             flag = f"--quantize {fmt.name}"
-            raise UserError(f"{flag}: {name} is not what was packed; run without the flag")
+            raise UserError(f"{flag}: {name} differs once it is packed. Run without the flag.")
     return sparse

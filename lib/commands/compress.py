@@ -1,15 +1,16 @@
-"""Make a model small for one language, in as many minutes as are given, by one command.
+"""Make a model small for one language: trim its vocabulary, quantize its weights, train them.
+For users who want a small model and have some minutes; main.py offers each step by itself.
 
     langprune compress MODEL OUT --language uk [--minutes 30] [--megabytes N] [--for mlx]
         [--quantize iq4_nl]
 
-The vocabulary is trimmed to the language, the weights are rounded on its text to llama.cpp's q4_0,
-and those of a base model trained from there: OUT is a plain dense folder that every engine loads,
-and OUT.gguf the same for llama.cpp where requirements-gguf.txt is installed. A rehearsal with a few
-windows measures how fast this machine trains the trimmed model, and the minutes are planned by
-that; without training, where memory or disk are too small for it. Where the text is too little to
-know the vocabulary, it stays whole. Text, plan and figures are kept in OUT-compress, from which the
-same command continues. Each step is a process of its own, which leaves its memory to the next one.
+The vocabulary is trimmed to the language, and the weights are quantized to llama.cpp's q4_0 with
+text in it; a base model is trained from there. OUT is a dense folder that every engine loads, and
+OUT.gguf the same model for llama.cpp, if requirements-gguf.txt is installed. A rehearsal with a few
+windows measures the speed of this machine, and the minutes are planned by it. Training is left out
+if memory or disk do not suffice, and trimming if there is too little text. Text, plan and figures
+are kept in OUT-compress, from which the same command continues. Each step runs in its own process,
+which frees its memory for the next one.
 """
 
 from __future__ import annotations
@@ -59,43 +60,43 @@ PLANS = {
     PACKED: "--prune_method admm --sparsity_ratio 0.5 --allocation error "
     "--replace_sparse_layers --quantize int4",
 }
-ENGINES = "compressed-tensors", "mlx", "onnx"  # beside OUT.gguf; formats of export
-SMALLER = {  # what removes as much as --megabytes asks for
+ENGINES = "compressed-tensors", "mlx", "onnx"  # formats of export, written besides OUT.gguf
+SMALLER = {  # flags that remove neurons or experts for --megabytes
     NEURONS: f"--prune_method admm --sparsity_type {NEURONS} --sparsity_ratio",
     EXPERTS: f"--prune_method contribution --sparsity_type {EXPERTS} --sparsity_ratio",
 }
-FEW_DIALOGUES, TEST_DIALOGUES = 16, 32  # that are worth it; that are held out
+FEW_DIALOGUES, TEST_DIALOGUES = 16, 32  # fewest to calibrate on; held-out ones
 OWN_FLAGS = (
     "calibration_data eval_only recover save save_model resume offload_folder trim_vocabulary "
     "quantize"
 )
-CHARACTERS = {"test": 1_000_000, "train": 20_000_000}  # read of a language's text
-# on a CPU, where main.py's 128 windows of up to 4096 tokens would take most of the time
+CHARACTERS = {"test": 1_000_000, "train": 20_000_000}  # downloaded for --language
+# on a CPU main.py's 128 windows of up to 4096 tokens would take most of the time
 CPU_WINDOWS, CPU_SEQLEN, CPU_REHEARSED = 32, 512, 2
-CHAT_WINDOWS = 64  # which is rounded for longer, as it is not trained
-GPU_WINDOWS, GPU_SEQLEN, GPU_REHEARSED = 128, 1024, 64  # few texts of the web are longer
-SAME_SOURCE = "measured on texts of the source that it was made with: on others it may lose more; "
-SAME_SOURCE += "--eval_data measures on yours"
-# in the folder of a compression: how it was begun and is planned, results of main.py, and the rest
+CHAT_WINDOWS = 64  # for a chat model, which is not trained
+GPU_WINDOWS, GPU_SEQLEN, GPU_REHEARSED = 128, 1024, 64  # few web texts are longer
+SAME_SOURCE = "The test texts have the source of the training texts. Other texts may lose more: "
+SAME_SOURCE += "measure on yours with --eval_data."
+# files and folders in --work_dir: the plan, results of main.py, and others
 PLAN, DENSE, SMALL = "plan.json", "dense", "compressed"
 TRIMMING, REHEARSAL, DIALOGUES = "trimming", "rehearsal", "dialogues"
-# flags of main.py that runs go without: those that measure a model as it is, and the rehearsal
+# flags of main.py that are left out when the original is measured, and in the rehearsal
 NOT_MEASURED = (*PRUNING_FLAGS, "prune_method", "sparsity_type", "sparsity_ratio", "text_only")
 NOT_REHEARSED = ("allocation", "use_variant", "replace_sparse_layers", "quantize", "nsamples")
 NOT_REHEARSED += ("text_only",)
 KEPT = (PLAN, DENSE, SMALL, TRIMMING, REHEARSAL, DIALOGUES, f"{DIALOGUES}.jsonl", "tests", "blocks")
 
-CPU_TRIMMING, GPU_TRIMMING = 2**14, 2**16  # bytes of text on which that is measured
+CPU_TRIMMING, GPU_TRIMMING = 2**14, 2**16  # bytes of text that measure the cost of trimming
 
 
 def main(argv: list[str]) -> None:
-    """Run the command; flags that are not its own go to main.py, after those of the plan."""
+    """Run the command; unknown flags go to main.py, after those of the plan."""
     own, passed_on = split_argv(argv)
     args, others = _parser().parse_known_args(own)
     if others and own.index(others[0]) < own.index(args.model):  # else its value counts as MODEL
-        raise UserError(f"{others[0]}: give flags of main.py after MODEL and OUT")
+        raise UserError(f"{others[0]}: flags of main.py must follow MODEL and OUT. Move it there.")
     if not (args.language or args.data):
-        raise UserError("--language: name one, such as uk, or give texts of your own by --data")
+        raise UserError("--language: no text is named. Name a language, such as uk, or --data.")
     args.work_dir = args.work_dir or f"{args.out.rstrip('/')}-compress"
     check_writable("--work_dir", args.work_dir)
     held = f"--work_dir {args.work_dir}: another command works there. Wait for its end, or name "
@@ -119,24 +120,24 @@ def main(argv: list[str]) -> None:
 
 @dataclass
 class Plan:
-    """What makes the model, and what it is measured on: decided once, kept in plan.json."""
+    """How to make and evaluate the model; decided once and kept in plan.json."""
 
     common: list[str]  # flags of every run of main.py
-    made_by: list[str]  # those of the run that makes the model
-    type: str  # of the GGUF file
+    made_by: list[str]  # flags of the run that makes the model
+    type: str  # type of the GGUF file
     tests: list[str]
-    windows: int  # to round on
-    tokens: int  # to train on
+    windows: int  # calibration windows
+    tokens: int  # training tokens
 
 
 @dataclass(frozen=True)
 class Texts:
-    """What the model is compressed on."""
+    """The texts of a compression."""
 
-    data: list[str]  # as for --calibration_data
-    vocabulary: list[str]  # more text whose tokens stay
+    data: list[str]  # for --calibration_data
+    vocabulary: list[str]  # for --vocabulary_data
     tests: list[str] | None  # None: those of the data
-    chat: bool = False  # there are dialogues in the data
+    chat: bool = False  # the data has dialogues
 
 
 @dataclass
@@ -145,22 +146,22 @@ class Compression:
 
     args: argparse.Namespace
     passed_on: list[str]  # flags of main.py
-    parsed: argparse.Namespace  # these
-    command: dict[str, Any]  # all flags, and what identifies the model
+    parsed: argparse.Namespace  # the same, parsed
+    command: dict[str, Any]  # all flags, and the identity of the model
     out: str
-    folder: Path  # for text, plan and figures
+    folder: Path  # --work_dir
     target: str  # a key of PLANS
     gguf: str | None
-    exports: dict[str, str]  # {folder: format} of each other engine
+    exports: dict[str, str]  # {folder: format} for each other engine
     device: str
     checkpoint: Checkpoint
     config: Any
     plan: Plan | None
-    began: float  # by time.monotonic, had it never been interrupted
+    began: float  # by time.monotonic, less the time of earlier calls
 
     @property
     def format(self) -> list[str]:
-        """The flags of main.py by which weights get few bits."""
+        """The flags of main.py that quantize or prune the weights."""
         return [*PLANS[self.target].split(), *([self.args.quantize] if self.target == ANY else [])]
 
     @property
@@ -168,38 +169,38 @@ class Compression:
         return self.device == "cpu"
 
     def keep(self) -> None:
-        """Write plan.json, with the time that has passed."""
+        """Write plan.json, with the time spent."""
         kept = {"command": self.command, "seconds": time.monotonic() - self.began}
         kept["plan"] = self.plan and asdict(self.plan)
         self.folder.mkdir(parents=True, exist_ok=True)
         write_text(self.folder / PLAN, json.dumps(kept, indent=1, ensure_ascii=False))
 
     def has(self, name: str) -> bool:
-        """Return whether there are results of a run of main.py, which has come to its end."""
+        """Return whether a run of main.py has finished."""
         return (self.folder / name / RESULTS).exists()
 
     def announce(self, what: str) -> float:
-        """Print what comes next; return the seconds that are left."""
+        """Print the next step; return the seconds that are left."""
         left = 60 * self.args.minutes - (time.monotonic() - self.began)
         rest = f"; {_time(left)} of {self.args.minutes} min left"
         print(f"\n{what}{rest if self.args.recover is None else ''}", flush=True)
         return left
 
     def prune(self, flags: list[str], name: str) -> dict[str, Any]:
-        """Print the command of main.py, run it, and return its results, which stay by `name`."""
+        """Print the command of main.py, run it, and return its results, kept in folder `name`."""
         flags = [*flags, "--save", str(self.folder / name)]
         print(f"{typed('prune')} {shlex.join(flags)}", flush=True)
-        if status := call("main", *flags):  # it has said why
+        if status := call("main", *flags):  # main.py has printed why
             raise SystemExit(status)
         self.keep()
         return read_results(self.folder / name)
 
 
 def begin(args: argparse.Namespace, passed_on: list[str]) -> Compression:
-    """Return the command, or the one that it continues; refuse what can be refused so early.
+    """Return the command, or the one that it continues, after all checks that need no weights.
 
-    What another command has left in the folder goes, unless it waits to be continued. Raises
-    UserError then, or if the folder holds something else.
+    Files of another finished command in the work folder are removed. Raises UserError if that
+    command is unfinished, or if the folder holds something else.
     """
     from ..model import pretrained
     from ..model.access import Checkpoint
@@ -215,22 +216,22 @@ def begin(args: argparse.Namespace, passed_on: list[str]) -> Compression:
         check_new_folder("--work_dir", args.work_dir)
     kept = json.loads(file.read_text("utf-8")) if file.is_file() else {}
     if args.language:
-        language_text(args.language)  # raises for what is none
+        language_text(args.language)  # raises for an unknown tag
     if not FORMATS[args.quantize].engines and args.target != [ANY]:
-        problem = "llama.cpp and ollama alone run it. Leave out --for"
+        problem = "only llama.cpp and ollama run it. Leave out --for"
         raise UserError(f"--quantize {args.quantize}: {problem} {' '.join(args.target)}.")
     device = pretrained.pick_device(args.device)
     target = PACKED if PACKED in args.target else ANY
     if target == PACKED and len(args.target) > 1:
-        raise UserError("--for packed: no other engine runs that; name it alone")
+        raise UserError("--for packed: no other engine reads this format. Name it alone.")
     if device.type == "cpu" and target == PACKED and not kernels.supported():
-        what = "its kernels need an x86-64 processor with AVX2"
-        raise UserError(f"--for {target}: {what}; without it the model runs everywhere")
+        what = "its kernels require an x86-64 processor with AVX2. Leave the flag out."
+        raise UserError(f"--for {target}: {what}")
     if args.megabytes and target == PACKED:
-        raise UserError(f"--megabytes {args.megabytes}: leave out --for {target}")
+        raise UserError(f"--megabytes {args.megabytes}: no GGUF is made. Leave out --for {target}.")
     parsed = build_parser().parse_args(["--model", args.model, *passed_on])
     if wrong := [name for name in OWN_FLAGS.split() if given(parsed, name)]:
-        raise UserError(f"--{wrong[0]}: compress sets it; use its own flags")
+        raise UserError(f"--{wrong[0]}: compress sets this flag. Use the flags of compress.")
     options = {name: getattr(parsed, name) for name in ("cache_dir", "trust_remote_code")}
     checkpoint = Checkpoint(args.model, **options)
     config = pretrained.load_config(checkpoint)
@@ -239,12 +240,12 @@ def begin(args: argparse.Namespace, passed_on: list[str]) -> Compression:
     command = json.loads(json.dumps(command))
     plan, changed = kept.get("plan"), first_difference(kept.get("command", command), command)
     if plan and (folder / SMALL / RESULTS).exists() and not Path(out).exists():
-        plan, changed = None, True  # OUT was moved away: all begins anew
+        plan, changed = None, True  # OUT was moved away: start again
     if plan and changed:
         name, before, now = changed
         raise UserError(
-            f"--work_dir {folder}: was begun with {name} {before!r}, now it is {now!r}; give the "
-            "same again, or remove the folder"
+            f"--work_dir {folder}: it was begun with {name} {before!r}, not {now!r}. Give the "
+            "same again, or remove the folder."
         )
     gguf = f"{out}.gguf" if target == ANY else None
     exports = {f"{out}-{one}": one for one in args.target if one in ENGINES}
@@ -255,7 +256,7 @@ def begin(args: argparse.Namespace, passed_on: list[str]) -> Compression:
         for new, engine in exports.items():
             check_new_folder("OUT", new)
             check_installed(engine)
-    for path in [folder / name for name in KEPT] if changed else []:  # another model's answers
+    for path in [folder / name for name in KEPT] if changed else []:  # of another command
         shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
     return Compression(
         args=args,
@@ -276,9 +277,9 @@ def begin(args: argparse.Namespace, passed_on: list[str]) -> Compression:
 
 
 def fetch_text(run: Compression) -> Texts:
-    """Return the texts of the flags; that of the language is read into a folder of its name.
+    """Return the texts of the flags; that of the language is downloaded into a folder of its name.
 
-    Beside texts of the user's own its tokens stay, too, where the hub can be reached.
+    With --data, tokens of the language's text are kept too, if the Hub can be reached.
     """
     from ..data.hub import keep_text
     from ..run.texts import default_tests
@@ -294,14 +295,14 @@ def fetch_text(run: Compression) -> Texts:
             keep_text(replace(source, text=args.language), folder, CHARACTERS)
     except UserError as error:
         if not own:
-            raise UserError(f"{error}; --data takes texts of your own") from error
-        print(f"{error}; the vocabulary is counted on the other texts alone", flush=True)
+            raise UserError(f"{str(error).rstrip('.')}. Or give texts with --data.") from error
+        print(f"{str(error).rstrip('.')}. Its tokens are not counted.", flush=True)
         return texts
     run.keep()
     if not own:
         return replace(texts, data=[str(folder)])
     tests = texts.tests
-    if not tests:  # without those of the language
+    if not tests:  # of the data, not of the language
         column = run.parsed.column
         read = parse_sources([*own, *texts.vocabulary], "--data", mixture=True, column=column)
         tests = default_tests(read)
@@ -309,9 +310,9 @@ def fetch_text(run: Compression) -> Texts:
 
 
 def answer_prompts(run: Compression, texts: Texts) -> Texts:
-    """Let a chat model write the dialogues that it is compressed on, where the data has none.
+    """Let a chat model write its calibration dialogues, if the data has none.
 
-    Leaves them in dialogues/, of which the last ones are a test; two thirds of the data are they.
+    dialogues/ gets them, the last ones as a test set: two thirds of the calibration text.
     """
     from ..model.pretrained import load_tokenizer
     from ..run.texts import default_tests
@@ -326,7 +327,7 @@ def answer_prompts(run: Compression, texts: Texts) -> Texts:
         return replace(texts, chat=True)
     if not args.dialogues:
         return texts
-    run.announce("A chat model: it answers prompts, to be compressed on what it says")
+    run.announce("Chat model: it answers prompts, and its answers become calibration text")
     run.keep()
     written = run.folder / f"{DIALOGUES}.jsonl"
     flags = ["--count", args.dialogues, "--minutes", args.minutes / 5, "--device", run.device]
@@ -340,7 +341,7 @@ def answer_prompts(run: Compression, texts: Texts) -> Texts:
     lines = written.read_text("utf-8").split("\n") if written.is_file() else []
     rows = [f"{line}\n" for line in lines if line.strip()]
     if len(rows) < FEW_DIALOGUES:
-        print(f"{len(rows)} dialogues are too few; it is compressed on plain text", flush=True)
+        print(f"{len(rows)} dialogues are too few; plain text is used instead", flush=True)
         return texts
     folder.mkdir(exist_ok=True)
     held_out = min(TEST_DIALOGUES, len(rows) // 4)
@@ -353,18 +354,18 @@ def answer_prompts(run: Compression, texts: Texts) -> Texts:
 
 
 def make_plan(run: Compression, texts: Texts) -> Plan:
-    """Choose what is trimmed, trained and removed, and plan the time by a rehearsal."""
+    """Decide about trimming, training and removal, and plan the time by a rehearsal."""
     from ..run.check import check_room
 
     args = run.args
-    # by its teacher alone a chat model that was rounded on dialogues does not gain
+    # distillation does not help a chat model that was quantized on dialogues
     untrained = texts.chat and run.target == ANY and not args.megabytes
     tokens = 0 if untrained and args.recover is None else args.recover
     job = check_plan(run, texts, tokens, trims=True)
     if job.schedule and args.recover is not None:
         check_room(job, "--work_dir", run.folder)
     if problem := too_costly(run, texts, job):
-        print(f"the vocabulary stays whole: {problem}", flush=True)
+        print(f"the vocabulary is not trimmed: {problem}", flush=True)
         job = check_plan(run, texts, tokens, trims=False)
     if job.schedule and args.recover is None and (problem := untrainable(job, run.folder)):
         tokens = 0
@@ -384,15 +385,15 @@ def make_plan(run: Compression, texts: Texts) -> Plan:
         trains = tokens is None and type_ != "q8_0"
         summary += rehearse(run, job, plan, [*common, *flags], trains)
     print(", ".join(summary), flush=True)
-    for name in (DENSE, SMALL):  # of a plan before
+    for name in (DENSE, SMALL):  # left by an earlier plan
         (run.folder / name / RESULTS).unlink(missing_ok=True)
     return plan
 
 
 def check_plan(run: Compression, texts: Texts, tokens: int | None, trims: bool) -> Job:
-    """Return main.py's job of the largest plan, after all that it checks before it reads weights.
+    """Return main.py's job of the largest plan, after its checks without weights.
 
-    Until the size is known it removes half of the neurons or experts, where any may go.
+    With --megabytes it removes half of the neurons or experts until the size is chosen.
     """
     on_cpu = CHAT_WINDOWS if texts.chat else CPU_WINDOWS
     flags = ["--device", run.device, *model_flags(run, texts, trims), *run.format]
@@ -411,14 +412,14 @@ def model_flags(run: Compression, texts: Texts, trims: bool) -> list[str]:
 
 
 def smaller_flags(run: Compression) -> list[str]:
-    """Return the flags that remove neurons, of a mixture experts; their share follows."""
+    """Return flags that remove neurons, or experts of an MoE model; the share follows them."""
     from ..model.parts import kind_of
 
     return SMALLER[kind_of(run.config)].split()
 
 
 def without_tests(texts: Texts, job: Job) -> Texts:
-    """Return the texts without what the job has held apart: tests will be files of their own."""
+    """Return the texts without held-out documents, which become separate files."""
 
     def trained(source: Source) -> str:
         text = PART.sub("", source.text) + ":train" if source.parted else source.text
@@ -429,10 +430,10 @@ def without_tests(texts: Texts, job: Job) -> Texts:
 
 
 def too_costly(run: Compression, texts: Texts, job: Job) -> str | None:
-    """Trim the vocabulary alone, and return why it is to stay whole; None where it is not."""
+    """Trim only the vocabulary; return why it should not be trimmed, or None."""
     from ..vocabulary import TOO_COSTLY
 
-    run.announce("Measuring what it costs to trim the vocabulary")
+    run.announce("Measuring the cost of trimming the vocabulary")
     share = CPU_TRIMMING if run.on_cpu else GPU_TRIMMING
     share /= sum(test.facts["bytes"] for test in job.texts.tests)
     flags = ["--device", run.device, "--seqlen", str(job.seqlen)]
@@ -443,15 +444,15 @@ def too_costly(run: Compression, texts: Texts, job: Job) -> str | None:
     original, trimmed = (facts.get(f"bits_per_byte_{name}") for name in ("original", "trimmed"))
     if not original or trimmed / original - 1 <= TOO_COSTLY:
         return None
-    problem = f"{facts['rows']:,} of {facts['rows_before']:,} rows would take {original:.4f} to "
-    problem += f"{trimmed:.4f} bits per byte of held-out text, {trimmed / original - 1:+.1%}"
+    problem = f"with {facts['rows']:,} of {facts['rows_before']:,} rows held-out text takes "
+    problem += f"{original:.4f} -> {trimmed:.4f} bits per byte, {trimmed / original - 1:+.1%}"
     if run.args.language:
-        return f"{problem}; give more text of the language by --data, where --language is not read"
-    return f"{problem}; name the --language, whose text is then counted too, or give more --data"
+        return f"{problem}. To trim it, give more text of the language with --data."
+    return f"{problem}. To trim it, name the --language, or give more --data."
 
 
 def rehearse(run: Compression, job: Job, plan: Plan, flags: list[str], trains: bool) -> list[str]:
-    """Set `tests`, `windows` and `tokens` by how long a few windows take; return that in words."""
+    """Set `tests`, `windows` and `tokens` by a run with a few windows; return them in words."""
     run.announce("Rehearsing with a few windows, to plan the time")
     tokens = trains * (CPU_REHEARSED if run.on_cpu else GPU_REHEARSED) * job.seqlen
     flags = [*flags, *(run.format if plan.type == run.args.quantize else [])]
@@ -470,28 +471,28 @@ def rehearse(run: Compression, job: Job, plan: Plan, flags: list[str], trains: b
     more = f"about {_time(seconds)} more"
     if seconds > left:
         minutes, total = run.args.minutes, _time(60 * run.args.minutes + seconds - left)
-        more += f": the least, {total} in all; --minutes {minutes} is too short"
+        more += f", {total} in all: the minimum; --minutes {minutes} is too short"
     return [
-        *([f"{plan.windows} windows to round on"] if plan.type == run.args.quantize else []),
+        *([f"{plan.windows} calibration windows"] if plan.type == run.args.quantize else []),
         f"{plan.tokens:,} tokens of training",
-        f"{windows} windows to measure on",
+        f"{windows} test windows",
         more,
     ]
 
 
 def measure_original(run: Compression) -> None:
-    """Measure the model as it is; leaves dense/results.json."""
+    """Evaluate the original model; write dense/results.json."""
     if run.has(DENSE):
         return
-    run.announce("Measuring the model as it is")
+    run.announce("Measuring the original model")
     flags = ["--model", run.args.model, *run.plan.common, *without(run.passed_on, NOT_MEASURED)]
     run.prune([*flags, "--completions", "0", "--eval_data", *run.plan.tests, "--eval_only"], DENSE)
 
 
 def make_small(run: Compression) -> None:
-    """Make the model; leaves OUT, and at last compressed/results.json.
+    """Make the model: write OUT, and at the end compressed/results.json.
 
-    What was killed before that is saved again from what blocks/ has, where training is not lost.
+    If the run was killed while it saved, the model is saved again from the states in blocks/.
     """
     if run.has(SMALL):
         return
@@ -500,19 +501,19 @@ def make_small(run: Compression) -> None:
     if (blocks / "job.json").exists():
         if (out / "config.json").exists():
             out.rename(stage)
-        (stage / "README.md").unlink(missing_ok=True)  # which says that it is whole
+        (stage / "README.md").unlink(missing_ok=True)  # it marks a complete model
     flags = [*plan.made_by, "--nsamples", str(plan.windows), "--eval_data", *plan.tests]
     flags += ["--save_model", run.out, "--resume", str(blocks)]
     run.prune([*flags, *training(plan.tokens, run.passed_on)], SMALL)
 
 
 def training(tokens: int, passed_on: list[str]) -> list[str]:
-    """Return the flags of a training, and those that are passed on to it or to none."""
+    """Return flags for training on `tokens`; without training, flags for it are left out."""
     return ["--recover", str(tokens), *passed_on] if tokens else without(passed_on, RECOVERY_FLAGS)
 
 
 def complete_card(run: Compression) -> None:
-    """Name language and data set in the card of OUT."""
+    """Name language and dataset in the card of OUT."""
     from huggingface_hub import ModelCard
 
     file = Path(run.out, "README.md")
@@ -526,9 +527,9 @@ def complete_card(run: Compression) -> None:
 
 
 def convert(run: Compression) -> dict[str, list[str]]:
-    """Write OUT for other engines, llama.cpp where its converter is installed.
+    """Convert OUT for other engines, and for llama.cpp if its converter is installed.
 
-    Returns {file or folder: the command and its flags}; what has failed is not there.
+    Returns {file or folder: the command and its flags}; files of a failed command do not exist.
     """
     flags = ["--type", run.plan.type, "--data", *run.plan.tests]
     others = {run.gguf: ["gguf", run.out, run.gguf, *flags]} if run.gguf else {}
@@ -543,7 +544,7 @@ def convert(run: Compression) -> dict[str, list[str]]:
 
 
 def compare(run: Compression, others: dict[str, list[str]]) -> None:
-    """Measure sizes and speeds, and show what has become of the model. Leaves compressed.md."""
+    """Measure sizes and speeds, and print the comparison; write it to compressed.md."""
     from ..model.access import Checkpoint
     from ..model.pretrained import checkpoint_dtype, dtype_name, load_config
 
@@ -554,13 +555,13 @@ def compare(run: Compression, others: dict[str, list[str]]) -> None:
     options = {name: getattr(run.parsed, name) for name in ("cache_dir", "trust_remote_code")}
     table = comparison(models, run.folder, json.dumps([run.device, dtype, options]))
     write_text(run.folder / "compressed.md", f"{table}\n")
-    took = f"{out}: made in {_time(time.monotonic() - run.began)}; {run.folder} can be removed now"
+    took = f"{out}: made in {_time(time.monotonic() - run.began)}; {run.folder} can be removed"
     upload = f"hf upload YOUR_NAME/{shlex.quote(Path(out).name)} {shlex.quote(out)}"
     cards = [f"{out}/README.md", *(f"{file}.md" for file in models[2:])]
     cards += [f"{folder}/README.md" for folder in run.exports if Path(folder).exists()]
     print(f"\n{table}\n")
     if "recovery" in small and not kept_training(small):
-        print("training: nothing was better than the model before it, which is kept")
+        print("training did not help; the model before it is kept")
     for record in small["completions"][:1]:
         for name in ("dense", "model"):
             print(one_line(f"{name}: {record['prompt']}{record.get(name, ' –')}"))
@@ -572,22 +573,22 @@ def compare(run: Compression, others: dict[str, list[str]]) -> None:
         command = f"{typed('gguf')} {shlex.join(others[gguf][1:])}"
         print(f"for llama.cpp: pip install -r requirements-gguf.txt, then {command}")
     if missing:
-        what = f"{', '.join(missing)}: not written, see above"
-        raise UserError(f"{what}; the model is saved in {out}")
+        problem = f"the error above stopped the conversion. The model is saved in {out}."
+        raise UserError(f"{', '.join(missing)}: {problem}")
     if args.megabytes and gguf in models and Path(gguf).stat().st_size > 1e6 * args.megabytes:
         size = Path(gguf).stat().st_size / 1e6
-        raise UserError(f"--megabytes {args.megabytes}: {gguf} takes {size:.2f} MB; ask for less")
+        raise UserError(f"--megabytes {args.megabytes}: {gguf} takes {size:.2f} MB. Ask for less.")
 
 
 def kept_training(results: dict[str, Any]) -> bool:
-    """Return whether a model is a state after some training, not the one before it."""
+    """Return whether training helped, and the trained model was kept."""
     return results.get("recovery", {}).get("kept", {}).get("tokens", 1) > 0
 
 
 def comparison(models: Sequence[str], folder: Path, options: str) -> str:
     """Return the table of the original, the trimmed and the small model, and of the GGUF file."""
     original, small = (read_results(folder / name) for name in (DENSE, SMALL))
-    early = f"{'pruned' if small['sparsity_type'] else 'rounded'}, not trained"
+    early = f"{'pruned' if small['sparsity_type'] else 'quantized'}, not trained"
     trimmed = small.get("vocabulary") or {}
     columns: dict[str, dict[str, str]] = {"original": {}, "trimmed": {}, early: {}, "small": {}}
     for name, model in zip(("original", "small", "small in llama.cpp"), models, strict=False):
@@ -596,25 +597,25 @@ def comparison(models: Sequence[str], folder: Path, options: str) -> str:
         figures = {} if failed else json.loads(file.read_text("utf-8"))
         columns[name] = {row: f"{figures[row]:,.1f}" if row in figures else "–" for row in ROWS}
     untrained = small.get("recovery", {}).get("before", {}) if kept_training(small) else {}
-    reference = "trimmed" if trimmed else "original"  # model, to which main.py compares
+    reference = "trimmed" if trimmed else "original"  # main.py's dense model
     for before, after in zip(original["evaluation"], small["evaluation"], strict=True):
         test = before["name"]
         shown = {"original": before, early: untrained.get(test), "small": after}
         shown |= {"trimmed": after.get("dense")} if trimmed else {}
         for name, one in shown.items():
             if one:
-                bits = one.get("bits_per_byte")  # of all windows alone
+                bits = one.get("bits_per_byte")  # missing if not all windows were compared
                 cell = "–" if bits is None else f"{bits:.4f}"
                 columns[name][f"bits per byte, {test}"] = cell
             if one and "kl" in one:
                 same = f"{one['kl']:.4f} nats; {one['top1_agreement']:.1%}"
-                row = f"KL to the {reference} model; same first choice, {test}"
+                row = f"KL from the {reference} model; top-1 agreement, {test}"
                 columns[name][row] = same
     if "quantized" in small:
         columns["small"]["linear layers as llama.cpp's"] = small["quantized"]["format"]
     for each in small.get("answers", []):
         for name, model in ((reference, "dense"), ("small", "model")):
-            row = f"of {each['prompts']} answers end, {each['test']}"
+            row = f"finished answers, of {each['prompts']}, {each['test']}"
             columns[name][row] = str(each[model]["ended"])
     if measured := trimmed.get("measured_on"):
         row = f"bits per byte, {measured['bytes']:,} bytes of {measured['name']}"
@@ -627,37 +628,39 @@ def comparison(models: Sequence[str], folder: Path, options: str) -> str:
 
 
 def _parser() -> argparse.ArgumentParser:
-    text = "Flags of main.py may follow, such as --column body --seqlen 256"
+    text = "Flags of main.py may follow, such as --column body --seqlen 256."
     parser = make_parser("compress", __doc__, epilog=text)
     add, several = parser.add_argument, dict(nargs="+", metavar="SOURCE")
-    add("model", help="hub id or local folder of a dense model", metavar="MODEL")
-    add("out", help="new folder for the small model, and OUT.gguf beside it", metavar="OUT")
-    add("--language", help="such as uk or pt-BR: chooses FineWeb's text of it", metavar="TAG")
-    add("--data", help="texts of your own, as --calibration_data", **several)
-    add("--eval_data", help="test texts (default: those of the data)", **several)
-    add("--minutes", help="time for all of it (default: 30)", type=POSITIVE, default=30)
-    text = "train on so many, 0 for none (default: as many as --minutes leave time for)"
+    add("model", help="Hub id or local folder of a dense model", metavar="MODEL")
+    add("out", help="new folder for the small model; OUT.gguf is written beside it", metavar="OUT")
+    add("--language", help="language of the FineWeb2 text, such as uk or pt-BR", metavar="TAG")
+    add("--data", help="your own texts, in the form of --calibration_data", **several)
+    add("--eval_data", help="test texts (default: the test text of the data)", **several)
+    add("--minutes", help="time for the whole command (default: 30)", type=POSITIVE, default=30)
+    text = "tokens to train on, 0 for none (default: as many as --minutes allow)"
     add("--recover", help=text, type=NATURAL, metavar="TOKENS")
-    text = "that a chat model writes, to be compressed on (default: 256; 0 for none)"
+    text = (
+        "number of dialogues that a chat model writes as calibration text (default: 256; 0: none)"
+    )
     add("--dialogues", help=text, type=NATURAL, default=256, metavar="N")
-    text = "any: OUT and OUT.gguf; a format of export: the same 4 bits for vLLM, MLX or ONNX too; "
-    text += "packed: the smallest, for transformers on an x86-64 CPU (default: any)"
+    text = "any: OUT and OUT.gguf; a format of export: that too; packed: transformers on x86-64 "
+    text += "CPUs (default: any)"
     targets = dict(choices=(*PLANS, *ENGINES), nargs="+", default=[ANY])
     add("--for", help=text, dest="target", metavar="ENGINE", **targets)
-    text = "q4_0: every engine; iq4_nl: less loss at the same size, llama.cpp and ollama alone"
+    text = "q4_0: every engine; iq4_nl: less loss at the same size, only for llama.cpp and ollama"
     kinds = dict(choices=("q4_0", "iq4_nl"), default="q4_0")
     add("--quantize", help=f"{text} (default: q4_0)", **kinds)
-    text = "remove neurons, of a mixture experts, until the GGUF file is as small (default: none)"
+    text = "size limit of the GGUF file, reached by removing neurons or MoE experts (default: none)"
     add("--megabytes", help=text, type=POSITIVE, metavar="N")
-    add("--device", help="where blocks are computed (default: the first GPU, else cpu)")
+    add("--device", help="cuda:N, xpu:N or cpu (default: the first GPU, else cpu)")
     add("--work_dir", help="text, plan and figures (default: OUT-compress)", metavar="FOLDER")
     return parser
 
 
 def check_job(flags: list[str], recover: int | None, longest: int = CPU_SEQLEN) -> Job:
-    """Return the job of all these flags, after all that main.py checks before it reads weights.
+    """Return the job of these flags, after main.py's checks without weights.
 
-    Its windows are of `longest` tokens, or as long as the texts allow.
+    Its windows have `longest` tokens, or as many as the texts allow.
     """
     from ..run.check import check, check_outputs
 
@@ -667,8 +670,8 @@ def check_job(flags: list[str], recover: int | None, longest: int = CPU_SEQLEN) 
     check_flags(parser, args)
     try:
         check_outputs(args)
-        args.save_model = None  # nothing is to be begun
-        with redirect_stdout(io.StringIO()):  # the run will say it
+        args.save_model = None  # no folder is created yet
+        with redirect_stdout(io.StringIO()):  # the run will print it
             return check(args, longest=longest)
     except UserError as error:
         line = str(error).replace("--calibration_data", "--data").replace("--save_model", "OUT")

@@ -1,9 +1,8 @@
-"""What a saved model, or a GGUF file, takes on disk, and its tokens a second.
+"""Measure the size on disk and the tokens per second of a saved model or a GGUF file.
 
     python -m lib.util.command commands.compress_measure MODEL FILE.json OPTIONS
 
-OPTIONS, as '["cpu", "bfloat16", {}]', have device, dtype, and what from_pretrained needs to find
-and load the model.
+OPTIONS, such as '["cpu", "bfloat16", {}]', are device, dtype, and arguments of from_pretrained.
 """
 
 from __future__ import annotations
@@ -17,8 +16,8 @@ from pathlib import Path
 from typing import Any
 
 PROMPT, STEPS = 16, 48  # tokens
-ROUNDS = 3  # of decoding, after one that does not count
-ROWS = ("on disk, MB", "tokens a second")
+ROUNDS = 3  # repeated decodings, after one to warm up
+ROWS = ("on disk, MB", "tokens/s")
 FILES = ("*.safetensors", "tokenizer*.json", "tokenizer.model")
 
 
@@ -28,7 +27,7 @@ def disk_size(folder: Path) -> int:
 
 
 def decoding_speed(model: Any) -> float:
-    """Return the tokens a second of a causal language model that generates one after another."""
+    """Return the tokens per second of a causal language model that decodes one by one."""
     import torch
 
     with torch.inference_mode():
@@ -44,7 +43,7 @@ def decoding_speed(model: Any) -> float:
 
 
 def llama_cpp_speed(server: Any) -> float:
-    """Return the tokens a second of llama.cpp's server."""
+    """Return the tokens per second of llama.cpp's server."""
     from .gguf.llama_cpp import ask
 
     fields = {"prompt": [*range(1, 1 + PROMPT)], "n_predict": STEPS}
@@ -65,11 +64,11 @@ def main(argv: list[str]) -> None:
         from transformers.utils import cached_file
 
         from ..model.pretrained import auto_class
-        from ..packed import checkpoint  # noqa: F401  transformers then loads the packed form
+        from ..packed import checkpoint  # noqa: F401  registers the packed form with transformers
         from ..util.progress import quiet
 
         quiet()
-        warnings.simplefilter("ignore", FutureWarning)  # of transformers, which changes names
+        warnings.simplefilter("ignore", FutureWarning)  # names that transformers renames
         size = disk_size(Path(cached_file(name, "config.json", **source)).parent)
         speed = decoding_speed
         kind = auto_class(AutoConfig.from_pretrained(name, **source))

@@ -1,7 +1,4 @@
-"""What fits: seconds by a rehearsal, bytes of a GGUF file, memory and disk for training, tests.
-
-`lib/commands/compress.py` plans by these.
-"""
+"""Estimates for `compress`: time by a rehearsal, size of a GGUF file, room for training, tests."""
 
 from __future__ import annotations
 
@@ -20,41 +17,38 @@ from ..util.files import write_text
 if TYPE_CHECKING:
     from ..run.job import Job
 
-REHEARSED_ROUNDING = 2  # windows, on which the rehearsal rounds
-LEAST_ROUNDING, ROUNDING_SHARE = 8, 0.25  # windows to round on, and at most that part of the time
-LEAST_WINDOWS = 16  # of training; with fewer, what is rounded on text is not trained
-LEAST_TESTS, TEST_SHARE = 4, 0.15  # windows to measure on, and their part of the time
-TRIM_BYTES = 2**16  # on which main.py measures what trimming costs
+REHEARSED_ROUNDING = 2  # calibration windows of the rehearsal
+LEAST_ROUNDING, ROUNDING_SHARE = 8, 0.25  # fewest calibration windows, largest share of the time
+LEAST_WINDOWS = 16  # fewest training windows; a quantized model is not trained on fewer
+LEAST_TESTS, TEST_SHARE = 4, 0.15  # fewest test windows, and their share of the time
+TRIM_BYTES = 2**16  # bytes of text on which main.py measures the cost of trimming
 SCALED = ("trim", "dense", "quantize", "measure before", "recover", "eval")  # steps of main.py
-FIXED = 4  # times the other steps of a rehearsal: both models, proof and speeds
+FIXED = 4  # repetitions of the other steps of a rehearsal: both models, proof and speeds
 
-# passes of a window through the trimmed model, by which time is planned
-REHEARSED_TESTS = 2  # of a test window in a rehearsal: as reference, and at the end
-TEST_PASSES = 6  # of a test window: both models, before and after, and the proof by llama.cpp
-PRUNING_PASSES = 7  # of a calibration window: ADMM's passes and solving, allocation
-ROUNDING_PASSES = 8  # of a calibration window: the model's as it was and as it is, and solving
-HELD_OUT_PASSES = 13  # of a window held out of training: as often is the model measured
-LEAST_TRAINING = 3  # of a training window: the teacher, the model, and its gradient
+# passes of a window through the trimmed model, the unit of planned time
+REHEARSED_TESTS = 2  # per test window of a rehearsal: as reference, and at the end
+TEST_PASSES = 6  # per test window: both models, before and after, and proof with llama.cpp
+PRUNING_PASSES = 7  # per calibration window: ADMM's passes and solving, allocation
+ROUNDING_PASSES = 8  # per calibration window: dense and quantized model, and solving
+HELD_OUT_PASSES = 13  # per held-out training window: number of evaluations
+LEAST_TRAINING = 3  # per training window: teacher, model, and gradient
 
 # bytes in a GGUF file besides weights
-STRING_BYTES = 8  # the length, before each token and merge
-ROW_BYTES = 8  # a token's type and score
-PADDING_BYTES = 16  # the name of a row without a token
-TENSOR_BYTES, HEADER_BYTES = 96, 2**12  # at most: name, shape and alignment; all other fields
-BITS = {
-    "q4_0": 4 + 16 / 32,
-    "iq4_nl": 4 + 16 / 32,
-    "q8_0": 8 + 16 / 32,
-}  # of a weight, with its share of a scale
+STRING_BYTES = 8  # length of each token and merge
+ROW_BYTES = 8  # type and score of a token
+PADDING_BYTES = 16  # name of a row without a token
+TENSOR_BYTES, HEADER_BYTES = 96, 2**12  # upper limits: name, shape and alignment; other fields
+# per weight, with its share of a scale
+BITS = {"q4_0": 4 + 16 / 32, "iq4_nl": 4 + 16 / 32, "q8_0": 8 + 16 / 32}
 
 
 class Times(NamedTuple):
-    """What there is time for: windows to measure and to round on, tokens to train on."""
+    """The planned work: test windows, calibration windows, training tokens."""
 
     tests: int
     rounding: int
     tokens: int
-    seconds: float  # that all of it takes
+    seconds: float  # time for all of it
 
 
 def plan_time(
@@ -67,11 +61,11 @@ def plan_time(
     passes: int,
     trains: bool = True,
 ) -> Times:
-    """Plan what follows in `left` seconds by the results of a small run, which took `wall` seconds.
+    """Plan the work for `left` seconds by the results of a rehearsal, which took `wall` seconds.
 
-    There are so many windows of the `tests`, and for `rounding` at most. Pruning takes so many
-    `passes` of a window, and needs training after it; what is but rounded may do without, and does
-    unless it `trains`.
+    `tests` and `rounding` are the largest numbers of test and calibration windows. Pruning takes
+    `passes` passes and needs training after it. A model that is only quantized can skip training,
+    and does so unless it `trains`.
     """
     spent, size, evaluation = (rehearsal[name] for name in ("seconds", "footprint", "evaluation"))
     rehearsed = sum(test["windows"] for test in evaluation)
@@ -96,10 +90,10 @@ def plan_time(
 
 
 def plan_training(rehearsal: dict[str, Any], passed: float, left: float) -> tuple[int, float]:
-    """Return how many windows are trained on in `left` seconds, and how many seconds that takes.
+    """Return the number of training windows for `left` seconds, and the seconds that they take.
 
-    A pass of a window takes `passed` seconds. Some windows are held out, and often measured: the
-    fewer there are to train on, the fewer.
+    A pass of a window takes `passed` seconds. Held-out windows are measured often; with fewer
+    training windows, fewer are held out.
     """
     from ..data.training import HELD_OUT, HELD_OUT_SHARE
 
@@ -116,9 +110,9 @@ def plan_training(rehearsal: dict[str, Any], passed: float, left: float) -> tupl
 
 
 def choose_size(job: Job, megabytes: float | None) -> tuple[str, str | None, str]:
-    """Return the type of a file of `megabytes`, the share of experts or neurons to lose, if any.
+    """Return the GGUF type for `megabytes`, the share of experts or neurons to remove, a summary.
 
-    And the plan in words. Raises UserError where the blocks have too few.
+    Raises UserError if the size cannot be reached.
     """
     from ..model.pretrained import checkpoint_dtype, skeleton_with
     from ..remove import possible_counts
@@ -128,7 +122,7 @@ def choose_size(job: Job, megabytes: float | None) -> tuple[str, str | None, str
     rows = f"{len(job.vocabulary.rows):,} of " if job.vocabulary else "all "
     summary = f"{rows}{all_rows:,} rows of the vocabulary, "
     if megabytes and (size := gguf_megabytes(job, model, "q8_0", outer)) <= most:
-        what = f"nothing rounded to 4 bits, as q8_0 of about {_megabytes(size)} MB is small enough"
+        what = f"about {_megabytes(size)} MB as q8_0, small enough without 4 bits"
         return "q8_0", None, summary + what
     for left in possible_counts(layout) if layout else [None]:
         if layout and left < layout.count:
@@ -139,17 +133,17 @@ def choose_size(job: Job, megabytes: float | None) -> tuple[str, str | None, str
     kept = f"{left} of {layout.count} {layout.kind} in each block" if cut else "nothing pruned"
     weights = sum(weight.numel() for weight in job.skeleton.parameters())
     dense = _megabytes(weights * checkpoint_dtype(job.config).itemsize / 1e6)
-    summary += f"{kept}, about {_megabytes(size)} MB as {job.plan.format} of {dense} MB"
+    summary += f"{kept}, {dense} -> about {_megabytes(size)} MB as {job.plan.format}"
     if size > most:
-        problem = f"--megabytes {megabytes}: {summary}, which is the least"
-        raise UserError(f"{problem}; give more, or take a smaller model")
+        problem = f"--megabytes {megabytes}: the smallest file has {summary}"
+        raise UserError(f"{problem}. Give more, or choose a smaller model.")
     return job.plan.format, (f"{1 - left / layout.count:.6g}" if cut else None), summary
 
 
 def gguf_megabytes(job: Job, model: Any, type_: str, outer: float) -> float:
-    """Return the MB of a GGUF file of a model without weights, at most; `outer` bytes are no block.
+    """Return an upper limit of a GGUF file in MB; `outer` is the size outside blocks in bytes.
 
-    llama.cpp has linears of whole blocks as the type, others in 16 bits, and the rest in 32.
+    llama.cpp stores linear layers of whole blocks as the type, others in 16 bits, the rest in 32.
     """
     from ..model.linears import find_linears
     from ..packed.formats import FORMATS
@@ -167,7 +161,7 @@ def gguf_megabytes(job: Job, model: Any, type_: str, outer: float) -> float:
 
 
 def vocabulary_bytes(job: Job) -> float:
-    """Return the bytes of a GGUF file besides its blocks: tables, tokens, merges and fields."""
+    """Return the bytes of a GGUF file outside its blocks: tables, tokens, merges and fields."""
     model, tokenizer = job.skeleton, job.tokenizer
     all_rows, unread = model.get_input_embeddings().num_embeddings, getattr(model, "unread", ())
     rows = len(job.vocabulary.rows) if job.vocabulary else all_rows
@@ -186,7 +180,7 @@ def vocabulary_bytes(job: Job) -> float:
 
 
 def cut_tests(job: Job, folder: Path, share: float) -> list[str]:
-    """Write a share of each test text, about two windows at least; return the files' names."""
+    """Write a share of each test text, at least about two windows; return the files' names."""
     from ..data.windows import test_documents
 
     folder.mkdir(parents=True, exist_ok=True)
@@ -195,7 +189,7 @@ def cut_tests(job: Job, folder: Path, share: float) -> list[str]:
         texts = list(test_documents(source, read_documents(source, "test")[0]))
         random.Random(0).shuffle(texts)
         left = math.ceil(test.facts["bytes"] * max(share, 2 / len(test.windows)))
-        if test.dialogues:  # all of them, or two where few windows are measured
+        if test.dialogues:  # all of them, or two if few windows are measured
             texts, left = texts[: None if share else 2], math.inf
         files.append(str(folder / (re.sub(r"[^\w.-]+", "_", test.name) + ".jsonl")))
         lines = []
@@ -203,17 +197,17 @@ def cut_tests(job: Job, folder: Path, share: float) -> list[str]:
             text = texts.pop()
             whole = isinstance(text, Dialogue) or len(text) <= PIECE_CHARACTERS
             if len(text.encode()) > left and not whole:
-                texts += reversed(pieces_of(text))  # by which training leaves them out
+                texts += reversed(pieces_of(text))  # training leaves them out piece by piece
                 continue
             left -= len(text.encode())
-            row = row_of(text, job.args.column)  # for gguf and for main.py
+            row = row_of(text, job.args.column)  # read by gguf and main.py
             lines.append(json.dumps(row, ensure_ascii=False) + "\n")
         write_text(Path(files[-1]), "".join(lines))
     return files
 
 
 def untrainable(job: Job, folder: Path) -> str | None:
-    """Return why a job's training would fail here; None where memory and disk suffice."""
+    """Return why training would fail on this machine; None if memory and disk suffice."""
     from ..run.check import check_room
     from ..run.memory import Memory
     from ..util.host import gib
@@ -221,7 +215,7 @@ def untrainable(job: Job, folder: Path) -> str | None:
     memory = Memory.of(job)
     needed = memory.total("train") + sum(memory.passing["train"].values())
     if needed > memory.free or not memory.fits():
-        problem = f"it takes about {gib(needed)} of memory, of {gib(memory.free)} free"
+        problem = f"training takes about {gib(needed)} of memory, and {gib(memory.free)} are free"
         return f"{problem}; --recover_rank 16 takes less"
     try:
         return check_room(job, "--work_dir", folder)

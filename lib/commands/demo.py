@@ -1,15 +1,15 @@
-"""The whole job in small, on the project's own texts and a model trained on them.
+"""Run the whole pipeline on a tiny model that the demo trains, without network or GPU.
+For a first look: it ends with a report of all pruning methods.
 
     bash launch.sh demo [--folder demo]
 
-The demo needs neither network nor GPU. It trains a tiny model on Ukrainian and English stories and
-prunes it in one sweep: by every method, at 50% and 2:4, calibrated on either language, measured on
-both. The best of the 2:4 models are also recovered. The report with its picture comes last. After
-an interruption the same command trains the model again, to the same bytes, and keeps the runs that
-have finished.
+The demo trains a tiny model on Ukrainian and English stories and prunes it in one sweep: with every
+method, at 50% and 2:4, calibrated on either language, evaluated on both. Two 2:4 models are also
+recovered. A report with a picture ends it. After an interruption the same command trains the model
+again, to the same bytes, and keeps finished runs.
 
-The model is small on purpose: without spare capacity it loses by every pruned weight, and which
-weights can be pruned differs between its two languages.
+The model is small on purpose: without spare capacity it loses with every pruned weight, and its two
+languages need different weights.
 """
 
 from __future__ import annotations
@@ -41,16 +41,16 @@ SEED = 0
 SPREAD = 0.05  # standard deviation of new weights
 WARM_UP = 20  # steps
 RATE = 6e-3  # peak learning rate; in the second half it falls to a twentieth
-DECAY = 0.1  # of matrices
+DECAY = 0.1  # weight decay of matrices
 LANGUAGES = ("uk", "en")
 STORIES = Path(__file__).parent / "demo_texts"
-MARK = "demo.txt"  # in every folder that a demo has made
+MARK = "demo.txt"  # marks the folder of a demo
 RECOVERED = "model/sparsegpt-2of4", "model/admm-2of4"
 
 
 @dataclass(frozen=True)
 class Size:
-    """The size of the demo: of its model and its training, and how many runs there are."""
+    """The size of the demo: model, training, and number of runs."""
 
     vocabulary: int = 1024  # tokens
     window: int = 128  # tokens
@@ -58,9 +58,9 @@ class Size:
     inner: int = 256
     blocks: int = 3
     heads: int = 4
-    batch: int = 16  # windows a step, half of them in either language
+    batch: int = 16  # windows per step, half of them in each language
     steps: int = 600
-    stories: tuple[int, int] = (500, 25)  # of each language, to train and to measure on
+    stories: tuple[int, int] = (500, 25)  # per language, for training and test
     methods: Sequence[str] = tuple(METHODS)
     types: Sequence[str] = ("unstructured", "2:4")
     nsamples: int = 64
@@ -68,7 +68,7 @@ class Size:
 
 
 def demo(folder: Path, size: Size, debug: bool = False) -> None:
-    """Make texts, model, runs and report in `folder`, which holds nothing but a demo."""
+    """Make texts, model, runs and report in `folder`, which is new or that of a demo."""
     import torch
 
     torch.set_num_threads(1)  # matrices this small gain nothing from more
@@ -104,7 +104,7 @@ def demo(folder: Path, size: Size, debug: bool = False) -> None:
 
 
 def write_texts(folder: Path, train: int, test: int) -> list[str]:
-    """Write the first stories of the language that `folder` is named after; return the training."""
+    """Write the first stories in the language `folder.name`; return those for training."""
     with gzip.open(STORIES / f"{folder.name}.jsonl.gz", "rt", encoding="utf-8") as file:
         lines = list(file)[: train + test]
     folder.mkdir(exist_ok=True)
@@ -114,7 +114,7 @@ def write_texts(folder: Path, train: int, test: int) -> list[str]:
 
 
 def train_tokenizer(texts: Texts, size: Size) -> PreTrainedTokenizerFast:
-    """Train byte-level BPE on all texts; like LLaMA's, it puts `<s>` before a text."""
+    """Train byte-level BPE on all texts; as LLaMA's, it puts `<s>` before a text."""
     from tokenizers import ByteLevelBPETokenizer, processors
     from transformers import PreTrainedTokenizerFast
 
@@ -129,7 +129,7 @@ def train_tokenizer(texts: Texts, size: Size) -> PreTrainedTokenizerFast:
 
 
 def train(tokenizer: PreTrainedTokenizerFast, texts: Texts, size: Size) -> LlamaForCausalLM:
-    """Train from scratch on windows drawn in turn from every language; float32, on the CPU."""
+    """Train from scratch on windows of each language in turn; float32, on the CPU."""
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -179,9 +179,9 @@ def train(tokenizer: PreTrainedTokenizerFast, texts: Texts, size: Size) -> Llama
 
 def main(argv: list[str]) -> None:
     parser = command.make_parser("demo", __doc__)
-    parser.add_argument("--folder", default="demo", help="what it makes goes here (default: demo)")
+    parser.add_argument("--folder", default="demo", help="folder for all files (default: demo)")
     args = parser.parse_args(argv)
-    os.environ |= {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}  # of the runs
+    os.environ |= {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}  # for the runs
     start = time.perf_counter()
     demo(Path(args.folder), Size(), args.debug)
     print(f"done in {time.perf_counter() - start:.0f} s")

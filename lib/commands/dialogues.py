@@ -1,12 +1,12 @@
-"""Let a chat model answer prompts: dialogues to round, train and measure a smaller one on.
+"""Let a chat model answer prompts, and keep the dialogues as calibration text for this model.
+For users of main.py with a chat model; `compress` does it without being asked.
 
     langprune dialogues MODEL OUT.jsonl --data aya:uk [--count 256]
 
-The prompts are what a person says before the first answer in dialogues, or a passage of plain text
-as one would paste it. Answers are sampled as the model's generation_config says. OUT.jsonl has a
-row for each dialogue, to be read and edited, and names what has written it; the same command
-continues after its last row. Left out are answers that do not end, or are in another script than
-the prompts.
+The prompts are the messages before the first answer of a dialogue, or passages of plain text.
+Answers are sampled with the model's generation_config. OUT.jsonl has a row for each dialogue, with
+the settings that wrote it; it can be read and edited. The same command continues after its last
+row. Answers that do not end, or are in another script than the prompts, are left out.
 """
 
 from __future__ import annotations
@@ -42,11 +42,11 @@ from ..util.errors import UserError
 from ..util.files import check_writable
 from ..util.progress import progress, quiet
 
-TRIED = 8  # answers, of which half must end
-MORE = 4  # prompts for each dialogue that is wanted, at most
-PASSAGE = 600  # characters of a plain text, at most
-IDENTIFYING = 64  # prompts, the first in their order, whose digest stands for all
-WRITER = "written_by"  # key of a row: what decided its answer
+TRIED = 8  # first answers, at least half of which must end
+MORE = 4  # maximum number of prompts per wanted dialogue
+PASSAGE = 600  # maximum characters of a passage of plain text
+IDENTIFYING = 64  # first prompts, whose digest identifies all
+WRITER = "written_by"  # key of a row: the settings of its answer
 ENDLESS = "do not end"
 
 
@@ -55,7 +55,7 @@ def main(argv: list[str]) -> None:
     quiet()
     out = Path(args.out)
     if out.suffix != ".jsonl":
-        raise UserError(f"OUT {out}: name a file that ends with .jsonl")
+        raise UserError(f"OUT {out}: the name does not end with .jsonl. Give one that does.")
     check_writable("OUT", str(out.absolute().parent))
     sources = parse_sources(args.data, "--data", column=args.column)
     for source in sources:
@@ -70,7 +70,9 @@ def main(argv: list[str]) -> None:
     limit = window - args.tokens
     asked = list(islice(_prompts(sources, tokenizer, limit, args.seed), MORE * args.count))
     if not asked:
-        raise UserError(f"--data {' '.join(args.data)}: no prompt is of 1 to {limit} tokens")
+        raise UserError(
+            f"--data {' '.join(args.data)}: no prompt has 1 to {limit} tokens. Add some."
+        )
     writer = _writer(args, config, [messages for messages, _ in asked[:IDENTIFYING]])
     count = len(answered := _answered(out, writer))
     places = (place for place, (messages, _) in enumerate(asked) if messages in answered)
@@ -106,7 +108,7 @@ def main(argv: list[str]) -> None:
 
 
 def _writer(args: argparse.Namespace, config: Any, prompts: list[Any]) -> dict[str, Any]:
-    """Return what decides the answers, which each row of OUT.jsonl names."""
+    """Return the settings that determine the answers, for each row of OUT.jsonl."""
     name = Path(args.model).resolve().name if Path(args.model).exists() else args.model
     return {
         "model": name,
@@ -118,7 +120,7 @@ def _writer(args: argparse.Namespace, config: Any, prompts: list[Any]) -> dict[s
 
 
 def _problem(answer: list[int], text: str, most: int, script: str | None) -> str | None:
-    """Return why an answer is left out, in words that follow `that`; None where it is kept."""
+    """Return why an answer is left out, in words that follow `that`; None if it is kept."""
     if len(answer) == most:
         return ENDLESS
     if not text:
@@ -127,18 +129,18 @@ def _problem(answer: list[int], text: str, most: int, script: str | None) -> str
 
 
 def _check_ends(args: argparse.Namespace, left_out: Counter[str | None], new: int) -> None:
-    """Raise UserError where the first answers, of which `new` are the last, mostly do not end."""
+    """Raise UserError if most of the first answers do not end; the last `new` of them are new."""
     tried = left_out.total()
     ended = tried - left_out[ENDLESS]
     if tried - new < TRIED <= tried and 2 * ended < tried:
-        problem = f"of {tried} answers {ended} end within {args.tokens} tokens"
-        raise UserError(f"MODEL {args.model}: {problem}, so it is no chat model")
+        problem = f"only {ended} of {tried} answers end within {args.tokens} tokens"
+        raise UserError(f"MODEL {args.model}: {problem}. Use a chat model, or more --tokens.")
 
 
 def _prompts(
     sources: Sequence[Source], tokenizer: PreTrainedTokenizerBase, limit: int, seed: int
 ) -> Iterator[tuple[list[dict[str, Any]], list[int]]]:
-    """Yield messages and tokens of different prompts, of one source after another."""
+    """Yield messages and tokens of distinct prompts, one source after another."""
     seen = set()
     for source in sources:
         for document in shuffle_stream(read_documents(source, "train")[0], random.Random(seed)):
@@ -158,27 +160,27 @@ def _prompts(
 def _parser() -> argparse.ArgumentParser:
     parser = make_parser("dialogues", __doc__)
     add = parser.add_argument
-    add("model", metavar="MODEL", help="hub id or local folder of a chat model")
-    add("out", metavar="OUT.jsonl", help="file of dialogues; one that is there is continued")
-    data = "prompts, given as for main.py's --calibration_data: dialogues, texts or aya:LANGUAGE"
+    add("model", metavar="MODEL", help="Hub id or local folder of a chat model")
+    add("out", metavar="OUT.jsonl", help="output file; an existing file is continued")
+    data = "prompts, in the form of main.py's --calibration_data: dialogues, texts or aya:LANGUAGE"
     add("--data", nargs="+", required=True, metavar="SOURCE", help=data)
-    add("--column", default="text", help="of the texts (default: text)")
-    add("--count", type=POSITIVE, default=256, help="dialogues to write (default: 256)")
-    add("--tokens", type=POSITIVE, default=512, help="of an answer, at most (default: 512)")
-    add("--minutes", type=float, default=float("inf"), help="to end after (default: none)")
-    add("--seed", type=int, default=0, help="of prompts and answers (default: 0)")
-    add("--batch_size", type=POSITIVE, default=8, help="answers at a time (default: 8)")
-    add("--device", help="where the model is computed (default: the first GPU, else cpu)")
-    add("--cache_dir", help="where models of the hub are kept (default: its own)")
-    text = "let the model's own code run (default: no)"
+    add("--column", default="text", help="column of the texts (default: text)")
+    add("--count", type=POSITIVE, default=256, help="number of dialogues (default: 256)")
+    add("--tokens", type=POSITIVE, default=512, help="maximum length of an answer (default: 512)")
+    add("--minutes", type=float, default=float("inf"), help="time limit in minutes (default: none)")
+    add("--seed", type=int, default=0, help="seed of prompts and answers (default: 0)")
+    add("--batch_size", type=POSITIVE, default=8, help="answers per batch (default: 8)")
+    add("--device", help="cuda:N, xpu:N or cpu (default: the first GPU, else cpu)")
+    add("--cache_dir", help="folder for weights from the Hub (default: the Hub's cache)")
+    text = "run Python code that comes with the model, if you trust it"
     add("--trust_remote_code", action="store_true", help=text)
     return parser
 
 
 def _answered(out: Path, writer: dict[str, Any]) -> list[list[dict[str, Any]]]:
-    """Return the prompts of the rows that OUT has, which ends with a line break afterwards.
+    """Return the prompts of the rows in OUT, and let it end with a line break.
 
-    A last line that was cut off is removed. Raises UserError where a row names another writer.
+    A last line that was cut off is removed. Raises UserError if a row has other settings.
     """
     text = out.read_bytes() if out.exists() else b""
     if not text.strip():
@@ -186,7 +188,7 @@ def _answered(out: Path, writer: dict[str, Any]) -> list[list[dict[str, Any]]]:
     whole, _, last = text.rpartition(b"\n")
     if last.strip():
         with out.open("r+b") as file:
-            if _is_json(last):  # as an editor leaves it
+            if _is_json(last):  # an editor left out the line break
                 file.seek(0, os.SEEK_END)
                 file.write(b"\n")
             else:
@@ -200,8 +202,8 @@ def _answered(out: Path, writer: dict[str, Any]) -> list[list[dict[str, Any]]]:
         if before != writer:
             name = next(key for key in writer if before.get(key) != writer[key])
             raise UserError(
-                f"OUT {out}: line {number} was written with {name} {before.get(name)!r}, now it is "
-                f"{writer[name]!r}; give the same model, prompts and flags, or name a new file"
+                f"OUT {out}: line {number} was written with {name} {before.get(name)!r}, not "
+                f"{writer[name]!r}. Give the same model, prompts and flags, or name a new file."
             )
     return prompts
 

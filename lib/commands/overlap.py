@@ -1,12 +1,13 @@
-"""The share of weights, neurons or experts that two prunings both keep, and where languages differ.
+"""Compare the weights, neurons or experts that prunings keep.
+For researchers who ask where languages differ in a model.
 
     bash launch.sh overlap RUN_A RUN_B [RUN ...] [--noise RUN_A2 ...] [--out FOLDER]
 
-A RUN is the folder of a saved, pruned model, or the `--save` folder of a run that saved one. For
-each pruned matrix it shows the share of the kept weights that both masks keep, and the share that
-chance would give; where whole neurons or experts were removed, and RUN is a `--save` folder, the
-same of each block's. `--noise` names prunings that differ from RUN_A, RUN_B, ... (in this order) in
-nothing but the seed: only a difference larger than theirs is due to the language.
+A RUN is the folder of a saved, pruned model, or the `--save` folder of a run that saved one. The
+tables show, for each pruned matrix, the share of kept weights that both masks keep, and the share
+expected by chance. If neurons or experts were removed, and RUN is a `--save` folder, they show the
+same for each block. `--noise` names prunings that differ from RUN_A, RUN_B, ... (in this order)
+only in the seed: a difference is due to the language only if it is larger than theirs.
 """
 
 from __future__ import annotations
@@ -43,14 +44,14 @@ NUMBERED = re.compile(r"(?:^|\.)(\d+)\.")
 
 @dataclass(frozen=True)
 class Masks(Mapping):
-    """What a RUN keeps: {matrix: bool}, of weights or of each block's neurons or experts (1, n).
+    """The masks of a RUN: {matrix: bool}, of weights, or of a block's neurons or experts (1, n).
 
-    A mask is read when it is asked for: those of two large models are not held at once.
+    A mask is read on access, so that two large models need not fit in memory.
     """
 
     path: Path
     label: str
-    calibration: str | None  # the text, where it is known
+    calibration: str | None  # the text, if known
     shapes: dict[str, tuple[int, ...]]
     read: dict[str, Callable[[], Tensor]]
 
@@ -74,9 +75,9 @@ def block_and_linear(name: str) -> tuple[int, str] | None:
 
 
 def read_masks(path: Path) -> Masks:
-    """Return the masks of a RUN. Raises UserError where it has none that can be read."""
+    """Return the masks of a RUN. Raises UserError if none can be read."""
     if not path.is_dir():
-        raise UserError(f"RUN {path}: no such folder; name a saved model's folder")
+        raise UserError(f"RUN {path}: no such folder exists. Name that of a saved model.")
     folder, label, calibration = path, path.name, None
     if (path / RESULTS).is_file() and not any(path.glob("*.safetensors")):
         results = read_results(path)
@@ -92,11 +93,11 @@ def read_masks(path: Path) -> Masks:
             return Masks(path, label, calibration, shapes, read)
         saved = results.get("flags", {}).get("save_model")
         if not saved:
-            raise UserError(f"RUN {path}: saved no model; run it again with --save_model")
+            raise UserError(f"RUN {path}: it saved no model. Run it again with --save_model.")
         name = Path(saved).name
         folder = next(filter(Path.is_dir, [Path(saved), path / name, path.parent / name]), None)
         if folder is None:
-            raise UserError(f"RUN {path}: its model {saved} is gone; run it again")
+            raise UserError(f"RUN {path}: its model {saved} does not exist. Run it again.")
     return Masks(path, label, calibration, *_saved(path, folder))
 
 
@@ -109,7 +110,7 @@ def _stay(before: int, removed: list[int]) -> Tensor:
 
 
 def _saved(path: Path, folder: Path) -> tuple[dict, dict]:
-    """Return shapes and readers of the matrices in a checkpoint's blocks; dense or packed ones."""
+    """Return shapes and readers of the matrices in a checkpoint's blocks, dense or packed."""
     from safetensors import SafetensorError, safe_open
 
     config, shapes, read, files = folder / "config.json", {}, {}, {}
@@ -121,9 +122,9 @@ def _saved(path: Path, folder: Path) -> tuple[dict, dict]:
                 for name in file.keys():
                     files[name] = shard, tuple(file.get_slice(name).get_shape())
     except (SafetensorError, OSError, ValueError) as error:
-        raise UserError(f"RUN {path}: can't be read ({error}); save it again") from error
+        raise UserError(f"RUN {path}: it cannot be read ({error}). Save it again.") from error
     if not files:
-        raise UserError(f"RUN {path}: holds no *.safetensors; name a saved model's folder")
+        raise UserError(f"RUN {path}: no *.safetensors are there. Name a saved model.")
     for name, (shard, shape) in files.items():
         linear, _, part = name.rpartition(".")
         if block_and_linear(name) is None:
@@ -138,7 +139,7 @@ def _saved(path: Path, folder: Path) -> tuple[dict, dict]:
 
 
 def _kept(shard: Path, name: str, width: int | None = None) -> Tensor:
-    """Return what a weight keeps, or with the `width` of a packed one what its mask keeps."""
+    """Return the mask of a dense weight, or with `width` that of a packed one."""
     from safetensors import safe_open
 
     from ..packed.layout import kept_of
@@ -149,30 +150,32 @@ def _kept(shard: Path, name: str, width: int | None = None) -> Tensor:
 
 
 def compare_masks(runs: Sequence[str | Path], noise: Sequence[str | Path] = ()) -> DataFrame:
-    """Compare the masks of saved models, tensor by tensor: a line for each pair, block and linear.
+    """Compare the masks of saved models, with a line for each pair, block and linear layer.
 
-    Columns: the labels `a` and `b`; `seeds`, whether the two differ in the seed alone; `block`,
+    Columns: the labels `a` and `b`; `seeds`, whether the two differ only in the seed; `block`,
     `linear`, `weights`, `kept_a`, `kept_b`, `both`, and `chance`, the value of `both` for
     independent masks. `noise[k]` is `runs[k]` with another seed. Raises UserError for too few or
-    unreadable checkpoints, for other shapes, and where nothing is pruned.
+    unreadable checkpoints, for different shapes, and if nothing is pruned.
     """
     import pandas
 
     if len(runs) < 2:
-        raise UserError(f"RUN {runs[0]}: one pruning overlaps with nothing; name two or more")
+        raise UserError(f"RUN {runs[0]}: a comparison takes two prunings. Name two or more.")
     if len(noise) > len(runs):
-        raise UserError(f"--noise: {len(noise)} folders for {len(runs)} RUNs; give one for each")
+        raise UserError(
+            f"--noise: {len(noise)} folders for {len(runs)} RUNs are given. Give one each."
+        )
     masks = [read_masks(Path(path)) for path in (*runs, *noise)]
     seeds = [(k, len(runs) + k) for k in range(len(noise))]
     for run, other in ((masks[i], masks[j]) for i, j in seeds):
         if run.calibration and other.calibration and run.calibration != other.calibration:
             raise UserError(
-                f"--noise {other.path}: calibrated on {other.calibration}, but {run.path} on "
-                f"{run.calibration}; give the RUNs with another seed, in the order of the RUNs"
+                f"--noise {other.path}: calibrated on {other.calibration}, but {run.path} is on "
+                f"{run.calibration}. Give the RUNs with another seed, in the same order."
             )
         same_seed = run.calibration and run.label == other.label
         if same_seed or run.path.resolve() == other.path.resolve():
-            raise UserError(f"--noise {other.path}: has the seed of {run.path}; give another seed")
+            raise UserError(f"--noise {other.path}: its seed is that of {run.path}. Give another.")
     labels = [each.label for each in masks]
     if len(set(labels)) < len(labels):
         labels = [str(each.path) for each in masks]
@@ -188,23 +191,23 @@ def compare_masks(runs: Sequence[str | Path], noise: Sequence[str | Path] = ()) 
             lines.append(line)
     if not lines:
         raise UserError(
-            f"RUN {runs[0]}: no matrix has zeros in all RUNs; name pruned models, or where whole "
-            "neurons or experts were removed the runs' --save folders"
+            f"RUN {runs[0]}: no matrix has zeros in all RUNs. Name pruned models, or the --save "
+            "folders of runs that removed neurons or experts."
         )
     keys = ["seeds", "a", "b", "block", "linear"]  # experts of one linear are added up
     return pandas.DataFrame(lines).groupby(keys, sort=False)[COUNTS].sum().reset_index()
 
 
 def _pruned_matrices(masks: Sequence[Masks]) -> Iterator[tuple[str, list[Tensor]]]:
-    """Yield (name, a mask of each run) of the matrices that are pruned in all, block by block."""
+    """Yield (name, masks of all runs) of matrices that are pruned in all runs, block by block."""
     first = masks[0]
     for run in masks:
         if differing := first.shapes.items() ^ run.shapes.items():
             name = min(differing)[0]
             here, there = (each.shapes.get(name, "missing") for each in (run, first))
             raise UserError(
-                f"RUN {run.path}: tensor {name} is {here} here but {there} in {first.path}; "
-                "compare prunings of one model"
+                f"RUN {run.path}: tensor {name} is {here} here but {there} in {first.path}. "
+                "Compare prunings of one model."
             )
     with progress(len(first), "comparing", "matrix") as advance:
         for name in sorted(first, key=lambda name: (block_and_linear(name)[0], name)):
@@ -215,7 +218,7 @@ def _pruned_matrices(masks: Sequence[Masks]) -> Iterator[tuple[str, list[Tensor]
 
 
 def shares(counts: DataFrame, *by: str) -> DataFrame:
-    """Return shares of the counts summed `by` columns, with `seeds` where those were compared."""
+    """Return shares of the counts summed `by` columns, with `seeds` if those were compared."""
     sums = counts.groupby(["seeds", *by], sort=False)[COUNTS].sum()
     kept = sums["kept_a"] + sums["kept_b"]
     of_all = (kept / (2 * sums["weights"])).to_frame("kept")
@@ -235,13 +238,13 @@ def _title(counts: DataFrame) -> str:
 
 
 def _unit(counts: DataFrame) -> str:
-    """Return what the masks are of: Weights, or what whole ones were removed of."""
+    """Return the unit of the masks: Weights, Neurons or Experts."""
     kinds = set(counts["linear"])
     return kinds.pop().capitalize() if len(kinds) == 1 and kinds <= set(SMALLER) else "Weights"
 
 
 def overlap_text(counts: DataFrame) -> str:
-    """Return a comparison as Markdown: by pair, by block and by linear."""
+    """Return a comparison as Markdown: by pair, by block and by linear layer."""
     pair = counts["a"] + " and " + counts["b"] + counts["seeds"].map({True: " (seeds)", False: ""})
     tables = {"pair": shares(counts.assign(pair=pair, seeds=False), "pair")}
     tables |= {name: shares(counts, name) for name in ("block", "linear")}
@@ -250,21 +253,21 @@ def overlap_text(counts: DataFrame) -> str:
         body = [[str(key), *map("{:.1%}".format, line)] for key, *line in table.itertuples()]
         parts.append(padded_table([name, *table.columns], body))
     notes = (
-        "- kept: share of all; both keep: share of what is kept, mean of the two masks, that both "
-        "keep; chance: the same for independent masks."
+        "- kept: share of all. both keep: share of the kept (mean of both masks) that both keep. "
+        "chance: the same for independent masks."
     )
     if counts["seeds"].any():
         notes += (
-            "\n- seeds: share that two seeds of one language both keep; excess: seeds minus both "
+            "\n- seeds: share that two seeds of one language both keep. excess: seeds minus both "
             "keep, the part of the difference that is due to the language."
         )
     return "\n\n".join([*parts, notes]) + "\n"
 
 
 def draw(counts: DataFrame) -> Figure:
-    """Return the heat map: by block and linear, in points over the seeds where those were compared.
+    """Return the heat map by block and linear layer, relative to the seeds if those were compared.
 
-    Of neurons and experts by block and pair.
+    For neurons and experts it is by block and pair.
     """
     from matplotlib.colors import Normalize
     from matplotlib.figure import Figure
@@ -294,7 +297,7 @@ def draw(counts: DataFrame) -> Figure:
 def main(argv: list[str]) -> None:
     parser = command.make_parser("overlap", __doc__)
     parser.add_argument("--out", default="overlap", help="folder for the files (default: overlap)")
-    parser.add_argument("runs", nargs="+", metavar="RUN", help="saved model, or its run")
+    parser.add_argument("runs", nargs="+", metavar="RUN", help="pruned model, or folder of its run")
     parser.add_argument(
         "--noise", nargs="+", default=[], metavar="RUN", help="the RUNs with another seed, in order"
     )

@@ -1,10 +1,11 @@
-"""One table over many runs, which of its differences could be chance, and pictures.
+"""Write tables and pictures of finished runs, and test which differences are significant.
+For researchers; the tables are also written for LaTeX.
 
     bash launch.sh report RUN [RUN ...] [--against dense] [--latex FILE] [--csv FILE] [--out FOLDER]
 
-A RUN is a run's `--save` folder, or a folder that holds such folders. Tables and pictures go to
-report.md, unrounded figures to report.csv, differences to differences.csv. The terminal gets a
-table of one figure for each test set.
+A RUN is a run's `--save` folder, or a folder of such folders. Tables and pictures go to report.md,
+unrounded figures to report.csv, differences to differences.csv. The terminal shows one figure for
+each test set.
 """
 
 from __future__ import annotations
@@ -34,11 +35,11 @@ if TYPE_CHECKING:
     from pandas import DataFrame, Series
 
 Runs = Mapping[Path, Mapping[str, Any]]  # {folder: results}
-Losses = Mapping[Path, Mapping[str, Mapping[str, "ndarray"]]]  # of `read_losses` by folder
-TASK = "task "  # what the columns of tasks begin with
+Losses = Mapping[Path, Mapping[str, Mapping[str, "ndarray"]]]  # {folder: `read_losses`}
+TASK = "task "  # prefix of the columns of tasks
 STRICTNESS = ("unstructured", "4:8", "2:4", *SMALLER)  # the order of sparsity types
-COMPARED = {"loss": "perplexity", "kl": "kl"}  # by window: the figure of the table that it gives
-LIMIT = 0.05  # of the corrected p of what is significant
+COMPARED = {"loss": "perplexity", "kl": "kl"}  # {figure by window: column of the table}
+LIMIT = 0.05  # of the corrected p; below it a difference is significant
 NOT_SIGNIFICANT = "(n.s.)"
 WITH_COLUMN = "seed prune_method sparsity_type sparsity_ratio use_variant prune_on_c4 eval_only"
 RUN_COLUMNS = {  # title: figure, format, unit
@@ -55,47 +56,47 @@ TEST_COLUMNS = {
     "agreement": ("top1_agreement", ".1%"),
 }
 MEASURES = [name for name, _ in TEST_COLUMNS.values() if name != "rise"]
-SIZES = "windows", "tokens", "compared_windows"  # of a test set
+SIZES = "windows", "tokens", "compared_windows"  # sizes of a test set
 NOTES = {
     "MB": "MB: bytes of the saved model's files, in millions.",
     "perplexity": "Perplexity: lower is better; ± is the standard deviation over seeds.",
     "s.e.": "s.e.: standard error of the perplexity over the test windows, mean over seeds.",
-    "rise": "rise: perplexity over the dense model's.",
-    "KL": "KL: divergence from the dense model's predictions, in nats a token.",
+    "rise": "rise: perplexity increase over the dense model.",
+    "KL": "KL: divergence from the dense model's predictions, in nats per token.",
     "agreement": "agreement: share of positions with the dense model's most likely token.",
-    "bits/byte": "Bits per byte compare models of different tokenizers; perplexities do not.",
+    "bits/byte": "Bits per byte compare models with different tokenizers; perplexities do not.",
 }
-BOLD = "Bold: the best of the rows that differ in the calibration text alone, if significantly so."
+BOLD = "Bold: significantly the best of the rows that differ only in the calibration text."
 DIFFERENCES = f"""\
-Differences: nats a token, of the loss or of KL from the dense model, paired by test window; in
-brackets 95% intervals, each by itself, over documents and seeds; with one seed for that draw alone.
-p is corrected by Holm's rule over the table. {NOT_SIGNIFICANT}: not significant, p is {LIMIT} or
-more, or a test of one document, which says nothing of others.""".replace("\n", " ")
+Differences: of the loss or of KL from the dense model, in nats per token, paired by test window.
+Brackets: 95% intervals, each by itself, over documents and seeds; with one seed for that draw only.
+p is corrected by Holm's rule over the table. {NOT_SIGNIFICANT}: not significant, as p is {LIMIT} or
+more, or the test has only one document.""".replace("\n", " ")
 
 
 def load_runs(paths: Iterable[str | Path]) -> dict[Path, dict[str, Any]]:
     """Read the results of every run in the folders, or below them, in the order of their names.
 
-    Raises UserError for a path that is no folder or holds no run, and for a results.json that
-    can't be read.
+    Raises UserError for a path that is not a folder or has no run, and for an unreadable
+    results.json.
     """
     folders: dict[Path, Path] = {}
     for path in map(Path, paths):
         if not path.is_dir():
-            raise UserError(f"RUN {path}: no such folder; name a run's --save folder or its parent")
+            raise UserError(f"RUN {path}: no such folder exists. Name the --save folder of a run.")
         files = [path / RESULTS] if (path / RESULTS).is_file() else sorted(path.rglob(RESULTS))
         if not files:
-            raise UserError(f"RUN {path}: holds no {RESULTS}; name a run's --save folder")
+            raise UserError(f"RUN {path}: no {RESULTS} is there. Name the --save folder of a run.")
         folders |= {file.parent.resolve(): file.parent for file in files}
     return {folder: read_results(folder) for folder in folders.values()}
 
 
 def tables(runs: Runs) -> list[DataFrame]:
-    """Return the tables of runs that may be compared: those of one model and vocabulary.
+    """Return the tables of comparable runs: those of one model and vocabulary.
 
-    A table has a line for each row and test set. Runs that differ in nothing but the seed are one
-    row, with the means of their figures; of one seed twice, the first run counts. `rise` is the
-    perplexity over the dense model's on the same test text, less one.
+    A table has a line for each row and test set. Runs that differ only in the seed are one row,
+    with the means of their figures; if a seed occurs twice, the first run counts. `rise` is the
+    perplexity over the dense model's on the same test text, minus one.
     """
     import pandas
 
@@ -118,7 +119,7 @@ def _run_columns(folder: Path, results: Mapping[str, Any]) -> dict[str, Any]:
     kind, share = results.get("sparsity_type"), results.get("sparsity_ratio")
     zeros = (results.get("sparsity") or {}).get("overall")
     if share is None:
-        share = (zeros or 0.0) if results["method"] == PRUNED_BEFORE else 0.0  # not rounding's
+        share = (zeros or 0.0) if results["method"] == PRUNED_BEFORE else 0.0  # rounding adds some
     names = {None: f"{share:.0%}" if share else "whole", "unstructured": f"{100 * share:g}%"}
     names |= {kind: f"{100 * share:g}% {kind}" for kind in SMALLER}
     vocabulary, rows = results.get("vocabulary") or {}, ""
@@ -157,7 +158,7 @@ def _keys(names: Iterable[str]) -> list[str]:
 
 
 def _summarised(lines: DataFrame) -> DataFrame:
-    """Average the runs of one model that differ in nothing but the seed."""
+    """Average the runs of one model that differ only in the seed."""
     import pandas
 
     pruned = lines[lines["type"] != DENSE]
@@ -198,7 +199,7 @@ def _summarised(lines: DataFrame) -> DataFrame:
 
 
 def _unique_names(names: Series, identities: Series) -> Series:
-    """Return the names, with what tells them apart where one name is of several things."""
+    """Return the names, with the identity added where several things have one name."""
     several = identities.groupby(names).transform("nunique") > 1
     return names.where(~several, names + " (" + identities + ")")
 
@@ -206,10 +207,10 @@ def _unique_names(names: Series, identities: Series) -> Series:
 def paired(
     one: Series, other: Series | None, losses: Losses, figure: str
 ) -> tuple[ndarray, ndarray] | None:
-    """Return a figure of one line less that of another on the same windows, and their documents.
+    """Return a figure of one line minus that of another on the same windows, and their documents.
 
-    Shapes: (seeds, windows), (windows,). Seeds that both have are paired; a model that no seed
-    decides is paired with each. None where there is no such seed, or nothing kept by window.
+    Shapes: (seeds, windows), (windows,). Common seeds are paired; a model without a seed is paired
+    with each. Returns None without a common seed, or without figures by window.
     """
     import numpy
 
@@ -220,7 +221,7 @@ def paired(
         documents = next((each["document"] for each in sets.values() if each), documents)
     seeds = set.intersection(*(set(each) for each in kept))
     for index, line in enumerate((one, other)[: len(kept)]):
-        if line["calibrated_on"] == NONE and len(kept[index]) == 1:  # drawn by no seed
+        if line["calibrated_on"] == NONE and len(kept[index]) == 1:  # independent of the seed
             (only,) = kept[index].values()
             seeds = set(kept[1 - index]) if len(kept) > 1 else seeds
             kept[index] = dict.fromkeys(seeds, only)
@@ -237,8 +238,8 @@ def paired(
 def add_intervals(table: DataFrame, losses: Losses) -> None:
     """Add 95% intervals to a table of `tables`: perplexity_low, perplexity_high, kl_low, kl_high.
 
-    That of a perplexity is of the loss over the dense model's, where that is in the table: a text
-    that is hard for both says nothing of their difference.
+    That of a perplexity is of the loss minus the dense model's, if it is in the table: texts that
+    are hard for both models do not widen it.
     """
     dense = table[table["type"] == DENSE].drop_duplicates("measured_on").set_index("measured_on")
     for index, line in table.iterrows():
@@ -259,13 +260,13 @@ def add_intervals(table: DataFrame, losses: Losses) -> None:
 def differences(
     table: DataFrame, losses: Losses, against: str | None = None
 ) -> tuple[DataFrame, list[str]]:
-    """Compare rows on the same test windows; return a line for each, and why others have none.
+    """Compare rows on the same test windows; return a line for each pair, and why others have none.
 
-    Rows are compared that differ in the calibration text alone, and every row with that of
-    `against`: `dense`, or a run's folder. `difference` is a row's figure less the other's, with
-    `low`, `high`, and `p` by Holm's rule over all lines. Columns perplexity_best and kl_best are
-    added to `table`: whether a cell is significantly below all that it is compared with in its
-    calibration text alone.
+    Rows that differ only in the calibration text are compared, and every row with that of
+    `against`: `dense`, or a run's folder. `difference` is a row's figure minus the other's, with
+    `low`, `high`, and `p` by Holm's rule over all lines. Adds columns perplexity_best and kl_best
+    to `table`: whether a cell is significantly below all rows that differ only in the calibration
+    text.
     """
     import pandas
 
@@ -276,7 +277,7 @@ def differences(
     ]
     named = [_is_named(row.iloc[0], against) for row in rows]
     for (one, is_first), (other, is_second) in combinations(zip(rows, named, strict=True), 2):
-        if is_first and not is_second:  # the named one is taken off
+        if is_first and not is_second:  # the named one is subtracted
             one, other = other, one
         texts = {row["calibrated_on"].iloc[0] for row in (one, other)}
         apart = [key for key in keys if one[key].iloc[0] != other[key].iloc[0]]
@@ -295,7 +296,7 @@ def differences(
             line |= {"minus": second["calibrated_on"] if by_text else names[1]}
             lines.append(line | (asdict(mean_interval(*pair)) if pair else {}))
             if pair is None and figure == "loss":
-                reason = "no losses by window of a common seed"
+                reason = "no losses by window with a common seed"
                 problems.setdefault(reason, {})[" minus ".join(names)] = None
     reasons = [
         f"not compared, {reason}: {_first_of(list(all_))}" for reason, all_ in problems.items()
@@ -335,7 +336,7 @@ def _is_named(row: Series, against: str | None) -> bool:
 def report_text(tables: Sequence[DataFrame], brief: bool = False, more: Sequence[str] = ()) -> str:
     """Return all runs as Markdown: one table, or one for each model and vocabulary.
 
-    `brief`: with one figure for each test set, for a terminal. `more`: what follows each table.
+    `brief`: one figure for each test set, for a terminal. `more`: text after each table.
     """
     parts, titles = [], set()
     if len(tables) > 1:
@@ -363,7 +364,7 @@ def _columns(table: DataFrame, brief: bool) -> dict[str, list[str]]:
     named = {name.removeprefix(SETTING).replace("_", " "): list(rows[name]) for name in keys}
     columns = {title: _cells(rows, *of) for title, of in RUN_COLUMNS.items()}
     titles = list(TEST_COLUMNS)
-    if "note" in table:  # perplexities fall with the number of tokens
+    if "note" in table:  # perplexity depends on the number of tokens
         titles.insert(0, titles.pop(titles.index("bits/byte")))
     if brief:
         columns, titles = {}, titles[:1]
@@ -377,9 +378,9 @@ def _columns(table: DataFrame, brief: bool) -> dict[str, list[str]]:
 
 
 def _cells(lines: DataFrame, name: str, form: str, unit: float = 1) -> list[str]:
-    """Return a figure of each line as text, `±` its deviation over seeds; `–` for none.
+    """Return a figure of each line as text, `±` its deviation over seeds; `–` if missing.
 
-    What is significantly best stands between `**`.
+    Significantly best figures are between `**`.
     """
     cells = []
     for _, line in lines.iterrows():
@@ -391,7 +392,7 @@ def _cells(lines: DataFrame, name: str, form: str, unit: float = 1) -> list[str]
 
 
 def _difference_columns(lines: DataFrame) -> dict[str, list[str]]:
-    """Return {title: a cell for each line} of `differences`; bold where it is significant."""
+    """Return {title: a cell for each line} of `differences`; bold if significant."""
     columns = {name.removeprefix(SETTING).replace("_", " "): list(lines[name]) for name in lines}
     names = list(columns)[: list(columns).index("difference")]
     columns = {name: columns[name] for name in names}
@@ -412,7 +413,7 @@ def _difference_columns(lines: DataFrame) -> dict[str, list[str]]:
 def _short(lines: DataFrame, keys: list[str]) -> list[str]:
     """Return a line for each difference of losses, for a terminal."""
     texts = [
-        f"differences of the loss, nats a token; {NOT_SIGNIFICANT} is not significant:"
+        f"differences of the loss, nats per token ({NOT_SIGNIFICANT}: not significant):"
     ] * bool(len(lines))
     columns = _difference_columns(lines) if len(lines) else {"difference": []}
     for mark, (_, line) in zip(columns["difference"], lines.iterrows(), strict=True):
@@ -422,7 +423,7 @@ def _short(lines: DataFrame, keys: list[str]) -> list[str]:
 
 
 def caption(table: DataFrame, runs: Runs) -> str:
-    """Return what a table's figures are of: calibration, test windows, dtype, processor, commit."""
+    """Return the conditions of a table: calibration, test windows, dtype, processor, commit."""
     results = [runs[folder] for of_row in table["runs"] for folder in of_row.values()]
 
     def values(*path: str) -> str:
@@ -542,8 +543,8 @@ def write_report(
 ) -> str:
     """Write report.md, report.csv, differences.csv and pictures into `out`; return brief tables.
 
-    `latex_file` gets the tables for LaTeX, `csv_file` all settings of every run. UserError where no
-    row is that of `against`.
+    `latex_file` gets the tables for LaTeX, `csv_file` all settings of every run. Raises UserError
+    if no row is that of `against`.
     """
     import pandas
     from matplotlib import rc_context
@@ -570,7 +571,7 @@ def write_report(
         brief.append("\n".join(parts[1 : 1 + len(problems)] + _short(losses_alone, _keys(table))))
     if against and not any(_is_named(row, against) for t in by_model for _, row in t.iterrows()):
         raise UserError(
-            f"--against {against}: no run is of it; name one more RUN, or a run's folder"
+            f"--against {against}: no run matches. Name the folder of a run, or add a RUN."
         )
     out.mkdir(parents=True, exist_ok=True)
     text = [report_text(by_model, more=more).strip()]
@@ -580,7 +581,7 @@ def write_report(
             name = f"{name}-{number}" if len(by_model) > 1 else name
             if figure:  # the same figures give the same bytes
                 figure.savefig(out / f"{name}.png", dpi=150, metadata={"Software": None})
-                with rc_context({"pdf.fonttype": 42}):  # which publishers ask for
+                with rc_context({"pdf.fonttype": 42}):  # publishers require it
                     figure.savefig(out / f"{name}.pdf", metadata={"CreationDate": None})
                 text.append(f"![{name}]({name}.png)")
     write_text(out / "report.md", "\n\n".join(text) + "\n")
@@ -606,13 +607,13 @@ def _write_csv(frame: DataFrame, file: Path) -> None:
 def main(argv: list[str]) -> None:
     parser = command.make_parser("report", __doc__)
     parser.add_argument("--out", default="report", help="folder for the files (default: report)")
-    about = "compare every row with this one too: dense, or a run's folder (default: none)"
+    about = "compare every row also with this one: dense, or a run's folder (default: none)"
     parser.add_argument("--against", metavar="RUN", help=about)
-    about = "also write the tables for LaTeX with booktabs (default: not)"
+    about = "write the tables for LaTeX with booktabs to this file (default: none)"
     parser.add_argument("--latex", metavar="FILE", help=about)
-    about = "also write a line for each run and seed: its command and all settings (default: not)"
+    about = "write a line for each run to this file: its command and all settings (default: none)"
     parser.add_argument("--csv", metavar="FILE", help=about)
-    parser.add_argument("runs", nargs="+", metavar="RUN", help="run folder, or a folder of them")
+    parser.add_argument("runs", nargs="+", metavar="RUN", help="folder of a run, or of several")
     args = parser.parse_args(argv)
     check_writable("--out", args.out)
     for flag in ("latex", "csv"):

@@ -1,4 +1,4 @@
-"""Pictures of a report: what each calibration text loses on each test, and curves over a flag."""
+"""Pictures of a report: loss by calibration and test text, and curves over a flag."""
 
 from __future__ import annotations
 
@@ -14,18 +14,17 @@ if TYPE_CHECKING:
     from pandas import DataFrame
 
 DENSE = "dense"  # the method and the type of a model that was not pruned
-SETTING = "setting "  # what the columns of settings begin with
-WIDEST = 13.0  # inches of a picture
+SETTING = "setting "  # prefix of the columns of settings
+WIDEST = 13.0  # maximum width of a picture in inches
 BARS = "bars: 95% intervals of KL and of the loss over the dense model's, over documents and seeds"
 
 
 def picture(table: DataFrame) -> Figure | None:
     """Draw bits per byte over the dense model's, calibrated on (rows) x measured on (columns).
 
-    Unlike perplexities, they compare languages of different scripts. Each type and method has axes
-    of its own, with a row for a method that reads no text; their colors, which the color-blind tell
-    apart, have one logarithmic scale. None where fewer than two texts were calibrated on, or
-    without a dense run.
+    Unlike perplexities, they compare languages with different scripts. Each type and method has its
+    axes, with a row for methods that read no text. Colors have one logarithmic scale and suit the
+    color-blind. Returns None with fewer than two calibration texts, or without a dense run.
     """
     import pandas
     from matplotlib.colors import LogNorm
@@ -140,7 +139,7 @@ def curves(table: DataFrame, keys: list[str]) -> dict[str, Figure]:
                 axes.xaxis.minorticks_off()
                 axes.set_title(str(test), fontsize=10)
                 axes.grid(alpha=0.3)
-                axes.set(ylabel={"kl": "KL, nats a token"}.get(measure, measure), xlabel=name)
+                axes.set(ylabel={"kl": "KL, nats per token"}.get(measure, measure), xlabel=name)
         handles, labels = panels[0, 0].get_legend_handles_labels()
         figure.legend(handles, labels, loc="outside lower center", ncols=3, fontsize=8)
         title = f"{Path(table['model'].iloc[0]).name}, over {name}"

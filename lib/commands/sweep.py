@@ -1,12 +1,13 @@
-"""Run many prunings: models x methods x types x ratios x calibration sets x seeds.
+"""Run many prunings (models x methods x types x ratios x calibration sets x seeds) and report.
+For researchers who compare methods, calibration texts or settings.
 
     bash launch.sh sweep --models MODEL --calibration uk en uk=0.5,en=0.5 --seeds 0 1 2
         --vary nsamples=8,32,128 --out runs -- --device cpu
 
-What follows `--` goes to every run of main.py. Each value of a `--vary` gives runs of their own, of
-the dense model too where its figures depend on that flag. Each run is a process of its own and has
-its own folder in `--out` (see sweep_run.py). Finished runs are kept, so that the same command
-continues after an interruption and retries failed runs. At the end comes the report on all runs.
+Flags after `--` go to every run of main.py. Each value of a `--vary` gives separate runs, also of
+the dense model if its figures depend on that flag. Each run is a process with a folder in `--out`
+(see sweep_run.py). Finished runs are kept, so the same command continues after an interruption and
+retries failed runs. A report on all runs ends the sweep.
 """
 
 from __future__ import annotations
@@ -34,52 +35,53 @@ from ..util.command import call
 from ..util.errors import UserError
 from ..util.files import check_writable, write_text
 
-OWN_FLAGS = {  # of main.py, which the sweep sets
+OWN_FLAGS = {  # flags of main.py that the sweep sets
     *("--model", "--seed", "--calibration_data", "--prune_on_c4", "--eval_data", "--eval_only"),
     *("--prune_method", "--sparsity_ratio", "--sparsity_type", "--save", "--save_model"),
 }
 RECOVERY_FLAGS = ("recover", "recover_rank", "recover_optimizer", "recover_lr", "recover_ce_weight")
-PRUNING_FLAGS = (  # of main.py, which a run of the dense model goes without
+PRUNING_FLAGS = (  # flags of main.py that are left out for the dense model
     *("allocation", "use_variant", "replace_sparse_layers", "quantize"),
     *(*RECOVERY_FLAGS, "resume"),
 )
-DRAWING_FLAGS = ("nsamples",)  # which decide nothing where no calibration text is read
-SHARED = ".dense-states"  # folder in --out: what the dense models compute, for all runs
-DATE = "date.txt"  # file in --out: the date that chat templates write, on whatever day it goes on
+DRAWING_FLAGS = ("nsamples",)  # without effect if no calibration text is read
+SHARED = ".dense-states"  # folder in --out: the dense models' states, for all runs
+DATE = "date.txt"  # file in --out: the date for chat templates, also if continued later
 
 
 def build_sweep_parser() -> argparse.ArgumentParser:
-    epilog = "What follows -- goes to every run of main.py, such as: -- --nsamples 64 --device cpu"
+    epilog = "Flags after -- go to every run of main.py, such as: -- --nsamples 64 --device cpu"
     parser = command.make_parser("sweep", __doc__, epilog=epilog)
 
     def several(name: str, text: str, **options) -> None:
         parser.add_argument(f"--{name}", nargs="+", help=text, **options)
 
-    several("models", "hub ids or local folders", required=True)
+    several("models", "Hub ids or local folders of models", required=True)
     methods = (*METHODS, *EXPERT_METHODS)
-    several("methods", "default: all but for experts", choices=methods, default=list(METHODS))
+    text = "pruning methods (default: all except those for experts)"
+    several("methods", text, choices=methods, default=list(METHODS))
     types = [kind for kind in TYPES if kind not in SMALLER]
-    several("types", f"default: all but {' and '.join(SMALLER)}", choices=TYPES, default=types)
-    several("ratios", "shares to drop, for types but N:M (default: 0.5)", type=float, default=[0.5])
-    mixture = "a mixture is one argument, uk=0.5,en=0.5 (default: ubertext)"
-    several("calibration", f"as --calibration_data; {mixture}", default=["ubertext"])
-    several("eval_data", "default: the test texts of the calibration sets, else ubertext")
-    several("seeds", "default: 0", type=int, default=[0])
-    about = "a flag of main.py and its values, each for runs of its own: nsamples=8,32,128; of a "
-    about += "switch on,off; may be given several times"
+    text = f"sparsity types (default: all except {' and '.join(SMALLER)})"
+    several("types", text, choices=TYPES, default=types)
+    several("ratios", "shares to prune, except for N:M (default: 0.5)", type=float, default=[0.5])
+    text = "calibration texts; a mix is one argument, uk=0.5,en=0.5 (default: ubertext)"
+    several("calibration", text, default=["ubertext"])
+    several("eval_data", "test texts (default: those of the calibration texts, else ubertext)")
+    several("seeds", "seeds of the calibration windows (default: 0)", type=int, default=[0])
+    about = "flag of main.py with a run for each value: nsamples=8,32, or on,off; can be repeated"
     vary = dict(action="append", default=[], metavar="FLAG=VALUE,...")
     parser.add_argument("--vary", help=about, **vary)
-    parser.add_argument("--save_models", action="store_true", help="keep every pruned model")
+    parser.add_argument("--save_models", action="store_true", help="save every pruned model")
     parser.add_argument("--out", default="runs", help="folder of the runs (default: runs)")
     return parser
 
 
 def plan(args: argparse.Namespace, passed_on: Sequence[str]) -> dict[str, list[str]]:
-    """Return the flags of main.py of each run by its name, model by model; all are checked."""
+    """Return {name of a run: its flags of main.py}, model by model; all flags are checked."""
     parser = build_parser()
     for flag in (word.split("=")[0] for word in passed_on):
         if flag in OWN_FLAGS:
-            parser.error(f"{flag} after '--': the sweep sets it; use the sweep's own flags")
+            parser.error(f"{flag} after '--': sweep sets this flag. Use the flags of sweep.")
     varied = [_values(given, passed_on) for given in args.vary]
     check_writable("--out", args.out)
     mixtures = [[one] if Path(one).exists() else one.split(",") for one in args.calibration]
@@ -96,15 +98,15 @@ def plan(args: argparse.Namespace, passed_on: Sequence[str]) -> dict[str, list[s
         for short, point in _points(args, calibrations, passed_on, varied):
             name = f"{parent}/{short}"
             if name in runs:
-                raise UserError(f"--out {args.out}: two runs would be {name}; give no value twice")
+                raise UserError(f"--out {args.out}: two runs would be {name}. Give no value twice.")
             folder = str(Path(args.out, name))
             flags = ["--model", model, *point, "--eval_data", *tests, "--save", folder]
             if args.save_models and "--eval_only" not in point:
                 flags += ["--save_model", f"{folder}/model"]
             of_run = parser.parse_args(flags)
-            if of_run.trim_vocabulary and not of_run.vocabulary_data:  # all of the same tokens
+            if of_run.trim_vocabulary and not of_run.vocabulary_data:  # the same tokens in all runs
                 flags += ["--vocabulary_data", *dict.fromkeys(source.text for source in sources)]
-            if of_run.resume:  # each run keeps its finished blocks apart
+            if of_run.resume:  # a folder for each run
                 flags += ["--resume", str(Path(of_run.resume, name))]
             check_flags(parser, parser.parse_args(flags))
             runs[name] = flags
@@ -112,7 +114,7 @@ def plan(args: argparse.Namespace, passed_on: Sequence[str]) -> dict[str, list[s
 
 
 def without(passed_on: Sequence[str], names: Sequence[str] = PRUNING_FLAGS) -> list[str]:
-    """Return flags of main.py without some, by default those that are for prunings alone."""
+    """Return flags of main.py without `names`, by default those of pruning."""
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     for name in names:
         parser.add_argument(f"--{name}", nargs="*")
@@ -126,13 +128,13 @@ def _values(given: str, passed_on: Sequence[str]) -> list[tuple[str, str, list[s
     option, defaults = f"--{name}", vars(build_parser().parse_args(["--model", "m"]))
     is_switch, problem = defaults.get(name) is False, None
     if name not in defaults or not values:
-        problem = "give a flag of main.py and its values, such as nsamples=8,32"
+        problem = "it is not a flag of main.py with values. Give one, such as nsamples=8,32."
     elif option in OWN_FLAGS:
-        problem = "the sweep sets it; use the sweep's own flags"
+        problem = "sweep sets this flag. Use the flags of sweep."
     elif option in (word.split("=")[0] for word in passed_on):
-        problem = f"{option} stands after '--' too; leave that out"
+        problem = f"{option} is also given after '--'. Leave it out there."
     elif is_switch and not {*values.split(",")} <= {"on", "off"}:
-        problem = f"is a switch; give {name}=on,off"
+        problem = f"it is a switch. Give {name}=on,off."
     if problem:
         raise UserError(f"--vary {given}: {problem}")
     words = {value: [option, value] for value in values.split(",")}
@@ -162,13 +164,13 @@ def _points(
             name = f"{method}-{share}" + f"-{kind}" * (kind in SMALLER)
             flags = ["--prune_method", method, "--sparsity_type", kind]
             flags += ["--sparsity_ratio", str(ratio), *passed_on]
-            textless: set[str] = set()  # a value that decides nothing gives the same run again
+            textless: set[str] = set()  # values without effect would repeat a run
             for values in product(*varied):
                 of_point = parser.parse_args(["--model", "any", *flags, *_joined(values)[1]])
                 check_flags(parser, of_point)
                 reads = Plan.of(of_point).reads_train
                 more, words = _joined([v for v in values if reads or v[0] not in DRAWING_FLAGS])
-                if not reads:  # no set, no seed
+                if not reads:  # no calibration text, no seed
                     if more not in textless:
                         yield f"{name}{more}", [*flags, *words]
                     textless.add(more)
@@ -179,12 +181,12 @@ def _points(
 
 
 def _joined(values: Sequence[tuple[str, str, list[str]]]) -> tuple[str, list[str]]:
-    """Return what several varied flags add to a run's name, and to its flags."""
+    """Return the additions of several varied flags to a run's name, and to its flags."""
     return "".join(part for _, part, _ in values), [word for *_, words in values for word in words]
 
 
 def _names(texts: Sequence[str], short: Sequence[str]) -> list[str]:
-    """Return names for folders: the short names, or the whole texts if two are the same."""
+    """Return names for folders: the short names, or the full texts if two are equal."""
     return [
         re.sub(r"[^\w.=+-]+", "_", name if short.count(name) == 1 else text).strip("_") or "_"
         for text, name in zip(texts, short, strict=True)
@@ -192,20 +194,19 @@ def _names(texts: Sequence[str], short: Sequence[str]) -> list[str]:
 
 
 def run_all(runs: Mapping[str, Sequence[str]], out: str, report: str | None = None) -> None:
-    """Run what is not finished, and report on all of `out` into the folder `report` (or `out`).
+    """Run all unfinished runs, and report on all of `out` into the folder `report` (or `out`).
 
-    Each run has the folder of its name in `out`, which its flags name by `--save`.
-    A run that fails says why and does not stop the others. Raises UserError at the end for failed
-    runs.
+    Each run has the folder of its name in `out`, which is its `--save`. A run that fails does not
+    stop the others. Raises UserError at the end for failed runs.
     """
     Path(out).mkdir(parents=True, exist_ok=True)
     print(f"{len(runs)} runs, each in a folder of {out}", flush=True)
     failed: list[str] = []
-    seconds: list[float] = []  # of the runs that were not finished before
+    seconds: list[float] = []  # of the runs that this sweep started
     if not (day := Path(out, DATE)).exists():
         write_text(day, str(date.today()))
     dated = ["--date", day.read_text("utf-8")]
-    shared = Path(out, SHARED)  # where a sweep was killed, the next goes on with what it left
+    shared = Path(out, SHARED)  # a killed sweep leaves it for the next one
     try:
         for index, (name, flags) in enumerate(runs.items()):
             folder = Path(out, name)
@@ -228,11 +229,11 @@ def run_all(runs: Mapping[str, Sequence[str]], out: str, report: str | None = No
     status = call("commands.report", out, "--out", report or out)
     if failed:
         raise UserError(
-            f"{len(failed)} of {len(runs)} runs failed: {', '.join(failed)}; the same command "
-            "tries them again"
+            f"{len(failed)} of {len(runs)} runs failed: {', '.join(failed)}. The same command "
+            "tries them again."
         )
     if status:
-        raise UserError(f"the report on {out} was not written, see above")
+        raise UserError(f"--out {out}: the error above stopped the report. All runs are kept.")
 
 
 def main(argv: list[str]) -> None:

@@ -1,8 +1,8 @@
-"""One run of a sweep, in a process of its own: main.py, unless its results are there already.
+"""One run of a sweep, in a separate process: main.py, unless its results exist already.
 
     python -m lib.util.command commands.sweep_run FOLDER -- FLAGS
 
-FLAGS are those of main.py; FOLDER is where the runs of a sweep share what the dense model computes.
+FLAGS are those of main.py. In FOLDER the runs of a sweep share the dense model's states.
 """
 
 from __future__ import annotations
@@ -19,17 +19,16 @@ from ..run.results import RESULTS, read_results
 from ..util import command
 from ..util.files import partial_of
 
-OUTPUT = "output.txt"  # what main.py prints, and the mark of a folder that a sweep has made
+OUTPUT = "output.txt"  # output of main.py; marks a folder that a sweep has made
 
 
 def run(args: argparse.Namespace, shared: Path) -> None:
-    """Run main.py with `args`, unless it has finished; earlier results stay until there are new."""
+    """Run main.py with `args`, unless it has finished; new results replace earlier ones."""
     from ..run.check import check, check_outputs, open_store
 
     folder, printed = Path(args.save), io.StringIO()
-    outputs = dict(
-        save_model=None, resume=None, offload_folder=None
-    )  # what is finished stays as it is
+    # the check must not touch finished files
+    outputs = dict(save_model=None, resume=None, offload_folder=None)
     with redirect_stdout(printed):
         job = check(argparse.Namespace(**vars(args) | outputs), shared)
     if (folder / RESULTS).is_file():
@@ -52,7 +51,7 @@ def run(args: argparse.Namespace, shared: Path) -> None:
 
 
 def _reason_to_run_again(args: argparse.Namespace, now: dict[str, dict]) -> str | None:
-    """Return in what the run differs from the finished one in its folder; None if in nothing."""
+    """Return how the run differs from the finished one in its folder; None if it does not."""
     from ..run.fingerprint import first_difference
 
     before = read_results(args.save).get("fingerprint", {})
@@ -60,7 +59,7 @@ def _reason_to_run_again(args: argparse.Namespace, now: dict[str, dict]) -> str 
         if changed := first_difference(before.get(section, {}), facts):
             return "{} was {!r}, is {!r}".format(*changed)
     if args.save_model and not Path(args.save_model, "config.json").is_file():
-        return "its model was not kept"
+        return "its model is missing"
     return None
 
 

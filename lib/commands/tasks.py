@@ -1,19 +1,20 @@
-"""Write tasks for lm-eval from your own documents, to run on a model before and after pruning.
+"""Write tasks for lm-eval from your own documents, to test a model before and after pruning.
+For languages that have no benchmark.
 
     bash launch.sh tasks DATA OUT [--language uk] [--pairs FILE] [--model MODEL]
     python main.py --tasks uk_last_word,uk_last_word_said --include_path OUT ...
 
-Of the test documents of DATA it asks for the last word of a sentence, after the text before it (as
-LAMBADA, arXiv 1606.06031): `last_word` offers four words of the same text that are as long and
-about as frequent; for `last_word_said` the model writes the word itself, which a pruned model
-often no longer does although it still finds the right word the likeliest (arXiv 2606.17609).
-With `--model` they are dialogues, by that model's chat template: what is asked for are words of
-the assistant, after all that was said before. `--pairs` makes `pairs` of a file of rows with `good`
-and `bad`, two texts of which the first is right (as BLiMP, arXiv 1912.00582). The same documents
-and seed give the same questions.
+Questions ask for the last word of a sentence in the test documents of DATA, given the text before
+it (as LAMBADA, arXiv 1606.06031). `last_word` offers four words of the text that are equally long
+and about as frequent. In `last_word_said` the model writes the word itself, which a pruned model
+often fails to do although it still ranks the right word first (arXiv 2606.17609). With `--model`,
+DATA has dialogues, rendered with that model's chat template; questions ask for words of the
+assistant, given the dialogue before them. `--pairs` writes a task `pairs` from rows with `good` and
+`bad`, two texts of which the first is right (as BLiMP, arXiv 1912.00582). The same documents and
+seed give the same questions.
 
-A task is a YAML file and its questions in JSON lines, which the YAML names by their absolute path:
-run the command again where the folder moves.
+A task is a YAML file that names a file of questions by its absolute path: run the command again if
+the folder moves.
 """
 
 from __future__ import annotations
@@ -39,12 +40,12 @@ from ..util.files import check_writable, write_text
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-QUESTIONS = 300  # where the text has so many
+QUESTIONS = 300  # upper limit
 CHOICES = 4
-CONTEXT = 200  # characters before the last word, at most
+CONTEXT = 200  # maximum number of characters before the last word
 LEAST_CONTEXT = 60
-LEAST_LETTERS = 4  # of a last word
-CHARACTERS = 4_000_000  # of the documents that questions are made from
+LEAST_LETTERS = 4  # shortest last word
+CHARACTERS = 4_000_000  # length of the documents that are read
 
 WORD = r"[^\W\d_]+(?:[-'’ʼ][^\W\d_]+)*"
 LAST_WORD = re.compile(rf"(?<=\s)({WORD})[.!?…]+(?=\s|$)")
@@ -65,24 +66,23 @@ SAY = {
     "filter_list": [{"name": "first_word", "filter": [FIRST_WORD, {"function": "take_first"}]}],
     "metric_list": [{"metric": "exact_match", "aggregation": "mean", "higher_is_better": True}],
 }
-# without a context and the blank after it; the likelier text is the answer
+# no context and no space after it; the likelier text is the answer
 PAIRS = CHOOSE | {"doc_to_text": "", "target_delimiter": ""}
 
 
 def last_words(
     texts: Iterable[Document], seed: int, tokenizer: PreTrainedTokenizerBase | None = None
 ) -> list[dict[str, Any]]:
-    """Make at most QUESTIONS questions for the last word of a sentence, among CHOICES words.
+    """Return at most QUESTIONS questions for the last word of a sentence, with CHOICES words each.
 
-    All are of one script, have the same number of letters and occur about as often: their counts
-    have the same logarithm of base 2, rounded down. The place of the right one is drawn. Dialogues
-    are rendered by the template of `tokenizer`.
+    The words of a question have the same script, length and rounded-down log2 of their counts. The
+    place of the right one is drawn. Dialogues are rendered with the template of `tokenizer`.
     """
     from ..data.templates import rendered
     from ..vocabulary import batches
 
     documents = chain.from_iterable(batches(texts, CHARACTERS))
-    # each with where in it words are asked for
+    # each with the spans whose words are asked for
     asked = [
         (each, [(0, len(each))]) if isinstance(each, str) else rendered(tokenizer, each.messages)
         for each in documents
@@ -112,7 +112,7 @@ def last_words(
         most = end if tokenizer else CONTEXT
         before = text[max(0, end - most) : end]
         if end > most:
-            before = before.partition(" ")[2]  # from the beginning of a word on
+            before = before.partition(" ")[2]  # start at a word
         context, others = before.strip(), [other for other in alike[kind(word)] if other != word]
         if len(context) >= LEAST_CONTEXT and len(others) >= CHOICES - 1:
             wrong = draw.sample(others, CHOICES - 1)
@@ -123,24 +123,25 @@ def last_words(
 
 
 def read_pairs(path: str, seed: int) -> list[dict[str, Any]]:
-    """Read the pairs of a file as questions. Raises UserError for what is no pair.
+    """Read the pairs of a file as questions. Raises UserError for rows that are not pairs.
 
-    Every text ends with a line break, without which a truncated text would be likelier.
+    Every text gets a line break at its end; otherwise a truncated text would be likelier.
     """
-    draw, form = random.Random(seed), "give every row two different texts, good and bad"
+    draw, form = random.Random(seed), "Give every row two different texts, good and bad."
     sources = [replace(parse_source(path, "--pairs", key), as_text=True) for key in ("good", "bad")]
     try:
         columns = [read_documents(source, "train")[0] for source in sources]
     except UserError as error:
-        raise UserError(f"{str(error).partition('; name one')[0]}; {form}") from None
+        problem = re.split(r"[;.] name one", str(error), flags=re.IGNORECASE)[0]
+        raise UserError(f"{problem}. {form}") from None
     pairs = [[text.strip() + "\n" for text in pair] for pair in zip(*columns, strict=False)]
     if len({*map(len, columns)}) > 1 or any(a == b or "\n" in (a, b) for a, b in pairs):
-        raise sources[0].error(f"a text is missing or empty, or both are the same; {form}")
+        raise sources[0].error(f"a text is missing or empty, or both are equal. {form}")
     return [_options(good, [bad], draw) for good, bad in pairs]
 
 
 def _options(right: str, wrong: Sequence[str], draw: random.Random) -> dict[str, Any]:
-    """Return the options with the right one at a place drawn: in a tie the first is chosen."""
+    """Return the options, with the right one at a random place, as ties go to the first."""
     options, answer = list(wrong), draw.randrange(len(wrong) + 1)
     options.insert(answer, right)
     return {"options": options, "answer": answer}
@@ -163,13 +164,13 @@ def write_task(folder: Path, name: str, questions: Sequence[Any], form: dict[str
 def main(argv: list[str]) -> None:
     parser = command.make_parser("tasks", __doc__)
     add = parser.add_argument
-    add("data", metavar="DATA", help="folder with test*.jsonl, or another source")
+    add("data", metavar="DATA", help="folder with test*.jsonl, or another source of text")
     add("out", metavar="OUT", help="folder for the tasks")
-    add("--language", metavar="NAME", help="begins the tasks' names (default: DATA's)")
-    add("--column", default="text", help="of the texts in DATA (default: text)")
-    add("--seed", type=int, default=0, help="of the questions (default: 0)")
-    add("--pairs", metavar="FILE", help="file of rows with `good` and `bad`")
-    add("--model", metavar="MODEL", help="whose chat template renders dialogues")
+    add("--language", metavar="NAME", help="prefix of the task names (default: the name of DATA)")
+    add("--column", default="text", help="column of the texts in DATA (default: text)")
+    add("--seed", type=int, default=0, help="seed of the questions (default: 0)")
+    add("--pairs", metavar="FILE", help="file of rows with columns good and bad (default: none)")
+    add("--model", metavar="MODEL", help="its chat template renders DATA; requires dialogues")
     args = parser.parse_args(argv)
     from ..model.access import Checkpoint
     from ..model.pretrained import load_tokenizer
@@ -179,12 +180,12 @@ def main(argv: list[str]) -> None:
     tokenizer = load_tokenizer(Checkpoint(args.model)) if args.model else None
     documents = read_documents(source, "test")[0]
     if args.model and not are_dialogues(documents):
-        raise UserError(f"--model {args.model}: DATA {args.data} holds no dialogues; leave it out")
+        raise UserError(f"--model {args.model}: DATA {args.data} has no dialogues. Leave it out.")
     questions = last_words(documents, args.seed, tokenizer)
     if not questions:
         raise source.error(
-            "holds no sentence whose last word can be asked for; give more text, of a language "
-            "that separates its words by blanks"
+            "it has no sentence whose last word can be asked for. Give more text, in a language "
+            "that separates words by spaces."
         )
     name = args.language or re.sub(r"\W+", "_", source.name)
     tasks = {f"{name}_last_word": (questions, CHOOSE), f"{name}_last_word_said": (questions, SAY)}

@@ -1,11 +1,12 @@
 """Build the published calibration and test texts from the five raw dumps of UberText 2.0.
+For those who want to repeat that dataset; runs download it from the Hub.
 
     bash launch.sh ubertext FOLDER_OF_DUMPS OUT [--push OWNER/NAME]
 
-Of each genre, the first 1,000 documents longer than 8,192 characters become OUT/train.jsonl, the
-next 50 OUT/test.jsonl; OUT then serves as --calibration_data. Dumps are bz2 or plain. As in the
-published builder, a length is counted before white space is folded; unlike there, only blank lines
-in a row divide documents. `--push` uploads both files to a data set of the hub, a new one private.
+The first 1,000 documents of each genre longer than 8,192 characters become OUT/train.jsonl, the
+next 50 OUT/test.jsonl. OUT then serves as --calibration_data. Dumps are bz2 or plain text. As in
+the published builder, a length is counted before white space is folded; unlike there, only
+consecutive blank lines divide documents. `--push` uploads both files to a Hub dataset.
 Dumps: https://lang.org.ua/en/ubertext/ (Chaplynskyi, UNLP 2023).
 """
 
@@ -31,15 +32,15 @@ TRAIN, TEST = 1000, 50  # documents of each genre
 
 
 def find_dumps(folder: Path) -> dict[str, Path]:
-    """Return the file of each genre. Raises UserError if one has none or several."""
+    """Return the file of each genre. Raises UserError if a genre has none or several."""
     dumps = {}
     for genre in GENRES:
         files = [path for path in folder.glob("[!.]*") if genre in path.name.lower()]
         if len(files) != 1:
-            number = "several files" if files else "no file"
+            number = "several files have" if files else "no file has"
             raise UserError(
-                f"FOLDER_OF_DUMPS {folder}: {number} with {genre!r} in the name; give one for each "
-                f"of {', '.join(GENRES)}"
+                f"FOLDER_OF_DUMPS {folder}: {number} {genre!r} in the name. Give one for each of "
+                f"{', '.join(GENRES)}."
             )
         dumps[genre] = files[0]
     return dumps
@@ -76,12 +77,12 @@ def long_documents(dump: Path) -> Iterator[str]:
                     yield " ".join(document.split())
     except (UnicodeDecodeError, EOFError, OSError) as error:
         raise UserError(
-            f"{dump}: neither UTF-8 text nor whole bz2 ({error}); fetch it again"
+            f"{dump}: it is neither UTF-8 text nor complete bz2 ({error}). Download it again."
         ) from error
 
 
 def build(dumps: dict[str, Path], out: Path) -> None:
-    """Write train.jsonl and test.jsonl into the new folder `out`, whole or not at all.
+    """Write train.jsonl and test.jsonl into the new folder `out`, complete or not at all.
 
     Raises UserError if a genre has too few long documents.
     """
@@ -95,7 +96,7 @@ def build(dumps: dict[str, Path], out: Path) -> None:
         if len(lines) < TRAIN + TEST:
             raise UserError(
                 f"{dump}: {len(lines):,} documents are longer than {MIN_LENGTH:,} characters, and "
-                f"{TRAIN + TEST:,} are needed; fetch the whole dump"
+                f"{TRAIN + TEST:,} are needed. Download the complete dump."
             )
         train += lines[:TRAIN]
         test += lines[TRAIN:]
@@ -108,13 +109,13 @@ def build(dumps: dict[str, Path], out: Path) -> None:
 
 @contextmanager
 def _refused(name: str, advice: str) -> Iterator[None]:
-    """Turn what the hub's client raises into a UserError of one line."""
+    """Turn errors of the Hub's client into a UserError of one line."""
     from huggingface_hub.errors import HTTPError
 
     try:
         yield
-    except (HTTPError, OSError, ValueError) as error:  # no token is an OSError
-        raise UserError(f"--push {name}: {first_line(error)}; {advice}") from error
+    except (HTTPError, OSError, ValueError) as error:  # a missing token is an OSError
+        raise UserError(f"--push {name}: {first_line(error)}. {advice}") from error
 
 
 def main(argv: list[str]) -> None:
@@ -122,23 +123,23 @@ def main(argv: list[str]) -> None:
     parser.add_argument("dumps", metavar="FOLDER_OF_DUMPS", help="folder with a file per genre")
     parser.add_argument("out", metavar="OUT", help="new folder for train.jsonl and test.jsonl")
     parser.add_argument(
-        "--push", metavar="OWNER/NAME", help="upload to this data set of the hub (default: no)"
+        "--push", metavar="OWNER/NAME", help="upload to this Hub dataset, private if new"
     )
     args = parser.parse_args(argv)
     name = args.push
     if name is not None and not re.fullmatch(r"[\w.-]+/[\w.-]+", name):
-        parser.error(f"--push {name}: not a data set of the hub; give OWNER/NAME")
+        parser.error(f"--push {name}: it is not a name of a Hub dataset. Give OWNER/NAME.")
     dumps = find_dumps(Path(args.dumps))
     check_new_folder("OUT", args.out)
     if name:
         from huggingface_hub import HfApi
 
         hub, kind = HfApi(), "dataset"
-        with _refused(name, "nothing was built; `hf auth login` logs you in"):
-            hub.whoami()  # an hour's work comes before the upload
+        with _refused(name, "Nothing was built. Log in with `hf auth login`."):
+            hub.whoami()  # fails before an hour of work
     build(dumps, Path(args.out))
     if name:
-        with _refused(name, f"OUT is whole: hf upload {name} {args.out} --repo-type dataset"):
+        with _refused(name, f"OUT is whole. Run hf upload {name} {args.out} --repo-type dataset."):
             hub.create_repo(name, repo_type=kind, private=True, exist_ok=True)
             hub.upload_folder(repo_id=name, folder_path=args.out, repo_type=kind)
         print(f"uploaded: https://huggingface.co/datasets/{name}")

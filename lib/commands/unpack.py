@@ -1,4 +1,4 @@
-"""Convert a packed checkpoint to the plain dense one that any engine reads.
+"""Convert a packed checkpoint to a plain dense one, for engines that cannot read packed weights.
 
 bash launch.sh unpack IN OUT
 """
@@ -14,21 +14,21 @@ from ..util.files import check_new_folder, staged_folder
 
 
 def unpack_folder(source: str, target: str) -> None:
-    """Write the dense checkpoint of folder `source` to folder `target`, whole or not at all.
+    """Write the dense checkpoint of folder `source` to folder `target`, complete or not at all.
 
-    The dense model must fit in host memory. Raises UserError if `source` is not packed or damaged,
-    or if `target` exists and is not empty.
+    The dense model must fit in host memory. Raises UserError if `source` is not packed or is
+    damaged, or if `target` exists and is not empty.
     """
     folder = Path(source)
     if not (folder / "config.json").is_file():
-        raise UserError(f"IN {source}: no model folder (it has no config.json)")
+        raise UserError(f"IN {source}: it is not a model folder (no config.json). Name one.")
     check_new_folder("OUT", target, staged=True)
 
     from transformers import AutoConfig
 
     from ..model.pretrained import auto_class
 
-    # this registers the format with transformers
+    # registers the format with transformers
     from ..packed.checkpoint import METHOD
     from ..util.progress import quiet
 
@@ -36,13 +36,13 @@ def unpack_folder(source: str, target: str) -> None:
     config = AutoConfig.from_pretrained(folder)
     stored = getattr(config, "quantization_config", None) or {}
     if stored.get("quant_method") != METHOD:
-        raise UserError(f"IN {source}: not a packed checkpoint, nothing to unpack")
+        raise UserError(f"IN {source}: it is not packed. Name a packed checkpoint.")
     model = auto_class(config).from_pretrained(folder, dtype="auto")
-    if model.is_quantized:  # without kernels for this processor it is dense already
+    if model.is_quantized:  # without kernels for this processor it is already dense
         model.dequantize()
     with staged_folder(target, "OUT") as stage:
         model.save_pretrained(stage)
-        for path in folder.iterdir():  # the tokenizer; not the card, which is on the packed form
+        for path in folder.iterdir():  # the tokenizer, not the card of the packed form
             other = ".safetensors" in path.name or path.name == "README.md"
             if path.is_file() and not other and not (stage / path.name).exists():
                 shutil.copy2(path, stage)

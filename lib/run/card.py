@@ -1,7 +1,7 @@
-"""The model card of a saved model: README.md with the hub's metadata at its head.
+"""The model card of a saved model: README.md with the Hub's metadata at its head.
 
-A card may be published. It holds names, never paths, no test text and no prompt, and every name
-that comes from a file or a flag is escaped.
+A card may be published. It holds names but no paths, no test text and no prompt. Every name that
+comes from a file or a flag is escaped.
 """
 
 from __future__ import annotations
@@ -52,10 +52,10 @@ Made by langprune{texts}:
 ```
 """
 PACKED = """
-The sparse linears are stored packed, kept weights {}. Install what reads them by `pip install .` in
-the folder of the project that wrote them. The kernels are for x86-64 with AVX2 or AVX-512;
-elsewhere the weights become dense when they are loaded. Other engines read dense weights, which
-`langprune unpack {} {}-dense` makes.
+The sparse linear layers are stored packed, kept weights {}. To read them, run `pip install .` in
+the folder of the project that wrote them. The kernels require x86-64 with AVX2 or AVX-512; on
+other processors the weights become dense when they are loaded. Other engines read dense weights,
+which `langprune unpack {} {}-dense` writes.
 """
 CONVERTED = """\
 ---
@@ -72,28 +72,28 @@ CONVERTED = """\
 FIGURES = {
     "bits_per_byte": ("bits per byte", ".4f"),
     "perplexity": ("perplexity", ".4f"),
-    "kl": ("KL from dense, nats a token", ".4f"),
-    "top1_agreement": ("same likeliest token", ".2%"),
-    "loss_change": ("loss over dense, nats a token", "+.4f"),  # paired by window
+    "kl": ("KL from dense, nats per token", ".4f"),
+    "top1_agreement": ("top-1 agreement", ".2%"),
+    "loss_change": ("loss over dense, nats per token", "+.4f"),  # paired by window
 }
 LANGUAGE_OF_SET = {"ubertext": "uk", "c4": "en", "fineweb": "en", "wikitext2": "en"}
-# flags that decide neither weights nor figures, or that name a place on this machine
+# flags that change neither weights nor figures, or that name a place on this machine
 NOT_SHOWN = set("save resume offload_folder cache_dir device debug".split())
 NOT_SHOWN |= {"completions", "tasks", "include_path"}
 
 
 def model_card(results: Mapping[str, Any], sources: Sequence[str], online: bool = False) -> str:
-    """Return the card: how the model was made, what that cost, and how to load it.
+    """Return the card: how the model was made, its figures, and how to load it.
 
-    `results` as in lib/run/results.py; `sources` are the texts that the model was calibrated,
-    recovered or trimmed on. `online`: the base model's own card may be fetched from the hub.
+    `results` as in lib/run/results.py; `sources` are the texts for calibration, training and
+    vocabulary. `online`: the base model's card may be fetched from the Hub.
     """
     folder = Path(results["flags"].get("save_model") or "").name
     code = card_lines(folder, results.get("loaded_by") or "AutoModelForCausalLM")
     packed, model = "", results["model"]
     if is_packed := packed_by(results["flags"]):
         bits = results.get("packed", {}).get("bits", 16)
-        values = "as they were" if bits == 16 else f"as {bits}-bit integers"
+        values = "unchanged" if bits == 16 else f"as {bits}-bit integers"
         name = folder if re.fullmatch(r"[\w.-]+", folder) else "FOLDER"
         packed = PACKED.format(values, name, name)
     model = model if _is_hub_id(model) else Path(model).resolve().name
@@ -114,11 +114,11 @@ def model_card(results: Mapping[str, Any], sources: Sequence[str], online: bool 
 def converted_card(
     folder: str, what: str, tag: str, kind: str, changed: str, how: str, proof: Sequence[str] = ()
 ) -> str:
-    """Return the card of `what` was made of the saved model in `folder`: weights of `kind`.
+    """Return the card of `what`, converted from the model in `folder` to weights of `kind`.
 
-    Licence, base model, languages and data sets are those of the folder's card, as is its text
-    where a run has written it. `changed` says what conversion has changed of a model saved as
-    `kind`, `how` are commands that run it, `proof` lines on what was compared.
+    License, base model, languages and datasets are those of the folder's card, as is its text if a
+    run wrote it. `changed`: what conversion changes in a model saved as `kind`. `how`: shell
+    commands for the usage section; `proof`: verification results.
     """
     title, text = f"# {Path(folder).resolve().name}", ""
     try:
@@ -145,7 +145,7 @@ def converted_card(
 def _metadata(
     results: Mapping[str, Any], sources: Sequence[str], is_packed: bool, online: bool
 ) -> ModelCardData:
-    """Return the metadata; the licence, and the base of a local model, from its own README.md."""
+    """Return the metadata; license, and the base of a local model, come from its README.md."""
     model, is_hub_id = results["model"], _is_hub_id(results["model"])
     try:
         file = Path(model) / "README.md"
@@ -201,18 +201,18 @@ def _what_was_done(results: Mapping[str, Any]) -> str:
         "sparsity_type": f"pruned by {results['method']} to {goal}",
         "recovery": "recovered" if kind or _pruned_before(results) else "trained on the texts",
         "vocabulary": "its vocabulary trimmed",
-        "packed": "its sparse linears packed",
-        "quantized": f"its linears{f', but {left},' * bool(left)} as llama.cpp's {form}",
+        "packed": "its sparse linear layers packed",
+        "quantized": f"its linear layers{f' except {left}' * bool(left)} as llama.cpp's {form}",
     }
     done = {key: results.get(key) for key in steps} | {"recovery": is_trained(results)}
     return ", ".join(words for key, words in steps.items() if done[key]) or "saved as it was"
 
 
 def figures_table(results: Mapping[str, Any]) -> str:
-    """Return the table of figures: their names, the dense model's where it is known, this one's.
+    """Return the table of figures: their names, the dense model's if known, and this model's.
 
-    Where this run has trimmed the vocabulary, the dense model is the trimmed one, and a column
-    before it has the original. Where it did nothing else, the trimmed model is this one.
+    If this run trimmed the vocabulary, the dense model is the trimmed one, and a column before it
+    has the original. If it did nothing else, the trimmed model is this one.
     """
     rows, untrained = [], results.get("recovery", {}).get("before", {})
     trimmed = results.get("vocabulary") or {}
@@ -257,7 +257,7 @@ def figures_table(results: Mapping[str, Any]) -> str:
 
 
 def _with_error(figures: Mapping[str, Any], key: str, form: str) -> str:
-    """Format a figure, with its standard error where it has one: `0.123 ± 0.004`."""
+    """Format a figure, with its standard error if there is one: `0.123 ± 0.004`."""
     name = "standard_error" if key == "perplexity" else f"{key}_standard_error"
     value, error = figures.get(key), figures.get(name)
     shown = "" if value is None else format(value, form)
@@ -266,23 +266,23 @@ def _with_error(figures: Mapping[str, Any], key: str, form: str) -> str:
 
 
 def notes(results: Mapping[str, Any]) -> Iterator[str]:
-    """Yield what has become of the model, a sentence each."""
+    """Yield sentences on the changes to the model."""
     zeros = results.get("sparsity", {}).get("overall")
     before = results["flags"].get("eval_only") or _pruned_before(results)
     if smaller := results.get(kind := results["sparsity_type"]):
         share = smaller["weights_after"] / smaller["weights_before"]
         yield f"Each block has {smaller['after']} of its {smaller['before']} {kind}, all dense."
-        yield f"Weights of the blocks that are left: {share:.4f}."
+        yield f"Share of the blocks' weights that is left: {share:.4f}."
     elif zeros and (kind or before):
-        yield f"Zeros among the blocks' weights: {zeros:.4f}."
+        yield f"Share of zeros in the blocks' weights: {zeros:.4f}."
     if vocabulary := results.get("vocabulary"):
         yield f"{vocabulary['rows']:,} of {vocabulary['rows_before']:,} rows of the vocabulary."
         yield vocabulary["note"]
     yield from results.get("notes", [])
     if left := results.get("quantized", {}).get("left"):
-        yield f"Linears left at 16 bits, rows are no multiple of 32: {first_of(left)}."
+        yield f"Linear layers at 16 bits (rows are not a multiple of 32): {first_of(left)}."
     if "recovery" in results and not is_trained(results):
-        yield "Training found nothing better than the model before it, which was kept."
+        yield "Training did not help; the model before it was kept."
 
 
 def _command(flags: Mapping[str, Any]) -> str:
@@ -293,7 +293,7 @@ def _command(flags: Mapping[str, Any]) -> str:
 
 
 def _public(text: str) -> str:
-    """Return a flag's value unchanged, and of a path, also one with a weight, the name alone."""
+    """Return a flag's value, but only the last name of a path, with or without a weight."""
     path = text.rpartition("=")[0] or text
     is_path = Path(path).exists() or path.startswith(("/", ".", "~")) or path.count("/") > 1
     return text.rstrip("/").rpartition("/")[2] if is_path else text
@@ -304,10 +304,10 @@ def _is_hub_id(model: str) -> bool:
 
 
 def _set_and_language(source: str) -> tuple[str | None, str | None]:
-    """Return a source's set on the hub, and the language that a built-in set's name tells."""
+    """Return a source's Hub dataset, and the language in the name of a built-in source."""
     try:
         hub = parse_source(source, "").hub
-    except UserError:  # a path that is gone
+    except UserError:  # the path no longer exists
         hub = None
     kind, _, language = source.partition(":")
     if not language or f"{kind}:LANGUAGE" not in BUILT_IN:
@@ -316,5 +316,5 @@ def _set_and_language(source: str) -> tuple[str | None, str | None]:
         from langcodes import Language
 
         return hub, Language.get(language).language
-    except (ImportError, ValueError):  # Wikipedia has names of its own, such as `simple`
+    except (ImportError, ValueError):  # names of Wikipedia, such as `simple`
         return hub, None

@@ -1,7 +1,4 @@
-"""The checks of a run before any weight is read.
-
-job = check(args)  # everything that can fail cheaply fails here
-"""
+"""The checks of a run before any weight is read: all that can fail cheaply fails here."""
 
 from __future__ import annotations
 
@@ -59,14 +56,13 @@ def check(
 ) -> Job:
     """Check outputs, texts, device, config, tokenizer, vocabulary and windows, cheapest first.
 
-    `shared` is the folder in which the runs of a sweep keep what the dense model computes;
-    `longest` is the most tokens of a window without --seqlen. Raises UserError, in one line, for
-    what can't be done.
+    `shared` is the folder in which the runs of a sweep share the dense model's states. `longest` is
+    the longest window, in tokens, without --seqlen. Raises UserError for a run that cannot succeed.
     """
     plan = Plan.of(args)
     check_outputs(args)
     if args.load_bit or args.recover_optimizer == "adamw8bit":
-        import bitsandbytes  # noqa: F401 -- or say now that it is not installed
+        import bitsandbytes  # noqa: F401 -- fails early if it is not installed
     sources, vocabulary_sources, tests = named_sources(args, plan)
     read = [(source, "train") for source in sources] if plan.reads_train else []
     read += [(each, "train") for each in vocabulary_sources if (each, "train") not in read]
@@ -87,9 +83,7 @@ def check(
     for test in tests:
         if is_parted(test, "test"):
             count = len(test.read["test"])
-            job.print(
-                f"{test.text}: a tenth of the documents, {count}, is held apart to measure on"
-            )
+            job.print(f"{test.text}: {count} documents, a tenth, are held out for evaluation")
     job.print(*same_texts([source for source, split in read if split == "train"], tests))
     if plan.tokens:
         job = replace(job, schedule=_schedule(job))
@@ -101,8 +95,8 @@ def check(
     job = read_texts(job, None)
     if job.schedule and args.recover < job.seqlen:
         raise UserError(
-            f"{shown(args, 'recover')}: less than one step, a window of {job.seqlen} tokens; give "
-            f"at least {job.seqlen}, or a smaller --seqlen"
+            f"{shown(args, 'recover')}: it is less than one step, a window of {job.seqlen} "
+            f"tokens. Give at least {job.seqlen}, or a smaller --seqlen."
         )
     width = job.config.get_text_config(decoder=True).hidden_size
     size = args.batch_size or pretrained.default_batch_size(job.device, job.seqlen, width)
@@ -114,7 +108,7 @@ def check(
 
 
 def check_outputs(args: argparse.Namespace) -> None:
-    """Raise UserError where the run could not write what it is to save."""
+    """Raise UserError if the run cannot write its outputs."""
     args.save = args.save or Plan.of(args).default_save(args.model)
     check_writable("--save", args.save)
     if args.save_masks:
@@ -127,16 +121,16 @@ def check_outputs(args: argparse.Namespace) -> None:
 
 
 def _check_unfinished(args: argparse.Namespace, stage: Path) -> None:
-    """Raise UserError where this run would not continue what another has left in OUT.partial."""
+    """Raise UserError if OUT.partial is left by another run, and this run does not continue it."""
     left = {each.name for each in stage.iterdir()} if stage.exists() else set()
     problem, resumed = None, Path(args.resume) if args.resume else None
     if CARD in left:
-        problem = f"is the whole model of a run that was killed; rename it to {args.save_model}"
+        problem = f"is the complete model of a run that was killed. Rename it to {args.save_model}."
     elif resumed and (resumed / JOB).exists() and JOB not in left and "config.json" in left:
         return  # the run was killed while it saved, and saves again
     elif left and not (resumed and resumed.resolve() == stage.resolve()):
-        can_resume = f"continue that by --resume {stage}, or " * (JOB in left)
-        problem = f"holds what an unfinished run has done; {can_resume}remove it"
+        can_resume = f"Continue it with --resume {stage}, or remove" if JOB in left else "Remove"
+        problem = f"holds the state of an unfinished run. {can_resume} the folder."
     if problem:
         raise UserError(f"--save_model {args.save_model}: {stage} {problem}")
 
@@ -179,11 +173,11 @@ def _open_model(args: argparse.Namespace, plan: Plan, longest: int) -> Job:
             read_layers(plan.allocation, blocks, blocks_name, plan.sparsity)
     if plan.method and not plan.removes and not FORMATS[plan.format].zero:
         raise UserError(
-            f"{shown(args, 'quantize')}: has no 0, which --prune_method {plan.method} makes; take "
-            "--quantize q4_0, or --sparsity_type neurons or experts"
+            f"{shown(args, 'quantize')}: it has no 0, as --prune_method {plan.method} needs. Use "
+            "--quantize q4_0, or --sparsity_type neurons or experts."
         )
     if args.text_only:
-        pretrained.text_alone(skeleton, checkpoint)  # raises where that can't be
+        pretrained.text_alone(skeleton, checkpoint)  # raises if that is impossible
     if plan.packs:
         check_packable(skeleton, blocks_name)
     job = Job(
@@ -208,7 +202,7 @@ def _open_model(args: argparse.Namespace, plan: Plan, longest: int) -> Job:
 
 
 def _set_date(job: Job) -> None:
-    """Set --date to that of all ranks where the chat template writes one, else to None."""
+    """Set --date, alike in all ranks, if the chat template writes one; else to None."""
     args = job.args
     day = args.date or begun_with(args.resume, "--date") or str(date.today())
     asks = not args.no_chat_template and writes_date(job.tokenizer)
@@ -220,7 +214,7 @@ def _set_date(job: Job) -> None:
 def _vocabulary(job: Job) -> TrimmedVocabulary:
     """Choose the tokens to keep; the smaller tokenizer is checked on every test text.
 
-    Raises UserError if the model or its tokenizer can't be trimmed, or if a text would decode
+    Raises UserError if the model or its tokenizer cannot be trimmed, or if a text would decode
     differently.
     """
     rows = trimmable_rows(job.skeleton, job.checkpoint)
@@ -244,19 +238,20 @@ def _vocabulary(job: Job) -> TrimmedVocabulary:
 
 
 def _schedule(job: Job) -> TrainSchedule:
-    """Return the schedule of the recovery. Raises UserError if the model can't be recovered."""
+    """Return the schedule of the recovery. Raises UserError if the model cannot be trained."""
     args, plan, flag = job.args, job.plan, shown(job.args, "recover")
     if stored_bits(job.config):
-        raise UserError(f"{flag}: {args.model} is quantized, and its weights can't be trained")
+        problem = f"the weights of {args.model} are quantized and cannot be trained"
+        raise UserError(f"{flag}: {problem}. Name the unquantized model.")
     chats = any(are_dialogues(read_documents(source, "train")[0]) for source in job.sources)
-    default = 0.0 if chats else CROSS_ENTROPY  # of a chat model the text is not its own
+    default = 0.0 if chats else CROSS_ENTROPY  # the model did not write the answers of a chat
     return TrainSchedule(
         tokens=args.recover,
         seqlen=job.seqlen,
         rate=args.recover_lr,
         rank=args.recover_rank,
         optimizer=args.recover_optimizer,
-        share=default if args.recover_ce_weight is None else args.recover_ce_weight,
+        ce_weight=default if args.recover_ce_weight is None else args.recover_ce_weight,
         seed=args.seed,
         pruned=not plan.rounds or bool(plan.method or plan.teacher),
         ranks=job.dist.size,
@@ -264,13 +259,13 @@ def _schedule(job: Job) -> TrainSchedule:
 
 
 def _with_teacher(job: Job) -> Job:
-    """Return the job with its teacher. UserError if the model can't have been made from it."""
+    """Return the job with its teacher. Raises UserError if the model was not made from it."""
     checkpoint = replace(job.checkpoint, name=job.args.teacher, flag="--teacher", revision=None)
     config = pretrained.load_config(checkpoint)
     checkpoint = checkpoint.pinned(config)
     check_format(checkpoint, config, load_bit=None, changes="--recover")
     if stored_bits(config):
-        raise UserError(f"{checkpoint}: is quantized; name the unquantized model")
+        raise UserError(f"{checkpoint}: it is quantized. Name the unquantized model.")
     dense = copy.deepcopy(pretrained.skeleton(config, checkpoint))  # and its config
     model = copy.deepcopy(job.skeleton)
     if job.vocabulary:
@@ -289,23 +284,23 @@ def _with_teacher(job: Job) -> Job:
 
 
 def _is_smaller(job: Job, checkpoint: Checkpoint, dense: nn.Module, model: nn.Module) -> bool:
-    """Whether the blocks have lost rows or columns; nothing else may differ in shape."""
+    """Return whether the blocks have fewer rows or columns; no other shape may differ."""
     changed = pretrained.changed_shapes(model, dense)
     for name, (ours, theirs) in changed.items():
         lost = len(ours) == len(theirs) and all(map(le, ours, theirs))
         if not lost or not name.startswith(f"{job.blocks_name}."):
             raise UserError(
-                f"{checkpoint}: its {name} is {list(theirs) or 'missing'}, that of "
-                f"{job.checkpoint} {list(ours) or 'missing'}; name the dense model that it was "
-                "made of"
+                f"{checkpoint}: its {name} is {list(theirs) or 'missing'}, and that of "
+                f"{job.checkpoint} is {list(ours) or 'missing'}. Name the dense model that it was "
+                "made from."
             )
     return bool(changed)
 
 
 def _teacher_rows(job: Job, checkpoint: Checkpoint, model: nn.Module) -> Tensor | None:
-    """The rows of the teacher's vocabulary that `model`, without weights, has; None: all of them.
+    """Return the rows of the teacher's vocabulary that `model` has; None: all of them.
 
-    UserError if the teacher lacks tokens of the model.
+    Raises UserError if the teacher lacks tokens of the model.
     """
     teacher_ids = pretrained.load_tokenizer(checkpoint).get_vocab()
     original = job.vocabulary.original_tokenizer if job.vocabulary else job.tokenizer
@@ -316,8 +311,8 @@ def _teacher_rows(job: Job, checkpoint: Checkpoint, model: nn.Module) -> Tensor 
     names_rows = [index for _, index in tokens] == list(every_row)
     if not names_rows or any(token not in teacher_ids for token, _ in tokens):
         raise UserError(
-            f"{checkpoint}: has another vocabulary than {job.checkpoint}; name the dense model "
-            "that it was made of"
+            f"{checkpoint}: its vocabulary differs from that of {job.checkpoint}. Name the dense "
+            "model that it was made from."
         )
     return torch.tensor([teacher_ids[token] for token, _ in tokens])
 
@@ -333,17 +328,17 @@ def _check_tokens(job: Job) -> None:
     if highest >= rows:
         token = job.tokenizer.convert_ids_to_tokens(highest)
         raise UserError(
-            f"--model {job.args.model}: its tokenizer makes token {highest} ({token!r}) of the "
-            f"texts, but its embedding has {rows} rows; use the tokenizer that belongs to it, or "
-            "give it the rows by resize_token_embeddings"
+            f"--model {job.args.model}: the texts have token {highest} ({token!r}), but the "
+            f"embedding has {rows} rows. Use the tokenizer of this model, or add rows with "
+            "resize_token_embeddings."
         )
 
 
 def open_store(job: Job) -> Job:
     """Open the folder of finished blocks: --resume, --offload_folder, or beside --save_model.
 
-    Returns the job with its fingerprint. Raises UserError if an interrupted run, or another rank,
-    has another one.
+    Returns the job with its fingerprint. Raises UserError if that of an interrupted run, or of
+    another rank, differs.
     """
     args, changes = job.args, job.plan.changes
     places = [
@@ -365,7 +360,7 @@ def open_store(job: Job) -> Job:
 
 
 def _check_seen(job: Job, flag: str, folder: RunFolder | None) -> None:
-    """Raise UserError where a rank does not see the main rank's folder, in which it is to write."""
+    """Raise UserError if a rank cannot see the main rank's folder, where it has to write."""
     file = folder and (folder.path / JOB).absolute()
     file, text = job.dist.all_gather_object(file and (file, file.read_text("utf-8")))[0] or (0, 0)
     sees = not file or (file.is_file() and file.read_text("utf-8") == text)
@@ -374,8 +369,8 @@ def _check_seen(job: Job, flag: str, folder: RunFolder | None) -> None:
         if folder:
             folder.close()
         raise UserError(
-            f"{flag} {file.parent}: rank {', '.join(blind)} does not see that folder, in which "
-            "each keeps its part of the training; name one that all machines share"
+            f"{flag} {file.parent}: rank {', '.join(blind)} cannot see this folder, where "
+            "each rank keeps its part of the training. Name one that all machines share."
         )
 
 
@@ -385,16 +380,16 @@ def _open_folder(job: Job, flag: str, path: str, pruning: dict[str, Any]) -> Job
     store = RunFolder(flag, path)
     changed, problem = store.begun and first_difference(store.begun, pruning), None
     if store.begun is not None and flag != "--resume":
-        problem = f"holds what an unfinished run has done; add --resume {path} to continue that, "
-        problem += "or remove it"
+        problem = f"it holds the state of an unfinished run. Add --resume {path} to continue it, "
+        problem += "or remove the folder."
     elif changed:
-        problem = "was begun with {} {!r}, now it is {!r}; give the same again, or another folder"
+        problem = "it was begun with {} {!r}, not {!r}. Give the same again, or another folder."
         problem = problem.format(*changed)
     elif store.begun is not None:
         ranks = ranks_of_state(store) - {job.dist.size if job.shares else 1}
         if ranks:
-            problem = f"its training was begun with WORLD_SIZE {ranks.pop()}, now it is "
-            problem += f"{job.dist.size}; start as many ranks, or give another folder"
+            problem = f"its training was begun with WORLD_SIZE {ranks.pop()}, not {job.dist.size}. "
+            problem += "Start as many ranks, or give another folder."
     if problem:
         store.close()
         raise UserError(f"{flag} {path}: {problem}")
@@ -406,14 +401,14 @@ def _open_folder(job: Job, flag: str, path: str, pruning: dict[str, Any]) -> Job
         job.print(f"{flag} {path}: finished before: {store.summary(total)}")
     if before != job.batch_size:
         job.print(
-            f"{flag} {path}: was begun with --batch_size {before}, goes on with {job.batch_size}; "
-            "a run with one of them all the way rounds its sums otherwise"
+            f"{flag} {path}: begun with --batch_size {before}, continued with {job.batch_size}; a "
+            "run with a single batch size differs by rounding"
         )
     return job
 
 
 def _small(job: Job) -> nn.Module:
-    """Return the model without weights once neurons or experts are removed."""
+    """Return the model without weights, as it is after neurons or experts are removed."""
     if not job.layout:
         return job.skeleton
     field, checkpoint = job.layout.field, job.checkpoint
@@ -421,21 +416,21 @@ def _small(job: Job) -> nn.Module:
 
 
 def check_room(job: Job, flag: str, folder: str | Path) -> None:
-    """Tell what a training keeps on disk at most; UserError where there is no room for it."""
+    """Print the maximum size of the training checkpoints. Raises UserError if the disk is full."""
     if not job.schedule:
         return
     model = _small(job)
-    # of a weight its best value so far; its master, float32, and two averages
+    # bytes per weight: its best value, its float32 master, and two averages
     state, eight_bits = job.dtype.itemsize, job.schedule.optimizer == "adamw8bit"
     state += 0 if job.schedule.rank else 6 if eight_bits else 12
-    size = 2 * state + (6 if job.plan.rounds else 0)  # the state is rewritten beside itself
+    size = 2 * state + (6 if job.plan.rounds else 0)  # old and new state exist together
     size *= sum(weight.numel() for weight in model.get_submodule(job.blocks_name).parameters())
     kept = sum(file.stat().st_size for file in Path(folder).rglob("*.safetensors"))
     place = Path(folder).absolute()
     while not place.exists():
         place = place.parent
     free = shutil.disk_usage(place).free + kept
-    line = f"{flag} {folder}: training keeps up to {gib(size)} there, of {gib(free)} free"
+    line = f"{flag} {folder}: training needs up to {gib(size)} there, and {gib(free)} are free"
     if size > free:
-        raise UserError(f"{line}; make room, or name a folder on another disk")
+        raise UserError(f"{line}. Make room, or name a folder on another disk.")
     job.print(line)

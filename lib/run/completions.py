@@ -1,9 +1,7 @@
-"""Beginnings of test documents, continued greedily by the dense and by the pruned model.
+"""Continue prompts with the dense and the pruned model, for comparison by eye.
 
-So are the prompts of test dialogues, up to their answer's end.
-
-Decoding is greedy, so that a model always gives the same text. The model and its generation
-settings stay as they are.
+Prompts are beginnings of test documents, and the prompts of test dialogues. Decoding is greedy, so
+that a model always writes the same text. The model and its generation settings stay unchanged.
 """
 
 from __future__ import annotations
@@ -26,26 +24,25 @@ from ..util.errors import first_line
 from .job import Job
 
 NEW_TOKENS = 40  # generated after each prompt
-ANSWER_TOKENS = 256  # of an answer, at most
-KNOWN_WINDOWS = 512  # whose words are known
-REPLACEMENT = "\ufffd"  # tokenizers decode half a character to it
+ANSWER_TOKENS = 256  # limit of an answer to a dialogue's prompt
+KNOWN_WINDOWS = 512  # their words count as known
+REPLACEMENT = "\ufffd"  # tokenizers decode a partial character to it
 
 
 class Completions:
-    """Continues the prompts of every test set, `--completions` of each, by one model after another.
+    """Continues `--completions` prompts of every test set, with one model after another.
 
-    Of test dialogues more are answered, but if that is 0.
-
-    Every rank of a job generates all of them, so that none waits for another. If a model can't
-    generate, one line says why and the run continues without completions.
+    In test sets of dialogues all prompts are answered, unless --completions is 0. Every rank
+    generates all texts, so that none waits for another. If a model cannot generate, one line says
+    why, and the run continues without completions.
     """
 
     def __init__(self, job: Job, runner: BlockRunner) -> None:
         self.job = job
-        # of prompts and of questions: test, words, tokens
+        # beginnings, and prompts of dialogues: test, text, tokens
         self.prompts: list[tuple[str, str, list[int]]] = []
         self.asked: list[tuple[str, str, list[int]]] = []
-        self.new_ids: dict[str, list[list[int]]] = {}  # what follows on all, by dense and model
+        self.new_ids: dict[str, list[list[int]]] = {}  # continuations of all, by model name
         window = window_length(job.config, None)
         for test in job.texts.tests if job.args.completions else ():
             prompts = [(decode(job.tokenizer, ids), ids.tolist()) for ids in test.prompts]
@@ -60,7 +57,7 @@ class Completions:
             self._skip(f"each of {NEW_TOKENS} tokens would fetch every block again")
 
     def generate(self, name: str, model: nn.Module) -> None:
-        """Continue every prompt by `model`; `name`: `dense`, or `model` for the pruned one."""
+        """Continue every prompt with `model`; `name` is `dense`, or `model` for the pruned one."""
         job, new_ids = self.job, []
         window = window_length(job.config, None)
         try:
@@ -72,13 +69,13 @@ class Completions:
                     for start in range(0, len(prompts), step):
                         batch = [ids for *_, ids in prompts[start : start + step]]
                         new_ids += continue_greedily(model, batch, tokens)
-        except Exception as error:  # raised by any model's own code; the pruned model must be saved
-            self._skip(f"{type(model).__name__} can't generate ({first_line(error)})")
+        except Exception as error:  # any model's code may fail; the pruned model must be saved
+            self._skip(f"{type(model).__name__} cannot generate ({first_line(error)})")
         else:
             self.new_ids[name] = new_ids
 
     def answers(self) -> list[dict[str, Any]]:
-        """Return a record of each set of test dialogues: how many answers end, and more."""
+        """Return a record of each test set of dialogues: how many answers end, and more."""
         job, records = self.job, []
         read = (job.texts.training and job.texts.training.windows, job.texts.windows)
         read = [each for each in read if each is not None]
@@ -121,10 +118,9 @@ class Completions:
 def continue_rows(
     model: nn.Module, prompts: Sequence[Tensor | list[int]], tokens: int
 ) -> list[list[int]]:
-    """Return what continues each prompt, ids (tokens,), as the model's settings say.
+    """Return the continuation of each prompt, ids (tokens,), by the model's generation settings.
 
-    These are up to `tokens` ids, and fewer where the text has come to its end, which is left out.
-    Shorter prompts are padded before them.
+    Each has at most `tokens` ids, cut before the first EOS. Shorter prompts are padded on the left.
     """
     rows = [torch.as_tensor(ids).flip(0) for ids in prompts]
     ids = pad_sequence(rows, batch_first=True, padding_value=-1).flip(1).to(model.device)
@@ -143,7 +139,7 @@ def continue_rows(
 def continue_greedily(
     model: nn.Module, prompts: Sequence[Tensor | list[int]], tokens: int
 ) -> list[list[int]]:
-    """Do as `continue_rows`, but greedily: settings such as penalties do not apply."""
+    """As `continue_rows`, but greedy: settings such as penalties do not apply."""
     ends = model.generation_config.eos_token_id
     settings = GenerationConfig(eos_token_id=ends, do_sample=False)
     with mock.patch.object(model, "generation_config", settings):
@@ -151,7 +147,7 @@ def continue_greedily(
 
 
 def decode(tokenizer: PreTrainedTokenizerBase, ids: Tensor | list[int]) -> str:
-    """Return the text of ids (tokens,), without special tokens or half a character at its end."""
+    """Return the text of ids (tokens,), without special tokens or a partial last character."""
     text = tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
     return text.rstrip(REPLACEMENT)
 
@@ -159,9 +155,9 @@ def decode(tokenizer: PreTrainedTokenizerBase, ids: Tensor | list[int]) -> str:
 def decode_completion(
     tokenizer: PreTrainedTokenizerBase, prompt: list[int], new_ids: list[int]
 ) -> str:
-    """Return what `new_ids` add to the text of `prompt`.
+    """Return the text that `new_ids` add to that of `prompt`.
 
-    Both are decoded together: some tokenizers drop a blank before a first token, and a character
+    Both are decoded together: some tokenizers drop a space before the first token, and a character
     may begin in `prompt` and end in `new_ids`.
     """
     prompt_text, text = decode(tokenizer, prompt), decode(tokenizer, [*prompt, *new_ids])

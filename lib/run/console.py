@@ -1,7 +1,6 @@
-"""Everything that can be run, by name: `langprune NAME`, or in a checkout `bash launch.sh NAME`.
+"""The commands by name: `langprune NAME`, or in a checkout `bash launch.sh NAME`.
 
-pip installs lib/ as the package langprune, and main.py in it; the modules of lib/ import each other
-relatively.
+pip installs lib/ as the package langprune, with main.py inside it.
 """
 
 from __future__ import annotations
@@ -13,33 +12,33 @@ import sys
 from ..util.command import CALLED, PACKAGE, Parser, main_of, run
 
 LIST = """\
-NAME ..., where NAME is one of these; NAME --help lists its flags
+NAME ..., where NAME is a command; NAME --help lists its flags
 
-  demo                               the whole job in small, on a text and a model that it makes
-  prune --model MODEL                one run, with flags of your own: the same as python main.py
-  compress MODEL OUT --language uk   a small model for every engine, in --minutes 30
+  compress MODEL OUT --language uk   make a model small for one language, in --minutes 30
+  prune --model MODEL                run one pruning with your flags, the same as python main.py
+  demo                               run the whole pipeline on a tiny model, without network or GPU
 
-  sweep --models MODEL ...       methods x types x ratios x calibration sets x seeds, one table
-  report RUN ...                 table and picture of finished runs
-  overlap RUN_A RUN_B ...        what masks share, and what of it is due to the language
-  dialogues MODEL OUT --data ... answers of a chat model to prompts, to compress it on
-  tasks DATA OUT                 tasks for lm-eval from documents, for --tasks and --include_path
-  unpack IN OUT                  a packed model as a plain dense one
-  gguf IN OUT.gguf               a saved model for llama.cpp and ollama, proven on --data SOURCE ...
-  export OUT NEW --to mlx        the same 4 bits for vLLM, MLX or ONNX; no number changes
-  ubertext DUMPS OUT             the published data set from raw dumps, --push to a hub
+  sweep --models MODEL ...       run many prunings: methods, types, ratios, texts and seeds
+  report RUN ...                 write tables and pictures of finished runs
+  overlap RUN_A RUN_B ...        compare the weights that prunings for two languages keep
+  dialogues MODEL OUT --data ... write answers of a chat model, as calibration text for it
+  tasks DATA OUT                 write tasks for lm-eval from your documents
+  unpack IN OUT                  convert a packed model to a plain dense one
+  gguf IN OUT.gguf               convert a saved model for llama.cpp and ollama, and verify it
+  export OUT NEW --to mlx        convert a saved 4-bit model for vLLM, MLX or ONNX
+  ubertext DUMPS OUT             build the published Ukrainian texts from raw dumps
 
-MODEL: hub id (owner/name) or local folder."""
+MODEL: Hub id (owner/name) or local folder."""
 NAMES = re.findall(r"(?m)^  (\w+)", LIST)
 
 
 def program(name: str) -> str:
-    """Return the module that `name` runs."""
+    """Return the module of a command."""
     return "main" if name == "prune" else f"commands.{name}"
 
 
 def start(argv: list[str]) -> None:
-    """Run the command that the first argument names; without one, list them."""
+    """Run the command named by the first argument; without one, list all."""
     from .. import __version__
 
     called = "bash launch.sh" if PACKAGE == "lib" else "langprune"
@@ -50,13 +49,13 @@ def start(argv: list[str]) -> None:
     elif name == "--version":
         print(f"langprune {__version__}")
     elif name not in NAMES:
-        Parser().error(f"{name}: no such command; {called} --help lists all")
+        Parser().error(f"{name}: no such command exists. List all with {called} --help.")
     else:
         main_of(program(name))(argv)
 
 
 def main() -> None:
-    """Run the command that the first argument names, and exit with its status."""
+    """Run the command named by the first argument, and exit with its status."""
     sys.exit(run(start))
 
 

@@ -1,11 +1,11 @@
-"""The fingerprint of a run: what decides its weights and figures.
+"""The fingerprint of a run: everything that determines its weights and figures.
 
-An interrupted run is resumed only under the same fingerprint, all ranks of one job must have the
-same, and a sweep skips a run that was finished with it. Flags that change the result count by
-value, those that name a model or texts by the content that they name; a path never counts, nor
-does the version of this program, which is recorded. On one machine and with as many threads the
-same fingerprint gives the same bytes; other processors and numbers of threads change rounding. Of
-the code that of the pruning method and of the quantizer counts, by revision and source.
+An interrupted run is resumed only with the same fingerprint, all ranks of a job must have the same,
+and a sweep skips a run that was finished with it. Flags that change the result count by value;
+models and texts count by content. Paths and the version of this program do not count. The code of
+the pruning method and of the quantizer counts, by revision and source. On one machine and with as
+many threads, the same fingerprint gives the same bytes; another processor or number of threads
+changes rounding.
 """
 
 from __future__ import annotations
@@ -30,16 +30,16 @@ from .job import Job
 PACKAGES = "torch transformers tokenizers datasets accelerate numpy bitsandbytes".split()
 DECIDING = "torch", "transformers", "tokenizers", "numpy"  # versions that may change bytes
 WEIGHTS = "*.safetensors"
-SETTINGS = "*.json", "*.jinja", "*.model", "*.txt", "*.tiktoken"  # of tokenizer and generation
-SETTINGS_BYTES = 2**26  # of one at most, more than any tokenizer has; a log beside it may be larger
+SETTINGS = "*.json", "*.jinja", "*.model", "*.txt", "*.tiktoken"  # tokenizer and generation
+SETTINGS_BYTES = 2**26  # limit of a settings file; larger files, such as logs, do not count
 CALIBRATION = "seed", "nsamples"
 
 
 def fingerprint(job: Job, weights: bool) -> dict[str, dict[str, Any]]:
-    """Return what decides the weights (`pruning`), and what else decides the figures (`measuring`).
+    """Return what determines the weights (`pruning`), and also the figures (`measuring`).
 
-    Each section is {name in messages: value}, with values that JSON can hold. `weights`: with the
-    digest of all bytes of the models' weights, where something is resumed or skipped; one rank of a
+    Each section is {name in messages: value}, with values that JSON can hold. `weights`: include
+    the digest of all bytes of the models' weights, if a run may be resumed or skipped; one rank per
     machine reads them. Every rank must call this.
     """
     args, plan, texts, dist = job.args, job.plan, job.texts, job.dist
@@ -65,7 +65,7 @@ def fingerprint(job: Job, weights: bool) -> dict[str, dict[str, Any]]:
         pruning["tokens of --trim_vocabulary"] = job.vocabulary.digest
     if texts.training:
         pruning["windows of --recover"] = texts.training.facts["digest"][:16]
-        if job.schedule.windows > job.schedule.windows_alone:  # more than a single process takes
+        if job.schedule.windows > job.schedule.windows_alone:  # more than one process takes
             pruning["windows of a step of --recover"] = job.schedule.windows
     if plan.method:
         source = source_digest(plan.method_class, "prune.py", "remove.py")
@@ -78,7 +78,7 @@ def fingerprint(job: Job, weights: bool) -> dict[str, dict[str, Any]]:
         pruning["source of --quantize"] = source_digest(GPTQ, "prune.py", "quantize.py")
     pruning |= {f"version of {name}": versions()[name] for name in DECIDING}
     measuring = {f"--{name}": getattr(args, name) for name in FIGURES}
-    measuring["--batch_size"] = job.batch_size  # sums of other batches are rounded otherwise
+    measuring["--batch_size"] = job.batch_size  # changes the rounding of sums
     measuring["tokenizer of --model"] = _content(args.model, job.config, *SETTINGS)
     for test in texts.tests:
         measuring[f"windows of --eval_data {test.name}"] = test.facts["digest"][:16]
@@ -90,14 +90,14 @@ def fingerprint(job: Job, weights: bool) -> dict[str, dict[str, Any]]:
 
 
 def first_difference(before: dict[str, Any], now: dict[str, Any]) -> tuple[str, Any, Any] | None:
-    """Return name and both values of the first entry in which two sections differ."""
+    """Return the name and both values of the first entry that differs."""
     names = (name for name in {**now, **before} if before.get(name) != now.get(name))
     return next(((name, before.get(name), now.get(name)) for name in names), None)
 
 
 @cache
 def versions() -> dict[str, str | None]:
-    """{package: version}, with `python`; None for what is not installed."""
+    """Return {package: version}, with `python`; None if a package is not installed."""
     installed: dict[str, str | None] = {"python": platform.python_version()}
     for name in PACKAGES:
         try:
@@ -108,7 +108,7 @@ def versions() -> dict[str, str | None]:
 
 
 def _content(name: str, config: Any, *patterns: str) -> str:
-    """Return the commit of a model on the hub, or a digest of a folder's weights or settings."""
+    """Return the commit of a model on the Hub, or a digest of a folder's weights or settings."""
     folder = Path(name)
     if not folder.is_dir():
         return str(getattr(config, "_commit_hash", None))
@@ -117,12 +117,12 @@ def _content(name: str, config: Any, *patterns: str) -> str:
 
 
 def model_digest(name: str, config: Any) -> str:
-    """Return what identifies a model with its tokenizer: the hub's commit, or a folder's digest."""
+    """Return the identity of a model and its tokenizer: the Hub's commit or a folder's digest."""
     return _content(name, config, WEIGHTS, *SETTINGS)
 
 
 def _digest(files: Iterable[Path], named: bool = True) -> str:
-    """Return a digest of all bytes of files, and their names if `named`, read side by side."""
+    """Return a digest of all bytes of files, and of their names if `named`; reads in parallel."""
     files, hasher = sorted(files), hashlib.sha256()
     with ThreadPoolExecutor() as pool:
         for file, digest in zip(files, pool.map(_file_digest, files), strict=True):

@@ -1,8 +1,8 @@
-"""The command line of main.py: its flags, what each decides, and which do not go together.
+"""The command line of main.py: its flags, and which of them contradict each other.
 
 A flag decides the result unless it is listed in NO_RESULT or FIGURES: --resume, the ranks of one
-job and a sweep rely on it through lib/run/fingerprint.py. This module imports neither torch nor
-transformers: `--help` answers at once.
+job and a sweep rely on this through lib/run/fingerprint.py. This module imports neither torch nor
+transformers, so `--help` answers at once.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from ..util.command import Parser, typed
 
 DESCRIPTION = """\
 Prune and quantize a Hugging Face causal language model for one language, with text in that
-language. Report what it costs in quality, and save the smaller model."""
+language. Report the loss in quality, and save the smaller model."""
 EXAMPLES = """\
 examples:
   the published run, calibrated and tested on Ukrainian UberText:
@@ -39,27 +39,27 @@ examples:
     {0} --model MODEL --trim_vocabulary --quantize q4_0 --calibration_data TEXTS --save_model OUT
 """
 
-# flags of which another value is no other result: they name models and texts, whose content counts
-# and not their path, or say where and how fast, which is rounding at most
+# flags left out of the fingerprint: models and texts are hashed by content, and device or batch
+# size change results only by rounding
 NO_RESULT = "model calibration_data column prune_on_c4 vocabulary_data teacher eval_data".split()
 NO_RESULT += (
     "include_path cache_dir device batch_size offload_folder completions save save_model".split()
 )
 NO_RESULT += ["resume", "debug", "save_masks"]
-FIGURES = ["tasks", "eval_windows"]  # another value is the same model, measured otherwise
+FIGURES = ["tasks", "eval_windows"]  # flags that change the evaluation, not the model
 
 FEWEST_ZEROS = 1 / 16  # packing pays for one bit per weight only above this share of zeros
 
 
 def _number(kind: type, test: Callable[[Any], bool], must: str) -> Callable[[str], Any]:
-    """Return a type of argparse: a number that must be what `test` says."""
+    """Return a type of argparse: a number that passes `test`."""
 
     def parse(text: str) -> Any:
         if not test(value := kind(text)):
             raise argparse.ArgumentTypeError(f"{text}: must be {must}")
         return value
 
-    parse.__name__ = kind.__name__  # argparse names it: invalid int value
+    parse.__name__ = kind.__name__  # shown by argparse: invalid int value
     return parse
 
 
@@ -71,7 +71,7 @@ RATE = _number(float, lambda value: 0 < value < 1, "above 0 and below 1")
 
 
 def _one_of(names: tuple[str, ...], ends: str, more: str) -> Callable[[str], str]:
-    """Return a type of argparse: one of some names, or what has `ends` in it."""
+    """Return a type of argparse: one of `names`, or a text that contains `ends`."""
 
     def parse(text: str) -> str:
         if text not in names and ends not in text:
@@ -107,19 +107,19 @@ def build_parser() -> argparse.ArgumentParser:
 
     section("model")
     flag("model", "Hub id (owner/name) or local folder", required=True)
-    flag("cache_dir", "folder for weights from the Hub", metavar="FOLDER", shown="the Hub's own")
+    flag("cache_dir", "folder for weights from the Hub", metavar="FOLDER", shown="the Hub's cache")
     flag(
         "load_bit",
         "quantize on loading with bitsandbytes: 4 (NF4) or 8 (LLM.int8) bits per weight",
         choices=("4", "8"),
     )
-    switch("text_only", "drop vision and audio parts from the saved model; requires --save_model")
-    switch("trust_remote_code", "run Python code that comes with the model; only if you trust it")
+    switch("text_only", "save without vision and audio parts; requires --save_model")
+    switch("trust_remote_code", "run Python code that comes with the model, if you trust it")
 
     section("data")
     flag(
         "calibration_data",
-        "ubertext, c4, a Hub dataset, a file or a folder; several as SOURCE=WEIGHT are mixed",
+        "ubertext, c4, a Hub dataset, a file or a folder; SOURCE=WEIGHT mixes several",
         nargs="+",
         metavar="SOURCE",
         shown="ubertext",
@@ -129,7 +129,7 @@ def build_parser() -> argparse.ArgumentParser:
     flag("seed", "seed of the random draw of the windows", type=int, default=0)
     flag(
         "seqlen",
-        "tokens of a calibration or test window",
+        "tokens per calibration or test window",
         type=WINDOW,
         metavar="TOKENS",
         shown="the model's limit, at most 4096",
@@ -137,14 +137,14 @@ def build_parser() -> argparse.ArgumentParser:
     flag("column", "column that holds the texts", default="text", metavar="NAME")
     flag(
         "bos",
-        "start windows with BOS; auto: if the dense model collapses without it; never: published",
+        "start windows with BOS; auto: if the dense model needs it; never: as published",
         default="auto",
         choices=("auto", "never"),
     )
     switch("no_chat_template", "read dialogues as plain text, without the chat template")
     flag(
         "date",
-        "date that a chat template writes, if it asks for one",
+        "date for chat templates that write one",
         type=lambda text: str(date.fromisoformat(text)),
         metavar="YYYY-MM-DD",
         shown="today, or that of the resumed run",
@@ -159,18 +159,18 @@ def build_parser() -> argparse.ArgumentParser:
     )
     flag(
         "sparsity_ratio",
-        "share to prune, of weights, neurons or experts, in [0, 1); N:M requires N/M",
+        "share of weights, neurons or experts to prune, at least 0 and below 1; N:M requires N/M",
         type=float,
         default=0.5,
         metavar="SHARE",
     )
     flag(
         "sparsity_type",
-        "zeros anywhere, or N of every M consecutive weights; or whole MLP neurons or MoE experts",
+        "unstructured: any weights; N:M: N of every M; neurons, experts: remove whole ones",
         default=UNSTRUCTURED,
         choices=TYPES,
     )
-    switch("use_variant", "Wanda's variant: each row has its own share of zeros; requires wanda")
+    switch("use_variant", "Wanda's variant, a share of zeros per row; requires wanda")
     flag(
         "method_args",
         "parameters of the method, such as alpha=0.5 for ria; requires --prune_method",
@@ -179,7 +179,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     flag(
         "allocation",
-        "sparsity of layers: uniform; error: by their effect on predictions; owl; or FILE.json",
+        "sparsity per layer: uniform; error: by effect on outputs; owl: by outliers; or FILE.json",
         default="uniform",
         type=_one_of(ALLOCATIONS, ".json", "FILE.json"),
         metavar="RULE",
@@ -188,17 +188,17 @@ def build_parser() -> argparse.ArgumentParser:
     section("quantization and packing")
     flag(
         "quantize",
-        "4 bits on calibration text; q4_0: every engine; iq4_nl: llama.cpp alone; int4: packed",
+        "4 bits with calibration text; q4_0: every engine; iq4_nl: only llama.cpp; int4: packed",
         choices=("q4_0", "iq4_nl", "int4"),
     )
     switch(
         "replace_sparse_layers",
-        "save sparse layers packed; 2:4 runs by torch's kernels on CUDA, any pattern by own ones "
-        "on x86-64 CPUs, else unpacked",
+        "save sparse layers packed; fast as 2:4 on CUDA (torch's kernels) and in any pattern on "
+        "x86-64 CPUs",
     )
 
     section("vocabulary")
-    switch("trim_vocabulary", "remove tokens that the training text does not use, and their rows")
+    switch("trim_vocabulary", "remove tokens that the training text does not use")
     flag(
         "vocabulary_data",
         "more text whose tokens are kept; requires --trim_vocabulary",
@@ -209,7 +209,7 @@ def build_parser() -> argparse.ArgumentParser:
     section("recovery training")
     flag(
         "recover",
-        "train on this many tokens with the dense model as teacher; zeros and 4-bit grids stay",
+        "train on this many tokens, with the dense model as teacher; sparsity and 4 bits stay",
         type=POSITIVE,
         metavar="TOKENS",
     )
@@ -220,58 +220,58 @@ def build_parser() -> argparse.ArgumentParser:
     )
     flag(
         "recover_rank",
-        "train low-rank updates (as LoRA, merged at the end): a fraction of the memory",
+        "train low-rank updates (as LoRA, merged at the end); requires --recover",
         type=POSITIVE,
         metavar="R",
         shown="all weights",
     )
     flag(
         "recover_optimizer",
-        "adamw8bit (bitsandbytes): averages of 2 bytes per weight, not 8; slower on a CPU",
+        "adamw8bit saves 6 bytes of memory per weight, and is slower on a CPU; requires --recover",
         choices=("adamw", "adamw8bit"),
         default="adamw",
     )
     flag(
         "recover_lr",
-        "peak learning rate",
+        "peak learning rate; requires --recover",
         type=RATE,
         metavar="RATE",
-        shown="chosen from the model's weights and size; see docs/recovery.md",
+        shown="by the model's weights and size, see docs/recovery.md",
     )
     flag(
         "recover_ce_weight",
-        "weight of cross-entropy with the text in the loss; 0: the teacher alone",
+        "weight of cross-entropy with the text in the loss, 0: teacher only; requires --recover",
         type=SHARE,
         metavar="SHARE",
         shown="0.2; 0 for dialogues",
     )
 
     section("evaluation")
-    switch("eval_only", "evaluate the model; prune, quantize and train nothing")
+    switch("eval_only", "evaluate the model without pruning, quantizing to q4_0 or training it")
     flag(
         "eval_data",
-        "test texts, given as calibration data; each is measured separately",
+        "test texts, in the form of --calibration_data; each is measured separately",
         nargs="+",
         metavar="SOURCE",
-        shown="the data's own test text, or a held-out tenth",
+        shown="the test text of the data, or a held-out tenth",
     )
     flag(
         "eval_windows",
-        "test windows of each text, evenly over its documents",
+        "number of windows per test text, evenly over its documents",
         type=POSITIVE,
         metavar="N",
         shown="all",
     )
     flag(
         "completions",
-        "prompts of each test text that both models complete, for results.json",
+        "prompts per test text that both models complete, for results.json",
         type=NATURAL,
         default=3,
         metavar="N",
     )
     flag(
         "tasks",
-        "lm-eval tasks to run at the end, in place of --eval_zero_shot; install lm-eval",
+        "tasks of lm-eval to run at the end (Wanda: --eval_zero_shot); requires lm-eval",
         type=lambda names: names.split(","),
         metavar="NAME,...",
     )
@@ -285,7 +285,7 @@ def build_parser() -> argparse.ArgumentParser:
         shown="out/MODEL-METHOD-TYPE-RATIO",
     )
     flag("save_model", "new folder for the model, tokenizer and model card", metavar="FOLDER")
-    flag("save_masks", "safetensors file for the masks alone, a bit per weight", metavar="FILE")
+    flag("save_masks", "new safetensors file for masks; requires --prune_method", metavar="FILE")
 
     section("execution")
     flag(
@@ -295,25 +295,25 @@ def build_parser() -> argparse.ArgumentParser:
     )
     flag(
         "dtype",
-        "compute dtype; auto: the checkpoint's if the device multiplies it natively, else float32",
+        "compute dtype; auto: the checkpoint's if the device supports it natively, else float32",
         default="auto",
         choices=("auto", "float32", "bfloat16", "float16"),
     )
     flag(
         "batch_size",
-        "windows per forward pass; changes results only by rounding",
+        "windows per forward pass; results differ only by rounding",
         type=POSITIVE,
         metavar="N",
         shown="by the device and the model's width",
     )
     flag(
         "offload_folder",
-        "read blocks one at a time, and keep changed ones here until they are saved",
+        "read blocks one at a time, and keep changed ones in this folder until they are saved",
         metavar="FOLDER",
     )
     flag(
         "resume",
-        "keep the state of the run here; the same command continues it, and success removes it",
+        "folder for the state of the run; the same command continues it, and success removes it",
         metavar="FOLDER",
     )
     switch("debug", "show the full traceback of an error")
@@ -321,12 +321,12 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def packed(flags: Mapping[str, Any]) -> bool:
-    """Return whether the model is saved packed; --quantize int4 says so by itself."""
+    """Return whether the model is saved packed; --quantize int4 implies it."""
     return bool(flags.get("replace_sparse_layers") or flags.get("quantize") == "int4")
 
 
 def given(args: argparse.Namespace, name: str) -> bool:
-    """Return whether a flag has another value than its default."""
+    """Return whether a flag differs from its default."""
     return getattr(args, name) != build_parser().get_default(name)
 
 
@@ -341,7 +341,7 @@ def shown(args: argparse.Namespace, name: str) -> str:
 
 
 def command_words(flags: Mapping[str, Any]) -> list[str]:
-    """Return the command line that gives these flags, without defaults."""
+    """Return the words of a command line with these flags, without defaults."""
     words = typed("prune").split()
     for name, value in flags.items():
         if value is None or value is False or value == build_parser().get_default(name):
@@ -358,7 +358,7 @@ def check_flags(parser: argparse.ArgumentParser, args: argparse.Namespace) -> No
         parser.error(mistake)
 
 
-NEEDS = {  # a flag: others of which one must be given
+NEEDS = {  # {flag: flags of which one is required}
     "vocabulary_data": ("trim_vocabulary",),
     "teacher": ("recover", "eval_only"),
     "recover_rank": ("recover",),
@@ -371,29 +371,29 @@ NEEDS = {  # a flag: others of which one must be given
     "save_masks": ("prune_method",),
     "text_only": ("save_model",),
 }
-EXCLUDES = (  # two flags, and why not both
-    ("offload_folder", "load_bit", "blocks can't be quantized on their way from disk"),
-    ("text_only", "load_bit", "its parts are quantized as one"),
-    ("prune_on_c4", "calibration_data", "is short for --calibration_data c4"),
-    ("replace_sparse_layers", "load_bit", "quantized weights can't be packed"),
-    ("quantize", "load_bit", "weights are quantized once"),
-    ("recover", "eval_only", "--eval_only changes no weight"),
-    ("recover", "load_bit", "quantized weights can't be trained"),
-    ("recover", "offload_folder", "blocks on disk can't be trained"),
-    ("teacher", "offload_folder", "the teacher is held in memory whole"),
-    ("teacher", "prune_method", "the model itself, before it is pruned, is the teacher"),
-    ("eval_only", "prune_method", "prunes nothing"),
+EXCLUDES = (  # two flags, and why they exclude each other
+    ("offload_folder", "load_bit", "blocks cannot be quantized while they are read from disk"),
+    ("text_only", "load_bit", "parts of a quantized model cannot be removed"),
+    ("prune_on_c4", "calibration_data", "it is short for --calibration_data c4"),
+    ("replace_sparse_layers", "load_bit", "quantized weights cannot be packed"),
+    ("quantize", "load_bit", "weights can be quantized only once"),
+    ("recover", "eval_only", "--eval_only trains nothing"),
+    ("recover", "load_bit", "quantized weights cannot be trained"),
+    ("recover", "offload_folder", "blocks on disk cannot be trained"),
+    ("teacher", "offload_folder", "the whole teacher must be in memory"),
+    ("teacher", "prune_method", "the model before pruning is its teacher"),
+    ("eval_only", "prune_method", "it prunes nothing"),
 )
 
 
 def mistakes(args: argparse.Namespace) -> Iterator[str]:
-    """Yield what is wrong with the flags, a line each: flag, value and the way out."""
+    """Yield a line for each mistake in the flags: flag, value, problem and fix."""
     for name, value in vars(args).items():
         if value == "" or (isinstance(value, list) and "" in value):
-            yield f"--{name} '': is empty; give a value, or leave the flag out"
+            yield f"--{name} '': the value is empty. Give one, or leave the flag out."
     for one, other, reason in EXCLUDES:
         if given(args, one) and given(args, other):
-            yield f"{shown(args, one)}: {reason}; leave out {shown(args, other)}"
+            yield f"{shown(args, one)}: {reason}. Leave out {shown(args, other)}."
     try:
         Sparsity.parse(args.sparsity_type, args.sparsity_ratio)
     except ValueError as error:
@@ -401,51 +401,51 @@ def mistakes(args: argparse.Namespace) -> Iterator[str]:
     for name, needed in NEEDS.items():
         if given(args, name) and not any(given(args, other) for other in needed):
             names = " or ".join(f"--{other}" for other in needed)
-            yield f"{shown(args, name)}: requires {names}. Add it, or leave the flag out."
+            yield f"{shown(args, name)}: it requires {names}. Add it, or leave the flag out."
     method, kind, ratio = args.prune_method, args.sparsity_type, args.sparsity_ratio
     packs, form = packed(vars(args)), shown(args, "quantize")
     in_llama_cpp = args.quantize and args.quantize != "int4"
     if in_llama_cpp and packs:
-        yield f"{form}: llama.cpp runs no packed weights; leave out --replace_sparse_layers"
+        yield f"{form}: llama.cpp cannot read packed weights. Leave out --replace_sparse_layers."
     if in_llama_cpp and args.eval_only:
-        yield f"{form}: --eval_only changes no weight; leave out --eval_only"
+        yield f"{form}: --eval_only does not quantize for llama.cpp. Leave out --eval_only."
     has_text = args.calibration_data or args.prune_on_c4
     rounds = args.quantize and (has_text or not packs)
     if not (method or args.eval_only or args.recover or args.trim_vocabulary or rounds):
-        yield f"--prune_method: name one of {', '.join(METHODS)}, or give --eval_only"
+        yield f"--prune_method: none is given. Use {', '.join(METHODS)}, or give --eval_only."
     if args.use_variant and method != "wanda":
-        yield f"--use_variant: is for wanda, not for {method or 'the dense model'}"
+        yield f"--use_variant: it requires wanda, not {method or 'no method'}. Leave the flag out."
     everywhere = kind in SMALLER or args.allocation == "error"
-    fixed = everywhere or (args.allocation == "owl" and kind == "2:4")  # no pattern beside it
+    fixed = everywhere or (args.allocation == "owl" and kind == "2:4")  # excludes patterns
     for name in ("use_variant", *["allocation"] * fixed) if kind != UNSTRUCTURED else ():
         if given(args, name):
-            yield f"{shown(args, name)}: is for --sparsity_type {UNSTRUCTURED}, not for {kind}"
+            yield f"{shown(args, name)}: {kind} excludes it. Use --sparsity_type {UNSTRUCTURED}."
     if args.save_masks and kind in SMALLER:
-        yield f"{shown(args, 'save_masks')}: --sparsity_type {kind} leaves no zeros; leave it out"
+        yield f"{shown(args, 'save_masks')}: --sparsity_type {kind} leaves no zeros. Leave it out."
     if method and not is_file(method) and (kind == EXPERTS) != (method in EXPERT_METHODS):
         names = ", ".join(EXPERT_METHODS if kind == EXPERTS else METHODS)
-        yield f"--prune_method {method}: is not for --sparsity_type {kind}; use one of {names}"
+        yield f"--prune_method {method}: it does not support {kind}. Use one of {names}."
     if method and kind in SMALLER:
         smaller = f"--sparsity_type {kind}"
         if ratio == 0:
-            yield f"--sparsity_ratio 0: with {smaller} nothing would go"
+            yield f"--sparsity_ratio 0: it removes nothing with {smaller}. Use a value above 0."
         if args.load_bit:
-            yield f"{smaller}: quantized weights can't be cut; leave out --load_bit {args.load_bit}"
+            yield f"{smaller}: quantized weights stay whole. Leave out --load_bit {args.load_bit}."
         if packs:
-            yield f"{smaller}: leaves no zeros for --replace_sparse_layers; leave that out"
+            yield f"{smaller}: it leaves nothing to pack. Leave out --replace_sparse_layers."
     if method and kind == UNSTRUCTURED:
         if args.recover and ratio == 0:
-            yield f"{shown(args, 'recover')}: with --sparsity_ratio 0 there is nothing to recover"
+            yield f"--recover {args.recover}: nothing is pruned. Use a --sparsity_ratio above 0."
         if packs and ratio <= FEWEST_ZEROS:
             yield (
-                f"--replace_sparse_layers: with --sparsity_ratio {ratio:g} nothing is smaller "
-                f"packed; give more than {FEWEST_ZEROS:g}, or leave it out"
+                f"--replace_sparse_layers: packing saves nothing with --sparsity_ratio {ratio:g}. "
+                f"Give more than {FEWEST_ZEROS:g}, or leave the flag out."
             )
     if args.save_model:
         target, saved = Path(args.save_model).resolve(), shown(args, "save_model")
         if args.eval_only and not (packs or args.trim_vocabulary or args.text_only):
-            yield f"{saved}: --eval_only changes no weight; leave it out"
+            yield f"{saved}: --eval_only leaves the model unchanged. Leave out one of them."
         for name in ("save", "model", "offload_folder", "resume", "teacher"):
             value = getattr(args, name)
             if value and Path(value).resolve().is_relative_to(target):
-                yield f"{saved}: must be a new folder, but --{name} {value} is in it"
+                yield f"{saved}: --{name} {value} is inside this folder. Name a new folder."

@@ -1,4 +1,4 @@
-"""A run as a plain object: what is decided before any weight is read, and what is measured then."""
+"""A run as a plain object: all decisions before weights are read, and all later measurements."""
 
 from __future__ import annotations
 
@@ -31,40 +31,40 @@ from .plan import Plan
 
 @dataclass
 class Texts:
-    """All windows of a run; `bos` is the id that begins each of them, None for none."""
+    """All windows of a run; `bos` is the id at the start of each of them, or None."""
 
     bos: int | None
-    windows: Tensor | Windows | None = None  # (windows, tokens) to calibrate on
-    calibration: dict[str, Any] | None = None  # the record of their source
+    windows: Tensor | Windows | None = None  # calibration windows (windows, tokens)
+    calibration: dict[str, Any] | None = None  # record of their source
     tests: list[TestSet] = field(default_factory=list)
-    training: TrainingText | None = None  # for the recovery
+    training: TrainingText | None = None  # for recovery
 
 
 @dataclass
 class Outcome:
-    """What a run measures and keeps, filled by its steps."""
+    """The measurements of a run, filled by its steps."""
 
     results: dict[str, Any] = field(default_factory=dict)  # see lib/run/results.py
-    losses: dict[str, Tensor] = field(default_factory=dict)  # of windows, see lib/run/results.py
-    seconds: dict[str, float] = field(default_factory=dict)  # by step
+    losses: dict[str, Tensor] = field(default_factory=dict)  # by window, see lib/run/results.py
+    seconds: dict[str, float] = field(default_factory=dict)  # wall time by step
     folder: RunFolder | None = None  # of finished blocks, in the main rank
-    is_saved: bool = False  # its model is, in the main rank
+    is_saved: bool = False  # the model is on the disk; in the main rank
     layers: dict[str, float] = field(default_factory=dict)  # share of zeros of each linear layer
-    is_recorded: bool = False  # its results are on the disk
+    is_recorded: bool = False  # the results are on the disk
 
 
 @dataclass(frozen=True)
 class Job:
     """Everything that is decided about a run before any weight is read.
 
-    Only `texts` may be others later: where the dense model turns out to need BOS.
+    Only `texts` may change later, if the dense model turns out to need BOS.
     """
 
     args: argparse.Namespace
     plan: Plan
     device: device
-    dtype: dtype  # of the weights while working
-    save_dtype: dtype  # in which they are saved
+    dtype: dtype  # compute dtype
+    save_dtype: dtype  # dtype of the saved weights
     dist: DistContext
     checkpoint: Checkpoint
     config: Any
@@ -72,26 +72,26 @@ class Job:
     seqlen: int
     skeleton: nn.Module  # the model without weights
     blocks_name: str
-    sources: list[Source] = field(default_factory=list)  # of the calibration
-    vocabulary_sources: list[Source] = field(default_factory=list)  # whose tokens are kept
+    sources: list[Source] = field(default_factory=list)  # calibration sources
+    vocabulary_sources: list[Source] = field(default_factory=list)  # their tokens are kept
     tests: list[Source] = field(default_factory=list)
     batch_size: int = 1
-    layout: PartLayout | None = None  # of neurons or experts, which are removed
-    left: int | None = None  # of these, in each block
+    layout: PartLayout | None = None  # neurons or experts, if they are removed
+    left: int | None = None  # number that each block keeps of these
     vocabulary: TrimmedVocabulary | None = None
-    schedule: TrainSchedule | None = None  # of the recovery
+    schedule: TrainSchedule | None = None  # recovery training
     teacher: Checkpoint | None = None
     teacher_config: Any = None
-    teacher_rows: Tensor | None = None  # rows of the teacher's vocabulary that a smaller model has
+    teacher_rows: Tensor | None = None  # the teacher's vocabulary rows that the model has
     smaller: bool = False  # the model has fewer neurons or experts than the teacher
     texts: Texts = field(default_factory=lambda: Texts(None))
     fingerprint: dict[str, dict[str, Any]] = field(default_factory=dict)
-    shared: Path | None = None  # the folder of a sweep, whose runs share the dense model's states
+    shared: Path | None = None  # folder of a sweep, for the dense model's states
     outcome: Outcome = field(default_factory=Outcome)
 
     @property
     def dense_key(self) -> str:
-        """What the dense model's states on the test windows depend on, as a digest."""
+        """Digest of everything that the dense model's states on the test windows depend on."""
         pruning, measuring = self.fingerprint["pruning"], self.fingerprint["measuring"]
         names = ["--dtype", "--load_bit", "kind of device"]
         names += [name for name in pruning if name.startswith(("weights", "config", "version"))]
@@ -101,15 +101,15 @@ class Job:
 
     @property
     def shares(self) -> bool:
-        """Whether ranks share out the weights that are trained."""
+        """Whether ranks share out the trained weights."""
         blocks = self.skeleton.get_submodule(self.blocks_name)
         return bool(self.schedule) and self.dist.size > 1 and can_share(blocks)
 
     @contextmanager
     def timed(self, step: str, what: str = "", total: int = 0, unit: str = "block") -> Iterator:
-        """Inside, wall time counts as that of `step`; yields what advances a bar, where it has one.
+        """Count wall time in this context as that of `step`; yield a callback to advance a bar.
 
-        The bar is named `what`, and is full after `total` units.
+        The bar is named `what` and is full after `total` units; without a name there is none.
         """
         start = time.perf_counter()
         with progress(total, what, unit, bool(what) and self.dist.is_main) as on_progress:

@@ -1,6 +1,6 @@
-"""Load the models of a run, the dense one on the device or in files of blocks, as memory allows.
+"""Load the models of a run, resident on the device or as files of blocks, as memory allows.
 
-What a run needs of memory, and what is decided by that, is a table (lib/run/memory.py).
+lib/run/memory.py estimates the memory of a run and decides by it.
 """
 
 from __future__ import annotations
@@ -26,18 +26,18 @@ from ..util.host import keep_freed_memory
 from .job import Job
 from .memory import Memory
 
-LEAST_ZEROS = 0.01  # share of the blocks' weights; a model with fewer was not pruned
+LEAST_ZEROS = 0.01  # share of zeros in the blocks below which a model counts as not pruned
 MEMORY = Path("/dev/shm")  # on Linux: files in memory
 
 
 def load(job: Job, cleanup: ExitStack, folder: RunFolder | None) -> BlockRunner:
-    """Load the dense model where it fits; `cleanup` closes and removes what that needs.
+    """Load the model where it fits; `cleanup` closes and removes temporary files.
 
-    `folder` is the run's own, in the main rank, where blocks are kept.
+    `folder` is the run's folder of blocks, in the main rank.
     """
     keep_freed_memory()
     args, dist, (fetched, options) = job.args, job.dist, plan_memory(job)
-    first = dist.local_rank == 0  # of its machine
+    first = dist.local_rank == 0  # first rank of its machine
     where, converted, blocks_at = {"": job.device}, None, None
     if fetched:
         where = device_map(job.skeleton, job.blocks_name, job.device)
@@ -55,11 +55,11 @@ def load(job: Job, cleanup: ExitStack, folder: RunFolder | None) -> BlockRunner:
             writes=first,
             load_bit=args.load_bit,
         )
-    dist.barrier()  # what one rank of a machine has converted is there for all
+    dist.barrier()  # files that one rank converts serve all ranks of its machine
     save_dtype = job.save_dtype
     if job.plan.narrows:
         with pretrained.cast(model, save_dtype):
-            pass  # it is measured as it will be saved; blocks in files are cast when fetched
+            pass  # evaluated as it will be saved; blocks in files are cast when fetched
     store = BlockStore
     if fetched:
         on_disk, narrow = bool(args.offload_folder), job.plan.narrows
@@ -67,7 +67,7 @@ def load(job: Job, cleanup: ExitStack, folder: RunFolder | None) -> BlockRunner:
     finished = folder if job.plan.changes else None
     weights = store(model, job.device, save_dtype=save_dtype, finished=finished, dist=job.dist)
     runner = BlockRunner(model, job.device, weights, **options)
-    if weights.resident:  # otherwise every block is checked when it is fetched
+    if weights.resident:  # otherwise blocks are checked when they are fetched
         runner.check_finite()
     try:
         runner.verify()
@@ -76,15 +76,15 @@ def load(job: Job, cleanup: ExitStack, folder: RunFolder | None) -> BlockRunner:
             raise
         runner = BlockRunner(model, job.device, weights, **options, whole=True)
         runner.verify()
-        job.print(f"measured as a whole: {error}")
+        job.print(f"evaluated as a whole: {error}")
     return runner
 
 
 def load_teacher(job: Job, runner: BlockRunner, cleanup: ExitStack) -> BlockRunner:
-    """Load the teacher: `--teacher`, or a copy of the model as it is before pruning.
+    """Load the teacher: `--teacher`, or a copy of the model before pruning.
 
-    Where ranks will share out the model's blocks, the teacher's are fetched as they are. UserError
-    if a model that was pruned before is to be recovered, but has no zeros.
+    If ranks share out the model's blocks, the teacher's are fetched whole. Raises UserError if an
+    already pruned model is to be recovered, but has no zeros.
     """
     passes = dict(dist=job.dist, batch_size=job.batch_size, state_device=runner.state_device)
     passes["most_windows"] = runner.most_windows
@@ -98,7 +98,7 @@ def load_teacher(job: Job, runner: BlockRunner, cleanup: ExitStack) -> BlockRunn
     if needs_zeros and (zeros := Measured(runner).overall) < LEAST_ZEROS:
         raise UserError(
             f"{job.checkpoint}: {zeros:.1%} of its blocks' weights are zero, so there is "
-            "nothing to recover; prune it by --prune_method, without --teacher"
+            "nothing to recover. Prune it with --prune_method, without --teacher."
         )
     with job.timed("load teacher"):
         where, converted, first = {"": job.device}, None, job.dist.local_rank == 0
@@ -115,7 +115,7 @@ def load_teacher(job: Job, runner: BlockRunner, cleanup: ExitStack) -> BlockRunn
             offload=converted,
             writes=first,
         )
-        job.dist.barrier()  # what one rank of a machine has converted is there for all
+        job.dist.barrier()  # as above
         if job.teacher_rows is not None:
             keep_rows_(model, job.teacher_rows)
         if not resident:
@@ -127,9 +127,9 @@ def load_teacher(job: Job, runner: BlockRunner, cleanup: ExitStack) -> BlockRunn
 
 
 def plan_memory(job: Job) -> tuple[bool, dict[str, Any]]:
-    """Decide whether blocks are fetched, and other options of a `BlockRunner`; print a line.
+    """Decide whether blocks are fetched, and other options of `BlockRunner`; print a line.
 
-    UserError where the run can't fit in memory.
+    Raises UserError if the run cannot fit in memory.
     """
     memory = Memory.of(job)
     job.dist.check_alike(memory.check)  # another program may be on one rank's card
@@ -145,7 +145,7 @@ def plan_memory(job: Job) -> tuple[bool, dict[str, Any]]:
 
 
 def _block_folder(job: Job, cleanup: ExitStack, folder: RunFolder | None) -> RunFolder:
-    """Return where this machine keeps changed blocks: the run's own folder, or a temporary one."""
+    """Return this machine's folder of changed blocks: that of the run, or a temporary one."""
     if folder:
         return folder
     if job.args.offload_folder:

@@ -1,7 +1,8 @@
-"""What a run does, decided once from its flags: whoever wants to know asks this, not the flags.
+"""The steps of a run, derived once from the flags. Other modules read the plan, not the flags.
 
-A plan says what goes (vocabulary; weights, neurons or experts), how that is chosen, what is trained
-and on which grid, and what the model becomes. This module imports neither torch nor transformers.
+A plan holds what is removed (vocabulary; weights, neurons or experts), how it is chosen, how long
+the model is trained, and the format of the result. This module imports neither torch nor
+transformers.
 """
 
 from __future__ import annotations
@@ -18,30 +19,30 @@ from .flags import packed
 if TYPE_CHECKING:
     from ..methods.base import PruningMethod
 
-PRUNED_BEFORE = "pruned before"  # what results call a run that takes up another's model
+PRUNED_BEFORE = "pruned before"  # method of a run on an already pruned model
 
 
 @dataclass(frozen=True)
 class Plan:
-    """A run's steps, besides evaluation; what a step does not need is None or False."""
+    """The steps of a run besides evaluation; a step that is left out is None or False."""
 
-    trims: bool  # the vocabulary
-    method: str | None  # by which weights, neurons or experts are chosen; None: none go
-    variant: bool  # of Wanda
+    trims: bool  # --trim_vocabulary
+    method: str | None  # chooses weights, neurons or experts; None: nothing is pruned
+    variant: bool  # Wanda's variant
     method_args: list[str] | None  # NAME=VALUE
-    kind: str  # of what goes: one of lib/methods/sparsity.py's TYPES
+    kind: str  # --sparsity_type, one of lib/methods/sparsity.py's TYPES
     sparsity: Sparsity
     allocation: str
-    tokens: int | None  # to train on
-    teacher: str | None  # the dense model of one that was pruned before
-    format: str  # of the linears in the end, a name of lib/packed/formats.py
+    tokens: int | None  # training tokens
+    teacher: str | None  # dense model of an already pruned one
+    format: str  # final format of the linear layers, a name of lib/packed/formats.py
     packs: bool
     measures_only: bool
-    names_text: bool  # calibration text is given, so that what needs none reads it too
+    names_text: bool  # calibration text was named explicitly
 
     @classmethod
     def of(cls, args: argparse.Namespace) -> Plan:
-        """Read flags that lib/run/flags.py has found no mistake in."""
+        """Return the plan of flags that lib/run/flags.py has accepted."""
         return cls(
             trims=args.trim_vocabulary,
             method=args.prune_method,
@@ -60,12 +61,12 @@ class Plan:
 
     @property
     def removes(self) -> str | None:
-        """`neurons` or `experts` where whole ones go."""
+        """`neurons` or `experts` if whole ones are removed, else None."""
         return self.kind if self.method and self.kind in SMALLER else None
 
     @property
     def method_class(self) -> type[PruningMethod]:
-        """The method, with its parameters. UserError where it can't do what the flags ask of it."""
+        """The method with its parameters. Raises UserError if it does not support the flags."""
         return method_of(self.method, self.variant, self.method_args, self.kind)
 
     @property
@@ -78,7 +79,7 @@ class Plan:
 
     @property
     def rounds(self) -> bool:
-        """Whether linears are rounded on calibration text, for which alone none need be read."""
+        """Whether linear layers are quantized with calibration text."""
         if self.format == "16" or self.measures_only:
             return False
         asked = not self.packs or self.names_text
@@ -86,12 +87,12 @@ class Plan:
 
     @property
     def calibrated(self) -> bool:
-        """Whether pruning or rounding reads calibration text."""
+        """Whether pruning or quantization reads calibration text."""
         return self.observes or self.rounds
 
     @property
     def reads_train(self) -> bool:
-        """Whether the run reads the train text of the calibration sources."""
+        """Whether the run reads the training text of the calibration sources."""
         return bool(self.calibrated or self.tokens)
 
     @property
@@ -101,22 +102,22 @@ class Plan:
 
     @property
     def has_dense(self) -> bool:
-        """Whether there is a dense model to compare with: the model itself, or its teacher."""
+        """Whether the result is compared with a dense model: the model itself, or its teacher."""
         return bool(self.method or self.tokens or self.teacher or self.narrows)
 
     @property
     def narrows(self) -> bool:
-        """Whether the model is saved in 16 bits because its format is told by these alone."""
+        """Whether the result is a plain 16-bit checkpoint with weights on the q4_0 grid."""
         return self.format != "16" and not self.packs
 
     @property
     def trains_all(self) -> bool:
-        """Whether all linears of the blocks are trained, not only those with zeros."""
+        """Whether all linear layers of the blocks are trained, not only those with zeros."""
         return bool(self.removes or self.narrows or not (self.method or self.teacher))
 
     @property
     def name(self) -> str:
-        """What results and log call the run: its method, or else what else it does."""
+        """The label of the run in results.json and the log."""
         if self.method:
             return label(self.method)
         if self.teacher or (self.rounds and self.packs):
@@ -126,7 +127,7 @@ class Plan:
         return "recovered" if self.tokens else "dense"
 
     def default_save(self, model: str) -> str:
-        """Return the folder of the results of `--model` where --save is not given."""
+        """Return the default of --save for a --model."""
         parts = [Path(model).name or "model", self.name.replace(" ", "-")]
         if self.method:
             parts.append(self.kind.replace(":", "of"))

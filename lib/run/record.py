@@ -1,4 +1,4 @@
-"""What a run leaves beside the model: results.json's common part, the log, the summary."""
+"""The outputs of a run besides the model: common part of results.json, log, and summary."""
 
 from __future__ import annotations
 
@@ -32,9 +32,9 @@ from .results import LOSSES, RESULTS, read_results
 
 
 def base_results(job: Job, runner: BlockRunner) -> dict[str, Any]:
-    """Return what is known of a run before its first step; see lib/run/results.py."""
+    """Return the results that are known before the first step; see lib/run/results.py."""
     args, plan, device = job.args, job.plan, job.device
-    dtype = checkpoint_dtype(job.config)  # in which it lies on the disk
+    dtype = checkpoint_dtype(job.config)  # dtype on the disk
     if device.type == "cpu":
         threads = torch.get_num_threads()
         about = f"{threads} thread{'s' * (threads > 1)}"
@@ -60,13 +60,13 @@ def base_results(job: Job, runner: BlockRunner) -> dict[str, Any]:
 
 
 def commit() -> dict[str, Any]:
-    """Return the commit of the checkout, and whether its code differs; {} where there is none."""
-    if not (ROOT / ".git").exists():  # installed, perhaps within a checkout of something else
+    """Return the commit of the checkout, and whether its code differs; {} if there is none."""
+    if not (ROOT / ".git").exists():  # installed, perhaps inside another checkout
         return {}
     words = "git status --porcelain=v2 --branch -- main.py lib".split()
     try:
         done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, check=True)
-    except (OSError, subprocess.CalledProcessError):  # without git, or another user's folder
+    except (OSError, subprocess.CalledProcessError):  # no git, or another user's folder
         return {}
     first, *others = done.stdout.splitlines()  # # branch.oid HASH
     changed = any(not line.startswith("#") for line in others)
@@ -74,19 +74,19 @@ def commit() -> dict[str, Any]:
 
 
 def processor() -> str:
-    """Return the name of the processor, whose kind decides how sums are rounded."""
+    """Return the name of the processor, which affects how sums are rounded."""
     linux = Path("/proc/cpuinfo")
     named = re.search(r"model name\s*: (.*)", linux.read_text()) if linux.exists() else None
     return named[1].strip() if named else platform.processor() or platform.machine()
 
 
 def finish_results(job: Job, runner: BlockRunner) -> None:
-    """Add what is known at the end."""
+    """Add vocabulary, memory, timing and footprint figures to the results."""
     results = job.outcome.results
     results |= {"bos": job.texts.bos, "calibration": job.texts.calibration}
     if job.vocabulary:
         results["vocabulary"] = {"note": NOTE} | job.vocabulary.facts
-    elif before := getattr(job.config, TRIMMED_FROM, None):  # by an earlier run
+    elif before := getattr(job.config, TRIMMED_FROM, None):  # trimmed by an earlier run
         rows = job.config.get_text_config(decoder=True).vocab_size
         results["vocabulary"] = {"note": NOTE, "rows": rows, "rows_before": before}
     results["footprint"]["after"] = footprint(runner.model)
@@ -96,7 +96,7 @@ def finish_results(job: Job, runner: BlockRunner) -> None:
 def evaluation_record(
     test: TestSet, figures: dict[str, Any], only_compared: bool = False
 ) -> dict[str, Any]:
-    """Return the record of a test set: what it is, and its figures (lib/eval.py)."""
+    """Return the record of a test set: its description and its figures (lib/eval.py)."""
     names = (name for name in figures if "nats" not in name and name != "by_window")
     record = test.facts | {name: figures[name] for name in names}
     if not only_compared or figures["compared_windows"] == len(test.windows):
@@ -107,7 +107,7 @@ def evaluation_record(
         if figures["compared_windows"] == len(test.windows):
             bits = figures["dense_sum_nats"] / math.log(2)
             record["dense"]["bits_per_byte"] = bits / record["bytes"]
-        else:  # what the dense model's perplexity is to be compared with
+        else:  # counterpart of the dense model's perplexity
             record["compared_perplexity"] = exp(own)
     return record
 
@@ -115,9 +115,9 @@ def evaluation_record(
 def write_log(folder: Path, results: dict[str, Any]) -> None:
     """Write log_METHOD.txt in wanda's format: names, then one line of values, tab-separated.
 
-    `ppl_test` is the first test set; where there are several, each follows as `ppl_NAME`. Where the
-    vocabulary was trimmed, bits per byte come before them. Lines with `#` have all figures beside
-    the dense model's, and say why bits per byte come first.
+    `ppl_test` is the first test set; if there are several, each follows as `ppl_NAME`. If the
+    vocabulary was trimmed, bits per byte come first. Lines with `#` compare all figures with the
+    dense model's.
     """
     method, vocabulary, tests = results["method"], results.get("vocabulary"), results["evaluation"]
     columns = {"method": method, "actual_sparsity": f"{results['sparsity']['overall']:.4f}"}
@@ -136,15 +136,15 @@ def keep_other_results(folder: Path, fingerprint: dict[str, Any]) -> None:
     """Rename the results of another run in the folder to NAME.1.SUFFIX, or the next free number."""
     try:
         before = read_results(folder).get("fingerprint")
-    except UserError:  # there are none
+    except UserError:  # there are no results
         before = None
     if before != fingerprint:
-        logs = (f for f in folder.glob("log_*.txt") if "." not in f.stem)  # the others were moved
+        logs = (f for f in folder.glob("log_*.txt") if "." not in f.stem)  # not renamed yet
         logs = [f for f in logs if f.read_bytes().startswith(b"method\t")]
         for file in filter(Path.exists, [folder / RESULTS, folder / LOSSES, *logs]):
             others = (file.with_name(f"{file.stem}.{n}{file.suffix}") for n in count(1))
             other = file.rename(next(path for path in others if not path.exists()))
-            print(f"{file}: is of another run, and is now {other.name}")
+            print(f"{file}: it belongs to another run and was renamed to {other.name}")
 
 
 def print_summary(results: dict[str, Any]) -> None:

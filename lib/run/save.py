@@ -1,8 +1,8 @@
-"""Saves the model of a run: a new folder, whole or not at all, and nothing lost on the way.
+"""Save the model of a run: a new folder, complete or not at all.
 
-OUT.partial gets weights, tokenizer and, last, the card: a folder with a card is a whole model. Then
-it gets its name. Finished blocks that lie elsewhere stay until the results are written, so that at
-any moment what is on the disk can be continued, or is the model.
+OUT.partial gets weights, tokenizer and, last, the card: a folder with a card is a complete model.
+Then it is renamed to OUT. Finished blocks in other folders stay until the results are written, so
+that at any moment the files on disk are the model, or a run that can be continued.
 """
 
 from __future__ import annotations
@@ -36,10 +36,10 @@ CARD = "README.md"  # the last file of a model that is saved
 
 
 def save(job: Job, runner: BlockRunner, cleanup: ExitStack) -> None:
-    """Save model and tokenizer as a new folder; where blocks are in files, these are its shards."""
+    """Save model and tokenizer as a new folder; blocks in files become its shards."""
     weights, folder, moved = runner.weights, job.outcome.folder, {}
     stage, target = partial_of(job.args.save_model), Path(job.args.save_model)
-    job.dist.barrier()  # files that no rank reads any longer may be moved
+    job.dist.barrier()  # no rank reads the files any more
     if job.dist.is_main:
         holds_blocks = bool(folder) and folder.path.resolve() == stage.resolve()
         with job.timed("save"), ExitStack() as failed:
@@ -49,7 +49,7 @@ def save(job: Job, runner: BlockRunner, cleanup: ExitStack) -> None:
             failed.pop_all()
             if holds_blocks:  # the folder is about to become the model
                 other = None
-                if not weights.resident:  # what is still read stays until the end
+                if not weights.resident:  # blocks that are still read stay until the end
                     other = cleanup.enter_context(temporary_folder(target.parent))
                 moved = folder.hand_over(other)
                 job.outcome.folder = None
@@ -57,7 +57,7 @@ def save(job: Job, runner: BlockRunner, cleanup: ExitStack) -> None:
                 put_in_place(stage, target)
             except OSError as error:
                 raise UserError(
-                    f"--save_model {target}: {first_line(error)}; the whole model is in {stage}"
+                    f"--save_model {target}: {first_line(error)}. The complete model is in {stage}."
                 ) from error
         job.outcome.is_saved = True
         print(f"saved: {target}", flush=True)
@@ -65,10 +65,10 @@ def save(job: Job, runner: BlockRunner, cleanup: ExitStack) -> None:
 
 
 def _write(job: Job, runner: BlockRunner, stage: Path) -> None:
-    """Write the whole model into a folder."""
+    """Write the complete model into a folder."""
     stage.mkdir(parents=True, exist_ok=True)
     for file in stage.glob("model*.safetensors*"):
-        file.unlink()  # of a run that was killed while it saved
+        file.unlink()  # left by a run that was killed while saving
     alone = _text_alone(job, runner.model) if job.args.text_only else None
     try:
         shards = None if alone else runner.weights.shards()
@@ -77,7 +77,7 @@ def _write(job: Job, runner: BlockRunner, stage: Path) -> None:
             with runner.weights.mapped(), cast(model, runner.save_dtype):
                 model.save_pretrained(stage, max_shard_size="5GB")
     except SafetensorError as error:
-        raise UserError(f"--save_model {job.args.save_model}: can't be saved ({error})") from error
+        raise UserError(f"--save_model {job.args.save_model}: {error}. Check the disk.") from error
     as_loaded(job.tokenizer).save_pretrained(stage)
     write_tokenizer_model(job.tokenizer, stage)
     if not alone and getattr(runner.model, "unread", None):
@@ -90,7 +90,7 @@ def _write(job: Job, runner: BlockRunner, stage: Path) -> None:
 
 
 def _text_alone(job: Job, model: nn.Module) -> nn.Module:
-    """Return the text model alone, say what goes, and check that it computes the same."""
+    """Return the text model alone, report what is left out, and check that outputs are the same."""
     alone = text_alone(model, job.checkpoint)
     if getattr(model, "hf_quantizer", None):
         mark_packed_(alone)
@@ -108,7 +108,7 @@ def _text_alone(job: Job, model: nn.Module) -> nn.Module:
 
 
 def write_card(job: Job, folder: str | Path) -> None:
-    """Write the card of the saved model in `folder`, with the figures that are known by now."""
+    """Write the card of the saved model in `folder`, with the figures measured so far."""
     sources = [source.text for source in job.sources if job.plan.reads_train]
     sources += [each.text for each in job.vocabulary_sources if each.text not in sources]
     card = model_card(job.outcome.results, sources, online=not local_only(job.checkpoint))
@@ -116,14 +116,14 @@ def write_card(job: Job, folder: str | Path) -> None:
 
 
 def close_store(job: Job) -> None:
-    """Remove the folder of finished blocks, or say how to go on where the run ended early."""
+    """Remove the folder of finished blocks, or print how to continue a run that ended early."""
     folder, args = job.outcome.folder, job.args
     if job.outcome.is_saved and not job.outcome.is_recorded:
         words = [*typed("prune").split(), "--model", args.save_model, "--eval_only"]
         words += ["--seqlen", job.seqlen, *["--column", args.column] * (args.column != "text")]
         words += ["--eval_data", *(test.text for test in job.tests)]
         how = shlex.join(map(str, words))
-        print(f"{args.save_model} is whole, but not measured; to do that: {how}", flush=True)
+        print(f"{args.save_model} is complete, but not evaluated. To do that: {how}", flush=True)
     if not folder:
         return
     if job.outcome.is_recorded:
@@ -135,4 +135,4 @@ def close_store(job: Job) -> None:
         if not args.resume:
             how = f"add --resume {folder.path} to continue"
         how += " with another --save_model" * ("saved_bytes" in job.outcome.results)
-        print(f"kept what is finished: {how}", flush=True)
+        print(f"finished work is kept: {how}", flush=True)

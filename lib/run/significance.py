@@ -1,4 +1,4 @@
-"""Whether a mean could be chance: intervals over documents and seeds, and Holm's correction."""
+"""Significance of a mean: intervals over documents and seeds, and Holm's correction."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ LEVEL = 0.95
 
 @dataclass(frozen=True)
 class MeanInterval:
-    """A mean, its interval, and the p-value of a mean of 0; nan where one document was measured."""
+    """A mean, its interval, and the p-value for a mean of 0; nan if there is one document."""
 
     mean: float
     low: float
@@ -28,20 +28,19 @@ class MeanInterval:
 def mean_interval(values: ndarray, documents: ndarray) -> MeanInterval:
     """Return the mean of values (seeds, windows) and its 95% interval, by Student's t.
 
-    `documents` (windows,) numbers the document of each window. Two things are samples of what could
-    have been drawn, and their variances are added:
+    `documents` (windows,) numbers the document of each window. Documents and seeds are samples, and
+    their variances are added:
 
-    - The documents, since windows of one are alike. After averaging over seeds it is the
-      cluster-robust variance of a mean, G / (G - 1) * sum over documents of the squared sum of
-      their windows' residuals / windows^2. G = windows^2 / sum over documents of their windows^2 is
-      the number of equally long documents that tell as much (Kish). Of equally long ones it is the
-      variance of the mean of their means. G - 1 degrees of freedom.
-    - The seeds: the variance of the means of each / seeds, seeds - 1 degrees of freedom. Of a
-      single seed it is unknown, and the interval holds for that draw alone.
+    - Documents, since windows of one document are alike: the cluster-robust variance of a mean
+      after averaging over seeds, G / (G - 1) * sum over documents of (sum of their windows'
+      residuals)^2 / windows^2. G = windows^2 / (sum over documents of their windows^2) is the
+      effective number of documents (Kish), with G - 1 degrees of freedom. For equally long
+      documents this is the variance of the mean of their means.
+    - Seeds: (variance of the means of each seed) / seeds, with seeds - 1 degrees of freedom. With a
+      single seed it is unknown, and the interval holds for that draw only.
 
-    Variation of single windows is in both, so that the interval is rather too wide. The sum has
-    Welch's and Satterthwaite's degrees of freedom. One document says nothing of others: without
-    an interval.
+    Variation of single windows is in both, so the interval is rather too wide. The sum has the
+    degrees of freedom of Welch and Satterthwaite. A single document gives no interval.
     """
     seeds, windows = values.shape
     mean = values.mean()
@@ -55,9 +54,9 @@ def mean_interval(values: ndarray, documents: ndarray) -> MeanInterval:
     if seeds > 1:
         parts.append((values.mean(1).var(ddof=1) / seeds, seeds - 1))
     variance = sum(part for part, _ in parts)
-    if not variance:  # all are the same
+    if not variance:  # all values are equal
         return MeanInterval(*[float(mean)] * 3, float(mean == 0), count, seeds)
-    freedom = variance**2 / sum(part**2 / own for part, own in parts)
+    freedom = variance**2 / sum(part**2 / degrees for part, degrees in parts)
     error = variance**0.5
     half = stats.t.ppf((1 + LEVEL) / 2, freedom) * error
     p = 2 * stats.t.sf(abs(mean) / error, freedom)
@@ -66,9 +65,9 @@ def mean_interval(values: ndarray, documents: ndarray) -> MeanInterval:
 
 
 def holm(p: Sequence[float]) -> ndarray:
-    """Return the p-values of all tests together (Holm, 1979), by which one is wrongly below 0.05.
+    """Return the p-values corrected for the number of tests (Holm, 1979).
 
-    A nan is no test, and stays.
+    A nan is not a test, and stays.
     """
     p = np.asarray(p, float)
     order = np.argsort(p)[: np.isfinite(p).sum()]  # nan is last

@@ -1,4 +1,4 @@
-"""The steps of a run, in the order in which main.run takes them."""
+"""The steps of a run, in the order of main.run."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ from .results import write_losses, write_results
 from .save import close_store, save, write_card
 from .texts import resolve_bos
 
-__all__ = [  # steps of main.run that stand elsewhere
+__all__ = [  # steps of main.run in other modules
     "Completions",
     "base_results",
     "close_store",
@@ -63,14 +63,14 @@ __all__ = [  # steps of main.run that stand elsewhere
     "resolve_bos",
     "save",
 ]
-ALLOCATION = "allocation.json"  # in --save; --allocation takes it
-MOST_ZEROS = 0.25  # that rounding of the original to 4 bits may have made
+ALLOCATION = "allocation.json"  # in --save; an input of --allocation
+MOST_ZEROS = 0.25  # share that quantization of the original to 4 bits may have made
 BEFORE = "perplexity", "bits_per_byte", "kl", "top1_agreement"
 Starts = dict[str, tuple[Tensor, Grid]]  # of `Quantizer`
 
 
 def trim(job: Job, runner: BlockRunner) -> None:
-    """Remove the rows of dropped tokens, and check that the others keep their logits."""
+    """Remove the rows of tokens, and check that the other tokens keep their logits."""
     model, vocabulary = runner.model, job.vocabulary
     window = job.texts.tests[0].ids[:1, :PROOF_TOKENS].to(job.device)
     held_out = vocabulary.held_out[:2] if vocabulary.held_out else ()
@@ -88,13 +88,13 @@ def trim(job: Job, runner: BlockRunner) -> None:
     job.outcome.results["trimmed_bytes"] = parameter_bytes(model, runner.save_dtype)
     vocabulary.facts |= {"bytes_dropped": saved, "logits_differ": difference}
     job.print(
-        f"trimmed: {gib(size)} before, {gib(size - saved)} now; logits differ by {difference:.1g}",
+        f"trimmed: {gib(size)} -> {gib(size - saved)}; logits differ by {difference:.1g}",
         *(vocabulary.record_cost(*nats) if nats else ()),
     )
 
 
 def dense_reference(job: Job, dense: BlockRunner) -> DenseReference:
-    """Return the dense model's hidden states on the test windows, which evaluation compares with.
+    """Return the dense model's hidden states on the test windows, the reference of the evaluation.
 
     The runs of a sweep compute them once.
     """
@@ -111,7 +111,7 @@ def dense_reference(job: Job, dense: BlockRunner) -> DenseReference:
 
 
 def prune(job: Job, runner: BlockRunner) -> Measured:
-    """Prune the linears of the blocks, or remove neurons or experts, and check what was reached."""
+    """Prune linear layers, or remove neurons or experts; return and check the sparsity reached."""
     plan, args, sparsity = job.plan, job.args, None
     if not plan.method:
         return Measured(runner)
@@ -123,7 +123,7 @@ def prune(job: Job, runner: BlockRunner) -> Measured:
             pruner = remove(runner, windows, method, job.layout, job.left, args.seed, bar)
         else:
             pruner = prune_blocks(runner, windows, method, allocation, bar)
-            if not plan.variant:  # which only comes near the ratio
+            if not plan.variant:  # it meets the ratio only approximately
                 sparsity = allocation.sparsity
         reached = Measured(runner, sparsity, pruner.left_dense)
     job.print(*pruner.summary())
@@ -144,7 +144,7 @@ def prune(job: Job, runner: BlockRunner) -> Measured:
 
 
 def allocate(job: Job, runner: BlockRunner) -> Allocation:
-    """Return the sparsity of every linear."""
+    """Return the sparsity of every linear layer."""
     args, windows, sparsity = job.args, job.texts.windows, job.plan.sparsity
     rule, gradients = args.allocation, job.plan.method_class.needs_gradients
     total = len(runner.blocks) * ((rule == "owl") + 2 * (rule == "error" or gradients))
@@ -157,34 +157,34 @@ def allocate(job: Job, runner: BlockRunner) -> Allocation:
     if rule == "uniform":
         return allocation
     shares = {name: round(ratio, 6) for name, ratio in job.outcome.layers.items()}
-    job.print(f"sparsity of the linears: {min(shares.values())} to {max(shares.values())}")
+    job.print(f"sparsity of the layers: {min(shares.values())} to {max(shares.values())}")
     job.outcome.results["allocation"] = shares
     return allocation
 
 
 def check_zeros(job: Job, runner: BlockRunner) -> None:
-    """Tell of zeros that become levels. UserError where so many can only come from pruning."""
+    """Report zeros that become levels. Raises UserError if they must come from pruning."""
     form = FORMATS[job.plan.format]
     if form.zero or not (share := Measured(runner).overall):
         return
     if share > MOST_ZEROS:
         raise UserError(
-            f"--quantize {form.name}: has no 0, and {share:.0%} of the weights of --model "
-            f"{job.args.model} are 0 by pruning; take --quantize q4_0, or the dense model"
+            f"--quantize {form.name}: it has no 0, and {share:.0%} of the weights of --model "
+            f"{job.args.model} are pruned. Use --quantize q4_0, or the dense model."
         )
     job.print(f"{form.name} has no 0: the {share:.2%} of the weights that are 0 get a level")
 
 
 def shares(job: Job, runner: BlockRunner, reached: Measured) -> dict:
-    """Measure zeros as they are now, of which none may be lost where the format has a 0."""
+    """Measure the zeros again; none may be lost if the format has a 0."""
     keeps = FORMATS[job.plan.format].zero
     return (reached.again(runner) if keeps else Measured(runner)).shares()
 
 
 def quantize(job: Job, runner: BlockRunner, reached: Measured) -> Starts:
-    """Round linears on calibration text; return from where they are trained, if they are."""
+    """Quantize linear layers with calibration text; return the start of their training, if any."""
     plan, masters = job.plan, None
-    if plan.tokens:  # updates of a low rank leave no memory for float32 masters
+    if plan.tokens:  # low-rank training has no memory for float32 masters
         masters = runner.save_dtype if job.schedule.rank else torch.float32
     with job.timed("quantize", "rounding", len(runner.blocks)) as bar:
         quantizer = quantize_linears(runner, job.texts.windows, FORMATS[plan.format], masters, bar)
@@ -203,7 +203,7 @@ def recover(
     starts: Starts,
     reference: DenseReference,
 ) -> dict[str, Tensor]:
-    """Train the kept weights, check that every zero is still zero, and return their scales."""
+    """Train the kept weights, check that every zero is still zero, and return the scales."""
     plan, schedule, text = job.plan, job.schedule, job.texts.training
     tests = job.texts.tests if plan.method or plan.teacher or starts else []
     with job.timed("measure before", "measuring before", 1 + len(tests), "text") as bar:
@@ -231,20 +231,20 @@ def recover(
 
 
 def first_logits(job: Job, runner: BlockRunner) -> Tensor:
-    """Return logits on the beginning of the first test window."""
+    """Return logits at the beginning of the first test window."""
     window = job.texts.tests[0].ids[:1, :COMPARED_POSITIONS]
     return some_logits(runner.model, window.to(job.device))
 
 
 def check_quantized(job: Job, runner: BlockRunner, before: Tensor) -> None:
-    """Check and record that conversion will change no linear; `before`: `first_logits`."""
+    """Check and record that conversion will change no linear layer; `before`: `first_logits`."""
     form = FORMATS[job.plan.format]
     record = check_quantized_weights(runner, form)
     record["difference"] = relative_difference(before, first_logits(job, runner))
     job.outcome.results["quantized"] = record
     job.print(
-        f"{form.name}: {form.promise} {record['tensors']} tensors; logits have changed by "
-        f"{record['difference']:.2%}"
+        f"{form.name}: {form.promise} {record['tensors']} tensors; quantization changed the "
+        f"logits by {record['difference']:.2%}"
     )
 
 
@@ -254,7 +254,7 @@ def pack(
     scales: dict[str, Tensor] | None,
     unrounded: Tensor | None,
 ) -> None:
-    """Pack every sparse linear; raises UserError if the outputs on a window are not the same."""
+    """Pack every sparse linear layer. Raises UserError if outputs on a window differ."""
     window = job.texts.tests[0].ids[:1].to(job.device)
     with job.timed("pack"):
         record = pack_(runner, FORMATS[job.plan.format], window, scales, unrounded)
@@ -262,7 +262,7 @@ def pack(
 
 
 def evaluate(job: Job, runner: BlockRunner, reference: DenseReference | None) -> None:
-    """Measure perplexity and the divergence from the dense model on every test set, in one pass."""
+    """Measure perplexity and KL divergence from the dense model on all test sets, in one pass."""
     tests, dist = job.texts.tests, job.dist
     windows = sum(len(range(len(test.windows))[dist.share(len(test.windows))]) for test in tests)
     with job.timed("eval", "perplexity", windows, "window") as bar:
@@ -291,7 +291,7 @@ def record(job: Job, runner: BlockRunner) -> None:
     if job.args.save_model:
         write_card(job, job.args.save_model)
     job.outcome.results["losses"] = write_losses(folder, job.outcome.losses)
-    write_results(folder, job.outcome.results)  # with them a run is at its end
+    write_results(folder, job.outcome.results)  # marks the run as finished
     job.outcome.is_recorded = True
 
 
@@ -303,7 +303,7 @@ def run_tasks(job: Job, runner: BlockRunner) -> None:
         results["tasks"] = tasks.run_tasks(runner.model, job.tokenizer, args.tasks, **options)
         if job.plan.changes and not args.teacher:
             original = job.vocabulary.original_tokenizer if job.vocabulary else job.tokenizer
-            runner.model.to("meta")  # its memory is the dense model's now
+            runner.model.to("meta")  # frees memory for the dense model
             with ExitStack() as cleanup:
                 dense = load(replace(job, schedule=None), cleanup, None).model
                 results["dense_tasks"] = tasks.run_tasks(dense, original, args.tasks, **options)

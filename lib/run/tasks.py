@@ -1,4 +1,4 @@
-"""Tasks of lm-eval: its own, and those of a folder, such as lib/commands/tasks.py writes."""
+"""Run tasks of lm-eval: its own, and those of a folder, such as lib/commands/tasks.py writes."""
 
 from __future__ import annotations
 
@@ -16,38 +16,38 @@ if TYPE_CHECKING:
     from lm_eval.tasks import TaskManager
 
 Figures = Mapping[str, Mapping[str, float | str]]  # {task: {metric: value}}
-RIGHT = "right"  # of a task's figures: 1 for each question that is answered right, else 0
+RIGHT = "right"  # key of a task's figures: 1 for each question answered right, else 0
 
 
 def check_tasks(names: Sequence[str], include_path: str | None = None) -> None:
     """Raise UserError if lm-eval is not installed or lacks a task, before anything slow."""
     given = ",".join(names)
     if find_spec("lm_eval") is None:
-        raise UserError(f"--tasks {given}: lm-eval is not installed; pip install lm-eval")
+        raise UserError(f"--tasks {given}: lm-eval is not installed. Run pip install lm-eval.")
     if include_path and not Path(include_path).is_dir():
-        raise UserError(f"--include_path {include_path}: no such folder; name one with YAML files")
+        raise UserError(f"--include_path {include_path}: no such folder exists. Name another.")
     manager = _manager(tuple(names), include_path)
     for name in names:
         if not manager.match_tasks([name]) and not Path(name).is_file():
-            where = f", nor has {include_path}" if include_path else ""
+            where = f" and {include_path}" if include_path else ""
             raise UserError(
-                f"--tasks {name}: lm-eval has no such task{where}; `lm-eval ls tasks` lists all"
+                f"--tasks {name}: no such task is in lm-eval{where}. Run `lm-eval ls tasks`."
             )
 
 
 def run_tasks(
     model: Any, tokenizer: Any, names: Sequence[str], batch_size: int, include_path: str | None
 ) -> Figures:
-    """Return {task: {metric: value}} of the model in memory, as the tasks define it.
+    """Return {task: {metric: value}} of the model in memory, as the tasks define them.
 
-    The metrics are lm-eval's, such as `acc,none` and its standard error, `acc_stderr,none`; RIGHT
-    has a digit for each question of a task where an answer is right or wrong, in their order.
-    UserError where a task fails, by whatever its code or its data raise.
+    The metrics are lm-eval's, such as `acc,none` and its standard error, `acc_stderr,none`. RIGHT
+    has a digit for each question, in their order, if answers are right or wrong. Raises UserError
+    if a task fails with any error of its code or data.
     """
     from lm_eval import evaluator, simple_evaluate
     from lm_eval.models.huggingface import HFLM
 
-    evaluator.get_git_commit_hash = lambda: None  # git complains where the user's folder has none
+    evaluator.get_git_commit_hash = lambda: None  # git complains outside a checkout
     try:
         found = simple_evaluate(
             model=HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size),
@@ -57,7 +57,7 @@ def run_tasks(
     except Exception as error:
         reason = describe_error(error) or f"{type(error).__name__}: {first_line(error)}"
         raise UserError(
-            f"--tasks {','.join(names)}: {reason}; all other results and the model are saved"
+            f"--tasks {','.join(names)}: {reason}. All other results and the model are saved."
         ) from error
     figures: dict[str, dict[str, float | str]] = {}
     for task, metrics in found["results"].items():
@@ -72,7 +72,7 @@ def run_tasks(
 
 @cache
 def _manager(names: tuple[str, ...], include_path: str | None) -> TaskManager:
-    """Return the folder's tasks if they are all `names`, else lm-eval's too, thousands of files."""
+    """Return the folder's tasks if `names` are among them, else lm-eval's thousands too."""
     from lm_eval.tasks import TaskManager
 
     if include_path is not None:
@@ -83,7 +83,7 @@ def _manager(names: tuple[str, ...], include_path: str | None) -> TaskManager:
 
 
 def task_lines(tasks: Figures, dense: Figures | None = None) -> Iterator[str]:
-    """Yield a line for each figure, with its 95% interval, beside the dense model's if given."""
+    """Yield a line for each figure with its 95% interval, and the dense model's if given."""
     for task, metrics in tasks.items():
         before = (dense or {}).get(task, {})
         paired = RIGHT in metrics and RIGHT in before
@@ -94,7 +94,7 @@ def task_lines(tasks: Figures, dense: Figures | None = None) -> Iterator[str]:
 
 
 def mcnemar(dense: str, model: str) -> str:
-    """Compare answers to the same questions (RIGHT): exact test of those where the two differ."""
+    """Compare answers to the same questions (RIGHT): McNemar's exact test."""
     lost, won = (sum(map(str.__gt__, *pair)) for pair in ((dense, model), (model, dense)))
     n, least = lost + won, min(lost, won)
     p = min(1.0, 2 * sum(comb(n, k) for k in range(least + 1)) / 2**n)

@@ -1,4 +1,4 @@
-"""The texts of a run: which sources the flags name, and the windows drawn from them."""
+"""The texts of a run: the sources that the flags name, and the windows drawn from them."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from ..model.blocks import BlockRunner
 from .job import Job, Texts
 from .plan import Plan
 
-PUBLISHED = ("ubertext", "c4")  # which are measured on UberText
-SHORTEST = 128  # tokens: a shorter window is used only where it is asked for
+PUBLISHED = ("ubertext", "c4")  # evaluated on UberText
+SHORTEST = 128  # tokens; shorter windows require --seqlen
 
 
 def named_sources(
@@ -52,25 +52,25 @@ def named_sources(
 def default_tests(sources: Sequence[Source]) -> list[str]:
     """Return the test texts that are used without `--eval_data`: those of the sources.
 
-    Where no folder has a test text, a tenth of each local source is held apart, and of hub sets
-    their own is used. UberText and C4 are measured on UberText, as published. Raises UserError for
-    a split of a hub set: it may be all that there is.
+    If no folder has a test text, a tenth of each local source is held out, and Hub datasets bring
+    their own. UberText and C4 are evaluated on UberText, as published. Raises UserError for a split
+    of a Hub dataset: it may be the only one.
     """
     names = [source.text for source in sources if has_test(source)]
     for source in sources if not names else ():
         if source.split:
-            raise source.error("has no test text of its own; name some by --eval_data")
+            raise source.error("it has no test text. Name one with --eval_data.")
         if source.text not in PUBLISHED:
             names.append(PART.sub("", source.text) + ":test" if source.path else source.text)
     return list(dict.fromkeys(names)) or ["ubertext"]
 
 
 def same_texts(sources: Sequence[Source], tests: Sequence[Source]) -> list[str]:
-    """Return a warning for each test set whose text is also read for what is measured by it."""
+    """Return a warning for each test set that overlaps the calibration or training text."""
     pairs = product(tests, [(source, locations(source, "train")) for source in sources])
     return [
-        f"--eval_data {test.text}: {source.flag} {source.text} reads this text too, so the model "
-        "is measured better than on text that it has not seen"
+        f"--eval_data {test.text}: {source.flag} {source.text} reads this text too, so its "
+        "figures are better than those of unseen text"
         for test, (source, read) in pairs
         if not read.isdisjoint(locations(test, "test"))
     ]
@@ -79,9 +79,9 @@ def same_texts(sources: Sequence[Source], tests: Sequence[Source]) -> list[str]:
 def read_texts(job: Job, bos: int | None) -> Job:
     """Return the job with windows for calibration, evaluation and recovery, after `bos` if given.
 
-    Where the texts do not give enough of the model's windows, and `--seqlen` asks for none, the
-    job's window becomes the longest power of two of which they do. Where that is too short, or not
-    the window that is asked for, the documents of a local source are joined to one text.
+    If the texts are too short for the model's window, and `--seqlen` is not given, the window
+    becomes the largest power of two for which they suffice. If that is too short, or `--seqlen` is
+    given, the documents of a local source are joined into one text.
     """
     texts, models_window = None, job.seqlen
     while texts is None:
@@ -99,14 +99,14 @@ def read_texts(job: Job, bos: int | None) -> Job:
             joined = replace(short, draw=JOINED, read={})
             sources = [joined if source == short else source for source in job.sources]
             job = replace(job, sources=sources)
-            job.print(f"{short.text}: too few are as long as a window, so they are joined to one")
+            job.print(f"{short.text}: documents are shorter than a window, so they are joined")
     if job.seqlen < models_window:
         job.print(
-            f"window: {job.seqlen} tokens, the longest power of two for which the texts are long "
-            f"enough (the model's: {models_window}); --seqlen sets another"
+            f"window: {job.seqlen} tokens, the largest power of two for which the texts are long "
+            f"enough (model: {models_window}); --seqlen sets another"
         )
     for source in (*job.sources, *job.vocabulary_sources, *job.tests):
-        source.read.clear()  # their memory is for the model
+        source.read.clear()  # free the memory for the model
     return replace(job, texts=texts)
 
 
@@ -124,13 +124,13 @@ def _windows(job: Job, bos: int | None) -> Texts:
 
 
 def resolve_bos(job: Job, runner: BlockRunner) -> Job:
-    """Return the job, with other texts where `--bos auto` finds that the dense model needs BOS.
+    """Return the job, with BOS in all windows if `--bos auto` finds that the dense model needs it.
 
-    A run that is continued has the windows that it was begun with, whatever it is measured on now.
+    A continued run keeps the windows that it was begun with, whatever it is evaluated on.
     """
     bos, folder = job.tokenizer.bos_token_id, job.outcome.folder
     begins = bos is not None and job.tokenizer("a").input_ids[:1] == [bos]
-    if job.args.bos == "auto" and begins:  # a text, by default
+    if job.args.bos == "auto" and begins:  # the tokenizer adds BOS by default
         needs = job.dist.all_gather_object(folder and folder.decided.get("bos"))[0]
         if needs is None:
             needs = needs_bos(runner, job.texts.tests[0].ids, bos)
@@ -139,5 +139,5 @@ def resolve_bos(job: Job, runner: BlockRunner) -> Job:
         if needs:
             job.print("the model collapses without its BOS token: every window begins with it")
             job = read_texts(job, bos)
-    job.dist.check_equal({"BOS": job.texts.bos})  # each has decided for itself
+    job.dist.check_equal({"BOS": job.texts.bos})  # each rank decides by itself
     return job

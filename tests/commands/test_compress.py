@@ -104,14 +104,15 @@ def test_a_model_is_compressed_though_it_was_interrupted(
     assert run(compress.main, argv) == 130 and not Path("small").exists()
     said = capfd.readouterr()
     assert "the same command continues" in said.err
-    plan_line = "about 10 min more: the least, 1. min in all; --minutes 1 is too short"
+    plan_line = "about 10 min more, 1. min in all: the minimum; --minutes 1 is too short"
     assert re.search(plan_line, said.out)
     assert run(compress.main, [*argv, "--megabytes", "9"]) == 1
-    assert "was begun with megabytes None, now it is 9" in capfd.readouterr().err
+    assert "it was begun with megabytes None, not 9" in capfd.readouterr().err
     assert run(compress.main, argv) == 1
     out, error = capfd.readouterr()
     assert error.endswith(
-        "small-compressed-tensors: not written, see above; the model is saved in small\n"
+        "small-compressed-tensors: the error above stopped the conversion. "
+        "The model is saved in small.\n"
     )
     # trimming, a rehearsal, dense, small, one for an engine, and two to measure
     assert runs[4] == runs[3] and len(runs) == 8
@@ -134,9 +135,9 @@ def test_a_model_is_compressed_though_it_was_interrupted(
     rows = {
         cells[1].strip(): cells[2:6] for cells in (row.split("|") for row in table.splitlines())
     }
-    assert "rounded, not trained" in rows[""][2] and re.search(r"\d nats", str(rows))
+    assert "quantized, not trained" in rows[""][2] and re.search(r"\d nats", str(rows))
     assert re.match(r" *\d", rows["bits per byte, uk"].pop(2))
-    for name in ("on disk, MB", "tokens a second", "bits per byte, uk"):
+    for name in ("on disk, MB", "tokens/s", "bits per byte, uk"):
         assert all(re.match(r"\d", cell.strip()) for cell in (rows[name][0], rows[name][-1])), name
     assert rows["on disk, MB"][0] != rows["on disk, MB"][3]
 
@@ -158,21 +159,21 @@ def test_a_chat_model_is_compressed_on_what_it_says(
     argv = "dense small --data uk --language uk --recover 1024 --device cpu".split()
     assert run(compress.main, [*argv, "--dialogues", "40"]) == 0
     out, err = capfd.readouterr()
-    assert "A chat model: it answers prompts" in out and "40 dialogues" in out, err
+    assert "Chat model: it answers prompts" in out and "40 dialogues" in out, err
     after = results("small-compress/compressed")
     shares = {each["name"]: each["share"] for each in after["calibration"]["sources"]}
     assert shares == pytest.approx({"uk": 1 / 3, "dialogues": 2 / 3}, abs=0.05)
     assert after["recovery"]["cross_entropy"] == 0
     assert [test["name"] for test in after["evaluation"]] == ["uk", "dialogues"]
     assert after["answers"][0]["prompts"] == 10
-    assert "of 10 answers end, dialogues" in Path("small-compress/compressed.md").read_text()
+    assert "finished answers, of 10, dialogues" in Path("small-compress/compressed.md").read_text()
 
     shutil.rmtree("small-compress")
     shutil.rmtree("small")
     ends = False
     assert run(compress.main, argv) == 0  # its answers do not end
     said = capfd.readouterr()
-    assert "so it is no chat model" in said.err and "it is compressed on plain text" in said.out
+    assert "Use a chat model" in said.err and "plain text is used instead" in said.out
     assert results("small-compress/compressed")["recovery"]["cross_entropy"] > 0
 
 
@@ -292,19 +293,22 @@ def test_the_vocabulary_stays_whole_where_trimming_costs_much(
     argv = "dense small --data uk --recover 0 --device cpu".split()
     assert run(compress.main, argv) == 0
     out = capfd.readouterr().out
-    assert "the vocabulary stays whole: 320 of 320 rows would take 1.0000 to 1.0210" in out
+    assert (
+        "the vocabulary is not trimmed: with 320 of 320 rows held-out text takes 1.0000 -> 1.0210"
+        in out
+    )
     assert "name the --language" in out and "all 320 rows of the vocabulary" in out
     assert "vocabulary" not in results("small-compress/compressed")
-    assert "KL to the original model" in out
+    assert "KL from the original model" in out
     cost = 0.019
     assert run(compress.main, [argv[0], "other", *argv[2:]]) == 0
     out = capfd.readouterr().out
-    assert "stays whole" not in out and "vocabulary" in results("other-compress/compressed")
+    assert "is not trimmed" not in out and "vocabulary" in results("other-compress/compressed")
     rows = {row.split("|")[1].strip(): row.split("|")[2:] for row in out.splitlines() if "|" in row}
     assert [cell.strip() for cell in rows[""]][:2] == ["original", "trimmed"]
     row = rows["bits per byte, 65,536 bytes of uk"]
     assert [cell.strip() for cell in row][:2] == ["1.0000", "1.0190"]
-    assert "KL to the trimmed model; same first choice, uk" in rows
+    assert "KL from the trimmed model; top-1 agreement, uk" in rows
 
 
 def test_tokens_of_the_language_stay_beside_ones_own_text(
@@ -447,10 +451,10 @@ def test_parts_are_removed_until_the_file_is_as_small(
     sizes = [whole * share for share in shares]
     ratios = [float(compress.choose_size(job, size)[1]) for size in sizes]
     assert 0 < ratios[0] <= ratios[1] <= ratios[2] < 1 and ratios[0] < ratios[2]
-    with pytest.raises(UserError, match=f"{kind} in each block.*is the least"):
+    with pytest.raises(UserError, match=f"the smallest file has .*{kind} in each block"):
         compress.choose_size(job, 0.001)
     type_, removed, what = compress.choose_size(job, 2 * whole)
-    assert (type_, removed) == ("q8_0", None) and "nothing rounded to 4 bits" in what
+    assert (type_, removed) == ("q8_0", None) and "as q8_0, small enough without 4 bits" in what
 
 
 def test_windows_are_as_long_as_the_texts_allow() -> None:
@@ -486,7 +490,7 @@ def test_what_was_not_measured_is_no_number(monkeypatch) -> None:
     monkeypatch.setattr(compress, "call", lambda *_: 1)
     monkeypatch.setattr(compress, "read_results", lambda _: found)
     table = compress.comparison(["dense", "small"], Path("."), "")
-    assert "nan" not in table and "rounded, not trained" in table
+    assert "nan" not in table and "quantized, not trained" in table
     recovery["kept"]["tokens"] = 0  # training has not helped
     assert "not trained" not in compress.comparison(["dense", "small"], Path("."), "")
 
@@ -512,18 +516,24 @@ def test_commands_start_from_any_folder(capfd: pytest.CaptureFixture) -> None:
     [
         (["--minutes", "inf"], "--minutes: invalid int value: 'inf'"),
         (["--minutes", "0"], "--minutes: 0: must be at least 1"),
-        (["--recover", "3"], "--recover 3: less than one step"),
+        (["--recover", "3"], "--recover 3: it is less than one step"),
         (["--work_dir", "mine/thesis.txt"], "--work_dir mine/thesis.txt: is a file"),
         (["--work_dir", "mine"], "--work_dir mine: holds thesis.txt; name a new folder"),
-        (["--megabytes", "1", "--for", "packed"], "--megabytes 1: leave out --for packed"),
-        (["--for", "packed", "any"], "--for packed: no other engine runs that; name it alone"),
-        (["--quantize", "iq4_nl", "--for", "mlx"], "llama.cpp and ollama alone run it. Leave out"),
-        (["--quantize", "iq4_nl", "--for", "packed"], "--quantize iq4_nl: llama.cpp and ollama"),
-        (["--", "--quantize", "iq4_nl"], "--quantize: compress sets it; use its own flags"),
+        (
+            ["--megabytes", "1", "--for", "packed"],
+            "--megabytes 1: no GGUF is made. Leave out --for packed.",
+        ),
+        (
+            ["--for", "packed", "any"],
+            "--for packed: no other engine reads this format. Name it alone.",
+        ),
+        (["--quantize", "iq4_nl", "--for", "mlx"], "only llama.cpp and ollama run it. Leave out"),
+        (["--quantize", "iq4_nl", "--for", "packed"], "--quantize iq4_nl: only llama.cpp and oll"),
+        (["--", "--quantize", "iq4_nl"], "--quantize: compress sets this flag. Use"),
         (["--for", "2:4"], "invalid choice: '2:4'"),
         (["--language", "xx"], "--language xx: is no language"),
         (["--", "--quantize", "q5"], "--quantize"),
-        (["--save_model", "mine"], "--save_model: compress sets it"),
+        (["--save_model", "mine"], "--save_model: compress sets this flag. Use"),
         (["--minuts", "3"], "unrecognized arguments: --minuts 3; --help lists all flags"),
     ],
 )
@@ -538,8 +548,8 @@ def test_mistakes_end_it_before_the_model_is_measured(
     [
         ("dense taken --data uk", "OUT taken: taken.gguf exists; name a new file"),
         ("dense mine --data uk", "OUT mine: holds thesis.txt; name a new folder"),
-        ("--seqlen 64 dense small --data uk", "--seqlen: give flags of main.py after"),
-        ("dense small", "--language: name one, such as uk, or give texts of your own by --data"),
+        ("--seqlen 64 dense small --data uk", "--seqlen: flags of main.py must follow"),
+        ("dense small", "--language: no text is named. Name a language, such as uk, or --data."),
         ("dense small --language uk", "--language uk: the hub can't be reached"),
         (
             "dense small --data uk --for packed --nsamples 9999",
@@ -573,7 +583,7 @@ def test_what_another_command_or_the_disk_stands_against(monkeypatch, capfd) -> 
     argv = "dense small --data uk --recover 128".split()
     monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=100_000))
     said = _refused([*argv, "--nsamples", "8"], capfd)
-    assert "--work_dir small-compress: training keeps up to" in said and "98 KiB free" in said
+    assert "--work_dir small-compress: training needs up to" in said and "98 KiB are free" in said
     with exclusive_lock(Path("small-compress.lock"), ""):
         said = _refused(argv, capfd)
     assert "--work_dir small-compress: another command works there" in said
@@ -581,6 +591,6 @@ def test_what_another_command_or_the_disk_stands_against(monkeypatch, capfd) -> 
 
 def test_nothing_is_packed_where_packed_weights_are_slow(monkeypatch, capfd) -> None:
     monkeypatch.setattr("lib.packed.kernels.supported", lambda: False)
-    assert "--for packed: its kernels need an x86-64" in _refused(
+    assert "--for packed: its kernels require an x86-64" in _refused(
         ["dense", "small", "--data", "uk", "--for", "packed"], capfd
     )

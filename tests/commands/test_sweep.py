@@ -205,7 +205,7 @@ def test_a_run_is_done_again_where_what_stands_behind_a_flag_changed(texts, caps
     assert "weights of --model was" in said("--nsamples", "9")
     assert len(list(shared.iterdir())) == 3  # models of one shape do not share
     shutil.rmtree(folder / "model")
-    assert "its model was not kept" in said("--nsamples", "9")
+    assert "its model is missing" in said("--nsamples", "9")
 
 
 @pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="needs Linux")

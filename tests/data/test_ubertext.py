@@ -90,7 +90,7 @@ def test_bad_dumps(dumps, tmp_path):
     whole = court["court"].read_bytes()
     few = "\n\n\n\n".join([long_document("court", 1)] * 5)
     for content, problem in (
-        (whole[:-20], r"court\S+: neither UTF-8"),
+        (whole[:-20], r"court\S+: it is neither UTF-8"),
         ("слово".encode("cp1251") * 99, "neither UTF-8"),
         (few.encode(), r"court\S+: 5 documents are longer than 100 characters, and 6 are needed"),
     ):
@@ -149,5 +149,7 @@ def test_the_upload(dumps, tmp_path, monkeypatch):
     (tmp_path / "out").rename(tmp_path / "other")
     monkeypatch.setattr(hub, "upload_folder", refuse)
     done = push("me/texts")
-    assert done.status == 1 and len(done.complaints) == 1 and "OUT is whole" in done.err
+    assert (
+        done.status == 1 and len(done.complaints) == 1 and "OUT is whole. Run hf upload" in done.err
+    )
     assert len(rows(tmp_path / "out/train.jsonl")) == 20

@@ -152,7 +152,7 @@ def test_unpacked_gives_the_dense_checkpoint(dense, packed, bits, tmp_path):
     assert (out / "config.json").read_bytes() == (dense / "config.json").read_bytes()
 
 
-@pytest.mark.parametrize("source, word", [("dense", "not a packed"), ("packed", "a new folder")])
+@pytest.mark.parametrize("source, word", [("dense", "not packed"), ("packed", "a new folder")])
 def test_unpack_refuses_in_one_line(dense, packed, source, word, tmp_path, capsys):
     (tmp_path / "file").touch()
     folder, target = (dense, tmp_path / "x") if source == "dense" else (packed[16], tmp_path)

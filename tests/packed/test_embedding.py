@@ -149,5 +149,5 @@ def test_what_is_packed_and_what_stays_is_told(capsys):
     figures, out = pack_(runner, PACKED[4], IDS), capsys.readouterr().out
     assert figures["packed"]["linears"] == 13 and "packed_embeddings" not in figures
     assert "1 left dense (too few zeros to be smaller packed)" in out
-    assert "stay as they are: LlamaForCausalLM has a head of class Head" in out
+    assert "stay unchanged: LlamaForCausalLM has a head of class Head" in out
     assert type(runner.model.lm_head) is Head

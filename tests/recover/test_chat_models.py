@@ -30,7 +30,7 @@ def test_rounded_trained_and_measured_on_dialogues(tmp_path: Path) -> None:
     flags = ["--trim_vocabulary", "--quantize", "q4_0", *RECOVER, "--completions", "1"]
     done = succeed(*BASE, *flags, "--save", tmp_path / "out", "--save_model", tmp_path / "new")
     found = results(tmp_path / "out")
-    assert "learning rate 0.01, the teacher alone" in done.out
+    assert "learning rate 0.01, distillation only" in done.out
     assert found["recovery"]["cross_entropy"] == 0
     (test,) = found["evaluation"]
     assert test["dialogues"] == 40 and test["answer_tokens"] < test["tokens"] / 2
@@ -57,7 +57,7 @@ def test_a_template_without_dialogues_changes_nothing(tmp_path: Path) -> None:
         flags = ["--model", name, *QUICK, *texts, "--quantize", "q4_0", *RECOVER]
         done = succeed(*flags, "--save", tmp_path / name)
         found.append(results(tmp_path / name))
-        assert "teacher alone" not in done.out
+        assert "distillation only" not in done.out
     assert found[0]["evaluation"] == found[1]["evaluation"]
     assert "answers" not in found[0]
 

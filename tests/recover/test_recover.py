@@ -192,7 +192,7 @@ def test_the_best_is_kept(best: int, way: str) -> None:
     one = trainer(**WAYS[way], dtype=BFLOAT16, measure=measure)
     one.run()
     kept = states[best]
-    assert one.best == best and ("nothing was better" in one.line()) == (best == 0)
+    assert one.best == best and ("training did not help" in one.line()) == (best == 0)
     assert all(torch.equal(now, kept[key]) for key, now in state(one.runner.model).items())
     assert one.record()["kept"] == one.curve[best]
 

@@ -173,7 +173,7 @@ def test_q4_0_as_it_was_measured(model: str, flags: list[str], tmp_path: Path) -
     record = found["quantized"]
     assert record["tensors"] == 14 - len(left) and record["left"] == left
     assert 0 < record["difference"] < 3 and found["fingerprint"]["pruning"]["--quantize"] == "q4_0"
-    assert ("left at 16 bits, rows are no multiple of 32: model.lay" in done.out) == bool(left)
+    assert ("at 16 bits (rows are not a multiple of 32): model.lay" in done.out) == bool(left)
     saved = weights(tmp_path / "model")
     assert {tensor.dtype for tensor in saved.values()} == {torch.bfloat16}
     for name, tensor in saved.items():
@@ -197,7 +197,7 @@ def test_iq4_nl_takes_no_model_with_zeros_by_pruning(tmp_path: Path) -> None:
     refused = call(*argv, "--model", tmp_path / "model")
     (line,) = refused.complaints
     assert refused.status == 1 and "50% of the weights of --model" in line
-    assert "by pruning; take --quantize q4_0" in line and not (tmp_path / "small").exists()
+    assert "are pruned. Use --quantize q4_0" in line and not (tmp_path / "small").exists()
     some = AutoModelForCausalLM.from_pretrained("model", dtype="auto").requires_grad_(False)
     for name, weight in some.named_parameters():
         if "_proj" in name:
@@ -217,7 +217,7 @@ def test_training_that_does_not_help_leaves_what_was_rounded_on_text(
     argv = ["--quantize", "q4_0"] if kind == "q4_0" else [*PRUNE, *PACK]
     run(tmp_path / "rounded", *argv)
     done, found = run(tmp_path / "trained", *argv, "--recover", 512, "--recover_lr", "0.9")
-    assert "nothing was better than the model before it" in done.out
+    assert "training did not help; the model before it is kept" in done.out
     assert found["recovery"]["kept"]["tokens"] == 0
     rounded, trained = (weights(tmp_path / name / "model") for name in ("rounded", "trained"))
     assert all(torch.equal(tensor, trained[name]) for name, tensor in rounded.items())
@@ -245,21 +245,21 @@ def test_a_step_is_of_the_window_that_texts_allow(tmp_path: Path) -> None:
     assert done.status == 0 and "window: 128 tokens" in done.out, done.err
     assert results(tmp_path / "out")["recovery"]["tokens"] == 512
     (line,) = call(*argv, "--recover", 100).complaints
-    assert "--recover 100: less than one step, a window of 128 tokens; give at least" in line
+    assert "--recover 100: it is less than one step, a window of 128 tokens. Give at least" in line
 
 
 REFUSED = {
     "zero": ([*PRUNE, "--recover", "0"], 2, "--recover: 0: must be"),
-    "less than a step": ([*PRUNE, "--recover", "31"], 1, "--recover 31: less than one step"),
-    "q4_0, packed": (["--quantize", "q4_0", *PRUNE, PACK[0]], 2, "leave out --replace_sparse_lay"),
+    "less than a step": ([*PRUNE, "--recover", "31"], 1, "--recover 31: it is less than"),
+    "q4_0, packed": (["--quantize", "q4_0", *PRUNE, PACK[0]], 2, "Leave out --replace_sparse_lay"),
     "q4_0, loaded in 8 bits": (["--quantize", "q4_0", "--load_bit", "8"], 2, "--quantize q4_0: we"),
-    "q4_0, measuring": (["--quantize", "q4_0", "--eval_only"], 2, "leave out --eval_only"),
-    "iq4_nl, packed": (["--quantize", "iq4_nl", PACK[0]], 2, "leave out --replace_sparse_layers"),
-    "iq4_nl, pruned": (["--quantize", "iq4_nl", *PRUNE], 1, "has no 0, which --prune_method"),
+    "q4_0, measuring": (["--quantize", "q4_0", "--eval_only"], 2, "Leave out --eval_only"),
+    "iq4_nl, packed": (["--quantize", "iq4_nl", PACK[0]], 2, "Leave out --replace_sparse_layers"),
+    "iq4_nl, pruned": (["--quantize", "iq4_nl", *PRUNE], 1, "has no 0, as --prune_method"),
     "measuring": (["--eval_only", "--recover", "99"], 2, "--eval_only"),
     "rank": ([*PRUNE, *RECOVER, "--recover_rank", "0"], 2, "--recover_rank: 0: must be"),
     "shape": (["--teacher", "other", *RECOVER], 1, "--teacher other: its model.layers.0.mlp"),
-    "words": (["--teacher", "foreign", *RECOVER], 1, "--teacher foreign: has another vocabulary"),
+    "words": (["--teacher", "foreign", *RECOVER], 1, "--teacher foreign: its vocabulary differs"),
     "nobody": (["--teacher", "./none", *RECOVER], 1, "--teacher ./none: "),
     "dense": (["--teacher", "model", *RECOVER], 1, "--model model: 0.0% of its blocks' weights"),
     "short": (

@@ -167,7 +167,7 @@ def test_a_rank_that_dies_ends_all_and_the_training_goes_on(place: Path, two: st
     for size in (1, 3):
         done = ended(together(size, [argv], place)) if size > 1 else [call(*argv)]
         [line] = [line for one in done for line in one.complaints]
-        assert f"training was begun with WORLD_SIZE 2, now it is {size}; start as many" in line
+        assert f"training was begun with WORLD_SIZE 2, not {size}. Start as many" in line
     done = ended(together(2, [argv], place))
     assert [one.status for one in done] == [0, 0], [one.err for one in done]
     assert "a state of the training" in done[0].out and not Path("kept").exists()
@@ -195,7 +195,7 @@ def test_more_ranks_than_experts_are_refused(place: Path) -> None:
     lines = {line for one in done for line in one.complaints}
     assert lines == {
         "error: WORLD_SIZE 5: model.layers.0.mlp.experts.gate_up_proj has 4 experts, fewer than "
-        "the ranks that would share them out for --recover; start at most 4"
+        "the ranks that would share them out for --recover. Start at most 4"
     }
 
 
@@ -275,5 +275,5 @@ def test_a_folder_that_a_rank_does_not_see_is_refused(tmp_path: Path) -> None:
     job = SimpleNamespace(dist=SimpleNamespace(all_gather_object=lambda one: [one, one]))
     _check_seen(job, "--resume", folder)
     job.dist.all_gather_object = lambda one: [one, False]  # what the second rank says
-    with pytest.raises(UserError, match="kept: rank 1 does not see that folder"):
+    with pytest.raises(UserError, match="kept: rank 1 cannot see this folder"):
         _check_seen(job, "--resume", folder)

@@ -53,7 +53,7 @@ def test_a_card() -> None:
     assert [each["value"] for each in result["metrics"]] == [12.3457, 0.1235]
     assert text.startswith("# owner/name, pruned by wanda to 50%\n")
     assert "python main.py --model owner/name --prune_method wanda" in text and "--seed 3" in text
-    assert "- Zeros among the blocks' weights: 0.4996.\n" in text
+    assert "- Share of zeros in the blocks' weights: 0.4996.\n" in text
     assert text.endswith("model = AutoModelForCausalLM.from_pretrained('small')\n```\n")
 
 
@@ -91,9 +91,9 @@ def test_figures_stand_beside_the_dense_models_where_those_are_known() -> None:
     assert cells(text) == [
         ["uk, bits per byte", "", "0.1235"],
         ["uk, perplexity", "10.0000", "12.3457 ± 2.0000"],
-        ["uk, KL from dense, nats a token", "", "0.1235 ± 0.0100"],
-        ["uk, same likeliest token", "", "87.65%"],
-        ["uk, loss over dense, nats a token", "", "+0.2000"],
+        ["uk, KL from dense, nats per token", "", "0.1235 ± 0.0100"],
+        ["uk, top-1 agreement", "", "87.65%"],
+        ["uk, loss over dense, nats per token", "", "+0.2000"],
         ["uk, perplexity before training", "", "20.0000"],
         ["MB", "9.0", "5.0"],
     ]
@@ -119,13 +119,15 @@ def test_what_was_trained_as_q4_0_is_not_called_pruned(tmp_path: Path) -> None:
     found = made(sparsity_type=None, recovery=recovery, quantized={"format": "q4_0"})
     head, text = parsed(found)
     assert head["tags"] == ["langprune", "q4_0"]
-    assert text.startswith("# owner/name, trained on the texts, its linears as llama.cpp's q4_0\n")
+    assert text.startswith(
+        "# owner/name, trained on the texts, its linear layers as llama.cpp's q4_0\n"
+    )
     nothing = recovery | {"kept": {"tokens": 0, "loss": 1.0}}
     left = {"format": "q4_0", "left": ["model.layers.0.mlp.down_proj.weight"]}
     _, text = parsed(found | {"recovery": nothing, "quantized": left})
-    assert text.startswith("# owner/name, its linears, but 1, as llama.cpp's q4_0\n")
-    assert "- Training found nothing better" in text
-    assert "left at 16 bits, rows are no multiple of 32: model.layers.0.mlp.down" in text
+    assert text.startswith("# owner/name, its linear layers except 1 as llama.cpp's q4_0\n")
+    assert "- Training did not help" in text
+    assert "at 16 bits (rows are not a multiple of 32): model.layers.0.mlp.down" in text
     (tmp_path / "README.md").write_text(model_card(found, ["c4:de"]))
     for kind in ("q4_0", "q8_0"):
         text = gguf_card(tmp_path, kind)
@@ -167,7 +169,7 @@ def test_what_was_removed_is_said() -> None:
     head, text = parsed(found)
     assert head["tags"] == ["langprune", "pruned", "wanda", "trimmed"]
     assert "wanda to 50% fewer neurons, its vocabulary trimmed" in text
-    assert "48 of its 64 neurons" in text and "that are left: 0.8750" in text
+    assert "48 of its 64 neurons" in text and "that is left: 0.8750" in text
     assert "3,000 of 9,000 rows of the vocabulary" in text and "- a&#124;b\n" in text
 
 

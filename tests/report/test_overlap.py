@@ -91,7 +91,7 @@ def test_run_folders_lead_to_their_saved_models(languages: dict, tmp_path: Path)
     counts = compare_masks(runs)
     assert {*counts["a"], *counts["b"]} == {"uk (seed 0)", "en (seed 0)"}
     refused("calibrated on en, but", *runs, noise=(runs[1],))
-    refused("has the seed of", *runs, noise=(runs[0],))
+    refused("its seed is that of", *runs, noise=(runs[0],))
     refused("--save_model", write_run(tmp_path / "none", "wanda", {}, on="uk"), runs[1])
 
 
@@ -148,7 +148,7 @@ def test_refusals(languages: dict, tmp_path: Path) -> None:
     refused("holds no", a, tmp_path / "empty")
     (shard,) = dense.iterdir()
     shard.write_bytes(shard.read_bytes()[:-100])
-    refused("can't be read", a, dense)
+    refused("it cannot be read", a, dense)
 
 
 def test_the_command(languages: dict, capsys: pytest.CaptureFixture) -> None:
@@ -161,7 +161,7 @@ def test_the_command(languages: dict, capsys: pytest.CaptureFixture) -> None:
     assert len(list(csv.DictReader(Path("overlap/overlap.csv").open()))) == 2 * 6
     assert Path("overlap/overlap.png").stat().st_size > 10_000
     done = call(uk, program=main)
-    assert done.status == 1 and len(done.complaints) == 1 and "name two or more" in done.err
+    assert done.status == 1 and len(done.complaints) == 1 and "Name two or more" in done.err
 
 
 def test_neurons_that_runs_share_by_block(tmp_path: Path) -> None:

@@ -197,7 +197,7 @@ def test_the_command(sweep: Path, capsys: pytest.CaptureFixture) -> None:
     [
         (None, "no such folder"),
         ("{", "not valid JSON"),
-        ("[]", "not a run's results"),
+        ("[]", "it does not hold results"),
         ("{}", "lacks model"),
         ("", "holds no results.json"),
         ("{}", "--out report: is a file"),

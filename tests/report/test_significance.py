@@ -167,7 +167,7 @@ def test_other_windows_are_never_paired(sweep: Path, tmp_path: Path) -> None:
     assert f"- not compared, no common test windows: {', '.join(names)}" in done.out
     old = write_run(tmp_path / "old", "admm", {"uk": 9.0}, on="uk")
     done = call(sweep, "--against", old, program=main)
-    assert "no losses by window of a common seed: dense minus admm 50% uk, wanda" in done.out
+    assert "no losses by window with a common seed: dense minus admm 50% uk, wanda" in done.out
     one = sorted(sweep.glob("uk-*"))
     done = call(sweep / "dense", *one, "--against", "dense", program=main)  # no pair of texts
     assert done.status == 0 and done.out.count("wanda 50% uk minus dense, on ") == 2
@@ -179,7 +179,7 @@ def test_other_windows_are_never_paired(sweep: Path, tmp_path: Path) -> None:
 def test_a_file_of_losses_that_is_damaged(sweep: Path) -> None:
     (sweep / "dense" / "losses.npz").write_text("x")
     done = call(sweep, program=main)
-    assert done.status == 1 and "losses.npz: can't be read" in done.complaints[0]
+    assert done.status == 1 and "losses.npz: it cannot be read" in done.complaints[0]
 
 
 def test_curves_over_a_flag_that_has_several_numbers(tmp_path: Path) -> None:

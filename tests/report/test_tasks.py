@@ -67,18 +67,18 @@ def test_words_of_a_chat_model_are_asked_for_after_all_that_was_said(tmp_path, c
         assert said and whole[1]["content"].startswith(f"{said} {right}.")
     write_documents(tmp_path / "plain", TEXTS)
     assert command.run(main, [str(tmp_path / "plain"), *argv[1:]]) == 1
-    assert "holds no dialogues; leave it out" in capsys.readouterr().err
+    assert "has no dialogues. Leave it out" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
     ("line", "words"),
     [
-        ("", "holds no text; .*; give every row two different texts"),
-        ("{", "line 1: not JSON .*; give every row two different texts"),
-        ('{"good": "a"}', "line 1: no column 'bad'; there are: good; give every row two"),
+        ("", r"holds no text; .*\. Give every row two different texts"),
+        ("{", r"line 1: not JSON .*\. Give every row two different texts"),
+        ('{"good": "a"}', "line 1: no column 'bad'; there are: good. Give every row two"),
         ('{"good": "a", "bad": " "}', "a text is missing or empty"),
         ('{"good": "a", "bad": "b"}\n{"good": "a", "bad": null}', "a text is missing"),
-        ('\n{"good": "a", "bad": "a "}', "or both are the same"),
+        ('\n{"good": "a", "bad": "a "}', "or both are equal"),
     ],
 )
 def test_pairs_that_are_none(tmp_path: Path, line: str, words: str) -> None:
@@ -99,7 +99,7 @@ def test_texts_without_questions_and_bad_paths_are_one_line(
 ) -> None:
     short = write_documents(tmp_path / "short", ["Мало слів."])
     for argv, words in (
-        ([str(short), "out"], f"DATA {short}: holds no sentence"),
+        ([str(short), "out"], f"DATA {short}: it has no sentence"),
         ([str(tmp_path / "nowhere"), "out"], "no such file or folder"),
         ([str(short), str(short / "test.jsonl")], "is a file; name a folder"),
     ):
@@ -219,7 +219,7 @@ def test_a_task_that_fails_is_one_line(place: Path, monkeypatch: pytest.MonkeyPa
 
     monkeypatch.setattr("lm_eval.simple_evaluate", fail)
     monkeypatch.setattr("lm_eval.models.huggingface.HFLM", lambda **_: None)
-    with pytest.raises(UserError, match="--tasks uk_pairs: KeyError: 'answer'; all other results"):
+    with pytest.raises(UserError, match="--tasks uk_pairs: KeyError: 'answer'. All other results"):
         run_tasks(None, None, ["uk_pairs"], 1, str(place / "tasks"))
 
 
@@ -233,8 +233,8 @@ def test_what_is_missing_is_refused_before_the_model_is_read(
         "lm_eval.tasks.TaskManager", lambda include_path, **_: few(include_path=include_path)
     )
     for names, folder, words in (
-        ("uk_pairs", "nowhere", "nowhere: no such folder; name one"),
-        ("uk_pairs,nosuch", "tasks", "lm-eval has no such task, nor"),
+        ("uk_pairs", "nowhere", "nowhere: no such folder exists. Name another"),
+        ("uk_pairs,nosuch", "tasks", "no such task is in lm-eval and"),
     ):
         done = evaluate(place, names, "--include_path", place / folder)
         assert done.status == 1 and len(done.complaints) == 1 and words in done.complaints[0]

@@ -107,7 +107,7 @@ def test_none_where_blocks_are_fetched_or_the_model_can_not_generate(
     monkeypatch.setattr("transformers.LlamaForCausalLM.generate", generate)
     done = call(*BASE, *PRUNE, "--save", tmp_path / "run", "--save_model", tmp_path / "new")
     assert done.status == 0 and not results(tmp_path / "run")["completions"]
-    assert "completions: none, LlamaForCausalLM can't generate (no cache)" in done.out
+    assert "completions: none, LlamaForCausalLM cannot generate (no cache)" in done.out
     assert (tmp_path / "new/model.safetensors").is_file()
 
 

@@ -322,7 +322,7 @@ def test_the_default_window_is_one_that_the_texts_have(tmp_path: Path) -> None:
     done = succeed(*given)
     window, digest = (results()["calibration"][name] for name in ("seqlen", "digest"))
     assert f"window: {window} tokens" in done.out and window in (128, 256, 512)
-    assert "book.txt:test: a tenth of the documents, 1, is held apart" in done.out
+    assert "book.txt:test: 1 documents, a tenth, are held out" in done.out
     succeed(*given, "--seqlen", window)
     assert results()["calibration"]["digest"] == digest
     assert "--seqlen" in call(*given, "--seqlen", 2 * window).err

@@ -189,4 +189,4 @@ def test_what_is_kept_on_disk_and_what_the_model_takes_there(
         more = ["--recover", 64, "--recover_optimizer", optimizer, "--resume", tmp_path / "kept"]
         with pytest.raises(TypeError), redirect_stdout(io.StringIO()) as out:
             main.main([*map(str, [*argv, *more, "--save", tmp_path / "out"])])
-        assert f"training keeps up to {gib(2 * state * blocks)} there" in out.getvalue()
+        assert f"training needs up to {gib(2 * state * blocks)} there" in out.getvalue()

@@ -73,7 +73,7 @@ def check_same(folder: Path, whole: dict) -> None:
     ("change", "word"),
     [
         ("--sparsity_type 2:4", "--sparsity_type"),
-        ("--seed 1", "--seed 0, now it is 1"),
+        ("--seed 1", "--seed 0, not 1"),
         ("--calibration_data en", "windows of --calibration_data"),
         ("--nsamples 5", "--nsamples"),
         ("--dtype bfloat16", "--dtype 'float32, saved as float32'"),
@@ -84,7 +84,7 @@ def test_changed_flags_are_refused(change: str, word: str, begun: list, tmp_path
     kept.pop(".lock")  # of the run that was killed
     done = call(*begun, *change.split())
     assert done.status == 1 and len(done.complaints) == 1
-    assert f"--resume {tmp_path / 'kept'}: was begun with " in done.complaints[0]
+    assert f"--resume {tmp_path / 'kept'}: it was begun with " in done.complaints[0]
     assert word in done.complaints[0]
     assert content(tmp_path / "kept") == kept
 
@@ -97,7 +97,7 @@ def test_another_source_of_the_method_is_refused(
     done = call(*begun)
     assert done.status == 1 and len(done.complaints) == 1
     assert "was begun with source of --prune_method 'revision 1, source " in done.complaints[0]
-    assert "now it is 'revision 2, source " in done.complaints[0]
+    assert "not 'revision 2, source " in done.complaints[0]
 
 
 def test_one_changed_byte_of_the_weights_is_refused(begun: list, tmp_path: Path) -> None:
@@ -144,7 +144,7 @@ def test_a_damaged_block_is_done_again(
 def test_another_batch_size_goes_on_and_is_said(begun: list, tmp_path: Path) -> None:
     """It may be what memory allows; sums of other batches are rounded otherwise."""
     done = succeed(*begun, "--batch_size", "1")
-    assert "was begun with --batch_size 32, goes on with 1; " in done.out
+    assert "begun with --batch_size 32, continued with 1; " in done.out
     measuring = results(tmp_path / "out")["fingerprint"]["measuring"]
     assert measuring["--batch_size"] == 1  # which a sweep tells from other runs
 

@@ -92,7 +92,7 @@ def test_what_comes_to_lie_at_the_target_meanwhile_stays(given: list) -> None:
     with at("pruning", 3, lambda: write_thesis("new")):
         done = call(*given)
     [line] = [line for line in done.complaints if line.startswith("error: ")]
-    assert "--save_model new: " in line and line.endswith("the whole model is in new.partial")
+    assert "--save_model new: " in line and line.endswith("The complete model is in new.partial.")
     assert list(content("new")) == ["thesis.tex"] and saved_weights("new.partial")
 
 
@@ -190,8 +190,8 @@ def test_a_disk_too_small_for_the_state_of_a_training(
     given += ["--recover", 512]
     monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=100_000))
     [line] = call(*given).complaints
-    assert "--save_model new.partial: training keeps up to" in line and "98 KiB" in line
-    assert line.endswith("make room, or name a folder on another disk")
+    assert "--save_model new.partial: training needs up to" in line and "98 KiB" in line
+    assert line.endswith("Make room, or name a folder on another disk.")
     assert not Path("new.partial").exists()
 
 
@@ -213,7 +213,7 @@ def test_killed_while_it_saves_it_loses_nothing(kept: str, given: list, tmp_path
         assert processes.run(given, tmp_path, fault).status == -signal.SIGKILL
     [line] = call(*given).complaints
     assert line.endswith(
-        "new.partial is the whole model of a run that was killed; rename it to new"
+        "new.partial is the complete model of a run that was killed. Rename it to new."
     )
     stage = content("new.partial")
     assert stage["model.safetensors"] == content("whole")["model.safetensors"]
@@ -234,8 +234,10 @@ def test_an_interrupt_behind_the_saved_model_says_how_to_measure_it(given: list)
     with raising(KeyboardInterrupt(), "perplexity"):
         done = call(*given)
     assert done.status == 130 and saved_weights("new")
-    [line] = [line for line in done.out.splitlines() if "not measured" in line]
-    assert line.startswith("new is whole, but not measured; to do that: python main.py --model new")
+    [line] = [line for line in done.out.splitlines() if "not evaluated" in line]
+    assert line.startswith(
+        "new is complete, but not evaluated. To do that: python main.py --model new"
+    )
     argv = shlex.split(line.partition("main.py ")[2])
     succeed(*argv, *QUICK, "--save", "measured")
     assert list(results("measured")["perplexity"]) == ["укр"]

@@ -163,7 +163,7 @@ def test_tables_of_layers_in_a_model_that_is_measured_as_a_whole(tmp_path: Path)
     tiny.write_model(tmp_path / "gemma", model, kinds.byte_level(size=600))
     argv = ["--model", tmp_path / "gemma", "--save_model", tmp_path / "model"]
     done = call(*TRIM, *argv, "--vocabulary_data", "uk", "--save", tmp_path / "out")
-    assert done.status == 0 and "measured as a whole: --model" in done.out, done.err
+    assert done.status == 0 and "evaluated as a whole: --model" in done.out, done.err
     first, rows = results(tmp_path / "out"), results(tmp_path / "out")["vocabulary"]["rows"]
     assert first["vocabulary"]["logits_differ"] < 1e-5
     tensors = weights(tmp_path / "model")
