@@ -325,7 +325,7 @@ class IQ4_NL(Q4_0):
     rule = False
     promise = "gguf --type iq4_nl will write the scales and codes of"
 
-    def __init__(self, scale_bits: int = 5) -> None:
+    def __init__(self, scale_bits: int = 6) -> None:
         self.dropped = 24 - scale_bits  # bits of a float32
         self.reach = 2**scale_bits >> 8  # so many scales to each side may give the same image
 

@@ -34,7 +34,7 @@ def same_bits(one: Tensor, two: Tensor) -> bool:
     return torch.equal(one.flatten().view(torch.int32), two.flatten().view(torch.int32))
 
 
-@pytest.mark.parametrize("bits", [4, 5, 11])
+@pytest.mark.parametrize("bits", [4, 5, 6, 11])
 @pytest.mark.parametrize("name", drawn())
 def test_scales_and_codes_are_read_back(name: str, bits: int) -> None:
     form, weight = IQ4_NL(bits), drawn()[name][: 96 if bits < 11 else 12]
@@ -56,7 +56,7 @@ def test_scales_and_codes_are_read_back(name: str, bits: int) -> None:
         assert not held(weight).any()
 
 
-@pytest.mark.parametrize("bits", [4, 5])
+@pytest.mark.parametrize("bits", [4, 5, 6])
 def test_every_scale_and_every_level(bits: int) -> None:
     """All scales of an octave, both signs, the least ones; each level beside each, and ties."""
     form, step = IQ4_NL(bits), 2.0 ** (1 - bits)
