@@ -70,8 +70,9 @@ def test_the_minutes_are_kept() -> None:
 @pytest.mark.parametrize("target", [*compress.PLANS, *compress.SMALLER])
 def test_main_takes_the_flags_of_every_plan(target: str, recovery: list[str]) -> None:
     parser = build_parser()
-    smaller = f"{compress.SMALLER.get(target)} 0.5 {compress.PLANS[compress.ANY]}"
-    plan = compress.PLANS.get(target, smaller)
+    dense = f"{compress.PLANS[compress.ANY]} q4_0"
+    plan = dense if target == compress.ANY else compress.PLANS.get(target)
+    plan = plan or f"{compress.SMALLER[target]} 0.5 {dense}"
     argv = ["--model", "m", "--trim_vocabulary", "--calibration_data", "uk", *plan.split()]
     argv += recovery
     check_flags(parser, parser.parse_args(argv))
