@@ -314,7 +314,7 @@ class IQ4_NL(Q4_0):
     and the values d * level, rounded to bfloat16. That image is what a model has and saves in any
     dtype. Since so few scales are near the largest value over a level, the one that gives the image
     is found again, and with it the codes. llama.cpp's own rule would find others, so that blocks
-    are written as their bytes. A block of zeros has scale 0.
+    are written as their bytes. A block of zeros has scale 0. More than six bits lose no less.
     """
 
     name = "iq4_nl"
