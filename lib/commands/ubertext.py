@@ -39,7 +39,7 @@ def find_dumps(folder: Path) -> dict[str, Path]:
         if len(files) != 1:
             number = "several files have" if files else "no file has"
             raise UserError(
-                f"FOLDER_OF_DUMPS {folder}: {number} {genre!r} in the name. Give one for each of "
+                f"FOLDER_OF_DUMPS {folder}: {number} {genre!r} in its name. Give one for each of "
                 f"{', '.join(GENRES)}."
             )
         dumps[genre] = files[0]

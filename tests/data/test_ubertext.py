@@ -100,7 +100,7 @@ def test_bad_dumps(dumps, tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["dumps"]
     for path in dumps.glob("*court*"):
         path.unlink()
-    with pytest.raises(UserError, match="no file with 'court' in the name"):
+    with pytest.raises(UserError, match="no file has 'court' in its name"):
         find_dumps(dumps)
 
 

@@ -199,7 +199,7 @@ def test_the_command(sweep: Path, capsys: pytest.CaptureFixture) -> None:
         ("{", "not valid JSON"),
         ("[]", "it does not hold results"),
         ("{}", "lacks model"),
-        ("", "holds no results.json"),
+        ("", "no results.json is there"),
         ("{}", "--out report: is a file"),
     ],
 )
