@@ -181,15 +181,16 @@ def source_digest(method: type[PruningMethod], *drivers: str) -> str:
         file = waiting.pop()
         if file not in files:
             files[file] = None
-            waiting += _imported(file)
+            waiting += _imported(file, file.stat().st_mtime_ns)
     hasher = hashlib.sha256()
     for file in (method_file, *sorted(files.keys() - {method_file})):
         hasher.update(file.name.encode() + b"\0" + file.read_bytes())
     return f"revision {method.revision}, source {hasher.hexdigest()[:16]}"
 
 
-def _imported(file: Path) -> list[Path]:
-    """Return the files of lib/methods and lib/pruning that a file imports."""
+@cache  # parsing takes as long as a small run
+def _imported(file: Path, written: int) -> list[Path]:
+    """Return the files of lib/methods and lib/pruning that a file imports; `written`: its time."""
     imported = []
     for node in ast.walk(ast.parse(file.read_text("utf-8"))):
         names = [alias.name for alias in getattr(node, "names", ()) if hasattr(alias, "name")]
