@@ -437,6 +437,7 @@ def too_costly(run: Compression, texts: Texts, job: Job) -> str | None:
     share = CPU_TRIMMING if run.on_cpu else GPU_TRIMMING
     share /= sum(test.facts["bytes"] for test in job.texts.tests)
     flags = ["--device", run.device, "--seqlen", str(job.seqlen)]
+    flags += ["--date", job.args.date] if job.args.date else []
     flags += model_flags(run, without_tests(texts, job), trims=True)
     flags += ["--eval_data", *cut_tests(job, run.folder / TRIMMING / "tests", min(1, share))]
     flags += [*without(run.passed_on, NOT_MEASURED), "--completions", "0", "--eval_only"]

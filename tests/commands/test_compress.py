@@ -266,7 +266,7 @@ def test_without_room_for_training_it_is_planned_without(
     tiny.write_model("dense")
     tiny.write_texts("uk", tiny.sentences(200, words=4), 8)
     if why == "memory":
-        monkeypatch.setattr("lib.run.load.available", lambda: 900_000)
+        monkeypatch.setattr("lib.run.memory.available", lambda: 900_000)
     else:
         monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=100_000))
     assert run(compress.main, "dense small --data uk --device cpu".split()) == 0

@@ -72,7 +72,7 @@ def test_no_chat_model(capsys, monkeypatch) -> None:
     tiny.write_texts("texts", tiny.sentences(60, words=4), 1)
     monkeypatch.setattr(dialogues, "continue_rows", lambda model, asked, _: len(asked) * [24 * [5]])
     assert run(dialogues.main, [*BASE, "--data", "texts", *FLAGS]) == 1
-    assert "of 8 answers 0 end within 24 tokens" in capsys.readouterr().err
+    assert "only 0 of 8 answers end within 24 tokens" in capsys.readouterr().err
 
 
 def test_a_last_row_without_a_line_break_stays() -> None:

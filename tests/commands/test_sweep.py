@@ -118,10 +118,10 @@ def test_sets_and_models_of_one_name_get_folders_of_their_own(tmp_path: Path) ->
         (["--calibration", "c4=-1,ubertext=1"], 1, ["--calibration c4=-1", "above 0"]),
         (["--eval_data", "no/such/folder"], 1, ["--eval_data no/such/folder"]),
         (["--vary", "nosuch=1"], 1, ["--vary nosuch=1", "nsamples=8,32"]),
-        (["--vary", "seed=1,2"], 1, ["--vary seed=1,2", "own flags"]),
+        (["--vary", "seed=1,2"], 1, ["--vary seed=1,2", "flags of sweep"]),
         (["--vary", "use_variant=1"], 1, ["use_variant=on,off"]),
         (["--vary", "nsamples=0"], 2, ["--nsamples", "at least 1"]),
-        (["--vary", "nsamples=2", "--", "--nsamples", "3"], 1, ["after '--' too"]),
+        (["--vary", "nsamples=2", "--", "--nsamples", "3"], 1, ["also given after '--'"]),
         (["--ratios", "0.5", "0.5"], 1, ["--out", "-50-ubertext-seed0", "twice"]),
         (["--out", "thesis.txt"], 1, ["--out thesis.txt: is a file"]),
     ],
@@ -144,7 +144,7 @@ def test_runs_are_as_if_alone_and_a_failure_does_not_stop_the_rest(model, texts,
     first = call(*argv, "--calibration", few, texts[0], *PASSED, program=sweep.main)
     assert first.status == 1
     failed, finished = Path("runs/tiny/wanda-50-few-seed0"), Path("runs/tiny/wanda-50-uk-seed0")
-    assert first.complaints[-1].startswith("error: 1 of 3 runs failed: tiny/wanda-50-few-seed0;")
+    assert first.complaints[-1].startswith("error: 1 of 3 runs failed: tiny/wanda-50-few-seed0.")
     assert f"{failed}: failed with status 1" in first.out
     assert any("too few for 8 windows" in line for line in first.complaints)
     assert "[3/3] tiny/wanda-50-uk-seed0, about " in first.out
@@ -199,11 +199,11 @@ def test_a_run_is_done_again_where_what_stands_behind_a_flag_changed(texts, caps
     file = uk / "test.jsonl"
     file.write_text(file.read_text("utf-8").replace("ріка", "гора", 40), "utf-8")
     assert "windows of --eval_data" in said("--nsamples", "9")
-    assert len(list(shared.iterdir())) == 2  # what the dense model makes of either test
+    assert len(list(shared.iterdir())) == 3  # for either test text, and for another batch size
     other = tiny.write_model(Path("other"), tiny.tiny_llama(seed=2))
     shutil.copy(other / "model.safetensors", llama)  # of the same size
     assert "weights of --model was" in said("--nsamples", "9")
-    assert len(list(shared.iterdir())) == 3  # models of one shape do not share
+    assert len(list(shared.iterdir())) == 4  # models of one shape do not share
     shutil.rmtree(folder / "model")
     assert "its model is missing" in said("--nsamples", "9")
 
