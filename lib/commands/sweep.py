@@ -24,8 +24,8 @@ from pathlib import Path
 from tqdm import tqdm
 
 from ..data.sources import mixture_name, parse_sources
-from ..methods.registry import EXPERT_METHODS, METHODS
-from ..methods.sparsity import SMALLER, TYPES
+from ..methods.registry import EXPERT_METHODS, METHODS, WITHOUT_NEURONS
+from ..methods.sparsity import NEURONS, SMALLER, TYPES
 from ..run.flags import build_parser, check_flags
 from ..run.plan import Plan
 from ..run.results import RESULTS
@@ -158,6 +158,8 @@ def _points(
         yield f"dense{more}", ["--eval_only", *without(passed_on), *words]
     parser = build_parser()
     for method, kind in product(args.methods, args.types):
+        if kind == NEURONS and method in WITHOUT_NEURONS:
+            continue
         n, _, m = kind.partition(":")
         for ratio in [int(n) / int(m)] if m else args.ratios:
             share = f"{n}of{m}" if m else f"{100 * ratio:g}"

@@ -34,6 +34,7 @@ EXPERT_METHODS = {  # for --sparsity_type experts
     "frequency": "experts:Frequency",
     "random": "experts:Random",
 }
+WITHOUT_NEURONS = ("ria",)  # its paper has no rule for them
 HOOKS = {NEURONS: "remove_neurons_", EXPERTS: "scores"}  # other types use prune_
 TRUTH = {"true": True, "false": False, "1": True, "0": False}
 PACKAGE = Path(__file__).resolve().parent.parent

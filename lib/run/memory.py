@@ -38,6 +38,7 @@ from ..model.parts import find_parts
 from ..model.reference import compared_windows, local_windows
 from ..packed.formats import FORMATS
 from ..pruning.allocation import WINDOWS as ALLOCATION_WINDOWS
+from ..pruning.errors import TOKENS
 from ..recover import TrainSchedule
 from ..remove import experts_left, neurons_left
 from ..sharded import can_share
@@ -340,6 +341,7 @@ class Memory:
             for inputs in [[group] for group in groups] if method.dense_stream else [groups]:
                 sums = most = 0
                 for width, outputs, experts, ends in inputs:
+                    sums += 2 * FLOAT * experts * TOKENS * width  # a sample, for the layers' errors
                     if method.inverts_gram:
                         sums += FLOAT * experts * width**2
                     if method.dense_stream:  # a projection's error, or an input's

@@ -56,6 +56,11 @@ def test_the_product_leaves_out_what_makes_no_sense(texts) -> None:
     assert list(names) == [f"{folder}/{name}" for folder in ("one", "two") for name in each]
 
 
+def test_neurons_are_left_out_for_methods_that_have_no_rule_for_them(texts) -> None:
+    names = planned("--models", "m", "--types", "neurons", "--calibration", texts[0])
+    assert names and not any("ria" in name for name in names)
+
+
 def test_flags_of_a_run(texts) -> None:
     uk, en = texts
     argv = ["--models", "m", *WANDA, "--calibration", f"{uk}=3,{en}=1", "--out", "o", "--seeds", 5]

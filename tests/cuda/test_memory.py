@@ -26,8 +26,9 @@ OUTSIDE = 4 * 2 * tiny.VOCAB * WIDTH
 BATCH = 4 * TOKENS * WIDTH
 LOGITS = 4 * 4 * TOKENS * tiny.VOCAB
 TRAINED = 16 * BLOCKS * RANK * (11 * WIDTH + 3 * INNER)
+SAMPLES = 4 * 2 * 129 * (3 * WIDTH + INNER)  # of each input of a block, for the layers' errors
 SUMS = {
-    "--prune_method wanda": OUTSIDE + 2 * BLOCK + 11 * BATCH + max(5 * MATRIX, LOGITS),
+    "--prune_method wanda": OUTSIDE + 2 * BLOCK + 11 * BATCH + max(5 * MATRIX, LOGITS) + SAMPLES,
     f"--prune_method wanda --recover 512 --recover_rank {RANK}": (
         OUTSIDE + 3 * BLOCKS * BLOCK + TRAINED + (BLOCKS + 40) * BATCH + 4 * MATRIX + LOGITS
     ),
