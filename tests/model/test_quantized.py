@@ -137,7 +137,8 @@ def test_a_checkpoint_that_is_already_quantized(loaded: nn.Module, tmp_path: Pat
         assert line.startswith(f"error: {more[0]} {more[1]}: ") and "quantized" in line
     recover = ["--recover", "64", "--teacher"]
     (line,) = prune(quantized, folder, *recover, "model").complaints
-    words = f"--recover 64: the weights of {quantized} are quantized and cannot be trained"
+    words = f"--recover 64: the weights of {quantized} are quantized and cannot be trained. "
+    words += "Name the unquantized model."
     assert line == f"error: {words}"
     (line,) = prune("model", folder, *recover, quantized).complaints
     assert line == f"error: --teacher {quantized}: it is quantized. Name the unquantized model."

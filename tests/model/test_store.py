@@ -104,7 +104,7 @@ def test_a_folder_that_holds_something_is_refused(begun: bool, tmp_path: Path) -
         (away / "job.json").write_text("{}")
     [line] = prune("tied", tmp_path, "--offload_folder", away).complaints
     assert f"--offload_folder {away}: " in line
-    assert ("add --resume" if begun else "but no job.json") in line
+    assert ("Add --resume" if begun else "but no job.json") in line
     assert (away / "block-00000.safetensors").read_bytes() == b"mine"
 
 

@@ -195,7 +195,7 @@ def test_more_ranks_than_experts_are_refused(place: Path) -> None:
     lines = {line for one in done for line in one.complaints}
     assert lines == {
         "error: WORLD_SIZE 5: model.layers.0.mlp.experts.gate_up_proj has 4 experts, fewer than "
-        "the ranks that would share them out for --recover. Start at most 4"
+        "the ranks that would share them out for --recover. Start at most 4."
     }
 
 
