@@ -97,7 +97,7 @@ def test_a_model_is_compressed_though_it_was_interrupted(
         runs.append([str(flag) for flag in flags])
         if len(runs) == 4:
             raise KeyboardInterrupt
-        return 1 if module == "lib.commands.export" else call(module, *flags)
+        return 1 if module == "commands.export" else call(module, *flags)
 
     monkeypatch.setattr("lib.commands.export.__main__.check_installed", lambda to: None)
     monkeypatch.setattr(compress, "call", once_interrupted)
