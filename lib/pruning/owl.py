@@ -1,7 +1,7 @@
 """OWL: choose the sparsity of each block by the outliers among its scores (arXiv 2310.05175).
 
 Scores are Wanda's A[i, j] = |W[i, j]| ||X[:, j]|| of all linear layers of a block in the dense
-model. An outlier is a score above M times their mean; D is the share of outliers (equation 1). A
+model. An outlier is a score above M times their mean; D is the share of outliers. A
 block keeps more weights if its D is larger. As in the authors' code, over all blocks
 
     1 - S_l = (1 - S) + 2 lambda (d_l - mean(d)),   d = (D - min(D)) / (max(D) - min(D)).
