@@ -51,6 +51,16 @@ LIMIT = 600  # seconds after which a process that a test waits for hangs, on a b
 PROGRESS = re.compile(r"\[\d+:\d\d[<,]")  # a line of a progress bar
 QUICK = ["--device", "cpu", "--seqlen", "32", "--nsamples", "8", "--completions", "0"]
 
+RUNS_OF_EVERY_KIND = {  # for the matrices by memory: a model's name, and flags
+    "q4_0 rounded": "llama --quantize q4_0",
+    "q4_0 trained": "llama --quantize q4_0 --recover 512",
+    "int4 packed": "llama --prune_method wanda --replace_sparse_layers --quantize int4",
+    "admm by error": "llama --prune_method admm --sparsity_ratio 0.6 --allocation error",
+    "2:4": "llama --prune_method sparsegpt --sparsity_type 2:4",
+    "neurons": "llama --prune_method sparsegpt --sparsity_type neurons",
+    "experts": "mixtral --prune_method contribution --sparsity_type experts",
+}
+
 
 @dataclass(frozen=True)
 class Done:

@@ -9,6 +9,7 @@ import chats
 import pytest
 import tiny
 import torch
+from support import RUNS_OF_EVERY_KIND as RUNS
 from support import call, call_here, reloaded, results
 
 from lib.commands import compress, compress_measure, compress_plan
@@ -18,15 +19,6 @@ from lib.model import pretrained
 CARDS = {"all": 10**8, "weights": 2_500_000, "a block": 1_080_000}
 FLAGS = "--seqlen 32 --batch_size 2 --completions 0 --device cuda:0".split()
 BASE = [*FLAGS, *"--nsamples 4 --calibration_data uk --eval_data uk".split()]
-RUNS = {
-    "q4_0 rounded": "llama --quantize q4_0",
-    "q4_0 trained": "llama --quantize q4_0 --recover 512",
-    "int4 packed": "llama --prune_method wanda --replace_sparse_layers --quantize int4",
-    "admm by error": "llama --prune_method admm --sparsity_ratio 0.6 --allocation error",
-    "2:4": "llama --prune_method sparsegpt --sparsity_type 2:4",
-    "neurons": "llama --prune_method sparsegpt --sparsity_type neurons",
-    "experts": "mixtral --prune_method contribution --sparsity_type experts",
-}
 pytestmark = pytest.mark.usefixtures("at_place")
 
 

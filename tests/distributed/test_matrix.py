@@ -8,19 +8,11 @@ import pytest
 import tiny
 from processes import ended, together
 from support import QUICK, reloaded
+from support import RUNS_OF_EVERY_KIND as RUNS
 
 from lib.util.command import FAILED
 
 BASE = [*QUICK, "--calibration_data", "uk", "--eval_data", "uk"]
-RUNS = {
-    "q4_0 rounded": "llama --quantize q4_0",
-    "q4_0 trained": "llama --quantize q4_0 --recover 512",
-    "int4 packed": "llama --prune_method wanda --replace_sparse_layers --quantize int4",
-    "admm by error": "llama --prune_method admm --sparsity_ratio 0.6 --allocation error",
-    "2:4": "llama --prune_method sparsegpt --sparsity_type 2:4",
-    "neurons": "llama --prune_method sparsegpt --sparsity_type neurons",
-    "experts": "mixtral --prune_method contribution --sparsity_type experts",
-}
 pytestmark = pytest.mark.usefixtures("at_place")
 
 
