@@ -21,7 +21,6 @@ REHEARSED_ROUNDING = 2  # calibration windows of the rehearsal
 LEAST_ROUNDING, ROUNDING_SHARE = 8, 0.25  # fewest calibration windows, largest share of the time
 LEAST_WINDOWS = 16  # fewest training windows; a quantized model is not trained on fewer
 LEAST_TESTS, TEST_SHARE = 4, 0.15  # fewest test windows, and their share of the time
-TRIM_BYTES = 2**16  # bytes of text on which main.py measures the cost of trimming
 SCALED = ("trim", "dense", "quantize", "measure before", "recover", "eval")  # steps of main.py
 FIXED = 4  # repetitions of the other steps of a rehearsal: both models, proof and speeds
 
@@ -67,6 +66,8 @@ def plan_time(
     `passes` passes and needs training after it. A model that is only quantized can skip training,
     and does so unless it `trains`.
     """
+    from ..vocabulary import MEASURED_BYTES
+
     spent, size, evaluation = (rehearsal[name] for name in ("seconds", "footprint", "evaluation"))
     rehearsed = sum(test["windows"] for test in evaluation)
     passed = spent.get("dense", spent["eval"]) + spent["eval"]
@@ -76,7 +77,7 @@ def plan_time(
     fixed = FIXED * (wall - sum(spent.get(step, 0) for step in SCALED))
     fixed += windows * tested + passes * passed
     if measured := rehearsal.get("vocabulary", {}).get("measured_on"):
-        fixed += spent["trim"] * min(TRIM_BYTES / measured["bytes"], windows / rehearsed)
+        fixed += spent["trim"] * min(MEASURED_BYTES / measured["bytes"], windows / rehearsed)
     if "quantize" in spent:
         rounded = ROUNDING_PASSES * passed
         solving = max(0, spent["quantize"] - REHEARSED_ROUNDING * rounded)
