@@ -202,13 +202,17 @@ class TrimmedVocabulary:
     def summary(self) -> str:
         facts = self.facts
         reserved = f", {facts['reserved']} reserved ones go" if facts["reserved"] else ""
-        return (
+        line = (
             f"vocabulary: {facts['rows']} of {facts['rows_before']} rows stay, "
             f"{facts['tokens']} of {facts['tokens_before']} tokens{reserved}; the texts use "
             f"{facts['used']}"
-            + f", {facts['likely']} likely ones are kept too, since text held out of a first count "
-            f"took {facts['rise']:+.2%} tokens" * bool(facts["likely"])
         )
+        if not facts["likely"]:
+            return line
+        why = "the texts are too short to hold any out"
+        if facts["rise"] is not None:
+            why = f"text held out of a first count took {facts['rise']:+.2%} tokens"
+        return f"{line}, {facts['likely']} likely ones are kept too, since {why}"
 
 
 def trim_vocabulary(
@@ -275,15 +279,17 @@ def _likely_tokens(
     """Return the rise in tokens of `held` by the tokens of other text, and how many more it needs.
 
     The first count is `counts` (tokens,) without `held`. The second value is the least number of
-    unused tokens, most likely first, for a rise of at most GOAL, or all if none suffices.
+    unused tokens, most likely first, for a rise of at most GOAL, or all if none suffices. It is
+    all, and the rise None, if no text could be held out.
     """
-    if not held:
-        return None, 0
     ids = encode_all(tokens.tokenizer, held)
     before = sum(map(len, ids))
-    first = counts - torch.bincount(torch.tensor([*chain(*ids)]), minlength=len(counts))
+    used = torch.tensor([*chain(*ids)], dtype=torch.long)
+    first = counts - torch.bincount(used, minlength=len(counts))
 
     order, most = _fill_order(tokens, first)
+    if not held:
+        return None, most
 
     def rise(likely: int) -> float:
         kept = choose_tokens(tokens, first, required, likely=likely, order=order, **options)

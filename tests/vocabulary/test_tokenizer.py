@@ -244,3 +244,8 @@ def test_little_text_keeps_tokens_that_are_likely_in_its_scripts(tmp_path: Path)
     assert facts["used"] + facts["likely"] <= facts["tokens"] < facts["tokens_before"]
     facts = trimmed(tokenizer, many).facts
     assert facts["rise"] <= 0.003 and facts["likely"] == 0
+    one = tiny.write_texts(tmp_path / "one", train=[kinds.texts(UK, 1, 1)[0][:40]], test=2)
+    vocabulary = trimmed(tokenizer, one)  # too short to hold any text out
+    assert vocabulary.facts["rise"] is None
+    assert vocabulary.facts["likely"] > 0
+    assert "too short to hold any out" in vocabulary.summary()
