@@ -92,8 +92,8 @@ def _means(
     mean = losses.mean().item()
     if not math.isfinite(mean):
         raise UserError(
-            f"{runner.named}: activations are not finite; try --dtype float32, and where that does "
-            "not help, download the model again"
+            f"{runner.named}: activations are not finite. Use --dtype float32, or download the "
+            "model again."
         )
     value = exp(mean)
     means = {

@@ -42,7 +42,7 @@ from .pruning.masks import packed_masks
 from .pruning.ordered import OrderedBlock, Stage, known_order
 from .util.errors import RunWarning, UserError
 
-UNREACHED = "no calibration token reached it, or it is used without being called"
+UNREACHED = "no calibration token reached it, or its forward() is bypassed"
 
 
 def first_of(names: list[str]) -> str:
@@ -79,7 +79,7 @@ def prune(
     length = window_length(model.config, seqlen)
     gradients, measured = method.needs_gradients, allocation in ("error", "owl")
     if calibration is None and (method.observes or gradients or measured):
-        raise UserError(f"calibration: {method.__name__} needs windows or texts")
+        raise UserError(f"calibration: {method.__name__} needs windows or texts. Give some.")
     if isinstance(calibration, Tensor):
         length = calibration.shape[1]
     elif calibration is not None:
@@ -173,7 +173,7 @@ class Pruner:
                 by_reason.setdefault(reason, []).extend(experts)
         left_dense = f"; left {left:,} weights of the blocks dense" if left else ""
         return [
-            f"pruned {pruned:,} weights in {len(self.pruned)} linears{left_dense}",
+            f"pruned {pruned:,} weights in {len(self.pruned)} linear layers{left_dense}",
             *(f"{reason}: {first_of(names)}" for reason, names in by_reason.items()),
             *self.all_warnings(),
         ]
@@ -340,7 +340,7 @@ class Pruner:
 
 def _check_finite(tensors: Iterable[Tensor], what: str) -> None:
     if not all(map(all_finite, tensors)):
-        raise UserError(f"{what}; try --dtype float32")
+        raise UserError(f"{what}. Use --dtype float32.")
 
 
 # lets callers of `from langprune import prune`, which gives this module, call it

@@ -1,8 +1,8 @@
-"""Round what a model keeps to numbers of 4 bits, that it will be packed as or that llama.cpp runs.
+"""Quantize the remaining weights to 4 bits, for the packed format or for llama.cpp.
 
-One more pass over the blocks with calibration text: each linear receives what the rounded blocks
-before it give, and aims at what the model computes without them (lib/methods/gptq.py). Zeros stay
-zeros where the format has one.
+This takes one more pass over the blocks with calibration text. The inputs of each linear layer come
+from the quantized blocks before it, and its target is the output of the unquantized model
+(lib/methods/gptq.py). Zeros stay zeros if the format has a 0.
 """
 
 from __future__ import annotations
@@ -26,24 +26,25 @@ from .pruning.ordered import OrderedBlock
 from .sharded import is_sharded, part_of_start, shared_along
 from .util.errors import UserError
 
-NOTHING = "--replace_sparse_layers: no linear is smaller packed; prune with --prune_method first"
-NO_BLOCKS = "--quantize {}: no linear has rows of whole blocks of 32; remove the flag"
+NOTHING = "--replace_sparse_layers: packing makes no linear layer smaller. Add --prune_method."
+NO_BLOCKS = "--quantize {}: no linear layer has rows of a multiple of 32. Leave the flag out."
 
 
 def takes(fmt: Int4, linear: PrunableLinear) -> bool:
-    """Whether a linear is to be on a format's grid: if it will be packed, or if its rows fit."""
+    """Return whether a linear layer is quantized: if it will be packed, or if its rows fit."""
     if fmt.packs:
         return linear.expert is None and not why_dense(linear.module)
     return fmt.takes(linear.shape[1])
 
 
 def check_quantized(runner: BlockRunner, fmt: Int4) -> dict[str, Any]:
-    """The record of a quantized model. UserError where storing as `fmt` would change a value."""
+    """Return the record of a quantized model. UserError if storing as `fmt` changes a value."""
     tensors: dict[str, bool] = {}  # whether they are on the grid
     for linear in runner.each_linear():
         tensors[linear.stage] = takes(fmt, linear)
         if tensors[linear.stage] and not fmt.holds(linear.matrix()):
-            raise UserError(f"--quantize {fmt.name}: {linear.name} is not on the grid; report this")
+            problem = f"{linear.name} is not on the grid. Please report this."
+            raise UserError(f"--quantize {fmt.name}: {problem}")
     left = [name for name, on_grid in tensors.items() if not on_grid]
     return {"format": fmt.name, "tensors": len(tensors) - len(left), "left": left}
 
@@ -55,10 +56,10 @@ def quantize(
     master_dtype: torch.dtype | None = None,
     on_progress: Callable[[int], Any] = lambda blocks: None,
 ) -> Quantizer:
-    """Round the linear layers that `fmt` takes, in place, on windows (n, tokens).
+    """Quantize the linear layers that `fmt` takes, in place, with windows (n, tokens).
 
-    The result reports what was done; its `starts` are from where the model is trained on, if a
-    dtype of the masters is given. `on_progress(1)` is called after each block.
+    The returned quantizer reports the results. With `master_dtype`, its `starts` are where training
+    continues. `on_progress(1)` is called after each block.
     """
     quantizer = Quantizer(runner, fmt, master_dtype)
     quantizer.run(windows, on_progress)
@@ -66,12 +67,11 @@ def quantize(
 
 
 class Quantizer(Pruner):
-    """Rounds the linears that `fmt` takes, in place; what a linear was is its aim.
+    """Quantizes the linear layers that `fmt` takes, in place.
 
-    Those that no token reaches, and experts that fewer reach than they have inputs, are rounded to
-    nearest. They are reported as if they were pruned. Where the model is trained
-    on, `starts` holds the masters, of `master_dtype`, and the grid of each parameter, by its name;
-    where ranks will share the training, this rank's part of them.
+    Layers without tokens, and experts with fewer tokens than inputs, are rounded to nearest. If the
+    model will be trained, `starts` maps each parameter's name to its masters (`master_dtype`) and
+    grid. If ranks share the training, it holds this rank's part of them.
     """
 
     stage = ROUNDED
@@ -83,11 +83,11 @@ class Quantizer(Pruner):
         super().__init__(runner, GPTQ, Allocation({}))
         self.fmt, self.master_dtype = fmt, master_dtype
         self.starts: dict[str, tuple[Tensor, Grid]] = {}
-        # a parameter that blocks share has several names, and one start
+        # a parameter that blocks share has several names, but one start
         first: dict[int, str] = {}
         every = runner.model.named_parameters(remove_duplicate=False)
         self.names = {name: first.setdefault(id(each), name) for name, each in every}
-        self.saved = SaveDtypes()  # integers times scales are kept as they are
+        self.saved = SaveDtypes()  # integers times scales are kept exactly
         if not any(takes(fmt, linear) for linear in runner.each_linear()):
             raise UserError(NOTHING if fmt.packs else NO_BLOCKS.format(fmt.name))
 
@@ -95,13 +95,13 @@ class Quantizer(Pruner):
         few = [name for notes in self.notes for name in sum(notes.fallbacks.values(), [])]
         in_few = sum(len(names.split(", ")) for names in few)
         count, bits = len(self.pruned) - in_few, self.fmt.bits
-        lines = [f"rounded {count} linears to {bits} bits, column by column"]
+        lines = [f"quantized {count} linear layers to {bits} bits, column by column"]
         if few:
             reason = "too few tokens were routed to them"
-            lines.append(f"rounded {in_few} linears to nearest, {reason}: {first_of(few)}")
+            lines.append(f"quantized {in_few} linear layers to nearest, {reason}: {first_of(few)}")
         dense = self.left_dense.items()
         if left := [name for name, (_, reason) in dense if reason == UNREACHED]:
-            lines.append(f"rounded to nearest, {UNREACHED}: {first_of(left)}")
+            lines.append(f"quantized to nearest, {UNREACHED}: {first_of(left)}")
         return lines + self.all_warnings()
 
     def _linears(self, index: int) -> list[PrunableLinear]:
@@ -110,7 +110,7 @@ class Quantizer(Pruner):
     def _prune_(
         self, index: int, linears: list[PrunableLinear], ordered: OrderedBlock | None
     ) -> dict[str, Tensor]:
-        """As `Pruner._prune_`; what no token reaches is rounded too, and starts are kept."""
+        """As `Pruner._prune_`, but also quantize layers without tokens, and keep the starts."""
         written = super()._prune_(index, linears, ordered)
         for linear in linears:
             if linear.name not in written:
@@ -128,7 +128,7 @@ class Quantizer(Pruner):
         return written
 
     def _solve_(self, groups: list[Group]) -> dict[str, Tensor]:
-        """Masters and scales go to all processes, as the solved matrices do."""
+        """As `Pruner._solve_`, and send masters and scales to all processes."""
         written = super()._solve_(groups)
         owners = self.dist.assign_owners([group.cost for group in groups])
         for group, owner in zip(groups, owners, strict=True):
@@ -146,7 +146,7 @@ class Quantizer(Pruner):
             self._keep(linear, start)
 
     def _nearest_(self, matrix: Tensor) -> Start:
-        """Round a matrix (out, in) in place, by itself."""
+        """Round a matrix (out, in) to nearest, in place."""
         start = Start(matrix.clone(), self.fmt.fit_scales(matrix).float())
         matrix.copy_(self.fmt.round_to(matrix, start.scales))
         return start
@@ -162,13 +162,13 @@ class Quantizer(Pruner):
         return True
 
     def _keep(self, linear: PrunableLinear, start: Start) -> None:
-        """Keep from where a linear is trained on, if it is."""
+        """Keep where the training of a layer starts, if the model will be trained."""
         if self.master_dtype:
             for part, value in zip(self._start(linear), start, strict=True):
                 part.copy_(value)
 
     def _share(self, index: int, linears: list[PrunableLinear]) -> None:
-        """Leave only this rank's part of a block's starts, where ranks will share the training."""
+        """Keep only this rank's part of a block's starts if ranks will share the training."""
         if not (self.master_dtype and is_sharded(self.runner)):
             return
         along = shared_along(self.runner.blocks[index], self.dist.size)
@@ -178,7 +178,7 @@ class Quantizer(Pruner):
             self.starts[name] = part_of_start(*self.starts[name], dim, self.dist)
 
     def _start(self, linear: PrunableLinear) -> Start:
-        """Views of what is kept in the shape of its parameter, which may be a stack of experts."""
+        """Return views of a layer's masters and scales, which may be in a stack of experts."""
         parameter, name = getattr(linear.module, linear.parameter), self.names[linear.stage]
         (rows, columns), experts = linear.shape, 1 if linear.expert is None else len(parameter)
         if name not in self.starts:

@@ -141,8 +141,8 @@ def neurons_left(layout: PartLayout, ratio: float) -> int:
     left = max(1, round((1 - ratio) * width / multiple)) * multiple
     if left >= width:
         raise UserError(
-            f"--sparsity_ratio {ratio:g}: of {width} neurons in each block none can go and leave a "
-            f"multiple of {multiple}; use a higher ratio"
+            f"--sparsity_ratio {ratio:g}: it removes none of the {width} neurons per block, which "
+            f"must stay a multiple of {multiple}. Use a higher ratio."
         )
     return left
 
@@ -173,7 +173,8 @@ class NeuronPruner(PartPruner):
         super()._finish_(index)
         runner, states, kept = self.runner, self.states, self.notes[index].kept
         if not kept:
-            raise UserError(f"{runner.name}.{index}.{self.layout.modules[index]}: {UNREACHED}")
+            name = f"{runner.name}.{index}.{self.layout.modules[index]}"
+            raise UserError(f"{name}: {UNREACHED}. Use --sparsity_type unstructured.")
         if states is None:  # no calibration text
             ids = torch.arange(CHECKED, device=runner.device)[None]
             states = runner.capture(ids, 1, runner.device)
@@ -183,8 +184,8 @@ class NeuronPruner(PartPruner):
         tolerance = max(TOLERANCE, 4 * torch.finfo(runner.model.dtype).eps)
         if (run().float() - expected).norm() > tolerance * expected.norm():
             raise UserError(
-                f"--sparsity_type neurons: {runner.name}.{index}: its MLP does more than multiply "
-                "by neurons, so that none can be removed; use --sparsity_type unstructured"
+                f"--sparsity_type neurons: {runner.name}.{index}: its MLP does not only multiply "
+                "by neurons, so none can be removed. Use --sparsity_type unstructured."
             )
 
 
@@ -208,18 +209,17 @@ def experts_left(layout: PartLayout, ratio: float) -> int:
     Raises UserError if none is removed, or if fewer remain than the router chooses.
     """
     each = layout.count // layout.groups
-    goes, most = round(ratio * each), each - fewest(layout) // layout.groups  # per group
-    if 1 <= goes <= most:
-        return (each - goes) * layout.groups
-    what = f"--sparsity_ratio {ratio:g}: of {layout.count} experts in each block"
+    removed, most = round(ratio * each), each - fewest(layout) // layout.groups  # per group
+    if 1 <= removed <= most:
+        return (each - removed) * layout.groups
+    experts = f"of the {layout.count} experts per block"
     if most < 1:
-        raise UserError(
-            f"{what} none can go, as the router chooses {layout.chosen} for each token; use "
-            "--sparsity_type unstructured"
-        )
-    raise UserError(
-        f"{what} {goes * layout.groups} would go; use {1 / each:.3g} to {most / each:.3g}"
-    )
+        problem = f"none {experts} can be removed, since the router chooses {layout.chosen}"
+        fix = "--sparsity_type unstructured"
+    else:
+        problem = f"it would remove {removed * layout.groups} {experts}"
+        fix = f"{1 / each:.3g} to {most / each:.3g}"
+    raise UserError(f"--sparsity_ratio {ratio:g}: {problem}. Use {fix}.")
 
 
 class ExpertPruner(PartPruner):
@@ -288,7 +288,7 @@ class ExpertPruner(PartPruner):
         if not (out - expected).norm() <= tolerance * expected.norm():
             raise UserError(
                 f"--sparsity_type experts: {name}: its outputs depend on the order of its experts, "
-                "so that none can be removed; use --sparsity_type unstructured"
+                "so none can be removed. Use --sparsity_type unstructured."
             )
 
     def _finish_(self, index: int) -> None:
@@ -305,6 +305,6 @@ def _routing(values: list[Any], name: str) -> tuple[Tensor, Tensor, Tensor]:
         if is_routing and chosen.shape == gates.shape and len(hidden) == len(chosen):
             return hidden, chosen, gates
     raise UserError(
-        f"--sparsity_type experts: {name} is not called with tokens, chosen experts and gates; "
-        "use --sparsity_type unstructured"
+        f"--sparsity_type experts: {name} is not called with tokens, chosen experts and gates. "
+        "Use --sparsity_type unstructured."
     )

@@ -100,8 +100,8 @@ class TrimmedVocabulary:
         _, damaged = self._compare(texts)
         if damaged:
             raise UserError(
-                f"{FLAG}: {texts[damaged - 1]!r}, which is in no text, decodes differently "
-                "with the trimmed tokenizer; leave the flag out"
+                f"{FLAG}: the trimmed tokenizer decodes {texts[damaged - 1]!r}, a rare text, "
+                "differently. Leave the flag out."
             )
         lines, self.facts["tests"] = [], []
         for source in sources:
@@ -109,13 +109,13 @@ class TrimmedVocabulary:
             test, damaged = self._compare(texts)
             if damaged:
                 raise source.error(
-                    f"its test document {damaged} decodes differently with the trimmed tokenizer; "
-                    f"leave {FLAG} out"
+                    f"its test document {damaged} decodes differently with the trimmed tokenizer. "
+                    f"Leave {FLAG} out."
                 )
             self.facts["tests"].append({"name": source.name} | test)
             lines.append(
-                f"{source.name}: all {test['documents']} test documents read the same, "
-                f"{test['alike']} are cut alike, {test['rise']:+.2%} tokens"
+                f"{source.name}: all {test['documents']} test documents decode to the same text, "
+                f"{test['alike']} have the same tokens, {test['rise']:+.2%} tokens"
             )
         return lines
 
@@ -168,8 +168,8 @@ class TrimmedVocabulary:
         ]
         if cost > TOO_COSTLY:
             lines.append(
-                f"{FLAG}: over {TOO_COSTLY:.0%} is much: the text does not use enough of the "
-                "vocabulary. Give more text of the language with --vocabulary_data."
+                f"{FLAG}: more than {TOO_COSTLY:.0%} is much, since the text uses too little of "
+                "the vocabulary. Give more text in the language with --vocabulary_data."
             )
         return lines
 
@@ -201,7 +201,7 @@ class TrimmedVocabulary:
 
     def summary(self) -> str:
         facts = self.facts
-        reserved = f", {facts['reserved']} reserved ones go" if facts["reserved"] else ""
+        reserved = f", {facts['reserved']} reserved ones are removed" if facts["reserved"] else ""
         line = (
             f"vocabulary: {facts['rows']} of {facts['rows_before']} rows stay, "
             f"{facts['tokens']} of {facts['tokens_before']} tokens{reserved}; the texts use "
@@ -211,8 +211,8 @@ class TrimmedVocabulary:
             return line
         why = "the texts are too short to hold any out"
         if facts["rise"] is not None:
-            why = f"text held out of a first count took {facts['rise']:+.2%} tokens"
-        return f"{line}, {facts['likely']} likely ones are kept too, since {why}"
+            why = f"held-out text took {facts['rise']:+.2%} tokens without them"
+        return f"{line}, and {facts['likely']} likely ones are kept, since {why}"
 
 
 def trim_vocabulary(
@@ -228,7 +228,7 @@ def trim_vocabulary(
     """Count the train text of `sources`, choose the tokens, and make the smaller tokenizer.
 
     `rows` is the number of rows of the model's embedding, `config_ids` are the ids in its configs.
-    Raises UserError if the tokenizer can't be trimmed.
+    Raises UserError if the tokenizer cannot be trimmed.
     """
     tokens = TrimmableTokenizer(tokenizer, str(checkpoint))
     required = tokens.required_ids() | tokens.template_ids()
@@ -241,8 +241,8 @@ def trim_vocabulary(
     if used and used[-1] >= rows:
         raise UserError(
             f"{FLAG}: the texts use token {tokens.id_to_token[used[-1]]!r} with the id {used[-1]}, "
-            f"but the embedding of {checkpoint} has {rows} rows; resize the embedding to the "
-            "tokenizer, or remove the tokens that were added to it"
+            f"but the embedding of {checkpoint} has {rows} rows. Resize it to the tokenizer, or "
+            "remove the added tokens."
         )
     options = dict(
         reserved=reserved | {i for i in tokens.id_to_token if i >= rows}, n_unnamed=len(unnamed)

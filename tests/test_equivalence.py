@@ -61,7 +61,7 @@ KINDS = {
     "iq4_nl, neurons, trained": ["wide", *NEURONS, *IQ4_NL, *TRAIN],
     "q4_0, neurons, trained": ["wide", *TRIM, *NEURONS, *Q4_0, *TRAIN],
 }
-STEPS = {"pruning": "--prune_method", "rounding": "--quantize", "recovering": "--recover"}
+STEPS = {"pruning": "--prune_method", "quantizing": "--quantize", "recovering": "--recover"}
 TOGETHER = ("neurons", "int4", "q4_0, float32", "q4_0, trained", "q4_0, neurons, trained")
 TOGETHER += ("iq4_nl", "iq4_nl, trained")
 BATCHES = ("by error", "experts", "neurons")

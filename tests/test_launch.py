@@ -52,7 +52,7 @@ def test_before_pip_install_one_line_says_so(place: Path) -> None:
     for argv in (["demo"], ["prune", "--model", "model", "--eval_only"]):
         done = launch(argv, place, PYTHON=str(bare))
         assert done.status == 1 and done.err.count("\n") == 1, done.err
-        assert "is not installed; pip install -r requirements.txt" in done.err
+        assert "is not installed. Run pip install -r requirements.txt." in done.err
 
 
 @pytest.mark.parametrize(

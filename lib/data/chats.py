@@ -87,12 +87,12 @@ def _dialogue(rows: list[Any]) -> Dialogue | None:
             row.get(a) or row.get(b) for a, b in (("role", "from"), ("content", "value"))
         )
         if not isinstance(role, str) or role not in ROLES:
-            raise ValueError(f"the role {role!r} is none of {', '.join(ROLES)}; rename it")
+            raise ValueError(f"the role {role!r} is not one of {', '.join(ROLES)}. Rename it.")
         if isinstance(content, list):  # parts such as text and images
             texts = [part.get("text") or "" if isinstance(part, dict) else None for part in content]
             if not all(isinstance(text, str) for text in texts):
-                way_out = 'write a text, or a list of {"type": "text", "text": ...}'
-                raise ValueError(f"the content {str(content)[:80]} is no text; {way_out}")
+                fix = 'Write a text, or a list of {"type": "text", "text": ...}.'
+                raise ValueError(f"the content {str(content)[:80]} is not text. {fix}")
             content = "".join(texts)
         more = {key: row[key] for key in KEPT if row.get(key)}
         if not (isinstance(content, str) and content.strip()) and "tool_calls" not in more:

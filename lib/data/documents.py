@@ -61,7 +61,7 @@ def read_documents(source: Source, split: str) -> tuple[Documents, str | None]:
             where = f"{source.flag} {source.text}"
             log.warning("%s: %d rows without a %r are left out", where, nulls, source.column)
         if not texts:
-            raise source.error("holds no text; give a source with at least one row")
+            raise source.error("it holds no text. Give a source with at least one row.")
         if is_parted(source, split):
             texts = part(source, texts, split)
         if source.tests and split == "train":
@@ -84,8 +84,8 @@ def part(source: Source, texts: list[Document], split: str) -> list[Document]:
     distinct = sorted(set(digests))
     if len(distinct) < 2:
         raise source.error(
-            f"{sum(map(len, texts))} characters are too few to hold a tenth apart to measure on; "
-            "give more text, or a test text by --eval_data"
+            f"it has {sum(map(len, texts))} characters, too few to hold out a tenth for "
+            "evaluation. Give more text, or name a test text with --eval_data."
         )
     last = distinct[(len(distinct) - 1) // TENTH]
     pairs = zip(texts, digests, strict=True)
@@ -115,7 +115,7 @@ def _not_measured(source: Source, texts: list[Document]) -> Iterator[Document]:
 
 
 def check_source(source: Source, split: str) -> None:
-    """Raise UserError if a source can't be read; reads only the first row of a Hub dataset."""
+    """Raise UserError if a source cannot be read; reads only the first row of a Hub dataset."""
     documents, _ = read_documents(source, split)
     if source.hub:
         next(iter(replace(documents, first=0)))
@@ -152,14 +152,13 @@ def _files_of(source: Source, split: str) -> list[Path]:
     paths, _ = folder_files(source.path, "train" if is_parted(source, split) else split)
     if not paths:
         every = sorted(source.path.iterdir())
-        way_out = f"add a file in {', '.join(FILES)}"
-        way_out += ", or name a subfolder" * any(path.is_dir() for path in every)
+        subfolder = ", or name a subfolder" * any(path.is_dir() for path in every)
         raise source.error(
-            f"no train*.jsonl nor other texts in this folder (it holds: "
-            f"{_names(every) or 'nothing'}); {way_out}"
+            f"the folder has neither train*.jsonl nor other texts (it holds: "
+            f"{_names(every) or 'nothing'}). Add a file in {', '.join(FILES)}{subfolder}."
         )
     if others := [path for path in paths if not path.is_file()]:
-        raise source.error(f"{others[0]} is no file but a pipe, a device or a lost link; remove it")
+        raise source.error(f"{others[0]} is a pipe, a device or a broken link. Remove it.")
     return paths
 
 
@@ -172,11 +171,13 @@ def _read(source: Source, path: Path) -> Iterator[Document | None]:
     except (OSError, EOFError, zlib.error) as error:  # a damaged .gz raises any of these
         raise _damaged(source, path, error) from error
     except MemoryError:
-        raise source.error(f"{path} takes more memory than there is; give a part of it") from None
+        raise source.error(f"{path} does not fit in memory. Give a smaller file.") from None
 
 
 def _damaged(source: Source, path: Path, error: Exception) -> Exception:
-    return source.error(f"{path} can't be read ({first_line(error)}); is it damaged?")
+    return source.error(
+        f"{path} cannot be read ({first_line(error)}). Replace it if it is damaged."
+    )
 
 
 def conversion(error: UnicodeDecodeError) -> str:
@@ -187,10 +188,10 @@ def conversion(error: UnicodeDecodeError) -> str:
     pairs = sample[: len(sample) // 2 * 2]  # a line of UTF-16 may end inside a character
     likely = from_bytes(pairs, cp_isolation=ENCODINGS).best()
     if likely is None:
-        return "neither UTF-8 text nor in a known encoding; save it as UTF-8"
+        return "it is neither UTF-8 nor in another known encoding. Save it as UTF-8."
     name = likely.encoding.replace("_", "-")
     seen = max(str(likely).split(), key=lambda word: not word.isascii(), default="")[:20]
-    return f"not UTF-8 but likely {name} ({seen!r}); iconv -f {name} -t utf-8 OLD > NEW"
+    return f"it is not UTF-8 but likely {name} ({seen!r}). Run iconv -f {name} -t utf-8 OLD > NEW."
 
 
 def _json_lines(source: Source, path: Path) -> Iterator[Document | None]:
@@ -199,7 +200,7 @@ def _json_lines(source: Source, path: Path) -> Iterator[Document | None]:
         for number, line in enumerate(iter(lambda: file.readline(ROWS_CHARACTERS), b""), start=1):
             place = f"{path}, line {number}"
             if len(line) == ROWS_CHARACTERS:
-                raise source.error(f"{place}: it is {len(line)} bytes or longer; cut it into rows")
+                raise source.error(f"{place}: it has at least {len(line)} bytes. Cut it into rows.")
             if not line.strip():
                 continue
             try:
@@ -207,10 +208,10 @@ def _json_lines(source: Source, path: Path) -> Iterator[Document | None]:
             except UnicodeDecodeError as error:
                 raise source.error(f"{place}: {conversion(error)}") from None
             except (ValueError, RecursionError) as error:
-                problem = f"{place}: not JSON ({error}); every line must be an object with a 'text'"
-                raise source.error(problem) from None
+                problem = f"{place}: it is not JSON ({error})"
+                raise source.error(f'{problem}. Write {{"text": ...}} in each line.') from None
             if not isinstance(row, dict):
-                raise source.error(f'{place}: not an object; write {{"text": ...}}')
+                raise source.error(f'{place}: it is not an object. Write {{"text": ...}}.')
             yield text_of(source, row, place)
 
 
@@ -234,15 +235,13 @@ def _csv(source: Source, path: Path) -> Iterator[Document | None]:
                 place, surplus = f"{path}, line {rows.line_num + bool(declared)}", row.pop(None, [])
                 text = text_of(source, row, place)
                 if surplus:
-                    problem = (
-                        f"{place}: has {len(row) + len(surplus)} fields, separated by {by!r}, "
-                    )
-                    problem += f"the header {len(row)}; quote the texts, or give .txt or .jsonl"
-                    raise source.error(problem)
+                    fields = f"{len(row) + len(surplus)} fields, separated by {by!r}"
+                    problem = f"{place}: it has {fields}, and the header has {len(row)}"
+                    raise source.error(f"{problem}. Quote the texts, or give .txt or .jsonl.")
                 yield text
         except csv.Error as error:
             place = f"{path}, line {rows.line_num + 1 + bool(declared)}"
-            raise source.error(f"{place}: not CSV ({error}); quote the texts") from None
+            raise source.error(f"{place}: it is not CSV ({error}). Quote the texts.") from None
 
 
 def _parquet(source: Source, path: Path) -> Iterator[Document | None]:

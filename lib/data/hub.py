@@ -54,9 +54,8 @@ class HubTexts:
                     yield text
         if count <= self.first:
             raise self.source.error(
-                f"holds {count} rows, of which the first {self.first} are the test; name another "
-                f"set, or the split to draw from: {self.source.hub}:{self.source.config or ''}"
-                ":SPLIT"
+                f"it holds {count} rows, and the first {self.first} are the test. Name another "
+                f"dataset, or a split as {self.source.hub}:{self.source.config or ''}:SPLIT."
             )
 
     def _text(self, row: dict, number: int) -> Document:
@@ -85,8 +84,8 @@ def load(source: Source, split: str) -> tuple[HubTexts, str | None]:
         name = next((name for name in names if name in sets), None)
         if name is None:
             raise source.error(
-                f"no split {names[0]!r}; there are: {', '.join(sets)}; name one as "
-                f"{source.hub}:{source.config or ''}:SPLIT"
+                f"it has no split {names[0]!r}, only {', '.join(sets)}. Name one as "
+                f"{source.hub}:{source.config or ''}:SPLIT."
             )
         rows = sets[name]
         if source.language:
@@ -99,7 +98,7 @@ def load(source: Source, split: str) -> tuple[HubTexts, str | None]:
         first = TEST_DOCUMENTS if source.stream and parted else 0
         location = (source.hub, source.config, options.get("data_files", {}).get(name), name, first)
         if not (source.stream or len(rows)):
-            raise source.error(f"the split {name!r} is empty; name another")
+            raise source.error(f"the split {name!r} is empty. Name another.")
         return HubTexts(source, rows, first, location), commit
 
 
@@ -157,8 +156,9 @@ def _as_user_error(source: Source) -> Iterator[None]:
         raise
     except (DatasetsError, HTTPError, OSError, ValueError, RuntimeError) as error:
         reason = " ".join(str(error).split())[:300]  # lists the configs if one is missing
-        hint = f"; name a config as {source.hub}:CONFIG" if "onfig" in reason else ""
-        problem = hub_problem(error, "data set") or f"can't be loaded: {reason}{hint}"
+        fix = f"Name a config as {source.hub}:CONFIG." if "onfig" in reason else "Name another."
+        problem = hub_problem(error, "dataset")
+        problem = problem or f"it cannot be loaded ({reason.rstrip('.')}). {fix}"
         if source.config and f"'{source.config}' not found" in reason:
-            problem = f"{source.hub} has no {source.config}"
+            problem = f"{source.hub} has no {source.config}. Name another."
         raise source.error(problem) from error

@@ -105,17 +105,16 @@ def parse_source(text: str, flag: str, column: str = "text") -> Source:
             value = math.nan
         if not 0 < value < math.inf:
             raise UserError(
-                f"{flag} {text}={weight}: the weight must be a finite number above 0, such as "
-                f"{text}=0.5"
+                f"{flag} {text}={weight}: the weight is not a finite number above 0. Give one, "
+                f"such as {text}=0.5."
             )
         return replace(parse_source(text, flag, column), weight=value)
     source = _built_in(text, flag) or _local(text, flag, column) or _on_hub(text, flag, column)
     if source:
         return source
     raise UserError(
-        f"{flag} {text}: no such name, folder or file; names are {', '.join(BUILT_IN)}; or give a "
-        f"hub data set owner/name[:config][:split][:column], or a file or a folder of files "
-        f"({', '.join(FILES)})"
+        f"{flag} {text}: no such name, folder or file exists. Give {', '.join(BUILT_IN)}, a Hub "
+        f"dataset owner/name[:config][:split][:column], or a file or folder ({', '.join(FILES)})."
     )
 
 
@@ -131,13 +130,15 @@ def parse_sources(
     given = " ".join(texts)
     for source in sources:
         if source.weight is not None and not mixture:
-            raise source.error(f"takes no weight ({source.weight:g}); leave out what follows '='")
+            raise source.error(f"it takes no weight. Leave out ={source.weight:g}.")
     if any(s.weight is None for s in sources) and any(s.weight is not None for s in sources):
-        raise UserError(f"{flag} {given}: give every source a weight, NAME=WEIGHT, or none of them")
+        raise UserError(
+            f"{flag} {given}: only some sources have a weight. Give NAME=WEIGHT to all."
+        )
     identities = [s.path.resolve() if s.path else s.text for s in sources]
     for source, identity in zip(sources, identities, strict=True):
         if identities.count(identity) > 1:
-            raise source.error("is named twice; name it once")
+            raise source.error("it is named twice. Name it once.")
     return _with_unique_names(sources)
 
 
@@ -169,7 +170,7 @@ def folder_files(path: Path, split: str) -> tuple[list[Path], list[Path]]:
 
 
 def text_of(source: Source, row: Mapping[str, object], place: object) -> Document | None:
-    """Return the row's text or dialogue, None for null. UserError if it can't be tokenized."""
+    """Return the row's text or dialogue, None for null. UserError if it cannot be tokenized."""
     text = row.get(source.column)
     has_messages = isinstance(text, list) and all(isinstance(each, dict) for each in text)
     if source.column not in row or has_messages:
@@ -180,20 +181,20 @@ def text_of(source: Source, row: Mapping[str, object], place: object) -> Documen
             text = "\n\n".join(message["content"] for message in dialogue.messages)
         except LookupError:
             columns = ", ".join(map(str, row)) or "none"
-            problem = f"{place}: no column {source.column!r}; there are: {columns}"
-            problem += f"; name one by --column, or give dialogues: {SHAPES}"
-            raise source.error(problem) from None
+            problem = f"{place}: there is no column {source.column!r}, only {columns}"
+            fix = f"Name one with --column, or give dialogues: {SHAPES}."
+            raise source.error(f"{problem}. {fix}") from None
         except ValueError as error:
             raise source.error(f"{place}: {error}") from None
     if text is None:
         return None
     if not isinstance(text, str):
         problem = f"{source.column!r} is of type {type(text).__name__}, not a string"
-        raise source.error(f"{place}: {problem}; name a column of texts by --column")
+        raise source.error(f"{place}: {problem}. Name a column of texts with --column.")
     try:
         text.encode()
     except UnicodeEncodeError:
-        raise source.error(f"{place}: the text has half of a surrogate pair; repair it") from None
+        raise source.error(f"{place}: the text has half of a surrogate pair. Repair it.") from None
     return text
 
 
@@ -220,11 +221,11 @@ def _local(text: str, flag: str, column: str) -> Source | None:
     ending = next((e for e in FILES if path.name.lower().endswith(e)), None)
     if path.exists():
         if not path.is_file() or not ending:
-            raise UserError(f"{flag} {text}: not a folder, nor a file in {', '.join(FILES)}")
+            raise UserError(f"{flag} {text}: its type is unknown. Give one of {', '.join(FILES)}.")
         name, draw = path.name[: -len(ending)], JOINED if ending in PLAIN else ONCE
         return Source(text, flag, name, path=path, column=column, draw=draw)
     if ending or text.startswith(("/", ".", "~")) or text.count("/") > 1:
-        raise UserError(f"{flag} {text}: no such file or folder; check the path")
+        raise UserError(f"{flag} {text}: no such file or folder exists. Check the path.")
     return None
 
 

@@ -77,13 +77,13 @@ class Template:
             self.child.stdin.flush()
             answer = json.loads(self.child.stdout.readline())
         except (BrokenPipeError, ValueError):  # the child has ended
-            raise self._error("never ends, or takes more memory than there is") from None
+            raise self._error("does not end, or needs more memory than there is") from None
         self.problem = answer.get("error", "")
         return None if self.problem else (answer["text"], answer["spans"])
 
     def _error(self, problem: str) -> UserError:
         return UserError(
-            f"{self.name}: its chat template {problem}; mend it, or add --no_chat_template"
+            f"{self.name}: its chat template {problem}. Repair it, or add --no_chat_template."
         )
 
 
@@ -108,8 +108,8 @@ def template_of(tokenizer: PreTrainedTokenizerBase) -> Template:
         template = tokenizer.get_chat_template()
     except ValueError:
         raise UserError(
-            f"{name}: its tokenizer has no chat template, which dialogues need; give plain text, "
-            "or read them as such by --no_chat_template"
+            f"{name}: its tokenizer has no chat template, which dialogues require. Give plain "
+            "text, or add --no_chat_template."
         ) from None
     return _template(name, template, json.dumps(tokenizer.special_tokens_map))
 
@@ -174,7 +174,8 @@ def sample_of_dialogue(tokenizer: PreTrainedTokenizerBase, dialogue: Dialogue) -
     encoding = tokenizer(text, add_special_tokens=False, verbose=False)
     if not encoding.is_fast:
         name = f"--model {tokenizer.name_or_path}"
-        raise UserError(f"{name}: its tokenizer has no tokenizer.json, which dialogues need")
+        problem = "its tokenizer has no tokenizer.json, which dialogues require"
+        raise UserError(f"{name}: {problem}. Add --no_chat_template.")
     starts, ends = torch.tensor(encoding[0].offsets, dtype=torch.long).view(-1, 2).T
     mask = torch.zeros(len(starts), dtype=torch.bool)
     for start, end in spans:

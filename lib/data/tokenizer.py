@@ -74,12 +74,12 @@ def template_texts(tokenizer: PreTrainedTokenizerBase, name: str) -> list[str]:
 @cache  # cached so that a warning appears once
 def _texts(template: str, name: str) -> list[str]:
     if len(template) > TEMPLATE:
-        problem = f"its chat template has more than {TEMPLATE} characters; shorten or remove it"
-        raise UserError(f"{name}: {problem}")
+        problem = f"its chat template has more than {TEMPLATE} characters"
+        raise UserError(f"{name}: {problem}. Shorten or remove it.")
     try:
         literals = list(JINJA.parse(GENERATION.sub("", template)).find_all(nodes.Literal))
     except (TemplateSyntaxError, RecursionError) as error:
-        log.warning("%s: its chat template is no Jinja (%s); it stays as it is", name, error)
+        log.warning("%s: its chat template is not Jinja (%s) and stays unchanged", name, error)
         return [template]
     values = (getattr(literal, literal.fields[0]) for literal in literals)
     return [value for value in values if isinstance(value, str)]
@@ -88,13 +88,13 @@ def _texts(template: str, name: str) -> list[str]:
 class TrimmableTokenizer:
     """The tokens of a fast tokenizer by id, and the tokens that each of them is merged from.
 
-    `name` names the tokenizer in messages. Raises UserError if it can't be trimmed.
+    `name` names the tokenizer in messages. Raises UserError if it cannot be trimmed.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, name: str) -> None:
         if not getattr(tokenizer, "is_fast", False):
             kind = type(tokenizer).__name__
-            raise _refused(name, f"a slow one ({kind}, without a tokenizer.json)")
+            raise _refused(name, f"a {kind} without a tokenizer.json")
         self.tokenizer, self.name = tokenizer, name
         self.data: dict[str, Any] = json.loads(as_loaded(tokenizer).backend_tokenizer.to_str())
         model = self.data["model"]
@@ -279,15 +279,15 @@ class TrimmableTokenizer:
         if wrong:
             raise UserError(
                 f"{FLAG}: {type(self.tokenizer).__name__}, saved and loaded again, has another "
-                f"token than {wrong[0][0]!r} at {wrong[0][1]}; this tokenizer can't be trimmed"
+                f"token than {wrong[0][0]!r} at {wrong[0][1]}. Leave the flag out."
             )
         return trimmed
 
 
 def _refused(name: str, what: str) -> UserError:
     return UserError(
-        f"{FLAG}: the tokenizer of {name} is {what}; only fast ones of the kinds BPE and Unigram "
-        "can be trimmed, leave the flag out"
+        f"{FLAG}: the tokenizer of {name} is {what}, and only fast BPE and Unigram tokenizers can "
+        "be trimmed. Leave the flag out."
     )
 
 

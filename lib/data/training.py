@@ -72,7 +72,7 @@ def training_windows(
     drawn: list[tuple[Windows, Windows, Tensor, dict]] = []
     for source, share, n_held in zip(sources, shares, held_out_shares, strict=True):
         if not share:
-            log.warning("%s %s: its weight gives it no window", source.flag, source.text)
+            log.warning("%s %s: its weight is too small for a window", source.flag, source.text)
             continue
         cut, out, n_dropped, revision = _cut_windows(
             source, spec, share, n_held, overlap=overlap, seen=seen
@@ -141,12 +141,12 @@ def _cut_windows(
     groups = [group for group in groups if len(group)]
     if n_windows < 2:
         if n_dropped:
-            raise source.error("its train text is part of the test text; recover on other texts")
+            raise source.error("its training text is part of the test text. Give other texts.")
         if chat:
-            raise source.error(f"its dialogues give {n_windows} windows to recover on; give more")
+            raise source.error(f"its dialogues fill {n_windows} of 2 training windows. Give more.")
         longest = max(lengths)
-        problem = f"its text gives {n_windows} of two windows of {seqlen} tokens to recover on; "
-        problem += f"the longest has {longest} tokens, use a smaller --seqlen or more text"
+        problem = f"its text fills {n_windows} of 2 training windows of {seqlen} tokens, and the "
+        problem += f"longest document has {longest}. Use a smaller --seqlen, or give more text."
         raise TextTooShort(source, problem, max(longest // 2, sum(lengths) // 6))
     wanted = n_held
     if n_windows < share + n_held:

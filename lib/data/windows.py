@@ -73,7 +73,7 @@ def calibration_windows(
     cuts, drawn = [], []
     for source, count in zip(sources, counts, strict=True):
         if count == 0:
-            log.warning("%s %s: its weight gives it no window", source.flag, source.text)
+            log.warning("%s %s: its weight is too small for a window", source.flag, source.text)
             continue
         cut, record = _draw_windows(source, spec, count)
         cuts.append(cut)
@@ -120,9 +120,9 @@ def _draw_windows(source: Source, spec: WindowSpec, count: int) -> tuple[Windows
         every = chain.from_iterable(shuffled(source, documents, rng) for _ in range(APART))
         cut = list(islice(packed_dialogues(source, spec, every), count))
         if len(cut) < count:
-            way_out = f"give more, --nsamples {len(cut)} or a smaller --seqlen"
-            problem = f"its dialogues give {len(cut)} windows of {seqlen} tokens; {way_out}"
-            raise source.error(problem)
+            problem = f"its dialogues fill {len(cut)} of {count} windows of {seqlen} tokens"
+            fix = f"Give more, or --nsamples {len(cut)}, or a smaller --seqlen."
+            raise source.error(f"{problem}. {fix}")
         return join(cut), record | {"windows": count}
     for row, ids in _drawn_texts(source, spec, documents, rng):
         lengths[row] = len(ids)
@@ -138,18 +138,18 @@ def _draw_windows(source: Source, spec: WindowSpec, count: int) -> tuple[Windows
         longest = sorted(lengths.values(), reverse=True)
         needed = 1 if source.draw in (AGAIN, JOINED) else count  # texts that a window must fit
         fits = longest[needed - 1] - 1 if len(longest) >= needed else 0
-        ways = [f"--seqlen {fits} gives {count} windows"] if fits > 1 else []
-        ways += [f"--nsamples {len(drawn)} takes these"] if drawn else []
-        way_out = " or ".join(ways) or "give longer texts"
-        problem = f"its {len(longest)} texts can give only {len(drawn)} windows of {seqlen} "
-        problem += f"tokens, {count} are wanted; the longest has {longest[0]} tokens, {way_out}"
+        fixes = [f"--seqlen {fits}"] * (fits > 1) + [f"--nsamples {len(drawn)}"] * bool(drawn)
+        fix = f"Use {' or '.join(fixes)}." if fixes else "Give longer texts."
+        number = f"{len(longest)} text{'s' * (len(longest) > 1)}"
+        problem = f"its {number} fill {len(drawn)} of {count} windows of {seqlen} tokens, and the "
+        problem += f"longest has {longest[0]} tokens. {fix}"
         raise TextTooShort(source, problem, fits)
     tokens = sum(lengths.values())
     needed = seqlen + (count - 1) * seqlen // APART
     if source.draw == JOINED and source.path and tokens < needed:  # windows would be nearly equal
         most, fits = APART * (tokens - seqlen) // seqlen + 1, APART * tokens // (count + APART - 1)
         problem = f"its {tokens} tokens are {needed - tokens} too few for {count} windows of "
-        problem += f"{seqlen}; give more text, --nsamples {most} or --seqlen {max(fits, 2)}"
+        problem += f"{seqlen}. Give more text, --nsamples {most} or --seqlen {max(fits, 2)}."
         raise TextTooShort(source, problem, fits)
     rows, starts, cut = map(list, zip(*drawn, strict=True))
     return join(cut), record | {"windows": count, "rows": rows, "starts": starts}
@@ -174,7 +174,7 @@ def packed_dialogues(
 
     yield from packed(samples(), spec.seqlen)
     if left_out:
-        what = "%s %s: %d dialogues are left out, which the chat template does not take: %s"
+        what = "%s %s: the chat template rejects %d dialogues, which are left out: %s"
         log.warning(what, source.flag, source.text, len(left_out), next(iter(left_out.values())))
 
 
@@ -267,7 +267,7 @@ def test_set(
     if are_dialogues(texts):
         cut = list(packed_dialogues(source, spec, texts))
         if not cut:
-            raise source.error("no test dialogue has an answer that the chat template takes")
+            raise source.error("the chat template rejects all test dialogues. Give others.")
         documents = torch.tensor(spread(count := len(cut), most))
         windows = join([cut[number] for number in documents])
         counted = windows.counted[:, :-1]
@@ -308,8 +308,8 @@ def _text_windows(
     count = len(ids) // step
     if not count:
         problem = f"the test text has {len(ids)} tokens, less than one window of {step}"
-        way_out = f"use --seqlen {len(ids)} or less" if len(ids) > 1 else "give a longer text"
-        raise TextTooShort(source, f"{problem}; {way_out}", len(ids))
+        fix = f"Use --seqlen {len(ids)} or less." if len(ids) > 1 else "Give a longer text."
+        raise TextTooShort(source, f"{problem}. {fix}", len(ids))
     each_token = ids, sizes[first:], sizes.cumsum(0)[first:]
     cut = (each[: count * step].view(count, step) for each in each_token)
     windows, sizes, places = (each[spread(count, most)] for each in cut)

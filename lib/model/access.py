@@ -61,38 +61,37 @@ def check_folder(checkpoint: Checkpoint) -> None:
         return
     if (folder / ADAPTER).is_file():
         raise UserError(
-            f"{checkpoint}: holds an adapter ({ADAPTER}), which would not be pruned; merge it into "
-            f"the model first (peft's merge_and_unload), or move {ADAPTER} away"
+            f"{checkpoint}: it holds an adapter ({ADAPTER}), which cannot be pruned. Merge it into "
+            "the model with peft's merge_and_unload, or move the file away."
         )
     if not (folder / "config.json").is_file():
         raise UserError(
-            f"{checkpoint}: the folder holds no config.json, so it is not a model; "
-            "name one that save_pretrained wrote"
+            f"{checkpoint}: the folder holds no config.json. Name one that save_pretrained wrote."
         )
     for file in (*folder.glob("*"), *folder.glob("*/*")):
         if file.exists() and not (file.is_file() or file.is_dir()):
-            raise UserError(f"{checkpoint}: {file} is no file but a pipe or a device; remove it")
+            raise UserError(f"{checkpoint}: {file} is a pipe or a device. Remove it.")
     files = [WEIGHTS]
     if (folder / INDEX).is_file() and not (folder / WEIGHTS).is_file():
-        with as_user_error(checkpoint, INDEX, "download it again"):
+        with as_user_error(checkpoint, INDEX, "Download it again"):
             index = json.loads((folder / INDEX).read_text("utf-8"))
             files = sorted(set(index["weight_map"].values()))
             if outside := [file for file in files if Path(file).name != file]:
-                raise ValueError(f"it names {outside[0]}, which is no file of this folder")
+                raise ValueError(f"it names {outside[0]}, which is not a file of this folder")
     tensors = 0
     for file in files:
         if not (folder / file).is_file():
             raise UserError(
-                f"{checkpoint}: its weights are incomplete, there is no {file}; weights are read "
-                "from safetensors only, download or convert them"
+                f"{checkpoint}: its weights lack {file}, and only safetensors are read. Download "
+                "or convert them."
             )
-        with as_user_error(checkpoint, file, "it is damaged or cut short; download it again"):
+        with as_user_error(checkpoint, file, "Download it again"):
             tensors += len(safe_open(folder / file, framework="pt").keys())
     layers = LAYERS.findall((folder / "config.json").read_bytes())
     if more := [number for number in map(int, layers) if number > tensors]:
         raise UserError(
-            f"{checkpoint}: its config.json tells of {more[0]} layers, but its weights are "
-            f"{tensors} tensors; these do not belong together"
+            f"{checkpoint}: config.json declares {more[0]} layers, but the weight files have only "
+            f"{tensors} tensors. Download the model again."
         )
 
 
@@ -100,7 +99,7 @@ def check_folder(checkpoint: Checkpoint) -> None:
 def local_only(checkpoint: Checkpoint) -> bool:
     """Return whether all files come from this machine: from a folder, or if the Hub is unreachable.
 
-    Raises UserError if the Hub has no such model, or can't be reached and there is no copy in the
+    Raises UserError if the Hub has no such model, or cannot be reached and there is no copy in the
     cache.
     """
     if Path(checkpoint.name).exists():
@@ -109,7 +108,8 @@ def local_only(checkpoint: Checkpoint) -> bool:
         HfApi().model_info(checkpoint.name, timeout=TIMEOUT)
         return False
     except HFValidationError:
-        raise UserError(f"{checkpoint}: no such folder, nor a hub id like owner/name") from None
+        problem = "no such folder exists, and it is not a Hub id. Give owner/name or a folder."
+        raise UserError(f"{checkpoint}: {problem}") from None
     except Exception as error:
         cached = try_to_load_from_cache(checkpoint.name, "config.json", checkpoint.cache_dir)
         problem = hub_problem(error, "model")
@@ -138,8 +138,8 @@ def quantization(load_bit: str | None, skipped: list[str]) -> dict:
 
 
 @contextmanager
-def as_user_error(checkpoint: Checkpoint, what: str, way_out: str) -> Iterator[None]:
-    """Convert exceptions to UserError: `what` can't be loaded, the reason, and the way out."""
+def as_user_error(checkpoint: Checkpoint, what: str, fix: str) -> Iterator[None]:
+    """Convert exceptions to UserError: `what` cannot be loaded, the reason, and the fix."""
     try:
         yield
     except (UserError, PackedError, MemoryError):
@@ -150,11 +150,10 @@ def as_user_error(checkpoint: Checkpoint, what: str, way_out: str) -> Iterator[N
         if "negative dimension" in str(error):  # transformers leaves 1.2 GiB of a device free
             raise MemoryError("the device has less than 1.2 GiB") from error
         if "trust_remote_code" in str(error) and not checkpoint.trust_remote_code:
-            what = f"{what}, which brings code of its own,"
-            way_out = "give --trust_remote_code to run that code, if you trust it"
-        raise UserError(
-            f"{checkpoint}: {what} can't be loaded ({first_line(error)}); {way_out}"
-        ) from error
+            what = f"{what}, which needs custom code,"
+            fix = "Give --trust_remote_code to run that code, if you trust it"
+        problem = f"{what} cannot be loaded ({first_line(error)})"
+        raise UserError(f"{checkpoint}: {problem}. {fix}.") from error
 
 
 def check_complete(checkpoint: Checkpoint, info: dict) -> None:
@@ -165,18 +164,18 @@ def check_complete(checkpoint: Checkpoint, info: dict) -> None:
     missing, misfits = sorted(info["missing_keys"]), sorted(info["mismatched_keys"])
     if missing:
         raise UserError(
-            f"{checkpoint}: {len(missing)} tensors are missing from its weights, the first is "
-            f"{missing[0]}; download it again, or fix its config.json"
+            f"{checkpoint}: its weights lack {len(missing)} tensors, such as {missing[0]}. "
+            "Download it again, or correct its config.json."
         )
     if misfits:
         tensor, stored, expected = misfits[0]
         raise UserError(
-            f"{checkpoint}: {tensor} is {list(stored)} in its weights, but {list(expected)} by its "
-            "config.json; these do not belong together"
+            f"{checkpoint}: {tensor} is {list(stored)} in its weights, but {list(expected)} "
+            "according to config.json. Download the model again."
         )
     unused = sorted(info["unexpected_keys"])
     if unused:
-        log.warning("%s: %d tensors are not used: %s ...", checkpoint, len(unused), unused[0])
+        log.warning("%s: %d tensors are not used, such as %s", checkpoint, len(unused), unused[0])
 
 
 def stored_names(checkpoint: Checkpoint) -> dict[str, str]:

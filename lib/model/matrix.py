@@ -73,9 +73,8 @@ class PrunableLinear:
         """Raise UserError if the weight holds nan or inf; the message begins with `model`."""
         weight = self.raw_weight
         if weight.is_floating_point() and not all_finite(weight):
-            raise UserError(
-                f"{model}: the weight of {self.name} holds nan or inf; download the model again"
-            )
+            problem = f"the weight of {self.name} holds nan or inf"
+            raise UserError(f"{model}: {problem}. Download the model again.")
 
     def matrix(self) -> Tensor:
         """Return a contiguous float32 copy (out, in) on the weight's device."""

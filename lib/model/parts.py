@@ -32,7 +32,7 @@ FIELDS = {
     EXPERTS: ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts"),
 }
 NO_FIELD = {
-    NEURONS: "no field of its config sets the width of one MLP in each block and of it alone",
+    NEURONS: "no field of its config sets only the width of one MLP in each block",
     EXPERTS: "no field of its config sets the number of stacked experts in its blocks",
 }
 
@@ -75,7 +75,7 @@ def find_parts(
     blocks, why = model.get_submodule(name), NO_FIELD[kind]
     linears = (one for block in blocks for one in find_linears(block, "")[0])
     if stored_bits(config):
-        why = f"it is quantized, and its {kind} can't be cut"
+        why = f"it is quantized, and its {kind} cannot be removed"
     elif kind == NEURONS and any(one.expert is not None for one in linears):
         why = "its MLPs are experts"
     else:
@@ -83,7 +83,7 @@ def find_parts(
             if layout := _layout(kind, field, config, checkpoint, model, name):
                 return layout
     raise UserError(
-        f"--sparsity_type {kind}: {checkpoint}: {why}; use --sparsity_type unstructured"
+        f"--sparsity_type {kind}: {checkpoint}: {why}. Use --sparsity_type unstructured."
     )
 
 

@@ -1,4 +1,4 @@
-"""Loads and saves a model with its config and tokenizer, and finds its decoder blocks."""
+"""Load and save a model with its config and tokenizer, and find its decoder blocks."""
 
 from __future__ import annotations
 
@@ -67,16 +67,15 @@ def pick_device(name: str | None) -> torch.device:
     try:
         device = torch.device(name)
     except RuntimeError:
-        raise UserError(f"--device {name}: unknown device; use cuda:0 or cpu") from None
+        raise UserError(f"--device {name}: the device is unknown. Use cuda:0 or cpu.") from None
     if device.type == "cpu":
         return device
     if device.type == "mps":
-        raise UserError(f"--device {name}: has no float64, which sums need; use --device cpu")
+        raise UserError(f"--device {name}: it lacks float64, which sums need. Use --device cpu.")
     here, count = torch.accelerator.current_accelerator(), torch.accelerator.device_count()
     if here is None or here.type != device.type or (device.index or 0) >= count:
-        raise UserError(
-            f"--device {name}: no such device was found (accelerators: {count}); use --device cpu"
-        )
+        problem = f"no such device was found (accelerators: {count})"
+        raise UserError(f"--device {name}: {problem}. Use --device cpu.")
     return torch.device(device.type, device.index or 0)
 
 
@@ -90,14 +89,14 @@ def set_current_device(device: torch.device) -> None:
 
 
 def load_config(checkpoint: Checkpoint) -> Any:
-    """Load the model's config, but no weight. Raises UserError if it can't be loaded."""
+    """Load the model's config, but no weight. Raises UserError if it cannot be loaded."""
     check_folder(checkpoint)
-    way_out = "check that file and the installed transformers"
-    with as_user_error(checkpoint, "its config.json", way_out):
+    fix = "Check that file and the version of transformers"
+    with as_user_error(checkpoint, "its config.json", fix):
         config = AutoConfig.from_pretrained(checkpoint.name, **checkpoint.options())
     if getattr(config, "is_encoder_decoder", False):
-        what = f"an encoder-decoder ({config.model_type}), whose blocks read more than the text"
-        raise UserError(f"{checkpoint}: {what} before; name a causal language model")
+        problem = f"it is an encoder-decoder model ({config.model_type})"
+        raise UserError(f"{checkpoint}: {problem}. Name a causal language model.")
     if not checkpoint.trust_remote_code:
         vars(config).pop("auto_map", None)  # names code that is not saved with the model
     return config
@@ -119,12 +118,12 @@ def auto_class(config: Any) -> type:
 
 def load_tokenizer(checkpoint: Checkpoint) -> Any:
     """Load the model's tokenizer. Raises UserError if it has no working one."""
-    with as_user_error(checkpoint, "its tokenizer", "put the tokenizer's files beside the weights"):
+    with as_user_error(checkpoint, "its tokenizer", "Put the tokenizer's files beside the weights"):
         tokenizer = AutoTokenizer.from_pretrained(checkpoint.name, **checkpoint.options())
         template_texts(tokenizer, str(checkpoint))  # also checks them
         keep_limits(tokenizer)
     if not tokenizer("a").input_ids and not tokenizer("text").input_ids:
-        raise UserError(f"{checkpoint}: its tokenizer turns text into no tokens")
+        raise UserError(f"{checkpoint}: its tokenizer gives no tokens. Put a working one there.")
     return tokenizer
 
 
@@ -136,7 +135,7 @@ def window_length(config, requested: int | None, longest: int = LONGEST_WINDOW) 
     if requested is None:
         return min(limit or longest, longest)
     if limit and requested > limit:
-        raise UserError(f"--seqlen {requested}: the model's window ends at {limit} tokens")
+        raise UserError(f"--seqlen {requested}: the model's limit is {limit} tokens. Give less.")
     return requested
 
 
@@ -188,7 +187,7 @@ def skeleton(config: Any, checkpoint: Checkpoint) -> nn.Module:
     """Build the model without weights, on the meta device.
 
     Its `unread` are the names of parameters and buffers that a text-only pass does not read. Raises
-    UserError if it can't be built, or is far larger than a local folder's weights.
+    UserError if it cannot be built, or is far larger than a local folder's weights.
     """
     stored = stored_names(checkpoint)
     n_bytes = sum(map(os.path.getsize, set(stored.values())))
@@ -199,12 +198,12 @@ def skeleton(config: Any, checkpoint: Checkpoint) -> nn.Module:
         tensors, weights = tensors - 1, weights - parameter.numel()
         if stored and min(tensors, weights) < 0:
             raise UserError(
-                f"{checkpoint}: its config.json describes a far larger model than its weights, "
-                f"{len(stored)} tensors in {n_bytes} bytes; these do not belong together"
+                f"{checkpoint}: config.json describes a far larger model than its weights, "
+                f"{len(stored)} tensors in {n_bytes} bytes. Download the model again."
             )
 
     with (
-        as_user_error(checkpoint, "a model of its kind", "name a causal language model"),
+        as_user_error(checkpoint, "a model of its kind", "Name a causal language model"),
         register_module_parameter_registration_hook(on_parameter),
         torch.device("meta"),
     ):
@@ -244,7 +243,7 @@ def _unread(model: nn.Module) -> frozenset[str]:
 def skeleton_with(config: Any, field: str, value: int, checkpoint: Checkpoint) -> nn.Module | None:
     """Build the model without weights, with another value in a field of its text config.
 
-    Returns None if it can't be built.
+    Returns None if it cannot be built.
     """
     changed = copy.deepcopy(config)
     setattr(changed.get_text_config(decoder=True), field, value)
@@ -283,7 +282,7 @@ def load_model(
     share it `writes`.
     """
     checkpoint = checkpoint.pinned(config)
-    way_out = "are they complete? download them again; if memory is short, --offload_folder FOLDER"
+    fix = "Download them again or, if memory is short, give --offload_folder FOLDER"
     bare = skeleton(config, checkpoint)
     unread = getattr(bare, "unread", frozenset())
     skipped = [*get_keys_to_not_convert(bare), *{name.rpartition(".")[0] for name in unread}]
@@ -296,7 +295,7 @@ def load_model(
         index[name] = {"safetensors_file": file, "weight_name": name}
         return index
 
-    with ExitStack() as patched, as_user_error(checkpoint, "its weights", way_out):
+    with ExitStack() as patched, as_user_error(checkpoint, "its weights", fix):
         patched.enter_context(planned)
         if not writes:
             patched.enter_context(mock.patch.object(core_model_loading, "offload_weight", mapped))
@@ -354,8 +353,8 @@ def text_alone(model: nn.Module, checkpoint: Checkpoint) -> nn.Module:
     """
     whole = model.config
     if stored_bits(whole) or not getattr(model, "unread", None):
-        what = "quantized" if stored_bits(whole) else "the text model alone"
-        raise UserError(f"--text_only: {checkpoint} is {what}; leave the flag out")
+        what = "is quantized" if stored_bits(whole) else "has no other parts"
+        raise UserError(f"--text_only: {checkpoint} {what}. Leave the flag out.")
     decoder, config = model.get_decoder(), copy.deepcopy(whole.get_text_config(decoder=True))
     head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
     config.tie_word_embeddings = head.weight is embedding.weight
@@ -366,8 +365,8 @@ def text_alone(model: nn.Module, checkpoint: Checkpoint) -> nn.Module:
         known = type(config) in AutoModelForCausalLM._model_mapping
         alone = AutoModelForCausalLM.from_config(config) if known else None
     if type(getattr(alone, "base_model", None)) is not type(decoder):
-        what = f"for the text of {checkpoint} alone ({type(decoder).__name__})"
-        raise UserError(f"--text_only: transformers has no class {what}; leave the flag out")
+        what = f"for only the text of {checkpoint} ({type(decoder).__name__})"
+        raise UserError(f"--text_only: transformers has no class {what}. Leave the flag out.")
     setattr(alone, alone.base_model_prefix, decoder)
     alone.set_output_embeddings(head)
     alone.generation_config, alone.name_or_path = model.generation_config, model.name_or_path
@@ -454,10 +453,10 @@ def decoder_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
         lists = [(name, module) for name, module in lists if module in inside]
     if len(lists) != 1:
         raise UserError(
-            f"--model {model.name_or_path} ({type(model).__name__}): "
-            f"{len(lists) or 'no'} lists of decoder blocks that all read text "
-            f"({', '.join(sorted(classes)) or 'the model names no block class'}) were found where "
-            "one is needed; this architecture can't be pruned"
+            f"--model {model.name_or_path} ({type(model).__name__}): it has "
+            f"{len(lists) or 'no'} lists of decoder blocks that process text "
+            f"({', '.join(sorted(classes)) or 'it names no class of blocks'}), and one is "
+            "required. This architecture cannot be pruned."
         )
     return lists[0]
 

@@ -28,7 +28,7 @@ def processor_files(checkpoint: Checkpoint) -> dict[str, dict | str]:
     options, files = checkpoint.options() | QUIET, {}
     options.pop("trust_remote_code")
     for name in FILES:
-        with as_user_error(checkpoint, name, "download it again"):
+        with as_user_error(checkpoint, name, "Download it again"):
             if file := cached_file(checkpoint.name, name, **options):
                 text = Path(file).read_text("utf-8")
                 files[name] = json.loads(text) if name.endswith(".json") else text

@@ -103,7 +103,7 @@ def check_format(
     changes: str | None,
     offload: str | None = None,
 ) -> None:
-    """Raise UserError if the checkpoint's format can't be pruned or loaded with these flags.
+    """Raise UserError if the checkpoint's format cannot be pruned or loaded with these flags.
 
     `changes` is the flag that makes the run change weights, None if none does.
     """
@@ -112,24 +112,20 @@ def check_format(
         return
     if method == packed.METHOD:
         if changes or load_bit:
-            raise UserError(
-                f"{checkpoint}: its linears are packed, which {changes or '--load_bit'} can't work "
-                f"on; make a dense checkpoint of it first: {typed('unpack')} IN OUT"
-            )
+            problem = f"{changes or '--load_bit'} cannot change packed linear layers"
+            raise UserError(f"{checkpoint}: {problem}. First run {typed('unpack')} IN OUT.")
         return
     if method not in FORMATS:
         raise UserError(
-            f"{checkpoint}: its weights are quantized by {method}, which can't be pruned; "
-            "start from the unquantized model, and give --load_bit 4 or 8 if it should be small"
+            f"{checkpoint}: its weights are quantized by {method} and cannot be pruned. Name the "
+            "unquantized model; --load_bit quantizes it on loading."
         )
     if load_bit:
-        raise UserError(
-            f"--load_bit {load_bit}: {checkpoint.name} is quantized already; leave out the flag"
-        )
+        problem = f"{checkpoint.name} is already quantized"
+        raise UserError(f"--load_bit {load_bit}: {problem}. Leave the flag out.")
     if offload:
-        raise UserError(
-            f"--offload_folder {offload}: {checkpoint.name} is quantized; leave out the flag"
-        )
+        problem = f"{checkpoint.name} is quantized"
+        raise UserError(f"--offload_folder {offload}: {problem}. Leave the flag out.")
 
 
 def stored_bits(config) -> str | None:

@@ -72,8 +72,8 @@ def _vocabulary_sizes(config: Any) -> set[int]:
 
 def _refused(checkpoint: Checkpoint | str, what: str) -> UserError:
     return UserError(
-        f"--trim_vocabulary: {checkpoint} has {what}; the vocabulary of this architecture can't "
-        "be trimmed, leave the flag out"
+        f"--trim_vocabulary: {checkpoint} has {what}, so its vocabulary cannot be trimmed. Leave "
+        "the flag out."
     )
 
 
@@ -113,8 +113,8 @@ def keep_rows_(model: nn.Module, rows: Tensor) -> None:
     for module, chosen in zip((embedding, *tables, head), (rows, *read, rows), strict=True):
         if not module.weight.is_floating_point():
             raise UserError(
-                f"--trim_vocabulary: the model's {type(module).__name__} of its vocabulary is "
-                f"quantized to {module.weight.dtype}; trim the model that it was made of"
+                f"--trim_vocabulary: the vocabulary's {type(module).__name__} is quantized to "
+                f"{module.weight.dtype}. Name the unquantized model."
             )
         for name, parameter in module.named_parameters(recurse=False):
             if tied and module is head and name == "weight":
@@ -128,7 +128,7 @@ def keep_rows_(model: nn.Module, rows: Tensor) -> None:
     _renumber_(model, new_ids, sizes, after)
     for old, new in zip(read, _rows_read(model, tables, torch.arange(after)), strict=True):
         if not torch.equal(old[new], old):
-            raise _refused(f"--model {model.name_or_path}", "a table that is read otherwise now")
+            raise _refused(f"--model {model.name_or_path}", "a table that trimming would break")
 
 
 def _rows_read(model: nn.Module, tables: list[nn.Embedding], ids: Tensor) -> list[Tensor]:

@@ -68,9 +68,11 @@ class RunFolder:
         check_writable(flag, str(path))
         names = sorted(each.name for each in self.path.glob("*") if each.name != LOCK)
         if names and JOB not in names:
-            raise UserError(f"{self.label}: holds {names[0]}, but no {JOB}; name another folder")
+            raise UserError(
+                f"{self.label}: it holds {names[0]}, but no {JOB}. Name another folder."
+            )
         self.path.mkdir(parents=True, exist_ok=True)
-        held = f"{self.label}: another run uses it; name another folder, or wait for its end"
+        held = f"{self.label}: another run uses it. Name another folder, or wait for its end."
         self._lock.enter_context(exclusive_lock(self.path / LOCK, held))
         self.begun: dict[str, Any] | None = None
         self.decided: dict[str, Any] = {}
@@ -80,8 +82,8 @@ class RunFolder:
                 self.decided = dict(self.begun.pop(DECIDED, {}))
             except (ValueError, TypeError) as error:
                 self._lock.close()
-                reason = f"{JOB} can't be read ({first_line(error)})"
-                raise UserError(f"{self.label}: {reason}; name another folder") from error
+                problem = f"{JOB} cannot be read ({first_line(error)})"
+                raise UserError(f"{self.label}: {problem}. Name another folder.") from error
 
     @classmethod
     def joined(cls, label: str, path: str, digest: str) -> RunFolder:
@@ -116,8 +118,8 @@ class RunFolder:
             with suppress(OSError):
                 stage.unlink()
             raise UserError(
-                f"{self.label}: {file.name} can't be written ({first_line(error)}); what was "
-                f"written before it is kept: make room and continue by --resume {self.path}"
+                f"{self.label}: {file.name} cannot be written ({first_line(error)}). Make room, "
+                f"and continue with --resume {self.path}; earlier files are kept."
             ) from error
         return file
 
@@ -131,10 +133,10 @@ class RunFolder:
                 header = stored.metadata() or {}
                 tensors = {name: stored.get_tensor(name) for name in stored.keys()}
         except (SafetensorError, OSError) as error:
-            print(f"{self.label}: {file.name} is damaged ({first_line(error)}); it is made again")
+            print(f"{self.label}: {file.name} is damaged ({first_line(error)}) and is made again")
             return None
         if header.get("job") != self.digest:
-            print(f"{self.label}: {file.name} is of a run with other flags; it is made again")
+            print(f"{self.label}: {file.name} belongs to a run with other flags; it is made again")
             return None
         return tensors, json.loads(header["facts"])
 
@@ -153,9 +155,9 @@ class RunFolder:
     def summary(self, blocks: int) -> str:
         """Describe the finished work on `blocks` blocks."""
         kept = Counter(file.stem.partition("-")[0] for file in self.files())
-        steps = {PRUNED: "pruned", ROUNDED: "rounded"}
+        steps = {PRUNED: "pruned", ROUNDED: "quantized"}
         done = [f"{kept[name]} of {blocks} blocks {step}" for name, step in steps.items()]
-        return ", ".join(done + ["a state of the training"] * bool(kept[RECOVERY]))
+        return ", ".join(done + ["a training checkpoint"] * bool(kept[RECOVERY]))
 
     def hand_over(self, other: Path | None) -> dict[str, str]:
         """Leave the folder to the model that was saved in it.

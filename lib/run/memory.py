@@ -76,7 +76,7 @@ HIDDEN_ROOM = 4  # and of what is left of it, hidden states that take more are o
 FLAGS = {  # by stage: the flag that asks for it, and its name in messages
     "allocate": ("allocation", "measuring errors"),
     "prune": ("prune_method", "pruning"),
-    "quantize": ("quantize", "rounding"),
+    "quantize": ("quantize", "quantizing"),
     "train": ("recover", "training"),
 }
 WAYS = {  # by stage: flags by which it takes less
@@ -161,7 +161,7 @@ class Memory:
         if args.offload_folder and not memory.apart:
             raise UserError(
                 f"--offload_folder {args.offload_folder}: the model's blocks share weights, or are "
-                "quantized; leave it out"
+                "quantized. Leave the flag out."
             )
         many = memory.too_many if gpu else dist.local_size > 1
         many = many or (job.schedule and dist.size > 1)  # ranks share out what is trained
@@ -352,7 +352,7 @@ class Memory:
                 if sums + most > worst:
                     worst, at_most = sums + most, {"statistics": sums, "solver": most}
         if method.dense_stream:
-            at_most["untouched block"] = self._block
+            at_most["dense block"] = self._block
         return at_most
 
     @cached_property
@@ -544,17 +544,16 @@ class Memory:
             if self.fits(stage) or not (self.gpu or stage == "train"):
                 continue
             flag, doing = FLAGS.get(stage, ("model", "the model"))
-            problem = f"{shown(self.args, flag)}: {doing} needs {gib(self.total(stage))} of memory,"
-            problem += f" the {'card' if self.gpu else 'machine'} has {gib(self.free)} free"
+            device, given = "card" if self.gpu else "machine", shown(self.args, flag)
+            problem = (
+                f"{given}: {doing} needs {gib(self.total(stage))} of memory, and the {device} "
+            )
+            problem += f"has {gib(self.free)} free"
             if ways := [*self._ways(stage)]:
-                raise UserError(f"{problem}. Use {' or '.join(ways)}")
-            if stage == "train":
-                raise UserError(
-                    f"{problem}, and no other way to train fits; leave {shown(self.args, flag)} "
-                    "out, or take a smaller model"
-                )
-            how = ", even with its blocks one at a time, as by --offload_folder" * self.fetched
-            raise UserError(f"{problem}{how}; use --device cpu, or a smaller model")
+                raise UserError(f"{problem}. Use {' or '.join(ways)}.")
+            fix = f"Leave {given} out" if stage == "train" else "Use --device cpu"
+            problem += ", even with one block at a time" * self.fetched
+            raise UserError(f"{problem}. {fix}, or use a smaller model.")
 
     def _ways(self, stage: str) -> Iterator[str]:
         """Yield flags by which a stage would fit, and what it would need."""
@@ -576,7 +575,7 @@ class Memory:
             for ranks in [each for each in CARDS if self.ranks < each < fewest]:
                 many = replace(other, ranks=ranks, fetched=True)
                 if many.apart and many.fits(stage):
-                    yield f"{ranks} such cards by torchrun{how} ({gib(many.total(stage))} each)"
+                    yield f"{ranks} such cards with torchrun{how} ({gib(many.total(stage))} each)"
                     fewest = ranks
                     break
 
@@ -595,12 +594,12 @@ class Memory:
             parts.append(f"solver {gib(max(map(self._solving, self._solved)))}")
         if self.schedule:
             parts.append(f"training {gib(sum(self._training.values()))}")
-        again = "; activations are computed again in training" * self.checkpointed
+        again = "; training recomputes activations" * self.checkpointed
         return f"memory: {', '.join(parts)}, of {gib(self.free)} free{again}"
 
     def table(self) -> str:
         """Resident bytes by stage and term, with their sums, as a table in Markdown."""
-        rows = ["| stage | resident | of which |", "|---|---|---|"]
+        rows = ["| stage | resident | terms |", "|---|---|---|"]
         for stage, terms in self.stages.items():
             parts = ", ".join(f"{name} {gib(size)}" for name, size in terms.items() if size)
             rows.append(f"| {stage} | {gib(self.total(stage))} | {parts} |")

@@ -186,7 +186,7 @@ def quantize(job: Job, runner: BlockRunner, reached: Measured) -> Starts:
     plan, masters = job.plan, None
     if plan.tokens:  # low-rank training has no memory for float32 masters
         masters = runner.save_dtype if job.schedule.rank else torch.float32
-    with job.timed("quantize", "rounding", len(runner.blocks)) as bar:
+    with job.timed("quantize", "quantizing", len(runner.blocks)) as bar:
         quantizer = quantize_linears(runner, job.texts.windows, FORMATS[plan.format], masters, bar)
     job.print(*quantizer.summary())
     results = job.outcome.results

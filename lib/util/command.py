@@ -24,7 +24,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import NoReturn
 
-from .errors import UserError
+from .errors import UserError, first_line
 
 ROOT = Path(__file__).resolve().parents[2]
 PACKAGE = __name__.partition(".")[0] if __name__ != "__main__" else __spec__.name.partition(".")[0]
@@ -60,7 +60,7 @@ class Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         defer_to_rank0()
         if message.startswith("unrecognized arguments"):
-            message += "; --help lists all flags"
+            message += ". --help lists all flags."
         self.exit(2, f"error: {message}\n")
 
 
@@ -86,12 +86,12 @@ def add_debug_flag(parser: argparse.ArgumentParser) -> argparse.Action:
 def make_parser(name: str, about: str, **options: str) -> argparse.ArgumentParser:
     """Return the parser of a command, with `--debug`; `about` is its module's docstring.
 
-    UserError where torchrun has started several processes, which main.py alone shares work with.
+    Raises UserError if torchrun has started several processes, which only main.py supports.
     """
     if (size := environment_number("WORLD_SIZE", 1)) > 1:
         raise UserError(
-            f"WORLD_SIZE {size}: {name} is one process, and only main.py takes several; start it "
-            "without torchrun, or unset WORLD_SIZE"
+            f"WORLD_SIZE {size}: {name} runs as one process. Start it without torchrun, or unset "
+            "WORLD_SIZE."
         )
     paragraphs = [part for part in about.split("\n\n") if not part.startswith("    ")]
     parser = Parser(name, description=paragraphs[0], **options)
@@ -225,15 +225,15 @@ def describe_error(error: BaseException) -> str | None:
     """Return the message for a user; None if the error is a defect of the program."""
     torch, packed = sys.modules.get("torch"), sys.modules.get(f"{PACKAGE}.packed.errors")
     if isinstance(error, ModuleNotFoundError) and not str(error.name).startswith(PACKAGE):
-        return f"{error.name} is not installed; pip install -r requirements.txt"
+        return f"{error.name} is not installed. Run pip install -r requirements.txt."
     if isinstance(error, UserError | OSError) or (packed and isinstance(error, packed.PackedError)):
         return str(error)
     lacking = (MemoryError, torch.OutOfMemoryError) if torch else (MemoryError,)
     if isinstance(error, lacking) or any(word in str(error) for word in LACKING):
         return (
-            f"out of memory ({error}); try --batch_size 1, a smaller --seqlen or --nsamples, "
-            "--offload_folder FOLDER, or with --recover --recover_optimizer adamw8bit or "
-            "--recover_rank 16"
+            f"out of memory ({first_line(error)}). Use --batch_size 1, a smaller --seqlen or "
+            "--nsamples, or --offload_folder FOLDER; with --recover, --recover_optimizer adamw8bit "
+            "or --recover_rank 16."
         )
     return None
 

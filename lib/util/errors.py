@@ -20,9 +20,9 @@ def first_line(error: BaseException) -> str:
 
 
 def hub_problem(error: Exception, kind: str) -> str | None:
-    """Return the problem of the Hub's client, and the way out; None for any other error.
+    """Return the problem of the Hub's client, and the fix; None for any other error.
 
-    `kind` is the kind of the missing object: `model` or `data set`.
+    `kind` is the kind of the missing object: `model` or `dataset`.
     """
     from huggingface_hub.errors import (
         GatedRepoError,
@@ -32,18 +32,18 @@ def hub_problem(error: Exception, kind: str) -> str | None:
     )
 
     if isinstance(error, GatedRepoError):
-        return "its owners give access on request; accept their terms, then `hf auth login`"
+        return "its owners give access on request. Accept their terms, then run `hf auth login`."
     if isinstance(error, RepositoryNotFoundError):
         return (
-            f"no such {kind} on the hub, or it needs a login (`hf auth login`), and no local "
-            "folder or file of that name; check the name"
+            f"no such {kind} is on the Hub, nor a local folder or file. Check the name, or log in "
+            "with `hf auth login`."
         )
     if isinstance(error, HfHubHTTPError):
-        return f"the hub refused: {first_line(error)}; try again later"
+        return f"the Hub refused the request ({first_line(error)}). Try again later."
     if isinstance(error, (HTTPError, ConnectionError, TimeoutError)):  # offline mode too
         local = "folder" if kind == "model" else "file or folder of texts"
         return (
-            f"the hub can't be reached ({first_line(error)}); check the network, or give a local "
-            f"{local}"
+            f"the Hub cannot be reached ({first_line(error)}). Check the network, or give a local "
+            f"{local}."
         )
     return None

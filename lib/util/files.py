@@ -21,7 +21,7 @@ def check_writable(flag: str, path: str, beside: bool = False) -> None:
     """Raise UserError if a run could not write into folder `path`, or `beside` it."""
     folder = Path(path).absolute()
     if folder.exists() and not folder.is_dir():
-        raise UserError(f"{flag} {path}: is a file; name a folder")
+        raise UserError(f"{flag} {path}: it is a file. Name a folder.")
     folder = folder.parent if beside else folder
     while not folder.exists():
         folder = folder.parent
@@ -29,7 +29,8 @@ def check_writable(flag: str, path: str, beside: bool = False) -> None:
         with tempfile.NamedTemporaryFile(dir=folder):
             pass
     except OSError as error:
-        raise UserError(f"{flag} {path}: can't be written: {error.strerror}") from error
+        problem = f"it cannot be written ({error.strerror})"
+        raise UserError(f"{flag} {path}: {problem}. Name another folder.") from error
 
 
 def check_new_folder(flag: str, path: str, staged: bool = False) -> None:
@@ -40,13 +41,13 @@ def check_new_folder(flag: str, path: str, staged: bool = False) -> None:
     check_writable(flag, path, beside=True)  # other ranks may look into the folder
     folder, stage = Path(path), partial_of(path)
     if folder.is_symlink():  # the folder beside it would be on another disk
-        raise UserError(f"{flag} {path}: is a link; name {folder.resolve()}")
+        raise UserError(f"{flag} {path}: it is a link. Name {folder.resolve()}.")
     if staged and (stage.exists() or stage.is_symlink()):
-        raise UserError(f"{flag} {path}: {stage.name} is in the way; name a new folder")
+        raise UserError(f"{flag} {path}: {stage.name} exists. Remove it, or name a new folder.")
     if folder.is_dir() and (first := next(folder.iterdir(), None)):
-        raise UserError(f"{flag} {path}: holds {first.name}; name a new folder")
+        raise UserError(f"{flag} {path}: it holds {first.name}. Name a new folder.")
     if folder.is_mount():
-        raise UserError(f"{flag} {path}: a disk is mounted there; name a new folder on it")
+        raise UserError(f"{flag} {path}: a disk is mounted there. Name a new folder on it.")
 
 
 def partial_of(path: str | Path) -> Path:
@@ -101,7 +102,7 @@ def put_in_place(stage: Path, target: Path) -> None:
 
 
 def write_text(path: Path, text: str | bytes) -> None:
-    """Write a small file atomically. Raises UserError if it can't be written."""
+    """Write a small file atomically. Raises UserError if it cannot be written."""
     stage = path.with_name(f".{path.name}{PARTIAL}")
     try:
         stage.write_bytes(text.encode() if isinstance(text, str) else text)
@@ -110,7 +111,7 @@ def write_text(path: Path, text: str | bytes) -> None:
     except OSError as error:
         stage.unlink(missing_ok=True)
         raise UserError(
-            f"{path}: can't be written ({error.strerror}); make room on its disk and try again"
+            f"{path}: it cannot be written ({error.strerror}). Make room on its disk."
         ) from error
 
 

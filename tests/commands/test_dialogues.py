@@ -137,4 +137,4 @@ def test_weights_are_read_from_safetensors_alone(capsys) -> None:
     torch.save(tiny.tiny_llama().state_dict(), "model/pytorch_model.bin")
     Path("model/model.safetensors").unlink()
     assert run(dialogues.main, [*BASE, "--data", "texts", *FLAGS]) == 1
-    assert "weights are read from safetensors only" in capsys.readouterr().err
+    assert "only safetensors are read" in capsys.readouterr().err

@@ -64,7 +64,7 @@ def test_what_a_card_needs_on_paper(argv: str, device: Any, tmp_path: Path) -> N
 
 # progress bars: the stage that each shows, and the steps after which its tensors are there
 BARS = {"dense": ("measure", 0), "measuring errors": ("allocate", 3), "pruning": ("prune", 1)}
-BARS |= {"rounding": ("quantize", 3), "recovering": ("train", 2)}
+BARS |= {"quantizing": ("quantize", 3), "recovering": ("train", 2)}
 TRAIN = ["--recover", "96", "--recover_ce_weight", "0.1"]
 RUNS = {
     "all": ["--prune_method", "admm", "--allocation", "error", "--quantize", "q4_0", *TRAIN],
@@ -146,7 +146,7 @@ def test_a_stage_allocates_what_the_table_says(
     watched = Watched(monkeypatch, cache_inputs=False)
     out = ["--save", tmp_path / "out", "--save_model", tmp_path / "model"]
     succeed("--model", model, *FLAGS, "--dtype", "bfloat16", *RUNS[case], *out)
-    memory, solving = watched.memory, {"statistics", "solver", "untouched block"}
+    memory, solving = watched.memory, {"statistics", "solver", "dense block"}
     assert watched.seen.keys() == memory.stages.keys()
     for stage, terms in memory.stages.items():
         kept = sum(size for name, size in terms.items() if name not in solving)

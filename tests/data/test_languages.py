@@ -51,7 +51,7 @@ def test_japanese_is_one_script() -> None:
 
 @pytest.mark.parametrize("tag", ["", "xx", "Ukrainian", "und", "mul", "українська"])
 def test_what_is_no_language(tag: str) -> None:
-    with pytest.raises(UserError, match="is no language"):
+    with pytest.raises(UserError, match="is not a language"):
         language_text(tag)
 
 

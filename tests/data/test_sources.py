@@ -104,7 +104,7 @@ def test_weights(tmp_path):
     for weight in ("0", "-1", "nan", "inf", "much", ""):
         line = message(parse_sources, [f"c4={weight}", "ubertext=1"], FLAG, mixture=True)
         assert f"c4={weight}: the weight" in line
-    assert "every source" in message(parse_sources, ["c4=1", "ubertext"], FLAG, mixture=True)
+    assert "only some sources" in message(parse_sources, ["c4=1", "ubertext"], FLAG, mixture=True)
     assert "twice" in message(parse_sources, ["c4", "c4"], FLAG)
     assert "takes no weight" in message(parse_sources, ["c4=1"], "--eval_data")
     folders = [str(write_texts(tmp_path / a / "uk")) for a in ("old", "new")]
@@ -162,7 +162,7 @@ def test_folders(tmp_path):
     (tmp_path / "valid.doc").write_text("")
     for split in ("train", "test"):
         line = message(check_source, parse_source(str(tmp_path), FLAG), split)
-        assert "no train*.jsonl" in line and "valid.doc" in line
+        assert "neither train*.jsonl" in line and "valid.doc" in line
     for name, content, texts in [
         ("readme.md", "one", ["one"]),
         (".hidden.txt", "none", ["one"]),
@@ -222,7 +222,7 @@ RAGGED = {
     "id,text,label\n1,a,b\n2,a, b,c\n": "line 3: has 4 fields, separated by ',', the header 3;",
     "sep=;\nid;text\n1;a;b\n": "line 3: has 3 fields, separated by ';', the header 2;",
     'text;id\n"a\nb";1\nc;2;\n': "line 4: has 3 fields, separated by ';', the header 2;",
-    "a sentence\nand, another\n": "no column 'text'; there are: a sentence; name one",
+    "a sentence\nand, another\n": "no column 'text', only a sentence. Name one",
 }
 
 
@@ -232,7 +232,7 @@ def test_a_row_with_more_fields_than_the_header_ends_it(tmp_path, content):
     (tmp_path / "a.csv").write_text(content, encoding="utf-8")
     line = message(read, parse_source(str(tmp_path / "a.csv"), FLAG))
     assert "a.csv, " in line and RAGGED[content] in line
-    assert "no column" in line or line.endswith("quote the texts, or give .txt or .jsonl")
+    assert "no column" in line or line.endswith("Quote the texts, or give .txt or .jsonl.")
 
 
 def test_a_folder_tells_what_is_read_and_what_is_left(tmp_path):
@@ -316,7 +316,7 @@ def test_a_long_text_is_cut_into_documents_before(tmp_path):
         assert all(2000 <= len(piece) < 4000 and piece not in train for piece in test)
         assert sorted(" ".join([train, *test]).split()) == sorted(" ".join(texts).split())
     book.write_text(texts[0])
-    assert "characters are too few" in message(parts, book)
+    assert "characters, too few" in message(parts, book)
 
 
 def test_who_is_measured_on_a_tenth_is_trained_on_the_others(tmp_path):
@@ -381,13 +381,13 @@ def test_bad_files_are_named(tmp_path):
     binary = pyarrow.array([b"\xff"]).cast(pyarrow.string(), safe=False)
     for name, content, words in [
         ("a.doc", b"text", ".parquet"),
-        ("bad.csv", b'text\n"a"b\n', "bad.csv, line 2: not CSV"),
-        ("short.jsonl.gz", packed[:-20], "is it damaged?"),
-        ("bad.jsonl.gz", packed[:20] + b"\xff\xff\xff" + packed[23:], "is it damaged?"),
-        ("empty.parquet", b"", "is it damaged?"),
-        ("inside.parquet", whole[:4] + b"\xff" * 36 + whole[40:], "is it damaged?"),
-        ("letters.parquet", parquet_bytes(tmp_path, text=binary), "is it damaged?"),
-        ("column.parquet", parquet_bytes(tmp_path, id=[1], body=["a"]), "there are: id, body"),
+        ("bad.csv", b'text\n"a"b\n', "bad.csv, line 2: it is not CSV"),
+        ("short.jsonl.gz", packed[:-20], "if it is damaged."),
+        ("bad.jsonl.gz", packed[:20] + b"\xff\xff\xff" + packed[23:], "if it is damaged."),
+        ("empty.parquet", b"", "if it is damaged."),
+        ("inside.parquet", whole[:4] + b"\xff" * 36 + whole[40:], "if it is damaged."),
+        ("letters.parquet", parquet_bytes(tmp_path, text=binary), "if it is damaged."),
+        ("column.parquet", parquet_bytes(tmp_path, id=[1], body=["a"]), "only id, body"),
         ("list.parquet", parquet_bytes(tmp_path, text=[["a"]]), "row 0: 'text' is of type list"),
         ("null.csv", b"id,text\n1\n", "holds no text"),
         ("bad.txt", b"\xff\xfe\x00", "not UTF-8"),
@@ -420,15 +420,15 @@ def test_small_files_that_become_large_ones_are_not_read_whole(tmp_path, caplog,
     assert "a.parquet: no more than 4194304 characters are read" in caplog.text
     (tmp_path / "b.jsonl.gz").write_bytes(gzip.compress(rows("one").encode() + b" " * 2**23))
     line = message(read, parse_source(str(tmp_path / "b.jsonl.gz"), FLAG))
-    assert "b.jsonl.gz, line 2: it is 4194304 bytes or longer; cut it" in line
+    assert "b.jsonl.gz, line 2: it has at least 4194304 bytes. Cut it" in line
 
 
 @pytest.mark.parametrize("make", [os.mkfifo, lambda path: path.symlink_to("/dev/zero")])
 def test_pipes_and_devices_are_not_read(tmp_path, make):
     make(tmp_path / "a.jsonl")
     line = message(read, parse_source(str(tmp_path), FLAG))
-    assert "a.jsonl is no file but a pipe, a device or a lost link; remove it" in line
-    assert "nor a file in" in message(parse_source, str(tmp_path / "a.jsonl"), FLAG)
+    assert "a.jsonl is a pipe, a device or a broken link. Remove it." in line
+    assert "its type is unknown" in message(parse_source, str(tmp_path / "a.jsonl"), FLAG)
 
 
 # --- the hub
@@ -458,7 +458,7 @@ def test_a_set_without_test_is_parted(hub):
     assert len(read(parse_source("owner/name:x:train", FLAG))) == 1102
     hub.sets[("owner/name", "x")] = {"train": {"text": texts[:1100]}}
     check_source(source, "train")
-    assert "holds 1100 rows, of which the first 1100 are the test" in message(read, source)
+    assert "it holds 1100 rows, and the first 1100 are the test" in message(read, source)
 
 
 @pytest.mark.parametrize(
@@ -484,18 +484,18 @@ def test_what_the_hub_set_lacks(hub):
     hub.sets[("owner/name",)] = {"dev": {"body": ["a"]}, "train": {"body": ["a"], "id": [1]}}
     hub.sets[(UBERTEXT,)] = {"train": {"text": []}}
     for text, words in {
-        "owner/name::tset": "no split 'tset'; there are: dev, train",
-        "owner/name": "no column 'text'; there are: body, id",
+        "owner/name::tset": "no split 'tset', only dev, train",
+        "owner/name": "no column 'text', only body, id",
         "owner/name:::id": "row 0: 'id' is of type int",
-        "ubertext": "the split 'train' is empty; name another",
+        "ubertext": "the split 'train' is empty. Name another.",
     }.items():
         assert words in message(check_source, parse_source(text, FLAG), "train")
 
 
 ERRORS = {
-    "the hub can't be reached (no route); check the network": HTTPError("no route"),
-    "can't be loaded: x y": DatasetNotFoundError("x\ny"),
-    "loaded: BuilderConfig; name a config as owner/name:CONFIG": ValueError("BuilderConfig"),
+    "the Hub cannot be reached (no route). Check the network": HTTPError("no route"),
+    "it cannot be loaded (x y). Name another.": DatasetNotFoundError("x\ny"),
+    "loaded (BuilderConfig). Name a config as owner/name:CONFIG.": ValueError("BuilderConfig"),
 }
 
 
@@ -517,7 +517,7 @@ def test_what_was_downloaded_serves_without_the_hub(hub, tmp_path, monkeypatch):
     assert list(texts) == ["a"] and revision is None
     assert hub.calls == [((UBERTEXT,), {"revision": None, "streaming": False})]
     stream = parse_source("owner/name", FLAG)  # can't come from a cache
-    assert "can't be reached (no route)" in message(check_source, stream, "train")
+    assert "cannot be reached (no route)" in message(check_source, stream, "train")
 
 
 def test_a_stream_that_breaks_is_one_line(hub):
@@ -529,7 +529,7 @@ def test_a_stream_that_breaks_is_one_line(hub):
             raise HTTPError("slow")
 
     hub.sets[("owner/name",)] = {"test": {"text": ["a"]}, "train": Stream()}
-    assert "can't be reached" in message(read, parse_source("owner/name", FLAG))
+    assert "cannot be reached" in message(read, parse_source("owner/name", FLAG))
 
 
 def test_prompts_of_a_language(hub):

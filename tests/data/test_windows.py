@@ -93,7 +93,7 @@ def test_text_file_gives_many_windows_but_not_all_the_same(tmp_path, tokenizer):
     line = message(source, tokenizer, most + 1)
     missing = SEQLEN + most * SEQLEN // 4 - count
     assert f"its {count} tokens are {missing} too few for {most + 1} windows of {SEQLEN}" in line
-    assert f"give more text, --nsamples {most} or --seqlen {SEQLEN - 1}" in line
+    assert f"Give more text, --nsamples {most} or --seqlen {SEQLEN - 1}." in line
     assert len(draw(source, tokenizer, most + 1, SEQLEN - 1)[0]) > most
     assert "too few for 4 windows" in message(source, tokenizer, 4, count - 9)
 
@@ -106,9 +106,8 @@ def test_too_few_windows_say_which_length_gives_them(hub, tmp_path, tokenizer):
     assert 3 < some < 12 and len(draw(source, tokenizer, some)[0]) == some
     line = message(source, tokenizer, some + 1)
     fits = lengths[some] - 1
-    assert line.startswith(f"{FLAG} {source.text}: its 14 texts can give only {some} windows")
-    ways = f", --seqlen {fits} gives {some + 1} windows or --nsamples {some} takes these"
-    assert line.endswith(ways)
+    assert line.startswith(f"{FLAG} {source.text}: its 14 texts fill {some} of {some + 1} windows")
+    assert line.endswith(f". Use --seqlen {fits} or --nsamples {some}.")
     assert len(draw(source, tokenizer, some + 1, fits)[0]) == some + 1
     message(source, tokenizer, some + 1, fits + 1)
     line = message(source, tokenizer, 15, 10_000)
@@ -184,7 +183,7 @@ def test_stream_reads_no_more_than_it_needs(hub, tokenizer, monkeypatch):
     draw(source, tokenizer, 5)
     assert len(read) == 1 + data.BUFFER + 5  # the first tells whether it is a dialogue
     monkeypatch.setattr(data, "STREAM_LIMIT", 20)
-    assert "its 20 texts can give only 20 windows" in message(source, tokenizer, 30)
+    assert "its 20 texts fill 20 of 30 windows" in message(source, tokenizer, 30)
 
 
 # --- test windows

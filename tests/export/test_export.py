@@ -152,7 +152,9 @@ def test_what_differs_is_not_written(engine: str, folders, tmp_path, monkeypatch
         engines.GridFolder, "copy_settings", lambda *to, **fields: copy(*to, **fields | wrong)
     )
     if engine != "onnx":  # whose graph holds what the config says
-        refused(argv, "NEW .*new: not written, log-probabilities differ by .* computes this model")
+        refused(
+            argv, "NEW .*new: it is not written: log-probabilities differ by .* compute this model"
+        )
 
 
 def test_one_line_for_each_mistake(folders, tmp_path, monkeypatch) -> None:
@@ -162,24 +164,26 @@ def test_one_line_for_each_mistake(folders, tmp_path, monkeypatch) -> None:
     to = ["--to", "compressed-tensors"]
     tiny.write_texts(tmp_path / "old")
     (tmp_path / "ended.partial").mkdir()  # of a run that was killed
-    refused([llama, tmp_path / "old", *to], "NEW .*old: holds .*; name a new folder")
-    refused([llama, tmp_path / "ended", *to], "NEW .*: ended.partial is in the way")
+    refused([llama, tmp_path / "old", *to], "NEW .*old: it holds .*[.] Name a new folder")
+    refused([llama, tmp_path / "ended", *to], "NEW .*: ended.partial exists")
     refused([tmp_path / "none", new, *to], "OUT .*none: no such folder")
-    refused([folders["GPT-2"], new, *to], "--to compressed-tensors: .* experts and no linears")
-    refused([folders["Mixtral"], new, *to], "--to compressed-tensors: .* experts and no linears")
+    refused([folders["GPT-2"], new, *to], "--to compressed-tensors: .* experts nor the")
+    refused([folders["Mixtral"], new, *to], "--to compressed-tensors: .* experts nor the")
     broken = tiny.write_model(tmp_path / "broken")
     refused(
-        [broken, new, *to], r"OUT .*layers.0.self_attn.q_proj.weight is not on .*, a weight is \d"
+        [broken, new, *to],
+        r"OUT .*: a weight of .*layers.0.self_attn.q_proj.weight is \d.* off the grid",
     )
     config = json.loads((llama / "config.json").read_text())
-    for method, words in (("gptq", "weights of gptq"), (METHOD, "packed zeros")):
+    for method, words in (("gptq", "quantized by gptq"), (METHOD, "packed")):
         config["quantization_config"] = {"quant_method": method}
         (broken / "config.json").write_text(json.dumps(config))
-        refused([broken, new, *to], f"OUT .*broken: config.json has a quantization_config: {words}")
+        refused([broken, new, *to], f"OUT .*broken: its weights are {words}[.]")
     monkeypatch.undo()
     monkeypatch.setattr(command, "find_spec", lambda name: None)
     refused(
-        [llama, new, *to], "compressed_tensors is not installed; pip install -r requirements-vllm"
+        [llama, new, *to],
+        "compressed_tensors is not installed. Run pip install -r requirements-vllm",
     )
 
 
@@ -187,11 +191,11 @@ def test_one_line_for_each_mistake(folders, tmp_path, monkeypatch) -> None:
     "engine, name, words",
     [
         ("mlx", "BLOOM", "OUT .*: its model in mlx's code .*Model type bloom not supp"),
-        ("mlx", "GPT-2", "OUT .*GPT-2: its model in mlx's code can't be loaded .*; gguf may"),
+        ("mlx", "GPT-2", "OUT .*GPT-2: its model in mlx's code cannot be loaded .*[.] Use gguf"),
         (
             "onnx",
             "BLOOM",
-            "OUT .*BLOOM: its model in onnx's code can't be loaded .*not .*; gguf may",
+            "OUT .*BLOOM: its model in onnx's code cannot be loaded .*not .*[.] Use gguf",
         ),
     ],
 )

@@ -34,7 +34,7 @@ def test_another_template_and_another_end_are_told(tmp_path: Path, monkeypatch, 
     tokenizer = chats.tokenizer_with(chats.GEMMA)  # whose end of turn is not its eos_token
     folder = whole.write_whole(tmp_path / "model", "llama", whole.WIDTHS, tokenizer)
     main([str(folder), str(tmp_path / "a.gguf"), "--type", "q8_0"])
-    assert "not proven: " in (out := capsys.readouterr().out)
+    assert "not verified: " in (out := capsys.readouterr().out)
     assert "the end of an answer (llama.cpp goes on at '<end>')" in out
     monkeypatch.setattr(ModelFolder, "view", view_with_another_template)
     with pytest.raises(UserError, match="not written, chat template, several turns: at token"):

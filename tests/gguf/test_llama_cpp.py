@@ -192,7 +192,7 @@ def test_another_model_predicts_otherwise(files: dict, llama: Path, tmp_path: Pa
         ("q8_0", scale("blk.0.ffn_down.weight", 0)),
     ):
         file = changed(files[weight_type], tmp_path / "file", change)
-        with pytest.raises(UserError, match=f"in {weight_type} predictions differ by .* this mod"):
+        with pytest.raises(UserError, match=f"in {weight_type} differ by .* this mod"):
             prove_predictions(llama, {weight_type: file}, windows, letter)
 
 
@@ -210,7 +210,7 @@ def test_other_tokens(files: dict, llama: Path, tmp_path: Path) -> None:
 def test_blocks_that_llama_cpp_takes_for_others_end_it(texts: Path, tmp_path: Path) -> None:
     fields = whole.WIDTHS | tiny.WIDE | tiny.MIXED  # the second block's attention is full
     folder = whole.write_whole(tmp_path / "model", "gemma3_text", fields, whole.gemma())
-    with pytest.raises(UserError, match="model.gguf: not written, in f32 predictions differ by"):
+    with pytest.raises(UserError, match="model.gguf: it is not written: .* in f32 differ by"):
         convert(folder, texts, tmp_path / "model.gguf", "--type", "q4_0")
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
 
@@ -241,10 +241,10 @@ def test_relative_paths_children_and_a_proxy(
     main(["in", "new/model.gguf", "--type", "Q8_0", "--data", "uk"])
     tokens, dialogues, *last = capsys.readouterr().out.splitlines()[-5:]
     predictions, missing, written = last
-    assert tokens == "uk: llama.cpp cuts all 9 documents alike"
-    assert dialogues.endswith("llama.cpp renders them alike")
+    assert tokens == "uk: llama.cpp has the same tokens in all 9 documents"
+    assert dialogues.endswith("llama.cpp renders the same text")
     assert predictions.startswith("predictions after 32 beginnings differ by ")
-    assert missing == "not proven: texts past 127 tokens"
+    assert missing == "not verified: texts past 127 tokens"
     assert written.startswith("written: new/model.gguf, ") and " KiB, q8_0, and" in written
     assert sorted(os.listdir("new")) == ["model.gguf", "model.gguf.json", "model.gguf.md"]
 
@@ -285,7 +285,7 @@ def test_what_sees_is_a_file_beside_the_text(
     convert(smaller, texts, tmp_path / "smaller.gguf", "--type", "q8_0")
     said, mmproj = capsys.readouterr().out, command.mmproj_of(tmp_path / "smaller.gguf")
     if name == "Llava":  # with CLIP
-        assert "text alone, no mmproj for pictures: " in said and not mmproj.exists()
+        assert "only the text part is converted: " in said and not mmproj.exists()
         return
     assert "tensors are the checkpoint's, rounded to f16" in said and mmproj.is_file()
     assert f"--mmproj {mmproj.name}" in (tmp_path / "smaller.gguf.md").read_text("utf-8")

@@ -38,7 +38,7 @@ def test_pipes_and_devices_are_not_read(name: str, folder: Path) -> None:
     for make in (os.mkfifo, lambda path: path.symlink_to("/dev/zero")):
         (folder / name).unlink(missing_ok=True)
         make(folder / name)
-        with pytest.raises(UserError, match=f"{name} is no file but a pipe or a device; remove"):
+        with pytest.raises(UserError, match=f"{name} is a pipe or a device. Remove"):
             load_config(Checkpoint(str(folder)))
 
 

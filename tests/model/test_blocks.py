@@ -61,7 +61,7 @@ def test_models_that_it_cannot_carry_are_refused(name: str, damaged: bool) -> No
     model = tiny.REFUSED[name]()
     if damaged:
         model.get_input_embeddings().weight.data[5] = float("nan")
-    with pytest.raises(UserError, match="can't be pruned"):
+    with pytest.raises(UserError, match="cannot be pruned"):
         runner_of(model).verify()
 
 

@@ -152,4 +152,4 @@ def test_other_formats_are_refused(method: str, place: Path, tmp_path: Path) -> 
     (folder / "config.json").write_text(json.dumps(config))
     (line,) = prune(folder, tmp_path / "run", "--prune_method", "wanda").complaints
     assert line.startswith(f"error: --model {folder}: its weights are quantized by {method}")
-    assert "start from the unquantized model" in line
+    assert "Name the unquantized model" in line

@@ -68,7 +68,7 @@ def test_rounded_on_text_wherever_it_is_read(tmp_path: Path) -> None:
     """Also of a model that was pruned before, and alike."""
     run("model", *WANDA, to=tmp_path / "pruned")
     done = run("model", *WANDA, *PACK4, to=tmp_path / "once")
-    assert "rounded 14 linears to 4 bits, column by column" in done.out
+    assert "quantized 14 linear layers to 4 bits, column by column" in done.out
     run(tmp_path / "pruned/model", *PACK4, to=tmp_path / "later")
     one, two = weights(tmp_path / "once/model"), weights(tmp_path / "later/model")
     assert one.keys() == two.keys() and all(one[name].equal(two[name]) for name in one)
@@ -95,7 +95,7 @@ def test_unpack_leaves_what_an_unfinished_run_has_done(tmp_path: Path) -> None:
     "argv, words",
     [
         (["--model", "falcon", *WANDA, *PACK4], ["--replace_sparse_layers: no", "FalconLinear"]),
-        (["--model", "model", *PACK4], ["no linear is smaller packed; prune with"]),
+        (["--model", "model", *PACK4], ["packing makes no linear layer smaller"]),
     ],
 )
 def test_refused_in_one_line(argv: list[object], words: list[str], tmp_path: Path) -> None:

@@ -58,7 +58,7 @@ def test_what_is_quantized_is_what_is_packed(name: str) -> None:
     runner = pruned(tiny.ALL[name]())
     before, names = parameters(runner.model), packed_weights(runner)
     if name == "Falcon":  # its linears have a forward of their own, and none is packed
-        with pytest.raises(UserError, match="no linear is smaller packed"):
+        with pytest.raises(UserError, match="packing makes no linear layer smaller"):
             quantize_(runner)
         return
     quantizer = quantize_(runner)
@@ -122,5 +122,5 @@ def test_what_is_not_rounded_on_text() -> None:
     few.weight.copy_(kept)
     quantizer = quantize_(runner)
     assert torch.equal(few.weight, kept) and torch.equal(never, INT4.nearest(unreached))
-    line = f"rounded to nearest, {UNREACHED}: model.layers.0.mlp.never"
-    assert quantizer.summary() == ["rounded 13 linears to 4 bits, column by column", line]
+    line = f"quantized to nearest, {UNREACHED}: model.layers.0.mlp.never"
+    assert quantizer.summary() == ["quantized 13 linear layers to 4 bits, column by column", line]

@@ -125,11 +125,11 @@ def test_the_scores_are_those_of_the_paper() -> None:
     ("count", "chosen", "groups", "ratio", "left"),
     [
         (8, 2, (1, 1), 0.25, 6),
-        (8, 2, (1, 1), 0.05, "0 would go; use 0.125 to 0.75"),
-        (8, 2, (1, 1), 0.9, "7 would go; use 0.125 to 0.75"),
+        (8, 2, (1, 1), 0.05, "remove 0 of .* Use 0.125 to 0.75."),
+        (8, 2, (1, 1), 0.9, "remove 7 of .* Use 0.125 to 0.75."),
         (256, 8, (8, 4), 0.5, 128),
-        (256, 8, (8, 4), 0.97, "248 would go; use 0.0312 to 0.938"),
-        (4, 4, (1, 1), 0.5, "none can go, as the router chooses 4"),
+        (256, 8, (8, 4), 0.97, "remove 248 of .* Use 0.0312 to 0.938."),
+        (4, 4, (1, 1), 0.5, "none of .* can be removed, since the router chooses 4"),
     ],
 )
 def test_how_many_stay(count, chosen, groups, ratio, left) -> None:

@@ -265,7 +265,7 @@ REFUSED = {
     "short": (
         ["--teacher", "model", *RECOVER, "--calibration_data", "short"],
         1,
-        "--calibration_data short: its text gives 1 of two windows of 32 tokens to recover on",
+        "--calibration_data short: its text fills 1 of 2 training windows of 32 tokens",
     ),
     "seen": (
         ["--teacher", "model", *RECOVER, "--calibration_data", "seen", "--eval_data", "seen"],

@@ -170,7 +170,7 @@ def test_a_rank_that_dies_ends_all_and_the_training_goes_on(place: Path, two: st
         assert f"training was begun with WORLD_SIZE 2, not {size}. Start as many" in line
     done = ended(together(2, [argv], place))
     assert [one.status for one in done] == [0, 0], [one.err for one in done]
-    assert "a state of the training" in done[0].out and not Path("kept").exists()
+    assert "a training checkpoint" in done[0].out and not Path("kept").exists()
     first, second = (weights(f"{where}/dense/model") for where in ("two", "killed"))
     assert all(torch.equal(tensor, second[name]) for name, tensor in first.items())
 

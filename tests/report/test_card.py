@@ -137,9 +137,9 @@ def test_what_was_trained_as_q4_0_is_not_called_pruned(tmp_path: Path) -> None:
 def test_what_conversion_has_changed_is_counted() -> None:
     """Of a folder that was trained on elsewhere it is most values."""
     assert (
-        changed_linears({"Q4_0": [0, 99], "Q8_0": [9, 9]}, "Q4_0") == "its embedding and head alone"
+        changed_linears({"Q4_0": [0, 99], "Q8_0": [9, 9]}, "Q4_0") == "only its embedding and head"
     )
-    changed = "3,200 of 3,300 values of its linears, and its embedding and head"
+    changed = "3,200 of 3,300 values of its linear layers, and its embedding and head"
     assert changed_linears({"Q4_0": [3200, 3300]}, "Q4_0") == changed
 
 

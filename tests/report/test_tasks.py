@@ -101,7 +101,7 @@ def test_texts_without_questions_and_bad_paths_are_one_line(
     for argv, words in (
         ([str(short), "out"], f"DATA {short}: it has no sentence"),
         ([str(tmp_path / "nowhere"), "out"], "no such file or folder"),
-        ([str(short), str(short / "test.jsonl")], "is a file; name a folder"),
+        ([str(short), str(short / "test.jsonl")], "it is a file. Name a folder."),
     ):
         assert command.run(main, argv) == 1
         err = capsys.readouterr().err

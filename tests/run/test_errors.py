@@ -121,7 +121,9 @@ def test_a_package_that_some_runs_need(
     for flags in NEEDING[package]:
         data = ["--calibration_data", texts, "--eval_data", texts]
         done = call("--model", model, *data, *WANDA, *flags.split())
-        complaint(done, 1, f"error: {package} is not installed; pip install -r requirements.txt")
+        complaint(
+            done, 1, f"error: {package} is not installed. Run pip install -r requirements.txt."
+        )
 
 
 # --- the model: status 1
@@ -130,7 +132,7 @@ def test_a_package_that_some_runs_need(
 @pytest.mark.parametrize("name", ["owner/nosuch", "./nosuch", "a/b/c", "not:an:id"])
 def test_unknown_models(name: str, texts: Path, no_weights: None) -> None:
     done = call("--model", name, "--calibration_data", texts, *WANDA)
-    words = "the hub can't be reached" if name == "owner/nosuch" else "no such folder"
+    words = "the Hub cannot be reached" if name == "owner/nosuch" else "no such folder"
     complaint(done, 1, f"--model {name}: ", words)
 
 
@@ -142,10 +144,10 @@ def test_a_hub_that_answers_with_an_error(texts: Path, monkeypatch: pytest.Monke
     answer = httpx.Response(500, request=httpx.Request("GET", "http://hub"))
     for number, (error, word) in enumerate(
         [
-            (errors.RepositoryNotFoundError("404", response=answer), "no such model on the hub"),
+            (errors.RepositoryNotFoundError("404", response=answer), "no such model is on the Hub"),
             (errors.GatedRepoError("403", response=answer), "access on request"),
             (errors.HfHubHTTPError("500 broken", response=answer), "500 broken"),
-            (httpx.ConnectError("no route"), "can't be reached (no route)"),
+            (httpx.ConnectError("no route"), "cannot be reached (no route)"),
         ]
     ):
 
@@ -174,14 +176,14 @@ BROKEN = {  # file: what it becomes (None: it is missing), and words of the line
     "10^7 layers": ("config.json", lambda m: config(m, num_hidden_layers=10**7), "10000000 layers"),
     "10^7 experts": ("config.json", lambda m: config(m, **MIXTURE), "far larger"),
     "10^11 tokens": ("config.json", lambda m: config(m, vocab_size=10**11), "far larger"),
-    "deeper": ("config.json", lambda m: config(m, num_hidden_layers=3), "tensors are missing"),
+    "deeper": ("config.json", lambda m: config(m, num_hidden_layers=3), "weights lack"),
     "adapter": ("adapter_config.json", lambda m: b"{}", "holds an adapter (adapter_config.json"),
     "wider": ("config.json", lambda m: config(m, intermediate_size=128), "[32, 128]"),
-    "weights missing": ("model.safetensors", lambda m: None, "safetensors only"),
-    "weights cut short": ("model.safetensors", lambda m: cut(m / "model.safetensors"), "cut short"),
-    "no header": ("model.safetensors", lambda m: bytes(4000), "download it again"),
+    "weights missing": ("model.safetensors", lambda m: None, "only safetensors"),
+    "weights cut short": ("model.safetensors", lambda m: cut(m / "model.safetensors"), "Download"),
+    "no header": ("model.safetensors", lambda m: bytes(4000), "Download it again"),
     "long template": ("chat_template.jinja", lambda m: b"{%" * 33000, "template has more than"),
-    "no tokenizer": ("tokenizer.json", lambda m: cut(m / "tokenizer.json"), "put the tokenizer's"),
+    "no tokenizer": ("tokenizer.json", lambda m: cut(m / "tokenizer.json"), "Put the tokenizer's"),
 }
 
 
@@ -204,7 +206,7 @@ def test_a_lost_shard(texts: Path, tmp_path: Path, no_weights: None) -> None:
     lost = sorted(folder.glob("*.safetensors"))[1]
     lost.unlink()
     done = call("--model", folder, "--calibration_data", texts, *WANDA)
-    complaint(done, 1, f"--model {folder}: ", lost.name, "download")
+    complaint(done, 1, f"--model {folder}: ", lost.name, "Download")
 
 
 def test_what_is_not_used_is_told(
@@ -221,8 +223,8 @@ def test_what_is_not_used_is_told(
     done = call("--model", folder, *given, *WANDA)
     assert done.status == 0
     assert "auto_map" not in (tmp_path / "new/config.json").read_text()  # its code is not saved
-    assert f"--model {folder}: 9 tensors are not used: model.layers.1" in caplog.text
-    assert f"--model {folder}: its chat template is no Jinja (Unexpected end" in caplog.text
+    assert f"--model {folder}: 9 tensors are not used, such as model.layers.1" in caplog.text
+    assert f"--model {folder}: its chat template is not Jinja (Unexpected end" in caplog.text
 
 
 def test_models_that_cant_be_pruned(
@@ -233,7 +235,9 @@ def test_models_that_cant_be_pruned(
     narrow = tiny.tiny_llama(hidden_size=36, num_attention_heads=6, intermediate_size=60)
     narrow = tiny.write_model(tmp_path / "narrow", narrow)
     given = ["--calibration_data", texts, *WANDA]
-    complaint(call("--model", t5, *given), 1, "an encoder-decoder (t5)", "causal language model")
+    complaint(
+        call("--model", t5, *given), 1, "an encoder-decoder model (t5)", "causal language model"
+    )
     done = call("--model", narrow, *given, "--sparsity_type", "4:8")
     complaint(done, 1, "4:8", "q_proj", "36", "unstructured")
     done = call("--model", model, *given, "--seqlen", "129")
@@ -242,7 +246,7 @@ def test_models_that_cant_be_pruned(
     complaint(call("--model", model, *given), 1, "LlamaForCausalLM", "no lists of decoder blocks")
 
 
-DEVICES = {"nosuch": "unknown device", "mps": "float64", "meta": "no such device"}
+DEVICES = {"nosuch": "the device is unknown", "mps": "float64", "meta": "no such device"}
 DEVICES |= {"cuda:7": "no such device was found"}
 
 
@@ -264,7 +268,7 @@ def test_tokens_for_which_the_embedding_has_no_row(
 
 GOOD = "".join(json.dumps({"text": text}) + "\n" for text in tiny.sentences(20))
 TEXTS = [  # files of a folder, the flag that is complained of, words
-    ({}, "--calibration_data", ["no train*.jsonl"]),
+    ({}, "--calibration_data", ["neither train*.jsonl"]),
     ({"train": "", "test": GOOD}, "--calibration_data", ["no text"]),
     ({"train": GOOD + "{oops\n", "test": GOOD}, "--calibration_data", ["line 21", "not JSON"]),
     ({"train": GOOD, "test": GOOD}, "--calibration_data", ["for 2100 windows", "--nsamples"]),

@@ -60,7 +60,7 @@ def test_ranks_share_out_what_is_trained() -> None:
     blocks = one.stages["train"]["teacher"]
     assert two.stages["train"]["teacher"] == pytest.approx(blocks / 2 + blocks / 32, rel=1e-6)
     assert "teacher" not in two.stages["measure"]  # it is on the disk
-    with pytest.raises(UserError, match="or 2 such cards by torchrun [(]51.6 GiB each[)]$"):
+    with pytest.raises(UserError, match="or 2 such cards with torchrun [(]51.6 GiB each[)][.]$"):
         one.check()
 
 

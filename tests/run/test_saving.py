@@ -43,7 +43,7 @@ def check_saved(done: Done, *words: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "content", ["is a file", "holds thesis.tex", "a disk is mounted there", "is a link; name "]
+    "content", ["is a file", "holds thesis.tex", "a disk is mounted there", "it is a link. Name "]
 )
 def test_a_target_that_is_not_new_is_refused_at_once(
     content: str, given: list, no_weights: None, monkeypatch: pytest.MonkeyPatch

@@ -126,5 +126,5 @@ def test_refused() -> None:
 def test_a_table_that_is_read_otherwise_afterwards_is_refused(monkeypatch) -> None:
     """The model reads its padding for an image's token, whatever has that id now."""
     monkeypatch.setattr("lib.model.rows._renumber_", lambda *args: None)
-    with pytest.raises(UserError, match="a table that is read otherwise now"):
+    with pytest.raises(UserError, match="a table that trimming would break"):
         keep_rows_(tiny.REFUSED["Gemma 4 multimodal"](), torch.arange(tiny.VOCAB).flip(0))

@@ -252,6 +252,6 @@ def test_what_trimming_costs_is_measured_on_the_same_bytes(alone: tuple[Done, Pa
 def test_text_that_is_too_little_is_warned_of(place: Path, tmp_path: Path) -> None:
     """Text of another language cuts the test text into bytes; few documents do not."""
     other = call(*TRIM, "--vocabulary_data", "en", "--eval_data", "uk", "--save", tmp_path / "en")
-    assert other.status == 0 and "Give more text of the language" in other.out
+    assert other.status == 0 and "Give more text in the language" in other.out
     found = results(tmp_path / "en")["vocabulary"]
     assert found["bits_per_byte_trimmed"] > 1.02 * found["bits_per_byte_original"]

