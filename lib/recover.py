@@ -328,13 +328,13 @@ class Recoverer:
             f"learning rate {schedule.rate:.3g}{alone}",
             *(
                 f"recovery: a step has {schedule.windows} windows, not {schedule.windows_alone}, "
-                f"as {schedule.ranks} ranks share it; the learning rate does not depend on that"
+                f"since {schedule.ranks} ranks share it; the learning rate stays the same"
                 for _ in range(schedule.windows > schedule.windows_alone)
             ),
             *self._shared_out(),
             *(
-                f"recovery: {source['name']} has {source['windows']} windows of training text, "
-                f"which are read {source['passes']} times"
+                f"recovery: {source['passes']} passes over {source['windows']} windows of "
+                f"{source['name']}"
                 for source in self.text.facts["sources"]
                 if source["passes"] > 1
             ),
@@ -343,11 +343,11 @@ class Recoverer:
     def _shared_out(self) -> list[str]:
         size = self.runner.dist.size
         if not self.sharded:
-            line = f"recovery: blocks share weights, so each of {size} ranks holds all of them"
+            line = f"recovery: blocks share weights, so each of {size} ranks holds all weights"
             return [line] * (size > 1)
         whole = [part.parameter.numel() for part in self.parts.values() if part.dim is None]
-        but = f", except {len(whole)} tensors of {sum(whole):,}, which each holds whole"
-        return [f"recovery: {size} ranks share the weights out{but * bool(whole)}"]
+        but = f", except {len(whole)} tensors with {sum(whole):,} weights"
+        return [f"recovery: {size} ranks share the trained weights{but * bool(whole)}"]
 
     @property
     def scales(self) -> dict[str, Tensor]:
@@ -482,7 +482,8 @@ class Recoverer:
             if not self.strict or "deterministic" not in str(error):
                 raise
             self.strict = False
-            print(f"recovery: two runs may differ: {str(error).split(',')[0]}", flush=True)
+            reason = str(error).partition(",")[0]
+            print(f"recovery: it is not reproducible, since {reason}", flush=True)
             loss = self._accumulate_(step)
         apart, alike = self.gradient[: self.apart], self.gradient[self.apart :]
         squares = apart.square().sum()

@@ -101,11 +101,11 @@ class DistContext:
                 if other.get(name) != facts.get(name):
                     raise UserError(
                         f"{name}: rank {self.rank} has {facts.get(name)!r}, rank {rank} has "
-                        f"{other.get(name)!r}; start all with the same flags, data and packages"
+                        f"{other.get(name)!r}. Start all with the same flags, data and packages."
                     )
 
     def check_alike(self, check: Callable[[], object]) -> None:
-        """Call `check` in all ranks; where it raises UserError in one, it is raised in all."""
+        """Call `check` in all ranks; a UserError in one is raised in all."""
         problem = None
         try:
             check()
@@ -138,8 +138,8 @@ class DistContext:
         except RuntimeError as error:
             who = f"rank {1 - self.rank}" if self.size == 2 else "another rank"
             raise UserError(
-                f"rank {self.rank} of {self.size}: {who} is gone or does not answer "
-                f"({_reason(error)}); all end, and the first to fail says why"
+                f"rank {self.rank} of {self.size}: {who} has ended or does not answer "
+                f"({_reason(error)}). All ranks stop; the first error printed is the cause."
             ) from error
 
     def _join(self) -> None:
@@ -162,8 +162,8 @@ class DistContext:
         except (RuntimeError, ValueError) as error:
             host, port = os.environ.get("MASTER_ADDR"), os.environ.get("MASTER_PORT")
             raise UserError(
-                f"WORLD_SIZE {self.size}: rank {self.rank} can't reach the others at MASTER_ADDR "
-                f"{host}, MASTER_PORT {port} ({_reason(error)}); start all with torchrun"
+                f"WORLD_SIZE {self.size}: rank {self.rank} cannot reach the others at MASTER_ADDR "
+                f"{host}, MASTER_PORT {port} ({_reason(error)}). Start all with torchrun."
             ) from error
 
 
@@ -185,7 +185,7 @@ def local_device(device: torch.device) -> torch.device:
     index = device.index + local
     if index >= count:
         raise UserError(
-            f"--device {device}: rank {local} of this machine needs {device.type}:{index}, which "
-            "it lacks; start as many ranks as it has GPUs"
+            f"--device {device}: this machine lacks {device.type}:{index}, which its rank {local} "
+            "needs. Start as many ranks as it has GPUs."
         )
     return torch.device(device.type, index)

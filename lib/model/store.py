@@ -312,9 +312,8 @@ class FileBlockStore(BlockStore):
                 with safe_open(file, framework="pt") as stored:
                     tensors |= {path: stored.get_tensor(name) for path, name in names.items()}
             except (OSError, SafetensorError) as error:
-                raise UserError(
-                    f"--model: block {index} can't be read from {file}: {error}"
-                ) from error
+                problem = f"block {index} cannot be read from {file} ({error})"
+                raise UserError(f"--model: {problem}. Check the disk.") from error
         return tensors
 
     def _each(self, index: int) -> Iterator[tuple[str, Tensor, Tensor]]:

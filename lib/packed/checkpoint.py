@@ -37,7 +37,7 @@ FORMAT = "packed-bitmask"
 VERSION = 2
 # printed by a transformers that does not know the format: "Unknown quantization type, got ..."
 METHOD = f"{FORMAT} (run `import {PACKAGE}` first)"
-OTHER = "the file is damaged or belongs to another checkpoint"
+OTHER = "Copy the right file again"
 
 
 class PackedConfig(QuantizationConfigMixin):
@@ -65,11 +65,12 @@ class PackedConfig(QuantizationConfigMixin):
         for right, problem in (
             (
                 (format, version) == (FORMAT, VERSION) and bits != 8,
-                f"names {format!r}, version {version!r}, bits {bits!r}: this reads {FORMAT!r}, "
-                f"version {VERSION}, bits 16 and 4; unpack it with the langprune that wrote it",
+                f"names {format!r}, version {version!r}, bits {bits!r}, and only {FORMAT!r}, "
+                f"version {VERSION}, bits 16 and 4 can be read. Unpack it with the langprune that "
+                "wrote it.",
             ),
-            (fmt and group == fmt.group and not unknown, f"has {entries}: it is damaged"),
-            (sizes, "must give [out, in, kept] of `linears` and [rows, width] of `embeddings`"),
+            (fmt and group == fmt.group and not unknown, f"has {entries}. Copy config.json again."),
+            (sizes, "lacks [out, in, kept] of `linears` or [rows, width] of `embeddings`."),
         ):
             if not right:
                 raise PackedError(f"quantization_config {problem}")
@@ -101,8 +102,8 @@ class PackedQuantizer(HfQuantizer):
                 sparse = SparseLinear(linear, nnz, PACKED[config.bits])
             if not sparse or [sparse.out_features, sparse.in_features] != size:
                 raise PackedError(
-                    f"quantization_config: {name} of {size} is no linear of this "
-                    f"{type(model).__name__}; config.json belongs to another model"
+                    f"quantization_config: {name} of {size} is not a linear layer of this "
+                    f"{type(model).__name__}. Use the config.json of this model."
                 )
             model.set_submodule(name, sparse)
         if config.embeddings:
@@ -111,7 +112,7 @@ class PackedQuantizer(HfQuantizer):
             if sizes != config.embeddings:
                 raise PackedError(
                     f"quantization_config: `embeddings` is {config.embeddings}, but this model has "
-                    f"{sizes}; config.json belongs to another checkpoint"
+                    f"{sizes}. Use the config.json of this model."
                 )
         files = check_files(checkpoint_files or [], config)
         for name in (*config.linears, *(config.embeddings or ())):
@@ -179,7 +180,7 @@ def check_files(files: Iterable[str], config: PackedConfig) -> dict[str, str]:
     file_of: dict[str, str] = {}
     for file in files:
         if Path(file).suffix != ".safetensors":
-            raise PackedError(f"{file}: only safetensors files are read; save the model again")
+            raise PackedError(f"{file}: only safetensors files are read. Save the model again.")
         try:
             with safe_open(file, framework="pt") as tensors:
                 for key in sorted(wanted.keys() & set(tensors.keys())):
@@ -187,16 +188,16 @@ def check_files(files: Iterable[str], config: PackedConfig) -> dict[str, str]:
                     header, (shape, dtype) = tensors.get_slice(key), wanted[key]
                     stored = tuple(header.get_shape())
                     if stored != shape:
-                        raise PackedError(f"{file}: {key} is {stored}, not {shape}; {OTHER}")
+                        raise PackedError(f"{file}: {key} is {stored}, not {shape}. {OTHER}.")
                     kind = header[:0].dtype
                     if kind != dtype if dtype else not kind.is_floating_point:
                         right = dtype or "floating point"
-                        raise PackedError(f"{file}: {key} is {kind}, not {right}; {OTHER}")
+                        raise PackedError(f"{file}: {key} is {kind}, not {right}. {OTHER}.")
         except SafetensorError as error:
-            raise PackedError(f"{file}: cut short or damaged ({error}); copy it again") from None
+            raise PackedError(f"{file}: it is damaged ({error}). Copy it again.") from None
     missing = sorted(wanted.keys() - file_of.keys())
     if missing:
-        raise PackedError(f"the checkpoint lacks {missing[0]}: a file is damaged or of another one")
+        raise PackedError(f"the checkpoint lacks {missing[0]}. {OTHER}.")
     return file_of
 
 
@@ -231,7 +232,7 @@ def pack_embeddings_(model: PreTrainedModel) -> list[str]:
 
 
 def _dense_embeddings(model: PreTrainedModel) -> tuple[nn.Embedding, nn.Linear | None]:
-    """Return embedding and head. PackedError if one is of a class that can't be packed."""
+    """Return embedding and head. PackedError if one is of a class that cannot be packed."""
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
     plain = head is None or getattr(type(head), "forward", None) is nn.Linear.forward
     for what, module, fine in (
@@ -240,7 +241,8 @@ def _dense_embeddings(model: PreTrainedModel) -> tuple[nn.Embedding, nn.Linear |
     ):
         if not fine:
             kind = type(module).__name__
-            raise PackedError(f"{type(model).__name__} has {what} of class {kind}: not packed")
+            problem = f"{type(model).__name__} has {what} of class {kind}"
+            raise PackedError(f"{problem}, which cannot be packed")
     return embedding, head
 
 
@@ -259,7 +261,7 @@ def _replace_embeddings_(model: PreTrainedModel, tied: bool) -> dict[str, Packed
 def card_lines(folder: str, kind: str = "AutoModelForCausalLM") -> list[str]:
     """Return the lines that load a packed checkpoint as `kind`, for its model card."""
     return [
-        f"import {PACKAGE}  # teaches transformers the packed form",
+        f"import {PACKAGE}  # registers the packed format with transformers",
         f"from transformers import {kind}",
         f"model = {kind}.from_pretrained({folder!r})",
     ]

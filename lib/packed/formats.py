@@ -44,7 +44,7 @@ CODES, NEAREST = CODES.to(torch.uint8), LEVELS[CODES]
 def check_finite(matrix: Tensor, bits: int) -> None:
     """PackedError where a matrix holds what no integer stands for."""
     if not all_finite(matrix):
-        raise PackedError(f"{bits} bits: a weight is nan or inf, which integers can't hold")
+        raise PackedError(f"{bits} bits: a weight is nan or inf, which integers cannot hold")
 
 
 class Values:

@@ -76,7 +76,7 @@ def _load() -> bool:
 
         operator = torch.ops.packed_bitmask.linear.default
     except Exception as error:
-        line = "packed linears run unpacked, slowly: their kernels can't be built: "
+        line = "packed linear layers run unpacked, slowly, since their kernels cannot be built: "
         warnings.warn(line + _compiler_error(error), PackedWarning, stacklevel=3)
         return False
     return True
@@ -89,14 +89,14 @@ def _load_or_build() -> None:
     folder = Path(base) / f"packed_bitmask-{os.geteuid()}"
     folder.mkdir(parents=True, exist_ok=True, mode=0o700)
     if folder.is_symlink() or folder.stat().st_uid != os.geteuid() or folder.stat().st_mode & 0o022:
-        raise PermissionError(f"{folder} is not your own, or others may write there")
+        raise PermissionError(f"{folder} belongs to another user, or others can write there")
     library = folder / f"packed_{digest}.so"
     try:
         return torch.ops.load_library(library)
     except OSError:  # missing or incomplete
         from torch.utils.cpp_extension import load
 
-    print("building the kernels of packed linears, once (up to a minute)", file=sys.stderr)
+    print("building the kernels for packed weights, once (up to a minute)", file=sys.stderr)
     logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)  # hides a long "not g++"
     # finds the ninja of a virtual environment that is not activated
     os.environ["PATH"] = os.pathsep.join(
@@ -115,5 +115,5 @@ def _compiler_error(error: Exception) -> str:
     first, *output = str(error).strip().splitlines() or [""]
     wrong = [line.strip() for line in output if "error:" in line or "not found" in line]
     if first.startswith("Error building extension") and wrong:
-        return f"{wrong[0]}; install a C++ compiler (g++)"
+        return f"{wrong[0]}. Install a C++ compiler (g++)."
     return f"{type(error).__name__}: {first}" if first else type(error).__name__

@@ -51,7 +51,7 @@ class PackedModule(nn.Module):
         return self._dtype
 
     def check(self) -> None:
-        """Raise PackedError, naming the module, if its tensors don't fit together.
+        """Raise PackedError, naming the module, if its tensors do not fit together.
 
         Tensors on the meta device, because they are on disk, are checked by the first call after
         loading. Valid tensors are not checked again.
@@ -61,7 +61,7 @@ class PackedModule(nn.Module):
             return
         if problem := self._problem():
             name = self.source or type(self).__name__
-            raise PackedError(f"{name}: packed {problem}: it is damaged; save or copy it again")
+            raise PackedError(f"{name}: packed {problem}. Save or copy it again.")
         self.checked = True
 
     def multiply(self, x: Tensor) -> Tensor:
@@ -231,11 +231,12 @@ class SparseLinear(PackedModule):
                 return kernels.linear(x, mask, weight, offsets, scale, bias)
         if x.requires_grad and torch.is_grad_enabled():
             raise RuntimeError(
-                "packed linears compute no gradients: run under torch.no_grad(), or train the "
-                "dense model that `model.dequantize()` gives"
+                "packed linear layers compute no gradients. Run under torch.no_grad(), or train "
+                "the dense model that `model.dequantize()` returns."
             )
         if self.weight.is_meta and not x.is_meta:  # its operator would return anything
-            raise RuntimeError(f"{self.source or 'a packed linear'}: its weight is not in memory")
+            name = self.source or "a packed linear layer"
+            raise RuntimeError(f"{name}: its weight is not in memory")
         if not self.checked:
             self.check()
         if self.offsets.is_meta and not self.mask.is_meta:  # the mask was fetched

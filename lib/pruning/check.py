@@ -36,12 +36,13 @@ class Measured:
                 zeros = sum(zero[:, column::m].byte() for column in range(m))
                 if short := int((zeros < n).count_nonzero()):
                     groups = zero.numel() // m
-                    raise UserError(f"{name}: {short} of {groups} groups are not {n}:{m}")
+                    problem = f"{short} of {groups} groups are not {n}:{m}"
+                    raise UserError(f"{name}: {problem}. Please report this.")
             # methods round counts down, once per row or block of columns
             elif ratio * zero.numel() - self.zeros[name] > max(linear.shape):
                 raise UserError(
-                    f"{name}: only {zero.float().mean():.4f} of its weights are zero, "
-                    f"{ratio:g} was requested"
+                    f"{name}: only {zero.float().mean():.4f} of its weights are zero, but "
+                    f"{ratio:g} was requested. Please report this."
                 )
 
     @property
@@ -58,5 +59,6 @@ class Measured:
         now = Measured(runner, self.target, self.left_dense)
         for name, zeros in self.zeros.items():
             if now.zeros[name] < zeros:
-                raise UserError(f"{name}: has lost {zeros - now.zeros[name]} zeros; report this")
+                lost = zeros - now.zeros[name]
+                raise UserError(f"{name}: it has lost {lost} zeros. Please report this.")
         return now

@@ -45,7 +45,7 @@ def text_windows(
     Raises UserError if they are too short.
     """
     if tokenizer is None:
-        raise UserError("tokenizer: texts need one; give it, or windows of token ids")
+        raise UserError("tokenizer: texts require one. Give it, or windows of token ids.")
     order = random.Random(seed).sample(range(len(texts)), len(texts))
     pieces, total = [], 0
     for place in order:
@@ -54,8 +54,8 @@ def text_windows(
             total += len(pieces[-1])
     if total < count * seqlen:
         raise UserError(
-            f"texts: their {total} tokens are less than nsamples {count} windows of seqlen "
-            f"{seqlen}; give more, or less of these"
+            f"texts: their {total} tokens are too few for nsamples {count} windows of seqlen "
+            f"{seqlen}. Give more text, or lower one of these."
         )
     return torch.cat(pieces)[: count * seqlen].view(count, seqlen)
 
@@ -66,7 +66,7 @@ def runner_of(
 ) -> Iterator[BlockRunner]:
     """Yield a runner of the model's blocks in place; afterwards the model's modes are restored.
 
-    Raises UserError if they can't run one by one, are not finite, or too narrow for the pattern.
+    Raises UserError if they cannot run one by one, are not finite, or too narrow for the pattern.
     """
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
     training, device = model.training, next(model.parameters()).device

@@ -177,8 +177,8 @@ def merge(
     experts = [linear.name for linear in stage if linear.expert is not None]
     if experts and not reached.intersection(experts):
         raise UserError(
-            f"{experts[0]} and all experts beside it: no calibration token was routed to them; "
-            "use more or other text (--calibration_data, --nsamples)"
+            f"{experts[0]} and all experts beside it: no calibration token was routed to them. "
+            "Use more or other text (--calibration_data, --nsamples)."
         )
     tokens.update({(name,): 0 for name in experts if name not in reached})
     merged = []
@@ -220,14 +220,14 @@ def first_names(runner: BlockRunner) -> dict[str, str]:
 
 
 def check_widths(blocks: nn.ModuleList, blocks_name: str, sparsity: Sparsity) -> None:
-    """Raise UserError naming the first layer that can't have the N:M pattern; needs no weights."""
+    """Raise UserError naming the first layer that cannot have the N:M pattern."""
     for index, block in enumerate(blocks) if sparsity.m else ():
         for linear in find_linears(block, f"{blocks_name}.{index}")[0]:
             if linear.shape[1] % sparsity.m:
                 raise UserError(
                     f"--sparsity_type {sparsity.n}:{sparsity.m}: {linear.name} has "
-                    f"{linear.shape[1]} inputs, not a multiple of {sparsity.m}; use "
-                    "--sparsity_type unstructured"
+                    f"{linear.shape[1]} inputs, not a multiple of {sparsity.m}. Use "
+                    "--sparsity_type unstructured."
                 )
 
 

@@ -50,7 +50,7 @@ def unpacked(masks: Packed) -> dict[str, Tensor]:
 def check_new_file(flag: str, file: str) -> None:
     """Raise UserError if a file of masks could not be written."""
     if Path(file).is_dir():
-        raise UserError(f"{flag} {file}: is a folder; name a file, such as masks.safetensors")
+        raise UserError(f"{flag} {file}: it is a folder. Name a file, such as masks.safetensors.")
     check_writable(flag, str(Path(file).parent))
 
 
@@ -76,4 +76,6 @@ def read_masks(file: str | Path) -> dict[str, Tensor]:
             masks = {name: (tuple(shapes[name]), opened.get_tensor(name)) for name in opened.keys()}
         return unpacked(masks)
     except (OSError, SafetensorError, KeyError, ValueError) as error:
-        raise UserError(f"{file}: not a file that --save_masks has written ({error})") from error
+        raise UserError(
+            f"{file}: --save_masks did not write it ({error}). Name another."
+        ) from error

@@ -39,7 +39,7 @@ CASES = {
 }
 FILES = ("wanda", "offloaded", "packed", "recovered")  # where machines matter
 EXACT = ("wanda", "experts", "one window", "offloaded", "packed")
-SECOND_IS_GONE = r"error: rank 0 of \d: (rank 1|another rank) is gone or does not answer \(.*"
+SECOND_IS_GONE = r"error: rank 0 of \d: (rank 1|another rank) has ended or does not answer \(.*"
 pytestmark = pytest.mark.usefixtures("at_place")
 
 
@@ -209,7 +209,7 @@ def test_launchers_that_start_too_few(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MASTER_PORT", "29500")
     monkeypatch.setenv("RANK", "0")
     monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(UserError, match="MASTER_ADDR None.*start all with torchrun"):
+    with pytest.raises(UserError, match="MASTER_ADDR None.*Start all with torchrun"):
         DistContext(torch.device("cpu"))
 
 
@@ -221,7 +221,7 @@ def test_the_others_are_out_of_reach(rank: int, monkeypatch: pytest.MonkeyPatch)
         place = dict(RANK=rank, WORLD_SIZE=2, MASTER_ADDR="127.0.0.1")
         for name, value in (place | dict(MASTER_PORT=port.getsockname()[1])).items():
             monkeypatch.setenv(name, str(value))
-        with pytest.raises(UserError, match=f"rank {rank} can't reach the others at MASTER"):
+        with pytest.raises(UserError, match=f"rank {rank} cannot reach the others at MASTER"):
             DistContext(torch.device("cpu"))
 
 

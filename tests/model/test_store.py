@@ -134,7 +134,7 @@ def test_a_shard_that_is_damaged_in_the_middle_of_the_run(
     with at("pruning", 1, break_it):
         done = prune(tmp_path / "sharded", tmp_path, "--offload_folder", tmp_path / "away")
     [line] = done.complaints
-    assert done.status == 1 and name in line and "can't be read from" in line
+    assert done.status == 1 and name in line and "cannot be read from" in line
     assert not (tmp_path / "model").exists() and (tmp_path / "away" / "job.json").exists()
 
 

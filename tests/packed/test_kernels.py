@@ -203,7 +203,9 @@ def test_without_a_working_compiler_one_line_says_so(there, reason, tmp_path):
         compiler.chmod(0o700)
     *lines, ready = reported(tmp_path, CXX=str(compiler))
     [line] = [line for line in lines if "run unpacked, slowly" in line]
-    assert ready == "False False" and line.endswith(f"{reason}; install a C++ compiler (g++)"), line
+    assert ready == "False False" and line.endswith(f"{reason}. Install a C++ compiler (g++)."), (
+        line
+    )
     assert not any("WARNING" in line for line in lines)
 
 
@@ -215,4 +217,4 @@ def test_what_was_built_is_found_again_in_a_folder_of_ones_own(tmp_path):
     assert reported(tmp_path, CXX="/none") == ["True True"]
     folder.chmod(0o777)  # whoever can write there could have put another library there
     *lines, ready = reported(tmp_path, CXX="/none")
-    assert ready == "False False" and "others may write" in " ".join(lines)
+    assert ready == "False False" and "others can write" in " ".join(lines)

@@ -115,7 +115,9 @@ def test_the_number_left_is_a_multiple(width: int, ratio: float, left: int) -> N
 
 
 def test_a_ratio_that_removes_nothing_is_refused() -> None:
-    with pytest.raises(UserError, match="--sparsity_ratio 0.05: of 64 neurons .* multiple of 8"):
+    with pytest.raises(
+        UserError, match="--sparsity_ratio 0.05: it removes none of the 64 neurons .* multiple of 8"
+    ):
         neurons_left(PartLayout(NEURONS, 64, "intermediate_size"), 0.05)
 
 

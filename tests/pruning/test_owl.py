@@ -159,7 +159,7 @@ def test_files_that_do_not_fit_are_refused() -> None:
         (json.dumps(good | {names[3]: "half"}), "", f"{names[3]} is 'half'", "a number"),
         (json.dumps(good), "--sparsity_ratio 0.6", "0.5 of all weights", "--sparsity_ratio is 0.6"),
         (json.dumps(dict.fromkeys(names, 0.45)), "--sparsity_type 4:8", "a multiple of 1/8"),
-        ("{", "", "can't be read as JSON"),
+        ("{", "", "it is not JSON"),
     ]
     for text, flags, *words in cases:
         Path("layers.json").write_text(text)
@@ -167,7 +167,7 @@ def test_files_that_do_not_fit_are_refused() -> None:
         assert done.status == 1 and len(done.complaints) == 1, done.err
         assert all(word in done.complaints[0] for word in words), done.complaints
     done = call(*GIVEN, "--allocation", "none.json")
-    assert done.status == 1 and "can't be read" in done.complaints[0]
+    assert done.status == 1 and "it is not JSON" in done.complaints[0]
     done = call(*GIVEN, "--allocation", "nosuch")
     assert done.status == 2 and "uniform, error, owl or FILE.json" in done.complaints[0]
     done = call(*GIVEN, "--allocation", "owl", "--sparsity_type", "2:4")

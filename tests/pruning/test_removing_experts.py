@@ -144,7 +144,7 @@ def test_how_many_stay(count, chosen, groups, ratio, left) -> None:
 @pytest.mark.parametrize("name", ["Llama", "JetMoE"])
 def test_models_without_such_experts_are_refused(name: str) -> None:
     model = tiny.ALL[name]()
-    with pytest.raises(UserError, match="--sparsity_type experts: .*; use --sparsity_type unstr"):
+    with pytest.raises(UserError, match="--sparsity_type experts: .*[.] Use --sparsity_type unstr"):
         pruned(model, "reap", windows(2), 3)
 
 

@@ -118,7 +118,7 @@ def test_masks_come_back_from_a_file(tmp_path: Path) -> None:
     assert torch.equal(unpacked(odd)["a"], torch.eye(3, 5).bool())
     Path(tmp_path / "text").write_text("no")
     for wrong in ("text", "none"):
-        with pytest.raises(UserError, match=f"{wrong}: not a file that --save_masks has written"):
+        with pytest.raises(UserError, match=f"{wrong}: --save_masks did not write it"):
             read_masks(tmp_path / wrong)
 
 
@@ -155,7 +155,7 @@ def test_lost_zeros_are_told_to_the_user() -> None:
     prune_(runner, "magnitude", Sparsity(0.5, 2, 4))
     reached = Measured(runner)
     runner.model.model.layers[0].mlp.up_proj.weight.data[0] = 1
-    with pytest.raises(UserError, match="model.layers.0.mlp.up_proj: has lost 16 zeros"):
+    with pytest.raises(UserError, match="model.layers.0.mlp.up_proj: it has lost 16 zeros"):
         reached.again(runner)
 
 
@@ -190,8 +190,8 @@ def test_prune_reads_texts() -> None:
         found.append(model.model.layers[0].mlp.up_proj.weight)
     assert torch.equal(found[0], found[1]) and not torch.equal(found[0], found[2])
     for words, options in (
-        ("tokenizer: texts need one", {}),
-        ("less than nsamples 128 windows", dict(tokenizer=tokenizer, seqlen=64)),
+        ("tokenizer: texts require one", {}),
+        ("too few for nsamples 128 windows", dict(tokenizer=tokenizer, seqlen=64)),
     ):
         with pytest.raises(UserError, match=words):
             prune(tiny.tiny_llama(), texts, **options)

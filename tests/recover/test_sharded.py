@@ -87,7 +87,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def left_by(size: int, cases: tuple[str, ...], place: Path, where: str) -> str:
     done = ended(together(size, [flags(case, where) for case in cases], place))
     assert [one.status for one in done] == [0] * size, [one.err for one in done]
-    assert done[0].out.count(f"recovery: {size} ranks share the weights out") == len(cases)
+    assert done[0].out.count(f"recovery: {size} ranks share the trained weights") == len(cases)
     assert [(one.out, one.err) for one in done[1:]] == [("", "")] * (size - 1)
     return where
 
