@@ -40,7 +40,7 @@ def run(job: Job) -> dict[str, Any]:
         cleanup.callback(steps.close_store, job)
         runner = steps.load(job, cleanup, job.outcome.folder)
         results |= steps.base_results(job, runner)
-        if plan.rounds:
+        if plan.quantizes:
             steps.check_zeros(job, runner)
         if plan.trims:
             steps.trim(job, runner)
@@ -52,15 +52,15 @@ def run(job: Job) -> dict[str, Any]:
             completions.generate("dense", dense.model)
             reference = steps.dense_reference(job, dense)
             del dense  # a teacher takes the memory of a whole model
-        untouched = steps.first_logits(job, runner) if plan.narrows else None
+        untouched = steps.first_logits(job, runner) if plan.fake_quantizes else None
         reached = steps.prune(job, runner)
-        unrounded = steps.first_logits(job, runner) if plan.rounds and plan.packs else None
-        starts = steps.quantize(job, runner, reached) if plan.rounds else {}
+        unrounded = steps.first_logits(job, runner) if plan.quantizes and plan.packs else None
+        starts = steps.quantize(job, runner, reached) if plan.quantizes else {}
         scales = None
         if plan.tokens:
             scales = steps.recover(job, runner, teacher, reached, starts, reference)
         del teacher, starts
-        if plan.narrows:
+        if plan.fake_quantizes:
             steps.check_quantized(job, runner, untouched)
         if plan.packs:
             steps.pack(job, runner, scales, unrounded)

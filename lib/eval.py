@@ -49,7 +49,7 @@ def perplexities(
     `perplexity`: exp of the mean over windows of each window's mean negative log-likelihood, with
     its `standard_error` from the spread over windows (nan for a single one). `nats`: the sum over
     all predicted tokens. With `reference`, over `compared_windows` windows: `dense_nats` and
-    `own_nats`, both models' mean negative log-likelihood per token. `dense_sum_nats`: the dense
+    `model_nats`, both models' mean negative log-likelihood per token. `dense_sum_nats`: the dense
     model's sum. `loss_change`: the mean of their difference per window. `kl`: the mean KL(dense ||
     model) in nats per token. `top1_agreement`: the share of positions with the same most likely
     token. The last three have standard errors. `only_compared`: all figures are for these windows.
@@ -116,7 +116,7 @@ def _means(
         means["compared_windows"] = len(chosen)
         means["dense_nats"] = dense[chosen].mean().item()
         means["dense_sum_nats"] = (dense * counts.to(dense.device))[chosen].sum().item()
-        means["own_nats"] = losses[chosen].mean().item()
+        means["model_nats"] = losses[chosen].mean().item()
     return means
 
 

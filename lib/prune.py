@@ -28,7 +28,7 @@ from .methods.base import PruningMethod
 from .methods.registry import method_of
 from .methods.sparsity import UNSTRUCTURED, Sparsity
 from .model.blocks import BlockRunner, HiddenStates
-from .model.linears import experts_by, find_linears
+from .model.linears import experts_implementation, find_linears
 from .model.matrix import PrunableLinear
 from .model.pretrained import window_length
 from .model.run_folder import PRUNED
@@ -37,7 +37,7 @@ from .pruning.allocation import Allocation, allocate
 from .pruning.check import Measured
 from .pruning.errors import relative_error
 from .pruning.in_memory import Pruned, runner_of, text_windows
-from .pruning.inputs import BlockNotes, Group, merge, observe, own_windows, weight_key
+from .pruning.inputs import BlockNotes, Group, merge, observe, rank_windows, weight_key
 from .pruning.masks import packed_masks
 from .pruning.ordered import OrderedBlock, Stage, known_order
 from .util.errors import RunWarning, UserError
@@ -150,9 +150,9 @@ class Pruner:
         is not finite.
         """
         runner = self.runner
-        with experts_by(runner.model, "eager"):
+        with experts_implementation(runner.model, "eager"):
             if self.method.observes:
-                local, self.idle = own_windows(windows, self.dist)
+                local, self.idle = rank_windows(windows, self.dist)
                 self.states = runner.capture(local)
             if self.method.dense_stream:
                 self.dense_states = self.states.copy()

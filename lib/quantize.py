@@ -16,7 +16,7 @@ from torch import Tensor
 from .methods.gptq import GPTQ, Start
 from .model.blocks import BlockRunner
 from .model.matrix import PrunableLinear, SaveDtypes
-from .model.run_folder import ROUNDED, START, of_block
+from .model.run_folder import QUANTIZED, START, of_block
 from .packed.formats import Grid, Int4
 from .packed.linear import why_dense
 from .prune import UNREACHED, Pruner, first_of
@@ -74,7 +74,7 @@ class Quantizer(Pruner):
     grid. If ranks share the training, it holds this rank's part of them.
     """
 
-    stage = ROUNDED
+    stage = QUANTIZED
     fallback = "nearest"
 
     def __init__(

@@ -53,7 +53,7 @@ from .util.errors import UserError
 TARGET_STEPS = 256  # optimizer steps, subject to the limits of a step below
 LEAST, MOST = 2**8, 2**16  # tokens per step
 RATE = 0.6  # see `default_rate`
-ROUNDED_RATE = 0.25  # factor if nothing was pruned: quantization costs little, more adds noise
+QUANTIZED_RATE = 0.25  # factor if nothing was pruned: quantization costs little, more adds noise
 CROSS_ENTROPY = 0.2  # default weight of the cross-entropy term
 WARM_UP = 0.1  # share of the steps
 LAST_RATE = 0.05  # learning rate at the end, as a share of the peak
@@ -125,13 +125,13 @@ def default_rate(
     return RATE * (squares / max(count, 1)) ** 0.5 / (width**0.5 * blocks)
 
 
-class Whole:
+class FullRank:
     """Trains every weight of a parameter; in a matrix only the weights that are not zero.
 
-    If ranks share the parameter out along `dim`, all tensors here are this rank's part; leaves that
-    are `alike` are the same in every rank. `dtype` is the save dtype. For a quantized parameter,
-    `start` is (master weights, grid), and the parameter holds the masters rounded to the grid. The
-    masters are taken over, as there is no memory for a copy.
+    If ranks share the parameter along `dim`, all tensors here are this rank's part, except leaves
+    that are `replicated`. `dtype` is the save dtype. For a quantized parameter, `start` is (master
+    weights, grid), and the parameter holds the masters rounded to the grid. The masters are not
+    copied, since memory would not suffice.
     """
 
     def __init__(
@@ -152,7 +152,7 @@ class Whole:
         self.leaves = self.begin(masters)  # trained tensors, float32
 
     @property
-    def alike(self) -> set[str]:
+    def replicated(self) -> set[str]:
         return {"master"} if self.dim is None else set()
 
     def begin(self, masters: Tensor) -> dict[str, Tensor]:
@@ -182,10 +182,10 @@ class Whole:
             held.copy_(values.to(self.dtype))
 
 
-class LowRank(Whole):
+class LowRank(FullRank):
     """Adds a trained update B A to a matrix (..., rows, columns) where it is not zero.
 
-    A is drawn and scaled so that a step moves a weight about as far as in `Whole`.
+    A is drawn and scaled so that a step moves a weight about as far as in `FullRank`.
     """
 
     def __init__(
@@ -202,7 +202,7 @@ class LowRank(Whole):
         super().__init__(parameter, True, dtype, start, dim)
 
     @property
-    def alike(self) -> set[str]:
+    def replicated(self) -> set[str]:
         """Ranks that share the rows of a matrix have one A; of a stack each has A and B."""
         if self.dim is None:
             return {"up", "down"}
@@ -236,7 +236,7 @@ def trained_parts(
     starts: dict[str, tuple[Tensor, Grid]] | None = None,
     rank: int | None = None,
     seed: int = 0,
-) -> dict[str, Whole]:
+) -> dict[str, FullRank]:
     """Return the trained parts by the parameters' names; parameters with two names once.
 
     These are the linear layers with zeros, all of them if `whole`, and the norms and biases of the
@@ -265,7 +265,7 @@ def trained_parts(
             if is_matrix and rank:
                 parts[name] = LowRank(parameter, dtype, start, rank, generator, dim, runner.dist)
             else:
-                parts[name] = Whole(parameter, is_matrix, dtype, start, dim)
+                parts[name] = FullRank(parameter, is_matrix, dtype, start, dim)
     return parts
 
 
@@ -305,7 +305,7 @@ class Recoverer:
             matrices = (local(part.parameter) for part in counted)
             dist = runner.dist if self.sharded else None
             rate = default_rate(matrices, width, len(runner.blocks), dist)
-            schedule = replace(schedule, rate=rate * (1 if schedule.pruned else ROUNDED_RATE))
+            schedule = replace(schedule, rate=rate * (1 if schedule.pruned else QUANTIZED_RATE))
         self.schedule = schedule
         self.trained = sum(part.parameter.numel() for part in self.parts.values())
         # off once an operation is not deterministic; sharded ranks cannot repeat a step
@@ -335,7 +335,7 @@ class Recoverer:
             *(
                 f"recovery: {source['passes']} passes over {source['windows']} windows of "
                 f"{source['name']}"
-                for source in self.text.facts["sources"]
+                for source in self.text.record["sources"]
                 if source["passes"] > 1
             ),
         ]
@@ -397,14 +397,14 @@ class Recoverer:
         weights = self.runner.weights
         finished = weights.finished_by_all() if self.sharded else weights.finished
         every = [
-            (kind in part.alike, leaf)
+            (kind in part.replicated, leaf)
             for part in self.parts.values()
             for kind, leaf in part.leaves.items()
         ]
         self.leaves = [leaf for _, leaf in sorted(every, key=itemgetter(0))]
-        self.apart = sum(leaf.numel() for alike, leaf in every if not alike)
+        self.n_sharded = sum(leaf.numel() for replicated, leaf in every if not replicated)
         sizes = [leaf.numel() for leaf in self.leaves]
-        # one buffer for all gradients, so that one sum over ranks serves those that are alike
+        # one buffer for all gradients, so that one sum over ranks serves those that are replicated
         self.gradient = torch.zeros(sum(sizes), device=self.runner.device)
         for leaf, gradient in zip(self.leaves, self.gradient.split(sizes), strict=True):
             leaf.grad = gradient.view_as(leaf)
@@ -485,12 +485,12 @@ class Recoverer:
             reason = str(error).partition(",")[0]
             print(f"recovery: it is not reproducible, since {reason}", flush=True)
             loss = self._accumulate_(step)
-        apart, alike = self.gradient[: self.apart], self.gradient[self.apart :]
-        squares = apart.square().sum()
-        self.runner.dist.sum_([alike, loss, squares])
+        sharded, replicated = self.gradient[: self.n_sharded], self.gradient[self.n_sharded :]
+        squares = sharded.square().sum()
+        self.runner.dist.sum_([replicated, loss, squares])
         if not math.isfinite(loss.item()):
             raise self._diverged(step, "the loss is")
-        norm = alike.norm()
+        norm = replicated.norm()
         if self.sharded:
             norm = (squares + norm.square()).sqrt()
         self.gradient *= (schedule.clip / (norm + 1e-6)).clamp(max=1.0)
@@ -567,7 +567,7 @@ class Recoverer:
         """Return the training loss and other figures on the held-out windows, in every rank."""
         held_out, weight = [self.text.held_out], self.schedule.ce_weight
         (figures,) = perplexities(self.runner, held_out, reference=self.reference)
-        text, kl = figures["own_nats"], figures["kl"]
+        text, kl = figures["model_nats"], figures["kl"]
         return {"loss": kl + weight * (text - kl), "perplexity": figures["perplexity"], "kl": kl}
 
     def _note(self, tokens: int, trained: float | None) -> None:

@@ -13,7 +13,7 @@ a config uses them. All other rows of the embedding and the head are removed, wh
 smaller in every engine.
 
     trimmed = trim_vocabulary(...)      reads no weights, returns the smaller tokenizer
-    trimmed.prove(sources)              checks that test texts decode to the same text
+    trimmed.verify(sources)              checks that test texts decode to the same text
     trimmed.hold_out(source, seqlen)    windows of a test text by both tokenizers, of equal bytes
     keep_rows_(model, trimmed.rows)     trims the model; check_same_outputs compares its logits
 """
@@ -39,7 +39,7 @@ from .data.chats import Document
 from .data.documents import pieces_of, read_documents
 from .data.samples import Sample, Windows, join, packed
 from .data.sources import Source
-from .data.templates import text_by
+from .data.templates import document_text
 from .data.tokenizer import FLAG, TrimmableTokenizer
 from .data.windows import sample_of, test_documents
 from .distributed.context import DistContext
@@ -75,13 +75,13 @@ class TrimmedVocabulary:
     """The smaller vocabulary.
 
     `rows` (rows,) holds the original row of each new one; rows beyond the tokenizer's ids have no
-    token. `facts` is the record for results.json.
+    token. `record` goes into results.json.
     """
 
     original_tokenizer: PreTrainedTokenizerBase
     tokenizer: PreTrainedTokenizerBase
     rows: Tensor
-    facts: dict[str, Any] = field(default_factory=dict)
+    record: dict[str, Any] = field(default_factory=dict)
     # windows by the original and by the trimmed tokenizer, and the number of bytes that count
     held_out: tuple[Windows, Windows, int] | None = None
 
@@ -91,7 +91,7 @@ class TrimmedVocabulary:
         hasher.update(self.tokenizer.backend_tokenizer.to_str().encode())
         return hasher.hexdigest()[:16]
 
-    def prove(self, sources: Iterable[Source]) -> list[str]:
+    def verify(self, sources: Iterable[Source]) -> list[str]:
         """Compare the tokenizers on the test texts, and return a line on each.
 
         Raises UserError if a text decodes differently.
@@ -103,7 +103,7 @@ class TrimmedVocabulary:
                 f"{FLAG}: the trimmed tokenizer decodes {texts[damaged - 1]!r}, a rare text, "
                 "differently. Leave the flag out."
             )
-        lines, self.facts["tests"] = [], []
+        lines, self.record["tests"] = [], []
         for source in sources:
             texts = test_documents(source, read_documents(source, "test")[0])
             test, damaged = self._compare(texts)
@@ -112,7 +112,7 @@ class TrimmedVocabulary:
                     f"its test document {damaged} decodes differently with the trimmed tokenizer. "
                     f"Leave {FLAG} out."
                 )
-            self.facts["tests"].append({"name": source.name} | test)
+            self.record["tests"].append({"name": source.name} | test)
             lines.append(
                 f"{source.name}: all {test['documents']} test documents decode to the same text, "
                 f"{test['alike']} have the same tokens, {test['rise']:+.2%} tokens"
@@ -143,7 +143,7 @@ class TrimmedVocabulary:
                     cut.append(sample)
         if size:
             self.held_out = (*(join(list(packed(cut, seqlen))) for cut in cuts), size)
-            self.facts["measured_on"] = {"name": source.name, "bytes": size}
+            self.record["measured_on"] = {"name": source.name, "bytes": size}
 
     @staticmethod
     def _sample(tokenizer: PreTrainedTokenizerBase, document: Document) -> Sample:
@@ -157,11 +157,11 @@ class TrimmedVocabulary:
 
     def record_cost(self, nats_original: float, nats_trimmed: float) -> list[str]:
         """Record both models' losses on `held_out`, summed in nats; return lines on the cost."""
-        facts, size = self.facts, self.held_out[-1]
+        record, size = self.record, self.held_out[-1]
         original, trimmed = (nats / math.log(2) / size for nats in (nats_original, nats_trimmed))
-        facts |= {"bits_per_byte_original": original, "bits_per_byte_trimmed": trimmed}
+        record |= {"bits_per_byte_original": original, "bits_per_byte_trimmed": trimmed}
         cost = trimmed / original - 1
-        name = facts["measured_on"]["name"]
+        name = record["measured_on"]["name"]
         lines = [
             f"trimming costs {cost:+.2%} bits per byte on {size:,} bytes of {name}: original "
             f"{original:.4f}, trimmed {trimmed:.4f}"
@@ -182,7 +182,7 @@ class TrimmedVocabulary:
         """
         n_documents = n_alike = n_before = n_after = 0
         damaged, old_ids = None, self.rows.tolist()
-        for batch in batches(text_by(self.original_tokenizer, each) for each in documents):
+        for batch in batches(document_text(self.original_tokenizer, each) for each in documents):
             cut, read = [], []  # ids and decoded texts of both tokenizers
             for tokenizer in (self.original_tokenizer, self.tokenizer):
                 cut.append(encode_all(tokenizer, batch))
@@ -200,19 +200,19 @@ class TrimmedVocabulary:
         return record | {"tokens": n_after, "rise": rise}, damaged
 
     def summary(self) -> str:
-        facts = self.facts
-        reserved = f", {facts['reserved']} reserved ones are removed" if facts["reserved"] else ""
+        record = self.record
+        reserved = f", {record['reserved']} reserved ones are removed" if record["reserved"] else ""
         line = (
-            f"vocabulary: {facts['rows']} of {facts['rows_before']} rows stay, "
-            f"{facts['tokens']} of {facts['tokens_before']} tokens{reserved}; the texts use "
-            f"{facts['used']}"
+            f"vocabulary: {record['rows']} of {record['rows_before']} rows stay, "
+            f"{record['tokens']} of {record['tokens_before']} tokens{reserved}; the texts use "
+            f"{record['used']}"
         )
-        if not facts["likely"]:
+        if not record["likely"]:
             return line
         why = "the texts are too short to hold any out"
-        if facts["rise"] is not None:
-            why = f"held-out text took {facts['rise']:+.2%} tokens without them"
-        return f"{line}, and {facts['likely']} likely ones are kept, since {why}"
+        if record["rise"] is not None:
+            why = f"held-out text took {record['rise']:+.2%} tokens without them"
+        return f"{line}, and {record['likely']} likely ones are kept, since {why}"
 
 
 def trim_vocabulary(
@@ -254,7 +254,7 @@ def trim_vocabulary(
     order = _row_order(tokens, kept, unnamed=unnamed, rows=rows)
     smaller = tokens.trimmed_tokenizer(kept, config, checkpoint.trust_remote_code)
     trimmed = TrimmedVocabulary(tokenizer, smaller, torch.tensor(order))
-    trimmed.facts = {
+    trimmed.record = {
         "rows": len(order),
         "rows_before": rows,
         "tokens": len(kept),
@@ -407,10 +407,10 @@ def count_tokens(
             for batch in batches(documents, limit):
                 for document in batch[-(seen + 1) % HELD_OUT :: HELD_OUT]:
                     if room > 0:
-                        held.append(text_by(tokenizer, document))
+                        held.append(document_text(tokenizer, document))
                         room -= len(held[-1])
                 seen += len(batch)
-                local = [text_by(tokenizer, each) for each in batch[dist.rank :: dist.size]]
+                local = [document_text(tokenizer, each) for each in batch[dist.rank :: dist.size]]
                 ids = torch.tensor([*chain(*encode_all(tokenizer, local))], dtype=torch.long)
                 counts += torch.bincount(ids, minlength=n_tokens)
                 on_progress(len(batch))

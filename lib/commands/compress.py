@@ -435,17 +435,17 @@ def too_costly(run: Compression, texts: Texts, job: Job) -> str | None:
 
     run.announce("Measuring the cost of trimming the vocabulary")
     share = CPU_TRIMMING if run.on_cpu else GPU_TRIMMING
-    share /= sum(test.facts["bytes"] for test in job.texts.tests)
+    share /= sum(test.record["bytes"] for test in job.texts.tests)
     flags = ["--device", run.device, "--seqlen", str(job.seqlen)]
     flags += ["--date", job.args.date] if job.args.date else []
     flags += model_flags(run, without_tests(texts, job), trims=True)
     flags += ["--eval_data", *cut_tests(job, run.folder / TRIMMING / "tests", min(1, share))]
     flags += [*without(run.passed_on, NOT_MEASURED), "--completions", "0", "--eval_only"]
-    facts = run.prune(flags, TRIMMING)["vocabulary"]
-    original, trimmed = (facts.get(f"bits_per_byte_{name}") for name in ("original", "trimmed"))
+    trimming = run.prune(flags, TRIMMING)["vocabulary"]
+    original, trimmed = (trimming.get(f"bits_per_byte_{name}") for name in ("original", "trimmed"))
     if not original or trimmed / original - 1 <= TOO_COSTLY:
         return None
-    problem = f"with {facts['rows']:,} of {facts['rows_before']:,} rows held-out text takes "
+    problem = f"with {trimming['rows']:,} of {trimming['rows_before']:,} rows held-out text takes "
     problem += f"{original:.4f} -> {trimmed:.4f} bits per byte, {trimmed / original - 1:+.1%}"
     if run.args.language:
         return f"{problem}. To trim it, give more text of the language with --data."

@@ -189,7 +189,7 @@ def cut_tests(job: Job, folder: Path, share: float) -> list[str]:
     for source, test in zip(job.tests, job.texts.tests, strict=True):
         texts = list(test_documents(source, read_documents(source, "test")[0]))
         random.Random(0).shuffle(texts)
-        left = math.ceil(test.facts["bytes"] * max(share, 2 / len(test.windows)))
+        left = math.ceil(test.record["bytes"] * max(share, 2 / len(test.windows)))
         if test.dialogues:  # all of them, or two if few windows are measured
             texts, left = texts[: None if share else 2], math.inf
         files.append(str(folder / (re.sub(r"[^\w.-]+", "_", test.name) + ".jsonl")))

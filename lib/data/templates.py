@@ -161,7 +161,7 @@ def prompt_of(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, Any]]
     return tokenizer(text, add_special_tokens=False, verbose=False).input_ids
 
 
-def text_by(tokenizer: PreTrainedTokenizerBase, document: str | Dialogue) -> str:
+def document_text(tokenizer: PreTrainedTokenizerBase, document: str | Dialogue) -> str:
     """Return a document's text; "" for a dialogue that the template rejects."""
     if isinstance(document, str):
         return document

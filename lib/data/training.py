@@ -40,12 +40,12 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, eq=False)
 class TrainingText:
-    """The windows that a model is recovered on. `facts` is the record for results.json."""
+    """The windows that a model is recovered on. `record` goes into results.json."""
 
     windows: Windows  # distinct windows
     order: Tensor  # (windows trained on,): rows of `windows`, in several passes if necessary
     held_out: Windows  # for measuring the loss
-    facts: dict
+    record: dict
 
 
 def training_windows(
@@ -90,7 +90,7 @@ def training_windows(
     rows = torch.cat([order + start for order, start in zip(orders, starts, strict=True)])
     order = rows[interleave([len(order) for order in orders])]
     trained, out = join(windows), join(held)
-    facts = {
+    record = {
         "name": mixture_name(sources),
         "sources": records,
         "windows": len(order),
@@ -99,7 +99,7 @@ def training_windows(
         "bos": spec.bos,
         "digest": digest(torch.cat([trained.ids[order], out.ids])),
     }
-    return TrainingText(trained, order, out, facts)
+    return TrainingText(trained, order, out, record)
 
 
 def _cut_windows(

@@ -27,7 +27,7 @@ from .chats import Dialogue, Document
 from .documents import Documents, are_dialogues, read_documents
 from .samples import Sample, Windows, as_windows, join, packed, prepend, spread, windows_of
 from .sources import AGAIN, JOINED, Source, mixture_name
-from .templates import sample_of_dialogue, template_of, text_by
+from .templates import document_text, sample_of_dialogue, template_of
 
 BUFFER = 1_000  # documents of a stream shuffled together
 STREAM_LIMIT = 200_000  # documents of a stream tried before giving up
@@ -190,7 +190,7 @@ def _drawn_texts(
         for row, text in shuffle_stream(texts, rng):
             yield row, sample_of(spec.tokenizer, text).ids
     elif source.draw == JOINED:
-        ids = tokenise(spec.tokenizer, " ".join(documents))
+        ids = tokenize(spec.tokenizer, " ".join(documents))
         yield 0, ids
         while len(ids) > spec.seqlen:
             yield 0, ids
@@ -230,7 +230,7 @@ def shuffle_stream(items: Iterable, rng: random.Random) -> Iterator:
 
 @dataclass(frozen=True, eq=False)
 class TestSet:
-    """Test windows; `facts` is their record for results.json.
+    """Test windows; `record` goes into results.json.
 
     Its `bytes` are the UTF-8 bytes of the predicted tokens (`token_bytes`), all except the first of
     each window. So bits per byte = summed loss / ln 2 / bytes, however the tokenizer splits words.
@@ -240,7 +240,7 @@ class TestSet:
     __test__ = False  # pytest must not collect this class
     name: str
     windows: Tensor | Windows  # (windows, seqlen), int64
-    facts: dict
+    record: dict
     prompts: Sequence[Tensor] = ()  # (tokens,) each, int64
     dialogues: Sequence[Dialogue] = ()  # dialogues whose prompts are answered
     documents: Tensor | None = None  # (windows,), int64: the document of the middle token
@@ -284,11 +284,11 @@ def test_set(
             starts = windows[:: max(1, len(windows) // n_prompts), :length]
             prompts += [ids for ids in starts if not any(ids.equal(prompt) for prompt in prompts)]
     ids = as_windows(windows).ids
-    facts = {"name": source.name, "source": source.text, "revision": revision}
-    facts |= {"windows": len(ids), "seqlen": spec.seqlen, "tokens": ids.numel(), "bytes": size}
-    facts |= {"bos": spec.bos, "digest": digest(ids)} | more
-    facts |= {"of_windows": count} if count > len(ids) else {}
-    return TestSet(source.name, windows, facts, prompts[:n_prompts], asked, documents)
+    record = {"name": source.name, "source": source.text, "revision": revision}
+    record |= {"windows": len(ids), "seqlen": spec.seqlen, "tokens": ids.numel(), "bytes": size}
+    record |= {"bos": spec.bos, "digest": digest(ids)} | more
+    record |= {"of_windows": count} if count > len(ids) else {}
+    return TestSet(source.name, windows, record, prompts[:n_prompts], asked, documents)
 
 
 def _text_windows(
@@ -296,7 +296,7 @@ def _text_windows(
 ) -> tuple[Tensor, int, Tensor, int]:
     """Return windows (n, seqlen) of test texts, bytes, documents (n,), and the windows in all."""
     seqlen, bos = spec.seqlen, spec.bos
-    pieces = [text_by(spec.tokenizer, each) for each in texts]
+    pieces = [document_text(spec.tokenizer, each) for each in texts]
     text = source.separator.join(pieces)
     if source.sampled:
         text = text.encode()[: TEST_BYTES * seqlen].decode(errors="ignore")
@@ -339,13 +339,13 @@ def _prompts(texts: Sequence[str], spec: WindowSpec, tokens: int) -> Iterator[Te
     A prompt begins as the tokenizer begins a text, and with `bos` if given.
     """
     for row in random.Random(0).sample(range(len(texts)), len(texts)):
-        text = text_by(spec.tokenizer, texts[row])[:PROMPT_CHARACTERS]
-        ids = tokenise(spec.tokenizer, text, spec.bos)
+        text = document_text(spec.tokenizer, texts[row])[:PROMPT_CHARACTERS]
+        ids = tokenize(spec.tokenizer, text, spec.bos)
         if len(ids) > tokens:
             yield ids[:tokens]
 
 
-def tokenise(tokenizer: PreTrainedTokenizerBase, text: str, bos: int | None = None) -> Tensor:
+def tokenize(tokenizer: PreTrainedTokenizerBase, text: str, bos: int | None = None) -> Tensor:
     """Return the token ids (tokens,) of one text, int64, with the tokenizer's special tokens.
 
     If `bos` is given, ids begin with it unless the text has none.
@@ -360,7 +360,7 @@ def sample_of(
     """Return the tokens of a document; for dialogues the template decides about BOS."""
     if isinstance(document, Dialogue):
         return sample_of_dialogue(tokenizer, document)
-    ids = tokenise(tokenizer, document, bos)
+    ids = tokenize(tokenizer, document, bos)
     return Sample(ids, torch.ones_like(ids).bool())
 
 

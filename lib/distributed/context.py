@@ -94,13 +94,13 @@ class DistContext:
                 torch_dist.broadcast(tensor, source)
         return tensor
 
-    def check_equal(self, facts: dict[str, Any]) -> None:
+    def check_equal(self, values: dict[str, Any]) -> None:
         """Raise UserError naming the first fact in which the ranks differ."""
-        for rank, other in enumerate(self.all_gather_object(facts)):
-            for name in {**facts, **other}:
-                if other.get(name) != facts.get(name):
+        for rank, other in enumerate(self.all_gather_object(values)):
+            for name in {**values, **other}:
+                if other.get(name) != values.get(name):
                     raise UserError(
-                        f"{name}: rank {self.rank} has {facts.get(name)!r}, rank {rank} has "
+                        f"{name}: rank {self.rank} has {values.get(name)!r}, rank {rank} has "
                         f"{other.get(name)!r}. Start all with the same flags, data and packages."
                     )
 

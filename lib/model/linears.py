@@ -148,7 +148,7 @@ watch_outputs = partial(watch_inputs, after=True)
 
 
 @contextmanager
-def experts_by(model: nn.Module, implementation: str) -> Iterator[None]:
+def experts_implementation(model: nn.Module, implementation: str) -> Iterator[None]:
     """Set the experts' implementation; `eager` runs them singly, with visible inputs."""
     before = model.get_experts_implementation()
     try:

@@ -45,7 +45,7 @@ from .access import (
     stored_names,
     tensor_bytes,
 )
-from .linears import experts_by
+from .linears import experts_implementation
 from .matrix import SaveDtypes
 from .quantized import stored_bits
 
@@ -108,12 +108,12 @@ def auto_class(config: Any) -> type:
     This is AutoModelForCausalLM, unless the config belongs to a vision-language model and the
     checkpoint's `architectures` do not name the language model's class.
     """
-    causal, seeing = (
+    causal, multimodal = (
         each._model_mapping.get(type(config), None)
         for each in (AutoModelForCausalLM, AutoModelForImageTextToText)
     )
     named = causal is not None and causal.__name__ in (config.architectures or ())
-    return AutoModelForImageTextToText if seeing and not named else AutoModelForCausalLM
+    return AutoModelForImageTextToText if multimodal and not named else AutoModelForCausalLM
 
 
 def load_tokenizer(checkpoint: Checkpoint) -> Any:
@@ -174,13 +174,13 @@ def pick_dtype(name: str, config, device: torch.device) -> torch.dtype:
     return dtype if fast else torch.float32
 
 
-def saved_dtype(name: str, config, narrows: bool = False) -> torch.dtype:
+def saved_dtype(name: str, config, fake_quantizes: bool = False) -> torch.dtype:
     """Return the dtype in which a changed model is saved; `auto` is the checkpoint's.
 
-    `narrows`: bfloat16 instead of float32.
+    `fake_quantizes`: bfloat16 instead of float32.
     """
     dtype = checkpoint_dtype(config) if name == "auto" else DTYPES[name]
-    return torch.bfloat16 if narrows and dtype == torch.float32 else dtype
+    return torch.bfloat16 if fake_quantizes and dtype == torch.float32 else dtype
 
 
 def skeleton(config: Any, checkpoint: Checkpoint) -> nn.Module:
@@ -231,7 +231,13 @@ def _unread(model: nn.Module) -> frozenset[str]:
     fake = FakeTensorMode(allow_non_fake_inputs=True)
     try:
         # with batched_mm no shape depends on values
-        with experts_by(model, "batched_mm"), fake, torch.device("meta"), torch.no_grad(), Reads():
+        with (
+            experts_implementation(model, "batched_mm"),
+            fake,
+            torch.device("meta"),
+            torch.no_grad(),
+            Reads(),
+        ):
             model(input_ids=torch.zeros(1, 2, dtype=torch.long), use_cache=False)
     except Exception:  # a model's class may raise any error
         parts = model.get_decoder(), model.get_input_embeddings(), model.get_output_embeddings()

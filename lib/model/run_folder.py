@@ -36,7 +36,7 @@ from ..util.files import PARTIAL, check_writable, exclusive_lock, sync, write_te
 
 JOB, LOCK = "job.json", ".lock"
 DECIDED = "decided"  # in job.json: values that the run itself derived from its input
-PRUNED, ROUNDED, CHANGED, START = "block", "quantized", "changed", "start"  # one file per block
+PRUNED, QUANTIZED, CHANGED, START = "block", "quantized", "changed", "start"  # one file per block
 ALLOCATION, RECOVERY = "allocation", "recovery"
 
 
@@ -147,7 +147,7 @@ class RunFolder:
 
     def files(self, ending: str = ".safetensors") -> list[Path]:
         """Return the files with work that a run would otherwise repeat."""
-        names = [f"{stage}-[0-9]*" for stage in (PRUNED, ROUNDED, CHANGED, START)]
+        names = [f"{stage}-[0-9]*" for stage in (PRUNED, QUANTIZED, CHANGED, START)]
         names += [ALLOCATION, RECOVERY, f"{RECOVERY}-[0-9]*"]
         files = (file for name in names for file in self.path.glob(name + ending))
         return [file for file in files if file.is_file()]
@@ -155,7 +155,7 @@ class RunFolder:
     def summary(self, blocks: int) -> str:
         """Describe the finished work on `blocks` blocks."""
         kept = Counter(file.stem.partition("-")[0] for file in self.files())
-        steps = {PRUNED: "pruned", ROUNDED: "quantized"}
+        steps = {PRUNED: "pruned", QUANTIZED: "quantized"}
         done = [f"{kept[name]} of {blocks} blocks {step}" for name, step in steps.items()]
         return ", ".join(done + ["a training checkpoint"] * bool(kept[RECOVERY]))
 

@@ -33,9 +33,9 @@ def quantize_rows(matrix: Tensor) -> tuple[Tensor, Tensor]:
         scale = (largest / LARGEST).clamp_min(SMALLEST)
         rounded = (tile / scale).round_().clamp_(-LARGEST, LARGEST)
         # the exact scale of a row on a grid may be a float next to the largest weight over 127
-        for neighbour in (scale.nextafter(torch.zeros_like(scale)), scale.nextafter(scale * 2)):
-            exact = (rounded * neighbour == tile).all(1, keepdim=True) & (largest > 0)
-            scale = torch.where(exact, neighbour, scale)
+        for neighbor in (scale.nextafter(torch.zeros_like(scale)), scale.nextafter(scale * 2)):
+            exact = (rounded * neighbor == tile).all(1, keepdim=True) & (largest > 0)
+            scale = torch.where(exact, neighbor, scale)
         codes[part], scales[part] = rounded, scale.squeeze(1)
     return codes, scales
 

@@ -36,7 +36,7 @@ class PackedModule(nn.Module):
     """
 
     transposed = False  # whether the dense checkpoint stores it as (in, out)
-    way = ""  # matmul path override for checks: "dense" or "decoding" (few tokens at a time)
+    mode = ""  # matmul path override for checks: "dense" or "decoding" (few tokens at a time)
     source = ""  # name and file, for messages
     checked = False  # whether the tensors were checked
     by_kernel = False  # whether the last product used a kernel
@@ -67,12 +67,12 @@ class PackedModule(nn.Module):
     def multiply(self, x: Tensor) -> Tensor:
         """Multiply x (..., in) -> (..., out)."""
         tokens = x.reshape(-1, self.in_features)  # other inputs have no kernel
-        known = tokens.is_cpu and tokens.dtype in DTYPES and self.way != "dense"
+        known = tokens.is_cpu and tokens.dtype in DTYPES and self.mode != "dense"
         if not len(tokens):  # an expert without tokens
             y = tokens.new_empty(0, self.out_features)
         elif not known or not kernels.ready():
             y = self._by_dense_rows(tokens)
-        elif self.way == "decoding":
+        elif self.mode == "decoding":
             parts = tokens.split(DECODED_TOKENS)
             y = torch.cat([kernels.linear(part, *self._operands(), self.bias) for part in parts])
         else:
@@ -223,7 +223,7 @@ class SparseLinear(PackedModule):
 
     def forward(self, x: Tensor) -> Tensor:
         """Multiply x (..., in) -> (..., out)."""
-        if self.by_kernel and self.checked and not self.way and not x.requires_grad:
+        if self.by_kernel and self.checked and not self.mode and not x.requires_grad:
             parameters, buffers = self._parameters, self._buffers  # avoids nn.Module's __getattr__
             mask, weight, offsets = buffers["mask"], parameters["weight"], buffers["offsets"]
             if weight.is_cpu and offsets.is_cpu and x.is_cpu and x.numel() and x.dtype in DTYPES:
@@ -241,9 +241,9 @@ class SparseLinear(PackedModule):
             self.check()
         if self.offsets.is_meta and not self.mask.is_meta:  # the mask was fetched
             self.count_rows_()
-        if x.is_cuda and self.way != "dense" and not torch.compiler.is_compiling():
+        if x.is_cuda and self.mode != "dense" and not torch.compiler.is_compiling():
             self.semi_structure_()
-        tensor = None if self.way == "dense" else self.semi_structured
+        tensor = None if self.mode == "dense" else self.semi_structured
         if tensor is not None and tensor.dtype == x.dtype and x.numel():
             y = F.linear(x.reshape(-1, self.in_features), tensor, self.bias)
             return y.contiguous().view(*x.shape[:-1], self.out_features)
@@ -311,16 +311,16 @@ def semi_structured_bytes(model: nn.Module) -> int:
 
 
 @contextmanager
-def multiplying(model: nn.Module, way: str) -> Iterator[None]:
-    """Set `PackedModule.way` in all packed modules of a model within this context."""
+def multiplying(model: nn.Module, mode: str) -> Iterator[None]:
+    """Set `PackedModule.mode` in all packed modules of a model within this context."""
     modules = [module for module in model.modules() if isinstance(module, PackedModule)]
     try:
         for module in modules:
-            module.way = way
+            module.mode = mode
         yield
     finally:
         for module in modules:
-            module.way = ""
+            module.mode = ""
 
 
 def why_dense(linear: nn.Module) -> str:

@@ -33,16 +33,16 @@ from torch import Tensor, nn
 
 from ..methods.sparsity import ALLOCATIONS, Sparsity
 from ..model.blocks import BlockRunner
-from ..model.linears import experts_by, find_linears
+from ..model.linears import experts_implementation, find_linears
 from ..model.run_folder import ALLOCATION
 from ..util.deterministic import deterministic
 from ..util.errors import UserError, first_line
 from .fisher import FisherDiagonal, backward_pass
-from .inputs import first_names, own_windows, weight_key
+from .inputs import first_names, rank_windows, weight_key
 from .owl import by_outliers
 
 GROWTH = 2.0
-BELOW = 0.4  # largest decrease of a layer's sparsity below r, before renormalization
+MAX_DECREASE = 0.4  # largest decrease of a layer's sparsity below r, before renormalization
 LEAST_KEPT = 1 / 3  # least kept weights of a layer, relative to those at sparsity r
 STEPS = 200  # intervals between the candidate sparsities
 WINDOWS = 8  # calibration windows in the backward pass
@@ -82,13 +82,13 @@ def by_error(
     """
     windows, dist = windows[:WINDOWS], runner.dist
     generator = torch.Generator().manual_seed(seed)
-    uniforms, _ = own_windows(torch.rand(windows.shape, generator=generator), dist)
-    local, idle = own_windows(windows, dist)
+    uniforms, _ = rank_windows(torch.rand(windows.shape, generator=generator), dist)
+    local, idle = rank_windows(windows, dist)
     first = first_names(runner)
     sizes: dict[str, int] = {}  # number of weights, by the first name
     weight_costs: dict[str, Tensor] = {}  # cost at each sparsity of the span (STEPS + 1,)
     output_costs: dict[str, Tensor] = {}  # (out,)
-    with deterministic(runner.device, strict=False), experts_by(runner.model, "eager"):
+    with deterministic(runner.device, strict=False), experts_implementation(runner.model, "eager"):
         for diagonals in backward_pass(runner, local, uniforms, on_progress):
             sums = [tensor for one in diagonals.values() for tensor in vars(one).values()]
             dist.sum_(sums, idle)
@@ -123,7 +123,7 @@ def costs(weight: Tensor, diagonal: FisherDiagonal, ratio: float) -> Tensor:
 
 def span(ratio: float) -> list[float]:
     """Return the candidate sparsities."""
-    low, high = max(0.0, ratio - BELOW), 1 - LEAST_KEPT * (1 - ratio)
+    low, high = max(0.0, ratio - MAX_DECREASE), 1 - LEAST_KEPT * (1 - ratio)
     return [low + (high - low) * step / STEPS for step in range(STEPS + 1)]
 
 

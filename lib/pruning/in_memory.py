@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from ..data.windows import tokenise
+from ..data.windows import tokenize
 from ..methods.sparsity import Sparsity
 from ..model.blocks import BlockRunner
 from ..model.pretrained import default_batch_size
@@ -50,7 +50,7 @@ def text_windows(
     pieces, total = [], 0
     for place in order:
         if total < count * seqlen:
-            pieces.append(tokenise(tokenizer, texts[place]))
+            pieces.append(tokenize(tokenizer, texts[place]))
             total += len(pieces[-1])
     if total < count * seqlen:
         raise UserError(

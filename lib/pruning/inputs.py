@@ -52,9 +52,9 @@ class Group:
     rows: Tensor | None = None
     output_squares: dict[str, Tensor] = field(default_factory=dict)
 
-    def observe(self, x: Tensor, **aim: Tensor) -> None:
+    def observe(self, x: Tensor, **target: Tensor) -> None:
         """Add x (tokens, in) to the sample and to the method's sums (lib/methods/base.py)."""
-        self.method.observe(x, **aim)
+        self.method.observe(x, **target)
         self.sample.add(x)
 
     def observe_output(self, linear: PrunableLinear, x: Tensor) -> None:
@@ -97,7 +97,7 @@ class Group:
         return self.method
 
 
-def own_windows(windows: Tensor, dist: DistContext) -> tuple[Tensor, bool]:
+def rank_windows(windows: Tensor, dist: DistContext) -> tuple[Tensor, bool]:
     """Return this process's part of windows (n, tokens), and whether it is idle.
 
     An idle process has no windows and runs a dummy window, whose statistics are not counted.
@@ -135,8 +135,8 @@ def observe(
         if known is not group:
             inputs.append((x, group))
             if linear is group.linears[0]:
-                aim = {"dense": rows(dense[linear.name])} if linear.name in dense else {}
-                group.observe(rows(x), **aim)
+                target = {"dense": rows(dense[linear.name])} if linear.name in dense else {}
+                group.observe(rows(x), **target)
         if method.needs_outputs:
             group.observe_output(linear, rows(x))
         seen.add(linear)
@@ -148,9 +148,9 @@ def observe(
             add(receiver, x)
 
     with watch_inputs(linears, see):
-        for run, of_untouched in passes:
+        for run, dense_inputs in passes:
             # per pass, since the memory of a previous pass may be in use again
-            dense, inputs, seen = of_untouched, [], set()
+            dense, inputs, seen = dense_inputs, [], set()
             with suppress(Stop):
                 run()
     return groups

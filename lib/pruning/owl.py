@@ -26,8 +26,8 @@ from torch import Tensor
 from ..methods.sparsity import Sparsity
 from ..methods.wanda import Wanda
 from ..model.blocks import BlockRunner
-from ..model.linears import experts_by
-from .inputs import Group, first_names, merge, observe, own_windows
+from ..model.linears import experts_implementation
+from .inputs import Group, first_names, merge, observe, rank_windows
 
 OUTLIER = 5.0  # M: the smallest outlier, as a multiple of the mean
 SPREAD = 0.08  # lambda
@@ -45,12 +45,12 @@ def by_outliers(
 
     `on_progress(1)` is called after each block.
     """
-    local, idle = own_windows(windows, runner.dist)
+    local, idle = rank_windows(windows, runner.dist)
     states, first = runner.capture(local), first_names(runner)
     shares: dict[int, float] = {}  # D, by block
     sizes: dict[int, int] = {}  # weights that no earlier block shares
     block_of: dict[str, int] = {}
-    with experts_by(runner.model, "eager"):
+    with experts_implementation(runner.model, "eager"):
         for index in range(len(runner.blocks)):
             with runner.on_device(index):
                 linears = runner.linears(index)

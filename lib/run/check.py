@@ -185,7 +185,7 @@ def _open_model(args: argparse.Namespace, plan: Plan, longest: int) -> Job:
         plan=plan,
         device=device,
         dtype=pretrained.pick_dtype(args.dtype, config, device),
-        save_dtype=pretrained.saved_dtype(args.dtype, config, plan.narrows),
+        save_dtype=pretrained.saved_dtype(args.dtype, config, plan.fake_quantizes),
         dist=dist,
         checkpoint=checkpoint,
         config=config,
@@ -231,7 +231,7 @@ def _vocabulary(job: Job) -> TrimmedVocabulary:
             rows=rows,
             config_ids=ids,
         )
-        lines = vocabulary.prove(job.tests)
+        lines = vocabulary.verify(job.tests)
         vocabulary.hold_out(job.tests[0], job.seqlen)
     job.print(vocabulary.summary(), *lines)
     return vocabulary
@@ -253,7 +253,7 @@ def _schedule(job: Job) -> TrainSchedule:
         optimizer=args.recover_optimizer,
         ce_weight=default if args.recover_ce_weight is None else args.recover_ce_weight,
         seed=args.seed,
-        pruned=not plan.rounds or bool(plan.method or plan.teacher),
+        pruned=not plan.quantizes or bool(plan.method or plan.teacher),
         ranks=job.dist.size,
     )
 
@@ -423,7 +423,7 @@ def check_room(job: Job, flag: str, folder: str | Path) -> None:
     # bytes per weight: its best value, its float32 master, and two averages
     state, eight_bits = job.dtype.itemsize, job.schedule.optimizer == "adamw8bit"
     state += 0 if job.schedule.rank else 6 if eight_bits else 12
-    size = 2 * state + (6 if job.plan.rounds else 0)  # old and new state exist together
+    size = 2 * state + (6 if job.plan.quantizes else 0)  # old and new state exist together
     size *= sum(weight.numel() for weight in model.get_submodule(job.blocks_name).parameters())
     kept = sum(file.stat().st_size for file in Path(folder).rglob("*.safetensors"))
     place = Path(folder).absolute()

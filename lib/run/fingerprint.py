@@ -64,7 +64,7 @@ def fingerprint(job: Job, weights: bool) -> dict[str, dict[str, Any]]:
     if job.vocabulary:
         pruning["tokens of --trim_vocabulary"] = job.vocabulary.digest
     if texts.training:
-        pruning["windows of --recover"] = texts.training.facts["digest"][:16]
+        pruning["windows of --recover"] = texts.training.record["digest"][:16]
         if job.schedule.windows > job.schedule.windows_alone:  # more than one process takes
             pruning["windows of a step of --recover"] = job.schedule.windows
     if plan.method:
@@ -74,14 +74,14 @@ def fingerprint(job: Job, weights: bool) -> dict[str, dict[str, Any]]:
             pruning["--prune_method"] = label(plan.method)
         if plan.allocation not in ALLOCATIONS:
             pruning["--allocation"] = f"layers {_digest([Path(plan.allocation)], named=False)}"
-    if plan.rounds:
+    if plan.quantizes:
         pruning["source of --quantize"] = source_digest(GPTQ, "prune.py", "quantize.py")
     pruning |= {f"version of {name}": versions()[name] for name in DECIDING}
     measuring = {f"--{name}": getattr(args, name) for name in FIGURES}
     measuring["--batch_size"] = job.batch_size  # changes the rounding of sums
     measuring["tokenizer of --model"] = _content(args.model, job.config, *SETTINGS)
     for test in texts.tests:
-        measuring[f"windows of --eval_data {test.name}"] = test.facts["digest"][:16]
+        measuring[f"windows of --eval_data {test.name}"] = test.record["digest"][:16]
     if args.include_path:
         files = (path for path in Path(args.include_path).rglob("*") if path.is_file())
         measuring["--include_path"] = _digest(files)

@@ -96,8 +96,8 @@ class Job:
         names = ["--dtype", "--load_bit", "kind of device"]
         names += [name for name in pruning if name.startswith(("weights", "config", "version"))]
         trimmed = self.vocabulary and self.vocabulary.digest
-        facts = [*map(pruning.get, names), measuring, trimmed, self.texts.bos, self.seqlen]
-        return hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:16]
+        values = [*map(pruning.get, names), measuring, trimmed, self.texts.bos, self.seqlen]
+        return hashlib.sha256(json.dumps(values).encode()).hexdigest()[:16]
 
     @property
     def shares(self) -> bool:

@@ -57,12 +57,12 @@ def load(job: Job, cleanup: ExitStack, folder: RunFolder | None) -> BlockRunner:
         )
     dist.barrier()  # files that one rank converts serve all ranks of its machine
     save_dtype = job.save_dtype
-    if job.plan.narrows:
+    if job.plan.fake_quantizes:
         with pretrained.cast(model, save_dtype):
             pass  # evaluated as it will be saved; blocks in files are cast when fetched
     store = BlockStore
     if fetched:
-        on_disk, narrow = bool(args.offload_folder), job.plan.narrows
+        on_disk, narrow = bool(args.offload_folder), job.plan.fake_quantizes
         store = partial(FileBlockStore, folder=blocks_at, on_disk=on_disk, narrow=narrow)
     finished = folder if job.plan.changes else None
     weights = store(model, job.device, save_dtype=save_dtype, finished=finished, dist=job.dist)
@@ -94,7 +94,7 @@ def load_teacher(job: Job, runner: BlockRunner, cleanup: ExitStack) -> BlockRunn
         if not resident:
             store = runner.weights.of_copy(model)
         return BlockRunner(model, job.device, store, **passes)
-    needs_zeros = job.schedule and not (job.plan.narrows or job.smaller)
+    needs_zeros = job.schedule and not (job.plan.fake_quantizes or job.smaller)
     if needs_zeros and (zeros := Measured(runner).overall) < LEAST_ZEROS:
         raise UserError(
             f"{job.checkpoint}: {zeros:.1%} of its blocks' weights are zero, so there is "

@@ -158,14 +158,14 @@ class Memory:
             files=sum(map(getsize, Path(args.model).glob("*.safetensors"))) if stored else None,
             ranks=dist.size,
         )
-        if args.offload_folder and not memory.apart:
+        if args.offload_folder and not memory.separable:
             raise UserError(
                 f"--offload_folder {args.offload_folder}: the model's blocks share weights, or are "
                 "quantized. Leave the flag out."
             )
         many = memory.too_many if gpu else dist.local_size > 1
         many = many or (job.schedule and dist.size > 1)  # ranks share out what is trained
-        wanted = bool(args.offload_folder or (memory.apart and many))
+        wanted = bool(args.offload_folder or (memory.separable and many))
         return replace(memory, fetched=any(dist.all_gather_object(wanted)))
 
     @cached_property
@@ -173,7 +173,7 @@ class Memory:
         return Plan.of(self.args)
 
     @property
-    def apart(self) -> bool:
+    def separable(self) -> bool:
         """Whether one block can be fetched without another; none is while one rank trains."""
         alone = self.schedule and self.ranks == 1
         blocks = self.model.get_submodule(self.blocks_name)
@@ -268,7 +268,7 @@ class Memory:
         if plan.method and method_of(plan.method).observes:
             both = 1 + method_of(plan.method).dense_stream
             streams["prune"] = self.stream(max(1, self.windows)) * both
-        if plan.rounds:
+        if plan.quantizes:
             streams["quantize"] = 2 * self.stream(max(1, self.windows))
         return streams
 
@@ -318,7 +318,7 @@ class Memory:
     def _solved(self) -> list[str]:
         """The stages that solve a problem for each linear."""
         by_method = self.plan.method in METHODS
-        return ["prune"] * bool(by_method) + ["quantize"] * self.plan.rounds
+        return ["prune"] * bool(by_method) + ["quantize"] * self.plan.quantizes
 
     def _solving(self, stage: str) -> int:
         return sum(self._solver(stage).values())
@@ -397,7 +397,7 @@ class Memory:
             vector = one.dim() == 1 or path.endswith("bias")
             if id(one) in outside or not (matrix or vector):
                 continue
-            on_grid, trained = matrix and self.plan.rounds, self._part(size)
+            on_grid, trained = matrix and self.plan.quantizes, self._part(size)
             dtype = saved.of(f"{self.blocks_name}.{path}", one)
             if matrix and rank:  # beside a copy of it B and A
                 *stack, rows, columns = one.shape
@@ -439,7 +439,7 @@ class Memory:
             "measure": True,
             "allocate": plan.method and plan.allocation != "uniform",
             "prune": plan.method,
-            "quantize": plan.rounds,
+            "quantize": plan.quantizes,
             "train": self.schedule,
             "save": self.args.save_model,
         }
@@ -460,7 +460,7 @@ class Memory:
                 yield name, size, True
         if stage == "prune" and "allocate" in self._taken:  # float64, by output
             yield "output costs", 8 * sum(linear.shape[0] for linear in self._linears), True
-        if self.plan.rounds and self.schedule:  # what training begins with
+        if self.plan.quantizes and self.schedule:  # what training begins with
             numbers, each = self._rounded, self.save_dtype.itemsize if self.schedule.rank else FLOAT
             if stage == "quantize":
                 yield "masters", each * self._part(numbers), True
@@ -574,7 +574,7 @@ class Memory:
         for how, other in others.items() if self.gpu else ():
             for ranks in [each for each in CARDS if self.ranks < each < fewest]:
                 many = replace(other, ranks=ranks, fetched=True)
-                if many.apart and many.fits(stage):
+                if many.separable and many.fits(stage):
                     yield f"{ranks} such cards with torchrun{how} ({gib(many.total(stage))} each)"
                     fewest = ranks
                     break
@@ -645,7 +645,7 @@ def memory_of(
         blocks_name=name,
         args=args,
         dtype=dtype if args.dtype == "auto" else getattr(torch, args.dtype),
-        save_dtype=pretrained.saved_dtype(args.dtype, config, plan.narrows),
+        save_dtype=pretrained.saved_dtype(args.dtype, config, plan.fake_quantizes),
         gpu=True,
         free=int(free),
         host=int(host),
@@ -660,5 +660,5 @@ def memory_of(
         ranks=ranks,
     )
     many = memory.too_many or (schedule and ranks > 1)
-    fetched = bool(args.offload_folder or (memory.apart and many))
+    fetched = bool(args.offload_folder or (memory.separable and many))
     return replace(memory, fetched=fetched)

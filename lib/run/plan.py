@@ -78,7 +78,7 @@ class Plan:
         return method.observes or method.needs_gradients or measured
 
     @property
-    def rounds(self) -> bool:
+    def quantizes(self) -> bool:
         """Whether linear layers are quantized with calibration text."""
         if self.format == "16" or self.measures_only:
             return False
@@ -88,7 +88,7 @@ class Plan:
     @property
     def calibrated(self) -> bool:
         """Whether pruning or quantization reads calibration text."""
-        return self.observes or self.rounds
+        return self.observes or self.quantizes
 
     @property
     def reads_train(self) -> bool:
@@ -98,31 +98,31 @@ class Plan:
     @property
     def changes(self) -> bool:
         """Whether weights of the blocks change, so that the run can be continued."""
-        return bool(self.method or self.tokens or self.rounds)
+        return bool(self.method or self.tokens or self.quantizes)
 
     @property
     def has_dense(self) -> bool:
         """Whether the result is compared with a dense model: the model itself, or its teacher."""
-        return bool(self.method or self.tokens or self.teacher or self.narrows)
+        return bool(self.method or self.tokens or self.teacher or self.fake_quantizes)
 
     @property
-    def narrows(self) -> bool:
+    def fake_quantizes(self) -> bool:
         """Whether the result is a plain 16-bit checkpoint with weights on the q4_0 grid."""
         return self.format != "16" and not self.packs
 
     @property
     def trains_all(self) -> bool:
         """Whether all linear layers of the blocks are trained, not only those with zeros."""
-        return bool(self.removes or self.narrows or not (self.method or self.teacher))
+        return bool(self.removes or self.fake_quantizes or not (self.method or self.teacher))
 
     @property
     def name(self) -> str:
         """The label of the run in results.json and the log."""
         if self.method:
             return label(self.method)
-        if self.teacher or (self.rounds and self.packs):
+        if self.teacher or (self.quantizes and self.packs):
             return PRUNED_BEFORE
-        if self.narrows:
+        if self.fake_quantizes:
             return self.format
         return "recovered" if self.tokens else "dense"
 

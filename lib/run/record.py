@@ -85,7 +85,7 @@ def finish_results(job: Job, runner: BlockRunner) -> None:
     results = job.outcome.results
     results |= {"bos": job.texts.bos, "calibration": job.texts.calibration}
     if job.vocabulary:
-        results["vocabulary"] = {"note": NOTE} | job.vocabulary.facts
+        results["vocabulary"] = {"note": NOTE} | job.vocabulary.record
     elif before := getattr(job.config, TRIMMED_FROM, None):  # trimmed by an earlier run
         rows = job.config.get_text_config(decoder=True).vocab_size
         results["vocabulary"] = {"note": NOTE, "rows": rows, "rows_before": before}
@@ -98,11 +98,11 @@ def evaluation_record(
 ) -> dict[str, Any]:
     """Return the record of a test set: its description and its figures (lib/eval.py)."""
     names = (name for name in figures if "nats" not in name and name != "by_window")
-    record = test.facts | {name: figures[name] for name in names}
+    record = test.record | {name: figures[name] for name in names}
     if not only_compared or figures["compared_windows"] == len(test.windows):
         record["bits_per_byte"] = figures["nats"] / math.log(2) / record["bytes"]
     if "dense_nats" in figures:
-        dense, own = (figures[name] for name in ("dense_nats", "own_nats"))
+        dense, own = (figures[name] for name in ("dense_nats", "model_nats"))
         record["dense"] = {"perplexity": exp(dense)}
         if figures["compared_windows"] == len(test.windows):
             bits = figures["dense_sum_nats"] / math.log(2)

@@ -86,7 +86,7 @@ def trim(job: Job, runner: BlockRunner) -> None:
         nats += [perplexities(runner, [each], bar)[0]["nats"] for each in held_out[1:]]
     saved = size - footprint(model)
     job.outcome.results["trimmed_bytes"] = parameter_bytes(model, runner.save_dtype)
-    vocabulary.facts |= {"bytes_dropped": saved, "logits_differ": difference}
+    vocabulary.record |= {"bytes_dropped": saved, "logits_differ": difference}
     job.print(
         f"trimmed: {gib(size)} -> {gib(size - saved)}; logits differ by {difference:.1g}",
         *(vocabulary.record_cost(*nats) if nats else ()),
@@ -223,7 +223,7 @@ def recover(
     job.outcome.results["sparsity"] = shares(job, runner, reached)
     job.outcome.results["recovery"] = recoverer.record() | {
         "teacher": job.args.teacher or job.args.model,
-        "text": text.facts,
+        "text": text.record,
         "held_out": {"dense": held_out},
         "before": {one["name"]: {key: one.get(key) for key in BEFORE} for one in records},
     }

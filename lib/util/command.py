@@ -38,7 +38,10 @@ ENDS_WITH_STDIN = "LANGPRUNE_ENDS_WITH_STDIN"  # environment of the processes th
 # working threads; read when torch is imported
 SPINS = {"GOMP_SPINCOUNT": "10000"}
 WAITING = {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT"}  # a user's own setting has precedence
-LACKING = "can't allocate memory", "_STATUS_ALLOC_FAILED"  # in a RuntimeError of torch, of cuBLAS
+OUT_OF_MEMORY = (
+    "can't allocate memory",
+    "_STATUS_ALLOC_FAILED",
+)  # in a RuntimeError of torch, of cuBLAS
 JOINERS = "\u200c\u200d"  # invisible, but needed for spelling in Persian and Indic scripts
 
 
@@ -229,7 +232,7 @@ def describe_error(error: BaseException) -> str | None:
     if isinstance(error, UserError | OSError) or (packed and isinstance(error, packed.PackedError)):
         return str(error)
     lacking = (MemoryError, torch.OutOfMemoryError) if torch else (MemoryError,)
-    if isinstance(error, lacking) or any(word in str(error) for word in LACKING):
+    if isinstance(error, lacking) or any(word in str(error) for word in OUT_OF_MEMORY):
         return (
             f"out of memory ({first_line(error)}). Use --batch_size 1, a smaller --seqlen or "
             "--nsamples, or --offload_folder FOLDER; with --recover, --recover_optimizer adamw8bit "

@@ -128,17 +128,17 @@ def main(argv: list[str]) -> None:
             trimmed = trim_vocabulary(
                 tokenizer, Checkpoint(name), PretrainedConfig(), [source], alone, **options
             )
-            trimmed.prove(sources)
+            trimmed.verify(sources)
             seconds = time.perf_counter() - start
-            tests = {test["name"]: test for test in trimmed.facts["tests"]}
+            tests = {test["name"]: test for test in trimmed.record["tests"]}
             own = tests[source.name]
-            cells = [name, f"{len(tokenizer):,}", source.name, f"{trimmed.facts['rows']:,}"]
+            cells = [name, f"{len(tokenizer):,}", source.name, f"{trimmed.record['rows']:,}"]
             cells.append(f"{own['documents']}, {own['alike']}")
             cells += [f"{tests[test]['rise']:+.2%}" for test in names]
             print(f"| {' | '.join(cells)} | {seconds:.1f} |", flush=True)
             if args.json:
                 with args.json.open("a", encoding="utf-8") as file:
-                    file.write(json.dumps({"tokenizer": name} | trimmed.facts) + "\n")
+                    file.write(json.dumps({"tokenizer": name} | trimmed.record) + "\n")
 
 
 if __name__ == "__main__":

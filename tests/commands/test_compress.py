@@ -382,7 +382,7 @@ def test_texts_that_are_measured_are_not_trained_on_once_they_are_cut() -> None:
         return named_sources(args, Plan.of(args))
 
     _, _, tests = named(parser.parse_args([*data, "--eval_data", "uk"]))
-    test = SimpleNamespace(name="uk", facts={"bytes": 40_000}, windows=range(100), dialogues=())
+    test = SimpleNamespace(name="uk", record={"bytes": 40_000}, windows=range(100), dialogues=())
     texts = SimpleNamespace(tests=[test])
     job = SimpleNamespace(tests=tests, texts=texts, args=SimpleNamespace(column="text"))
     cut = compress.cut_tests(job, Path("cut"), 1)  # two documents and pieces of a third

@@ -15,7 +15,7 @@ from lib.data.chats import Dialogue
 from lib.data.documents import read_documents
 from lib.data.samples import Windows
 from lib.data.sources import parse_source
-from lib.data.templates import prompt_of, sample_of_dialogue, text_by
+from lib.data.templates import document_text, prompt_of, sample_of_dialogue
 from lib.data.training import training_windows
 from lib.distributed.context import DistContext
 from lib.util.errors import UserError
@@ -106,7 +106,7 @@ def test_what_a_template_can_do_wrong_is_a_line(monkeypatch):
     for template, problem in problems.items():
         tokenizer = chats.tokenizer_with(template)
         with pytest.raises(UserError) as caught:
-            text_by(tokenizer, Dialogue(json.dumps(SAID)))
+            document_text(tokenizer, Dialogue(json.dumps(SAID)))
         assert problem in str(caught.value) and "\n" not in str(caught.value)
         assert "--no_chat_template" in str(caught.value)
 
@@ -114,7 +114,7 @@ def test_what_a_template_can_do_wrong_is_a_line(monkeypatch):
 def test_dialogues_share_windows_and_none_is_lost(tmp_path, caplog):
     tokenizer, seqlen = chats.tokenizer_with(chats.GEMMA), 96
     refused = [{"role": "system", "content": "be brief"}, SAID[1]]
-    joined = text_by(tokenizer, Dialogue(json.dumps([refused[0], *SAID])))
+    joined = document_text(tokenizer, Dialogue(json.dumps([refused[0], *SAID])))
     assert f"be brief\n\n{SAID[0]['content']}" in joined  # the template knows no system
     long = chats.said("the old", " ".join(tiny.WORDS * 20))  # longer than a window
     every = [*chats.some(30), long, chats.said("a " * 200, "b")]
@@ -129,7 +129,7 @@ def test_dialogues_share_windows_and_none_is_lost(tmp_path, caplog):
         tokenizer.decode(i[m]) for i, m in zip(windows.ids, windows.mask, strict=True)
     )
     assert counted.count("<end>") == len(texts) and all(text in counted for text in texts[:30])
-    assert abs(test.facts["bytes"] - len("".join(texts).encode())) < 8 * len(windows)
+    assert abs(test.record["bytes"] - len("".join(texts).encode())) < 8 * len(windows)
     starts = windows.positions == 0
     assert (windows.ids[starts] == 0).sum() >= 32  # BOS, where each begins
 

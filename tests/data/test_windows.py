@@ -210,7 +210,7 @@ def test_test_text_is_tokenised_as_one(tmp_path, bos, add_bos):
         assert torch.equal(found.windows[:, 1:], expected) and (found.windows[:, 0] == bos).all()
         predicted = expected
     tokens = bare.convert_ids_to_tokens(predicted.flatten())  # a letter of theirs is a byte
-    covered = found.facts["bytes"]
+    covered = found.record["bytes"]
     assert covered == pytest.approx(sum(map(len, tokens)), abs=len(expected))  # split letters
     with pytest.raises(UserError, match=f"has {ids(bare, text).numel()} tokens, less than one"):
         data.test_set(source, WindowSpec(bare, 10_000))
@@ -246,7 +246,7 @@ def test_prompts_are_beginnings_of_documents(tmp_path, bos, add_bos):
     spec = WindowSpec(tokenizer, SEQLEN, bos)
     found = {n: data.test_set(source, spec, n) for n in (0, 2, len(long))}
     for count, test in found.items():
-        assert torch.equal(test.windows, found[0].windows) and test.facts == found[0].facts
+        assert torch.equal(test.windows, found[0].windows) and test.record == found[0].record
         assert len(test.prompts) == count
         assert all(map(torch.equal, test.prompts, found[len(long)].prompts))
     assert sorted(ids.tolist() for ids in found[len(long)].prompts) == sorted(long)

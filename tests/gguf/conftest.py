@@ -46,7 +46,7 @@ def runs() -> Iterator[ProcessPoolExecutor]:
 def quickly(runs: ProcessPoolExecutor, monkeypatch: pytest.MonkeyPatch) -> None:
     """The converter and the reader run here, where torch is imported already."""
     from lib.commands.gguf import __main__ as command
-    from lib.commands.gguf import llama_cpp, proof
+    from lib.commands.gguf import llama_cpp, verify
 
     def here(what: str, function: Callable, size: float = 0, **arguments: object) -> object:
         try:
@@ -56,5 +56,5 @@ def quickly(runs: ProcessPoolExecutor, monkeypatch: pytest.MonkeyPatch) -> None:
         except Exception as error:
             raise UserError(f"{what}: {error}") from error
 
-    for caller in (command, proof):
+    for caller in (command, verify):
         monkeypatch.setattr(caller, "run_child", here)

@@ -20,16 +20,16 @@ from support import QUICK, content, succeed, weights
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from lib.commands.gguf import __main__ as command
-from lib.commands.gguf import llama_cpp, proof
+from lib.commands.gguf import llama_cpp, verify
 from lib.commands.gguf.__main__ import main
-from lib.commands.gguf.proof import (
+from lib.commands.gguf.source import open_folder
+from lib.commands.gguf.verify import (
     LIMITS,
     letter_of,
-    prove_predictions,
-    prove_tensors,
-    prove_tokens,
+    verify_predictions,
+    verify_tensors,
+    verify_tokens,
 )
-from lib.commands.gguf.source import open_folder
 from lib.data.tokenizer_model import FILE
 from lib.util.errors import UserError
 
@@ -48,7 +48,7 @@ def trimmed(folder: Path, texts: Path, out: Path, *more: object) -> Path:
 
 
 def convert(folder: Path, texts: Path, out: Path, *more: str) -> dict:
-    """Convert and prove; the record beside the file."""
+    """Convert and verify; the record beside the file."""
     main([str(folder), str(out), "--data", str(texts / "uk"), str(texts / "en"), *more])
     record = whole.record_of(out)
     assert [cut["documents"] for cut in record["proof"]["tokens"]] == [11, 9, 9]
@@ -112,7 +112,7 @@ def test_the_plain_converter_takes_a_saved_folder(llama: Path, texts: Path, tmp_
     folder = trimmed(llama, texts, tmp_path / "smaller")
     out = tmp_path / "plain.gguf"
     llama_cpp.convert(str(folder), "plain", {"f32": str(out)})
-    prove_tokens(out, AutoTokenizer.from_pretrained(folder), {"uk": kinds.texts(kinds.UK, 9, 2)})
+    verify_tokens(out, AutoTokenizer.from_pretrained(folder), {"uk": kinds.texts(kinds.UK, 9, 2)})
 
 
 # ------------------------------------------------------------------------------ what is refused
@@ -162,10 +162,10 @@ def rewrite(name: str, value: float) -> Callable:
 def test_other_weights_and_fields(
     weight_type: str, change: Callable, words: str, files: dict, llama: Path, tmp_path: Path
 ) -> None:
-    assert sum(prove_tensors(files[weight_type], files["f32"], llama)["rows"].values()) == 2 * 462
+    assert sum(verify_tensors(files[weight_type], files["f32"], llama)["rows"].values()) == 2 * 462
     with pytest.raises(UserError, match=words):
         file = changed(files[weight_type], tmp_path / "file", change)
-        prove_tensors(file, files["f32"], llama)
+        verify_tensors(file, files["f32"], llama)
 
 
 @pytest.mark.parametrize("name", llama_cpp.OUTER)
@@ -177,13 +177,13 @@ def test_one_other_row_of_embedding_or_head(
 
     file = changed(files["f32"], tmp_path / "file", change)
     with pytest.raises(UserError, match=f"row 400 of {name} is not the checkpoint's"):
-        prove_tensors(file, file, llama)
+        verify_tensors(file, file, llama)
 
 
 def test_another_model_predicts_otherwise(files: dict, llama: Path, tmp_path: Path) -> None:
     windows = {"some": [torch.arange(5, 105)]}
     letter = letter_of(open_folder(str(llama)).tokenizer)
-    proven = prove_predictions(llama, files, windows, letter)["distances"]
+    proven = verify_predictions(llama, files, windows, letter)["distances"]
     assert proven["f32"] < 1e-4 < proven["f16"] < proven["q8_0"] < proven["q4_0"]
     for weight_type, change in (
         ("f32", scale("blk.1.attn_v.weight", 1.1)),
@@ -193,18 +193,18 @@ def test_another_model_predicts_otherwise(files: dict, llama: Path, tmp_path: Pa
     ):
         file = changed(files[weight_type], tmp_path / "file", change)
         with pytest.raises(UserError, match=f"in {weight_type} differ by .* this mod"):
-            prove_predictions(llama, {weight_type: file}, windows, letter)
+            verify_predictions(llama, {weight_type: file}, windows, letter)
 
 
 def test_other_tokens(files: dict, llama: Path, tmp_path: Path) -> None:
     tokenizer, texts = open_folder(str(llama)).tokenizer, {"uk": kinds.texts(kinds.UK, 3, 2)}
-    prove_tokens(files["f16"], tokenizer, texts)
+    verify_tokens(files["f16"], tokenizer, texts)
     add_bos = rewrite("tokenizer.ggml.add_bos_token", False)
     with pytest.raises(UserError, match="document 1 of uk: at token 1 llama"):
-        prove_tokens(changed(files["f16"], tmp_path / "file", add_bos), tokenizer, texts)
+        verify_tokens(changed(files["f16"], tmp_path / "file", add_bos), tokenizer, texts)
 
     with pytest.raises(UserError, match=r"document 1 of uk: at token \d+ llama.cpp has"):
-        prove_tokens(files["f16"], kinds.byte_fallback(size=400), texts)
+        verify_tokens(files["f16"], kinds.byte_fallback(size=400), texts)
 
 
 def test_blocks_that_llama_cpp_takes_for_others_end_it(texts: Path, tmp_path: Path) -> None:
@@ -223,7 +223,7 @@ def test_without_a_runner_only_tensors_are_proven(
 ) -> None:
     monkeypatch.setitem(sys.modules, "xllamacpp", None)
     main([str(llama), str(tmp_path / "model.gguf")])
-    assert "not proven: tokens and predictions (xllamacpp is not inst" in capsys.readouterr().out
+    assert "not verified: tokens and predictions (xllamacpp is not inst" in capsys.readouterr().out
     assert set(whole.record_of(tmp_path / "model.gguf")["proof"]) == {"tensors", "not_proven"}
 
 
@@ -231,7 +231,7 @@ def test_relative_paths_children_and_a_proxy(
     llama: Path, texts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
 ) -> None:
     """From any folder, in processes of its own; no text meets the proxy, which is not there."""
-    for caller in (command, proof):
+    for caller in (command, verify):
         monkeypatch.setattr(caller, "run_child", llama_cpp.run_child)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("http_proxy", "http://127.0.0.1:9")

@@ -20,7 +20,7 @@ import tiny
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
 from transformers import LlamaTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from lib.commands.gguf.source import OF_PATTERN
+from lib.commands.gguf.source import PRE_TOKENIZERS
 from lib.data.tokenizer_model import CHECK, CHECK_TEXT, digest
 
 HOW = "pip install -r requirements-gguf.txt"
@@ -48,7 +48,7 @@ def llama3() -> PreTrainedTokenizerFast:
 
 
 def _split(name: str) -> pre_tokenizers.PreTokenizer:
-    pattern = next(pattern for pattern, its in OF_PATTERN.items() if its == name)
+    pattern = next(pattern for pattern, its in PRE_TOKENIZERS.items() if its == name)
     level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     return pre_tokenizers.Sequence([pre_tokenizers.Split(Regex(pattern), "isolated"), level])
 

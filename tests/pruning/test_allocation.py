@@ -34,7 +34,7 @@ def chosen(parts: dict[str, tuple[int, float]], ratio: float = 0.6) -> dict[str,
 def test_the_cost_is_the_lowest_of_all_choices(monkeypatch: pytest.MonkeyPatch) -> None:
     """Against every choice of three parts that has as many zeros."""
     monkeypatch.setattr(module, "STEPS", 20)
-    monkeypatch.setattr(module, "BELOW", 0.4 * 2 / 3)  # as far on either side
+    monkeypatch.setattr(module, "MAX_DECREASE", 0.4 * 2 / 3)  # as far on either side
     errors = (3, 1, 0.5)
 
     def cost(choice) -> float:

@@ -9,7 +9,7 @@ from support import runner_of, windows
 from torch import Tensor
 
 from lib.model.blocks import BlockRunner
-from lib.model.linears import experts_by, watch_outputs
+from lib.model.linears import experts_implementation, watch_outputs
 from lib.pruning.fisher import FisherDiagonal, backward_pass, draw
 
 MODELS = ("Llama", "GPT-2", "Gemma 2", "Mixtral", "Falcon", "GPT-OSS", "Mamba", "Zamba2")
@@ -20,7 +20,7 @@ def sensed(
 ) -> dict[str, FisherDiagonal]:
     found: dict[str, FisherDiagonal] = {}
     runner.batch_size = batch_size
-    with experts_by(runner.model, "eager"):
+    with experts_implementation(runner.model, "eager"):
         for diagonals in backward_pass(runner, ids, uniforms):
             found |= {linear.name: diagonal for linear, diagonal in diagonals.items()}
     return found
@@ -38,7 +38,7 @@ def by_autograd(runner: BlockRunner, ids: Tensor, uniforms: Tensor) -> dict[str,
 
     for window, drawn in zip(ids, uniforms, strict=True):
         outputs.clear()
-        with experts_by(model, "eager"), watch_outputs(linears, see):
+        with experts_implementation(model, "eager"), watch_outputs(linears, see):
             embedded = model.get_input_embeddings()(window[None]).detach().requires_grad_()
             logits = model(inputs_embeds=embedded, use_cache=False).logits[0].double()
         sums = logits.detach().softmax(-1).cumsum(-1)

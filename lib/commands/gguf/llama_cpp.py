@@ -334,7 +334,7 @@ def run(
         fields = {"content": text, "add_special": True, "parse_special": True}
         return post("/tokenize", fields)["tokens"]
 
-    def likeliest(prompt: list[int]) -> list[tuple[int, float]]:
+    def most_likely(prompt: list[int]) -> list[tuple[int, float]]:
         # the server gives no probabilities with an end token or a part of a letter, so the answer
         # is forced to be a letter; the log-probabilities do not include that
         fields = {"prompt": prompt, "n_predict": 1, "n_probs": top, "temperature": 0}
@@ -356,7 +356,7 @@ def run(
         "chats": [chat(fields) for fields in chats],
         "stops": bool(chats) and post("/completion", forced)["stop_type"] == "eos",
         "tokens": [tokens_of(text) for text in texts],
-        "logprobs": [likeliest(prompt) for prompt in prompts],
+        "logprobs": [most_likely(prompt) for prompt in prompts],
     }
 
 

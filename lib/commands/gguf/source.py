@@ -39,7 +39,7 @@ WORDS = (
     r"{}|[^\r\n\p{{L}}\p{{N}}]?\p{{L}}+|\p{{N}}{}| ?[^\s\p{{L}}\p{{N}}]+[\r\n]*"
     r"|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
-OF_PATTERN = {
+PRE_TOKENIZERS = {
     WORDS.format(CONTRACTIONS, "{1,3}"): "llama-bpe",  # Llama 3
     WORDS.format(CONTRACTIONS, ""): "qwen2",
 }
@@ -53,7 +53,7 @@ class ModelFolder:
     config: PretrainedConfig
     tokenizer: PreTrainedTokenizerBase
     data: dict[str, Any]
-    sees: bool  # or hears
+    multimodal: bool  # has a vision or audio part
     packed: bool
 
     def view(self, folder: Path, weights: Path) -> Path:
@@ -107,8 +107,8 @@ def open_folder(path: str) -> ModelFolder:
             f"IN {path}: its tokenizer ({data['model'].get('type')}) is neither byte-level BPE nor "
             "BPE with a token for every byte. It cannot be converted."
         )
-    sees = bool(getattr(bare, "unread", None))
-    return ModelFolder(folder, config, tokenizer, data, sees, packed=method == METHOD)
+    multimodal = bool(getattr(bare, "unread", None))
+    return ModelFolder(folder, config, tokenizer, data, multimodal, packed=method == METHOD)
 
 
 def grid_of(folder: Path) -> str | None:
@@ -127,7 +127,7 @@ def grid_of(folder: Path) -> str | None:
     return None
 
 
-def named_by_parts(data: dict[str, Any]) -> str | None:
+def pre_tokenizer_of(data: dict[str, Any]) -> str | None:
     """Return llama.cpp's name of the pre-tokenizer in a tokenizer.json, `data`; None if unknown.
 
     The converter identifies tokenizers by the ids of a check text. Tokenizers that its table lacks,
@@ -143,7 +143,7 @@ def named_by_parts(data: dict[str, Any]) -> str | None:
     if len(splits) == 1 and splits[0]["type"] == "Digits":
         return "smollm" if splits[0]["individual_digits"] else None
     if len(splits) == 1 and splits[0]["type"] == "Split" and not level.get("use_regex", True):
-        return OF_PATTERN.get(splits[0]["pattern"].get("Regex"))
+        return PRE_TOKENIZERS.get(splits[0]["pattern"].get("Regex"))
     return None
 
 

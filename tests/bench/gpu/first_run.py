@@ -123,7 +123,7 @@ def check_products(runs: Runs) -> dict[str, Any]:
     dense = torch.nn.Linear(width, rows, bias=False, **there)
     dense.weight[Sparsity.parse("2:4", 0.5).mask(dense.weight.abs())] = 0
     unpacked, by_torch = (SparseLinear.from_linear(dense) for _ in range(2))
-    unpacked.way = "dense"
+    unpacked.mode = "dense"
     ways: dict[str, Callable] = {"dense": dense, "unpacked": unpacked}
     if by_torch.semi_structure_():
         ways["2:4"] = by_torch

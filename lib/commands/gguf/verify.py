@@ -22,7 +22,7 @@ from transformers import AutoConfig, PreTrainedTokenizerBase
 from ...data.chats import Dialogue
 from ...data.documents import read_documents
 from ...data.sources import Source
-from ...data.templates import EXAMPLES, examples, sample_of_dialogue, text_by
+from ...data.templates import EXAMPLES, document_text, examples, sample_of_dialogue
 from ...data.tokenizer_model import begins_with_blank
 from ...data.windows import test_documents
 from ...model.pretrained import auto_class, window_length
@@ -56,7 +56,7 @@ LINES = [
 ]
 
 
-def prove(
+def verify(
     source: ModelFolder, weights: Path, files: Mapping[str, Path], texts: Sequence[Source]
 ) -> dict[str, Any]:
     """Verify the last of `files` {type: path}, print a line on each part, and return the record.
@@ -65,7 +65,7 @@ def prove(
     at the first difference.
     """
     file, missing = list(files.values())[-1], []
-    tensors = prove_tensors(file, files["f32"], weights)
+    tensors = verify_tensors(file, files["f32"], weights)
     types = ", ".join(f"{count} in {name.lower()}" for name, count in tensors["types"].items())
     changed = sum(count for count, _ in tensors["changed"].values())
     print(f"tensors are the checkpoint's: {types}; rounding changed {changed:,} values", flush=True)
@@ -79,17 +79,17 @@ def prove(
         missing.append(f"tokens and predictions ({RUNNER} is not installed: {INSTALL})")
     else:
         documents = documents_of(texts, source)
-        proof["tokens"] = prove_tokens(file, source.tokenizer, documents)
+        proof["tokens"] = verify_tokens(file, source.tokenizer, documents)
         for cut in proof["tokens"]:
             print(
                 f"{cut['name']}: llama.cpp has the same tokens in all {cut['documents']} documents"
             )
-        missing += prove_chat(file, source.tokenizer)
+        missing += verify_chat(file, source.tokenizer)
         if needed > available():
             missing.append(f"predictions (comparing them needs {gib(needed)} of memory)")
         else:
             windows = windows_of(source.tokenizer, documents, source.config)
-            compared = prove_predictions(weights, files, windows, letter_of(source.tokenizer))
+            compared = verify_predictions(weights, files, windows, letter_of(source.tokenizer))
             distances = compared["distances"].items()
             by = ", ".join(f"{value:.2g} in {name}" for name, value in distances)
             print(f"predictions after {compared['places']} beginnings differ by {by}", flush=True)
@@ -107,7 +107,7 @@ def _run(file: Path, passes: float = 1, **arguments: Any) -> dict[str, Any]:
     return run_child(RUNS, llama_cpp.run, size=size, model=str(file), **arguments)
 
 
-def prove_tensors(file: Path, exact: Path, weights: Path) -> dict[str, Any]:
+def verify_tensors(file: Path, exact: Path, weights: Path) -> dict[str, Any]:
     """Compare all tensors and fields; see llama_cpp.compare. UserError at the first difference."""
     paths = dict(file=str(file), exact=str(exact), weights=str(weights))
     return run_child("tensors", llama_cpp.compare, size=exact.stat().st_size, **paths)
@@ -130,12 +130,12 @@ def documents_of(sources: Sequence[Source], model: ModelFolder) -> dict[str, lis
     texts = {"built-in lines": LINES}
     for source in sources:
         chosen = test_documents(source, read_documents(source, "test")[0])
-        texts[source.name] = [text_by(model.tokenizer, each) for each in chosen]
+        texts[source.name] = [document_text(model.tokenizer, each) for each in chosen]
     blanks = " " if begins_with_blank(model.data) else ""
     return {name: [text.lstrip(blanks) for text in texts[name]] for name in texts}
 
 
-def prove_tokens(
+def verify_tokens(
     file: Path, tokenizer: PreTrainedTokenizerBase, texts: Mapping[str, Sequence[str]]
 ) -> list[dict[str, Any]]:
     """Compare the tokens of all `texts`, with the special tokens that are added to them.
@@ -156,7 +156,7 @@ def prove_tokens(
     return records
 
 
-def prove_chat(file: Path, tokenizer: PreTrainedTokenizerBase) -> list[str]:
+def verify_chat(file: Path, tokenizer: PreTrainedTokenizerBase) -> list[str]:
     """Compare how llama.cpp renders dialogues, and whether it stops at an answer's end.
 
     Returns the checks that failed or were left out. Raises UserError for a difference, except in
@@ -223,7 +223,7 @@ def letter_of(tokenizer: PreTrainedTokenizerBase) -> int:
     return next(index for index in ids if tokenizer.decode([index]).isalpha())
 
 
-def prove_predictions(
+def verify_predictions(
     weights: Path, files: Mapping[str, Path], windows: Mapping[str, Sequence[Tensor]], letter: int
 ) -> dict[str, Any]:
     """Compare the predictions of `files` {type: file} with the model in the folder `weights`.
