@@ -396,23 +396,7 @@ class Recoverer:
         steps, tokens = self.schedule.steps, self.schedule.windows * self.schedule.seqlen
         weights = self.runner.weights
         finished = weights.finished_by_all() if self.sharded else weights.finished
-        every = [
-            (kind in part.replicated, leaf)
-            for part in self.parts.values()
-            for kind, leaf in part.leaves.items()
-        ]
-        self.leaves = [leaf for _, leaf in sorted(every, key=itemgetter(0))]
-        self.n_sharded = sum(leaf.numel() for replicated, leaf in every if not replicated)
-        sizes = [leaf.numel() for leaf in self.leaves]
-        # one buffer for all gradients, so that one sum over ranks serves those that are replicated
-        self.gradient = torch.zeros(sum(sizes), device=self.runner.device)
-        for leaf, gradient in zip(self.leaves, self.gradient.split(sizes), strict=True):
-            leaf.grad = gradient.view_as(leaf)
-        kind = partial(torch.optim.AdamW, fused=True)
-        if self.schedule.optimizer == "adamw8bit":  # Dettmers et al., arXiv 2110.02861
-            from bitsandbytes.optim import AdamW8bit as kind
-        held = [leaf for leaf in self.leaves if leaf.numel()]  # a rank's part may be empty
-        self.optimizer = kind(held, betas=BETAS, weight_decay=0.0)
+        self._begin()
         state = self._resumed(finished if self.sharded else None)
         if not state:
             self._write_()
@@ -453,6 +437,26 @@ class Recoverer:
             self.runner.weights = weights.restored()
         self.tokens = steps * tokens
         self.seconds = round(before + time.perf_counter() - began, 3)
+
+    def _begin(self) -> None:
+        """Make the optimizer, and one buffer for the gradients of all leaves."""
+        every = [
+            (kind in part.replicated, leaf)
+            for part in self.parts.values()
+            for kind, leaf in part.leaves.items()
+        ]
+        self.leaves = [leaf for _, leaf in sorted(every, key=itemgetter(0))]
+        self.n_sharded = sum(leaf.numel() for replicated, leaf in every if not replicated)
+        sizes = [leaf.numel() for leaf in self.leaves]
+        # with one buffer, one sum over ranks serves all replicated leaves
+        self.gradient = torch.zeros(sum(sizes), device=self.runner.device)
+        for leaf, gradient in zip(self.leaves, self.gradient.split(sizes), strict=True):
+            leaf.grad = gradient.view_as(leaf)
+        kind = partial(torch.optim.AdamW, fused=True)
+        if self.schedule.optimizer == "adamw8bit":  # Dettmers et al., arXiv 2110.02861
+            from bitsandbytes.optim import AdamW8bit as kind
+        held = [leaf for leaf in self.leaves if leaf.numel()]  # a rank's part may be empty
+        self.optimizer = kind(held, betas=BETAS, weight_decay=0.0)
 
     @contextmanager
     def _gradients(self) -> Iterator[None]:

@@ -55,11 +55,8 @@ if TYPE_CHECKING:
     from ..run.job import Job
 
 ANY, PACKED = "any", "packed"
-PLANS = {
-    ANY: "--quantize",
-    PACKED: "--prune_method admm --sparsity_ratio 0.5 --allocation error "
-    "--replace_sparse_layers --quantize int4",
-}
+PACKED_PLAN = "--prune_method admm --sparsity_ratio 0.5 --allocation error "
+PACKED_PLAN += "--replace_sparse_layers --quantize int4"
 ENGINES = "compressed-tensors", "mlx", "onnx"  # formats of export, written besides OUT.gguf
 SMALLER = {  # flags that remove neurons or experts for --megabytes
     NEURONS: f"--prune_method admm --sparsity_type {NEURONS} --sparsity_ratio",
@@ -150,8 +147,7 @@ class Compression:
     command: dict[str, Any]  # all flags, and the identity of the model
     out: str
     folder: Path  # --work_dir
-    target: str  # a key of PLANS
-    gguf: str | None
+    gguf: str | None  # None for --for packed
     exports: dict[str, str]  # {folder: format} for each other engine
     device: str
     checkpoint: Checkpoint
@@ -162,7 +158,7 @@ class Compression:
     @property
     def format(self) -> list[str]:
         """The flags of main.py that quantize or prune the weights."""
-        return [*PLANS[self.target].split(), *([self.args.quantize] if self.target == ANY else [])]
+        return ["--quantize", self.args.quantize] if self.gguf else PACKED_PLAN.split()
 
     @property
     def on_cpu(self) -> bool:
@@ -204,8 +200,6 @@ def begin(args: argparse.Namespace, passed_on: list[str]) -> Compression:
     """
     from ..model import pretrained
     from ..model.access import Checkpoint
-    from ..packed import kernels
-    from ..packed.formats import FORMATS
     from ..run.fingerprint import first_difference, model_digest
     from .export.__main__ import check_installed
     from .gguf.__main__ import check_new
@@ -217,23 +211,12 @@ def begin(args: argparse.Namespace, passed_on: list[str]) -> Compression:
     kept = json.loads(file.read_text("utf-8")) if file.is_file() else {}
     if args.language:
         language_text(args.language)  # raises for an unknown tag
-    if not FORMATS[args.quantize].engines and args.target != [ANY]:
-        problem = "only llama.cpp and ollama run it. Leave out --for"
-        raise UserError(f"--quantize {args.quantize}: {problem} {' '.join(args.target)}.")
     device = pretrained.pick_device(args.device)
-    target = PACKED if PACKED in args.target else ANY
-    if target == PACKED and len(args.target) > 1:
-        raise UserError("--for packed: no other engine reads this format. Name it alone.")
-    if device.type == "cpu" and target == PACKED and not kernels.supported():
-        what = "its kernels require an x86-64 processor with AVX2. Leave the flag out."
-        raise UserError(f"--for {target}: {what}")
-    if args.megabytes and target == PACKED:
-        raise UserError(f"--megabytes {args.megabytes}: no GGUF is made. Leave out --for {target}.")
+    check_target(args, device.type == "cpu")
     parsed = build_parser().parse_args(["--model", args.model, *passed_on])
     if wrong := [name for name in OWN_FLAGS.split() if given(parsed, name)]:
         raise UserError(f"--{wrong[0]}: compress sets this flag. Use the flags of compress.")
-    options = {name: getattr(parsed, name) for name in ("cache_dir", "trust_remote_code")}
-    checkpoint = Checkpoint(args.model, **options)
+    checkpoint = Checkpoint(args.model, "--model", parsed.cache_dir, parsed.trust_remote_code)
     config = pretrained.load_config(checkpoint)
     command = {name: value for name, value in vars(args).items() if name != "debug"}
     command |= {"--": passed_on, "MODEL's files": model_digest(args.model, config)}
@@ -247,7 +230,7 @@ def begin(args: argparse.Namespace, passed_on: list[str]) -> Compression:
             f"--work_dir {folder}: it was begun with {name} {before!r}, not {now!r}. Give the "
             "same again, or remove the folder."
         )
-    gguf = f"{out}.gguf" if target == ANY else None
+    gguf = None if PACKED in args.target else f"{out}.gguf"
     exports = {f"{out}-{one}": one for one in args.target if one in ENGINES}
     if not plan:
         check_new_folder("OUT", out)
@@ -265,7 +248,6 @@ def begin(args: argparse.Namespace, passed_on: list[str]) -> Compression:
         command=command,
         out=out,
         folder=folder,
-        target=target,
         gguf=gguf,
         exports=exports,
         device=str(device),
@@ -274,6 +256,25 @@ def begin(args: argparse.Namespace, passed_on: list[str]) -> Compression:
         plan=plan and Plan(**plan),
         began=time.monotonic() - (kept["seconds"] if plan else 0),
     )
+
+
+def check_target(args: argparse.Namespace, on_cpu: bool) -> None:
+    """Raise UserError if --for excludes other flags, or requires another processor."""
+    from ..packed import kernels
+    from ..packed.formats import FORMATS
+
+    if not FORMATS[args.quantize].engines and args.target != [ANY]:
+        problem = "only llama.cpp and ollama run it. Leave out --for"
+        raise UserError(f"--quantize {args.quantize}: {problem} {' '.join(args.target)}.")
+    if PACKED not in args.target:
+        return
+    if len(args.target) > 1:
+        raise UserError("--for packed: no other engine reads this format. Name it alone.")
+    if on_cpu and not kernels.supported():
+        what = "its kernels require an x86-64 processor with AVX2. Leave the flag out."
+        raise UserError(f"--for packed: {what}")
+    if args.megabytes:
+        raise UserError(f"--megabytes {args.megabytes}: no GGUF is made. Leave out --for packed.")
 
 
 def fetch_text(run: Compression) -> Texts:
@@ -359,7 +360,7 @@ def make_plan(run: Compression, texts: Texts) -> Plan:
 
     args = run.args
     # distillation does not help a chat model that was quantized on dialogues
-    untrained = texts.chat and run.target == ANY and not args.megabytes
+    untrained = texts.chat and run.gguf and not args.megabytes
     tokens = 0 if untrained and args.recover is None else args.recover
     job = check_plan(run, texts, tokens, trims=True)
     if job.schedule and args.recover is not None:
@@ -374,7 +375,7 @@ def make_plan(run: Compression, texts: Texts) -> Plan:
     common += ["--date", job.args.date] if job.args.date else []
     flags = model_flags(run, without_tests(texts, job), bool(job.vocabulary))
     type_, removed, summary = "", None, []
-    if run.target == ANY:
+    if run.gguf:
         type_, removed, size = choose_size(job, args.megabytes)
         summary = [size]
     made_by = [*common, *flags, *([*smaller_flags(run), removed] if removed else [])]
@@ -646,7 +647,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--dialogues", help=text, type=NATURAL, default=256, metavar="N")
     text = "any: OUT and OUT.gguf; a format of export: that too; packed: transformers on x86-64 "
     text += "CPUs (default: any)"
-    targets = dict(choices=(*PLANS, *ENGINES), nargs="+", default=[ANY])
+    targets = dict(choices=(ANY, PACKED, *ENGINES), nargs="+", default=[ANY])
     add("--for", help=text, dest="target", metavar="ENGINE", **targets)
     text = "q4_0: every engine; iq4_nl: less loss at the same size, only for llama.cpp and ollama"
     kinds = dict(choices=("q4_0", "iq4_nl"), default="q4_0")

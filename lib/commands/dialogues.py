@@ -14,7 +14,6 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
-import os
 import random
 import time
 from collections import Counter
@@ -39,7 +38,7 @@ from ..run.fingerprint import model_digest
 from ..run.flags import POSITIVE
 from ..util.command import make_parser
 from ..util.errors import UserError
-from ..util.files import check_writable
+from ..util.files import check_writable, write_text
 from ..util.progress import progress, quiet
 
 TRIED = 8  # first answers, at least half of which must end
@@ -183,21 +182,16 @@ def _answered(out: Path, writer: dict[str, Any]) -> list[list[dict[str, Any]]]:
     A last line that was cut off is removed. Raises UserError if a row has other settings.
     """
     text = out.read_bytes() if out.exists() else b""
-    if not text.strip():
-        return []
     whole, _, last = text.rpartition(b"\n")
     if last.strip():
-        with out.open("r+b") as file:
-            if _is_json(last):  # an editor left out the line break
-                file.seek(0, os.SEEK_END)
-                file.write(b"\n")
-            else:
-                file.truncate(len(text) - len(last))
-                if not whole.strip():
-                    return []
+        complete = _is_json(last)  # an editor left out the line break
+        text = text + b"\n" if complete else whole + b"\n" * bool(whole)
+        write_text(out, text)
+    if not text.strip():
+        return []
     source = parse_sources([str(out)], "OUT")[0]
     prompts = [document.prompt for document in read_documents(source, "train")[0]]
-    for number, line in enumerate(out.read_bytes().split(b"\n"), 1):
+    for number, line in enumerate(text.split(b"\n"), 1):
         before = json.loads(line).get(WRITER, writer) if line.strip() else writer
         if before != writer:
             name = next(key for key in writer if before.get(key) != writer[key])

@@ -16,7 +16,7 @@ import json
 import re
 import sys
 import textwrap
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import combinations
@@ -43,10 +43,10 @@ NUMBERED = re.compile(r"(?:^|\.)(\d+)\.")
 
 
 @dataclass(frozen=True)
-class Masks(Mapping):
-    """The masks of a RUN: {matrix: bool}, of weights, or of a block's neurons or experts (1, n).
+class Masks:
+    """The masks of a RUN, bool: of a matrix's weights, or of a block's neurons or experts (1, n).
 
-    A mask is read on access, so that two large models need not fit in memory.
+    `read` has a function for each, so that two large models need not fit in memory.
     """
 
     path: Path
@@ -54,15 +54,6 @@ class Masks(Mapping):
     calibration: str | None  # the text, if known
     shapes: dict[str, tuple[int, ...]]
     read: dict[str, Callable[[], Tensor]]
-
-    def __getitem__(self, name: str) -> Tensor:
-        return self.read[name]()
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self.read)
-
-    def __len__(self) -> int:
-        return len(self.read)
 
 
 def block_and_linear(name: str) -> tuple[int, str] | None:
@@ -209,9 +200,9 @@ def _pruned_matrices(masks: Sequence[Masks]) -> Iterator[tuple[str, list[Tensor]
                 f"RUN {run.path}: tensor {name} is {here} here but {there} in {first.path}. "
                 "Compare prunings of one model."
             )
-    with progress(len(first), "comparing", "matrix") as advance:
-        for name in sorted(first, key=lambda name: (block_and_linear(name)[0], name)):
-            kept = [each[name] for each in masks]
+    with progress(len(first.read), "comparing", "matrix") as advance:
+        for name in sorted(first.read, key=lambda name: (block_and_linear(name)[0], name)):
+            kept = [each.read[name]() for each in masks]
             advance(1)
             if all((~mask).float().mean() > MIN_ZEROS for mask in kept):
                 yield name, kept

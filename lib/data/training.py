@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import logging
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 
@@ -112,49 +112,34 @@ def _cut_windows(
     seen: OverlapFilter,
 ) -> tuple[Windows, Windows, int, str | None]:
     """Return about `share` windows, held-out ones, the number dropped, and the revision."""
-    rng, seqlen = random.Random(spec.seed), spec.seqlen
-    groups: list[Windows] = []  # each from one document, or from several short ones
-    short: list[Sample] = []  # documents of the next window
-    lengths: list[int] = []  # text lengths in tokens
+    rng, groups = random.Random(spec.seed), []  # of windows from one document, or from short ones
+    lengths: list[int] = []  # of texts, in tokens
     n_dropped = n_windows = 0
     documents, revision = read_documents(source, "train")
-
-    def cut_texts() -> Iterator[Windows]:
-        for text in texts:
-            short.append(sample_of(spec.tokenizer, text, spec.bos))
-            lengths.append(len(short[-1].ids))
-            if lengths[-1] >= seqlen:
-                yield windows_of([short.pop()], seqlen, spec.bos)
-            elif sum(len(sample.ids) for sample in short) >= seqlen:
-                yield windows_of(short, seqlen, spec.bos)
-                short.clear()
-
-    joined = source.draw == JOINED
+    joined, chat = source.draw == JOINED, are_dialogues(documents)
     texts = [" ".join(documents)] if joined else shuffled(source, documents, rng)
-    chat = are_dialogues(documents)
-    for cut in packed_dialogues(source, spec, texts) if chat else cut_texts():
-        groups.append(cut[~overlap.found_in(cut.ids)])
-        n_dropped += len(cut) - len(groups[-1])
-        n_windows += len(groups[-1])
+    for cut in packed_dialogues(source, spec, texts) if chat else _cut_texts(spec, texts, lengths):
+        group = cut[~overlap.found_in(cut.ids)]
+        n_dropped += len(cut) - len(group)
+        n_windows += len(group)
+        groups += [group] * bool(len(group))
         if n_windows >= share + 2 * n_held:
             break
-    groups = [group for group in groups if len(group)]
     if n_windows < 2:
         if n_dropped:
             raise source.error("its training text is part of the test text. Give other texts.")
         if chat:
             raise source.error(f"its dialogues fill {n_windows} of 2 training windows. Give more.")
         longest = max(lengths)
-        problem = f"its text fills {n_windows} of 2 training windows of {seqlen} tokens, and the "
-        problem += f"longest document has {longest}. Use a smaller --seqlen, or give more text."
+        problem = f"its text fills {n_windows} of 2 training windows of {spec.seqlen} tokens, and "
+        problem += f"the longest document has {longest}. Use a smaller --seqlen, or give more text."
         raise TextTooShort(source, problem, max(longest // 2, sum(lengths) // 6))
     wanted = n_held
     if n_windows < share + n_held:
         wanted = min(n_held, max(1, int(HELD_OUT_SHARE * n_windows)))
     if len(groups) == 1:  # one long text: a span of it is held out
         (whole,), start = groups, rng.randrange(n_windows - wanted + 1)
-        end = start + wanted
-        groups = [whole[start:end], join([whole[:start], whole[end:]])]
+        groups = [whole[start : start + wanted], whole[:start], whole[start + wanted :]]
     else:  # in the drawn order, with groups larger than wanted last
 
         def place(group: Windows) -> tuple[int, bool]:
@@ -166,6 +151,19 @@ def _cut_windows(
     n_out = next((total for total in sums if total >= wanted), sums[-1])
     windows = join(groups)
     return windows[n_out:][:share], windows[:n_out][:n_held], n_dropped, revision
+
+
+def _cut_texts(spec: WindowSpec, texts: Iterable[str], lengths: list[int]) -> Iterator[Windows]:
+    """Yield the windows of each long text, or of several short ones; append the lengths."""
+    short: list[Sample] = []  # texts of the next window
+    for text in texts:
+        short.append(sample_of(spec.tokenizer, text, spec.bos))
+        lengths.append(len(short[-1].ids))
+        if lengths[-1] >= spec.seqlen:
+            yield windows_of([short.pop()], spec.seqlen, spec.bos)
+        elif sum(len(sample.ids) for sample in short) >= spec.seqlen:
+            yield windows_of(short, spec.seqlen, spec.bos)
+            short.clear()
 
 
 class OverlapFilter:

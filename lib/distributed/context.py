@@ -55,6 +55,10 @@ class DistContext:
         """Return this rank's part of `count` windows; sizes differ by at most one."""
         return slice(count * self.rank // self.size, count * (self.rank + 1) // self.size)
 
+    def count(self, total: int) -> int:
+        """Return the number of windows in `share`."""
+        return len(range(total)[self.share(total)])
+
     def barrier(self) -> None:
         """Wait until all ranks have called this."""
         if self.size > 1:

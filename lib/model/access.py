@@ -187,6 +187,11 @@ def stored_names(checkpoint: Checkpoint) -> dict[str, str]:
     return names
 
 
+def weight_bytes(folder: str | Path) -> int:
+    """Return the bytes of a local folder's weight files; 0 for a model on the Hub."""
+    return sum(file.stat().st_size for file in Path(folder).glob("*.safetensors"))
+
+
 def tensor_bytes(file: Path) -> int:
     """Return the bytes of the tensors in a safetensors file, without its header."""
     with file.open("rb") as opened:

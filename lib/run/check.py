@@ -103,7 +103,8 @@ def check(
     job = replace(job, batch_size=size)
     _check_tokens(job)
     if job.shares:
-        check_rows(_small(job).get_submodule(job.blocks_name), job.blocks_name, job.dist.size)
+        blocks = job.small_skeleton().get_submodule(job.blocks_name)
+        check_rows(blocks, job.blocks_name, job.dist.size)
     return open_store(job)
 
 
@@ -407,24 +408,16 @@ def _open_folder(job: Job, flag: str, path: str, pruning: dict[str, Any]) -> Job
     return job
 
 
-def _small(job: Job) -> nn.Module:
-    """Return the model without weights, as it is after neurons or experts are removed."""
-    if not job.layout:
-        return job.skeleton
-    field, checkpoint = job.layout.field, job.checkpoint
-    return pretrained.skeleton_with(job.config, field, job.left, checkpoint) or job.skeleton
-
-
 def check_room(job: Job, flag: str, folder: str | Path) -> None:
     """Print the maximum size of the training checkpoints. Raises UserError if the disk is full."""
     if not job.schedule:
         return
-    model = _small(job)
+    blocks = job.small_skeleton().get_submodule(job.blocks_name)
     # bytes per weight: its best value, its float32 master, and two averages
     state, eight_bits = job.dtype.itemsize, job.schedule.optimizer == "adamw8bit"
     state += 0 if job.schedule.rank else 6 if eight_bits else 12
     size = 2 * state + (6 if job.plan.quantizes else 0)  # old and new state exist together
-    size *= sum(weight.numel() for weight in model.get_submodule(job.blocks_name).parameters())
+    size *= sum(weight.numel() for weight in blocks.parameters())
     kept = sum(file.stat().st_size for file in Path(folder).rglob("*.safetensors"))
     place = Path(folder).absolute()
     while not place.exists():

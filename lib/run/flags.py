@@ -402,6 +402,19 @@ def mistakes(args: argparse.Namespace) -> Iterator[str]:
         if given(args, name) and not any(given(args, other) for other in needed):
             names = " or ".join(f"--{other}" for other in needed)
             yield f"{shown(args, name)}: it requires {names}. Add it, or leave the flag out."
+    yield from _pruning_mistakes(args)
+    if args.save_model:
+        target, saved = Path(args.save_model).resolve(), shown(args, "save_model")
+        if args.eval_only and not (packed(vars(args)) or args.trim_vocabulary or args.text_only):
+            yield f"{saved}: --eval_only leaves the model unchanged. Leave out one of them."
+        for name in ("save", "model", "offload_folder", "resume", "teacher"):
+            value = getattr(args, name)
+            if value and Path(value).resolve().is_relative_to(target):
+                yield f"{saved}: --{name} {value} is inside this folder. Name a new folder."
+
+
+def _pruning_mistakes(args: argparse.Namespace) -> Iterator[str]:
+    """Yield a line for each mistake in the flags of pruning, quantization and packing."""
     method, kind, ratio = args.prune_method, args.sparsity_type, args.sparsity_ratio
     packs, form = packed(vars(args)), shown(args, "quantize")
     in_llama_cpp = args.quantize and args.quantize != "int4"
@@ -441,11 +454,3 @@ def mistakes(args: argparse.Namespace) -> Iterator[str]:
                 f"--replace_sparse_layers: packing saves nothing with --sparsity_ratio {ratio:g}. "
                 f"Give more than {FEWEST_ZEROS:g}, or leave the flag out."
             )
-    if args.save_model:
-        target, saved = Path(args.save_model).resolve(), shown(args, "save_model")
-        if args.eval_only and not (packs or args.trim_vocabulary or args.text_only):
-            yield f"{saved}: --eval_only leaves the model unchanged. Leave out one of them."
-        for name in ("save", "model", "offload_folder", "resume", "teacher"):
-            value = getattr(args, name)
-            if value and Path(value).resolve().is_relative_to(target):
-                yield f"{saved}: --{name} {value} is inside this folder. Name a new folder."

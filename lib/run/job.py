@@ -21,6 +21,7 @@ from ..data.windows import TestSet
 from ..distributed.context import DistContext
 from ..model.access import Checkpoint
 from ..model.parts import PartLayout
+from ..model.pretrained import skeleton_with
 from ..model.run_folder import RunFolder
 from ..recover import TrainSchedule
 from ..sharded import can_share
@@ -98,6 +99,13 @@ class Job:
         trimmed = self.vocabulary and self.vocabulary.digest
         values = [*map(pruning.get, names), measuring, trimmed, self.texts.bos, self.seqlen]
         return hashlib.sha256(json.dumps(values).encode()).hexdigest()[:16]
+
+    def small_skeleton(self) -> nn.Module:
+        """Return the model without weights, as it is after neurons or experts are removed."""
+        if not self.layout:
+            return self.skeleton
+        smaller = skeleton_with(self.config, self.layout.field, self.left, self.checkpoint)
+        return smaller or self.skeleton
 
     @property
     def shares(self) -> bool:

@@ -264,7 +264,7 @@ def pack(
 def evaluate(job: Job, runner: BlockRunner, reference: DenseReference | None) -> None:
     """Measure perplexity and KL divergence from the dense model on all test sets, in one pass."""
     tests, dist = job.texts.tests, job.dist
-    windows = sum(len(range(len(test.windows))[dist.share(len(test.windows))]) for test in tests)
+    windows = sum(dist.count(len(test.windows)) for test in tests)
     with job.timed("eval", "perplexity", windows, "window") as bar:
         figures = perplexities(runner, [test.windows for test in tests], bar, reference)
     records = [evaluation_record(test, each) for test, each in zip(tests, figures, strict=True)]

@@ -67,12 +67,13 @@ def test_the_minutes_are_kept() -> None:
 
 
 @pytest.mark.parametrize("recovery", [[], ["--recover", "8192"]], ids=["pruned", "trained"])
-@pytest.mark.parametrize("target", [*compress.PLANS, *compress.SMALLER])
+@pytest.mark.parametrize("target", [compress.ANY, compress.PACKED, *compress.SMALLER])
 def test_main_takes_the_flags_of_every_plan(target: str, recovery: list[str]) -> None:
     parser = build_parser()
-    dense = f"{compress.PLANS[compress.ANY]} q4_0"
-    plan = dense if target == compress.ANY else compress.PLANS.get(target)
-    plan = plan or f"{compress.SMALLER[target]} 0.5 {dense}"
+    plan = "--quantize q4_0"
+    if target in compress.SMALLER:
+        plan += f" {compress.SMALLER[target]} 0.5"
+    plan = compress.PACKED_PLAN if target == compress.PACKED else plan
     argv = ["--model", "m", "--trim_vocabulary", "--calibration_data", "uk", *plan.split()]
     argv += recovery
     check_flags(parser, parser.parse_args(argv))

@@ -22,7 +22,7 @@ from pathlib import Path
 import torch
 from torch.nn.functional import cross_entropy
 
-from ...model.access import Checkpoint, as_user_error
+from ...model.access import Checkpoint, as_user_error, weight_bytes
 from ...run.card import converted_card
 from ...util.command import make_parser
 from ...util.errors import UserError
@@ -86,7 +86,7 @@ def check_installed(to: str) -> None:
 
 def verify(source: GridFolder, engine: type, stage: Path, new: str) -> list[str]:
     """Run OUT and `stage`. Raises UserError if log-probabilities differ beyond the limit."""
-    needed = 3 * sum(file.stat().st_size for file in source.folder.glob("*.safetensors"))
+    needed = 3 * weight_bytes(source.folder)
     if needed > available():
         what = "predictions and the order of rows"
         return [f"not verified: {what} (comparing them needs {gib(needed)} of memory)"]

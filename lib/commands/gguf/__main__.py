@@ -27,6 +27,7 @@ import torch
 from ...data.documents import check_source
 from ...data.sources import parse_sources
 from ...data.tokenizer_model import check_of
+from ...model.access import weight_bytes
 from ...model.pretrained import checkpoint_dtype
 from ...packed.formats import GRIDS
 from ...run.card import converted_card
@@ -78,7 +79,7 @@ def main(arguments: list[str]) -> None:
         record = run_child(
             f"IN {args.source}: llama.cpp's converter",
             llama_cpp.convert,
-            size=sum(part.stat().st_size for part in weights.glob("*.safetensors")),
+            size=weight_bytes(weights),
             folder=str(source.view(stage / "view", weights)),
             name=Path(args.source).absolute().name,
             files={kind: str(file) for kind, file in files.items()},
@@ -99,16 +100,20 @@ def main(arguments: list[str]) -> None:
             mmproj.rename(mmproj_of(out))
     more = f" --mmproj {shlex.quote(mmproj_of(out).name)}" if mmproj else ""
     more += " --jinja -cnv" if source.tokenizer.chat_template else ""  # as a dialogue
-    about = dict(what=f"GGUF ({weight_type})", tag="gguf", kind=weight_type)
-    changed = changed_linears(record["proof"]["tensors"]["changed"], weight_type.upper())
-    if weight_type in GRIDS and not GRIDS[weight_type].rule:
-        changed += ", and does not round the values of linear layers to bfloat16"
-    about |= dict(changed=changed)
-    card, how = Path(f"{out}.md"), HOW.format(shlex.quote(out.name), more)
-    write_text(card, converted_card(args.source, how=how, **about))
+    changed = record["proof"]["tensors"]["changed"]
+    write_card(args.source, out, weight_type, changed, HOW.format(shlex.quote(out.name), more))
     if mmproj:
         print(f"written: {mmproj_of(Path(args.out))}, the vision projector for {args.out}")
-    print(f"written: {args.out}, {gib(out.stat().st_size)}, {weight_type}, and {card.name}")
+    print(f"written: {args.out}, {gib(out.stat().st_size)}, {weight_type}, and {out.name}.md")
+
+
+def write_card(source: str, out: Path, kind: str, changed: dict[str, Any], how: str) -> None:
+    """Write OUT.md; `changed` is that of llama_cpp.compare, `how` are commands."""
+    words = changed_linears(changed, kind.upper())
+    if kind in GRIDS and not GRIDS[kind].rule:
+        words += ", and does not round the values of linear layers to bfloat16"
+    about = dict(what=f"GGUF ({kind})", tag="gguf", kind=kind, changed=words, how=how)
+    write_text(Path(f"{out}.md"), converted_card(source, **about))
 
 
 def convert_mmproj(source: str, weights: Path, stage: Path, weight_type: str) -> Path | None:
@@ -118,10 +123,10 @@ def convert_mmproj(source: str, weights: Path, stage: Path, weight_type: str) ->
     """
     kind = weight_type if weight_type in ("f32", "f16", "bf16") else "f16"
     files = {each: str(stage / f"mmproj-{each}.gguf") for each in dict.fromkeys(("f32", kind))}
-    size = sum(part.stat().st_size for part in weights.glob("*.safetensors"))
+    view = dict(folder=str(stage / "view"), name=Path(source).absolute().name, files=files)
     try:
-        view = dict(folder=str(stage / "view"), name=Path(source).absolute().name)
-        made = run_child("its converter", llama_cpp.convert_vision, size=size, files=files, **view)
+        size = weight_bytes(weights)
+        made = run_child("its converter", llama_cpp.convert_vision, size=size, **view)
         verify_tensors(Path(files[kind]), Path(files["f32"]), weights)
     except UserError as error:
         print(f"only the text part is converted: {error}")

@@ -25,6 +25,7 @@ from ...data.sources import Source
 from ...data.templates import EXAMPLES, document_text, examples, sample_of_dialogue
 from ...data.tokenizer_model import begins_with_blank
 from ...data.windows import test_documents
+from ...model.access import weight_bytes
 from ...model.pretrained import auto_class, window_length
 from ...packed.formats import GRIDS
 from ...util.errors import UserError
@@ -74,7 +75,7 @@ def verify(
             rounded = "" if GRIDS[name].rule else " once rounded to bfloat16"
             print(f"{name}: {counts[0]:,} of {counts[1]:,} values change{rounded}", flush=True)
     proof: dict[str, Any] = {"tensors": tensors}
-    needed = 2 * sum(part.stat().st_size for part in weights.glob("*.safetensors"))
+    needed = 2 * weight_bytes(weights)
     if find_spec(RUNNER) is None:
         missing.append(f"tokens and predictions ({RUNNER} is not installed: {INSTALL})")
     else:
