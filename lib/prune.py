@@ -1,7 +1,7 @@
 """Prune a model block by block: observe the inputs of its linear layers, solve, propagate.
 
-`prune` takes a model in memory and calls `prune_blocks`, as main.py does. `Pruner._block_` prunes
-one block as Wanda does (https://github.com/locuslab/wanda); Wanda's names are in brackets.
+`prune` takes a model in memory and runs a `Pruner`, as main.py does. `Pruner._block_` prunes one
+block as Wanda does (https://github.com/locuslab/wanda); Wanda's names are in brackets.
 The first block's inputs are recorded (`prepare_calibration_input`: `BlockRunner.capture`). For each
 block one pass observes the inputs of its linear layers (`WrappedGPT.add_batch`:
 `PruningMethod.observe`), all of them are pruned (`PruningMethod.prune_`), and a second pass takes
@@ -18,7 +18,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from math import prod
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor
@@ -86,24 +86,11 @@ def prune(
         calibration = text_windows(tokenizer, calibration, length, nsamples, seed)
     with runner_of(model, length, batch_size, wanted) as runner:
         layers = allocate(runner, calibration, wanted, allocation, seed, gradients=gradients)
-        pruner = prune_blocks(runner, calibration, method, layers, on_progress)
+        pruner = Pruner(runner, method, layers).run(calibration, on_progress)
         reached = Measured(runner, layers.sparsity, pruner.left_dense)
         masks = packed_masks(runner, pruner.pruned)
     shares = reached.shares()["linears"]
     return Pruned(pruner.errors(), shares, reached.overall, pruner.summary()[1:], masks)
-
-
-def prune_blocks(
-    runner: BlockRunner,
-    windows: Tensor | None,
-    method: type[PruningMethod],
-    allocation: Allocation,
-    on_progress: Callable[[int], Any] = lambda blocks: None,
-) -> Pruner:
-    """Prune the model that a runner holds; the returned Pruner reports the results."""
-    pruner = Pruner(runner, method, allocation)
-    pruner.run(windows, on_progress)
-    return pruner
 
 
 class Pruner:
@@ -143,7 +130,7 @@ class Pruner:
     @torch.no_grad()
     def run(
         self, windows: Tensor | None, on_progress: Callable[[int], Any] = lambda blocks: None
-    ) -> None:
+    ) -> Self:
         """Calibrate on windows (n, tokens), None for a method that needs none, and prune.
 
         `on_progress(1)` is called after each block. Raises UserError if a weight or an activation
@@ -160,6 +147,7 @@ class Pruner:
                 with runner.on_device(index, write_back=True):
                     self._block_(index)
                 on_progress(1)
+        return self
 
     def summary(self) -> list[str]:
         """Return lines for the user, which name every layer left dense."""

@@ -16,13 +16,13 @@ import math
 from collections.abc import Callable
 from contextlib import suppress
 from functools import partial
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
 
 from .methods.base import PruningMethod
-from .methods.sparsity import NEURONS
+from .methods.sparsity import EXPERTS, NEURONS
 from .model.blocks import BlockRunner, Stop, run_block
 from .model.matrix import PrunableLinear
 from .model.parts import PartLayout, get_tensor, keep_parts_
@@ -38,31 +38,11 @@ STEPS = 8  # least number of multiples in the width
 TOLERANCE = 1e-3  # relative change of a block's outputs that rounding may cause
 
 
-def remove(
-    runner: BlockRunner,
-    windows: Tensor | None,
-    method: type[PruningMethod],
-    layout: PartLayout,
-    left: int,
-    seed: int = 0,
-    on_progress: Callable[[int], Any] = lambda blocks: None,
-) -> PartPruner:
-    """Remove neurons or experts in place until `left` remain in each block; return the pruner.
-
-    Arguments are as for `prune` (lib/prune.py); `layout` locates the parts, and `seed` is for
-    random choices. Raises UserError also if none can be removed without other changes.
-    """
-    kind = NeuronPruner if layout.kind == NEURONS else ExpertPruner
-    pruner = kind(runner, method, layout, left, seed)
-    pruner.run(windows, on_progress)
-    return pruner
-
-
 class PartPruner(Pruner):
     """Removes neurons or experts, until `left` remain in each block, and sets the config's field.
 
     `layout` locates them; `seed` is for random choices. A subclass notes the remaining parts of a
-    block before `_cut_`.
+    block before `_cut_`. Raises UserError also if none can be removed without other changes.
     """
 
     def __init__(
@@ -80,14 +60,14 @@ class PartPruner(Pruner):
 
     def run(
         self, windows: Tensor | None, on_progress: Callable[[int], Any] = lambda blocks: None
-    ) -> None:
-        """As `Pruner.run`; UserError also if nothing can be removed without other changes."""
+    ) -> Self:
         super().run(windows, on_progress)
         text = self.runner.model.config.get_text_config(decoder=True)
         setattr(text, self.layout.field, self.left)
         for path, attribute, entries in self.layout.counters:  # those inside blocks are set already
             setattr(self.runner.model.get_submodule(path), attribute, entries * self.left)
         self.weights_after = self._count_weights()
+        return self
 
     def summary(self) -> list[str]:
         count, cut = self.layout.count, sum(bool(notes.kept) for notes in self.notes)
@@ -308,3 +288,6 @@ def _routing(values: list[Any], name: str) -> tuple[Tensor, Tensor, Tensor]:
         f"--sparsity_type experts: {name} is not called with tokens, chosen experts and gates. "
         "Use --sparsity_type unstructured."
     )
+
+
+PART_PRUNERS = {NEURONS: NeuronPruner, EXPERTS: ExpertPruner}

@@ -87,6 +87,10 @@ class DistContext:
             torch_dist.all_gather_object(values, value, self.group)
         return values
 
+    def of_machine(self, value: Any) -> Any:
+        """Return `value` of this machine's first rank."""
+        return self.all_gather_object(value)[self.rank - self.local_rank]
+
     def broadcast_(self, tensor: Tensor, source: int) -> Tensor:
         """Return rank `source`'s tensor on every rank, directly after a barrier.
 

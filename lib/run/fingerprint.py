@@ -48,7 +48,7 @@ def fingerprint(job: Job, weights: bool) -> dict[str, dict[str, Any]]:
     digests = None
     if weights and dist.local_rank == 0:
         digests = {f"weights of {flag}": _content(*each, WEIGHTS) for flag, each in read.items()}
-    digests = dist.all_gather_object(digests)[dist.rank - dist.local_rank]
+    digests = dist.of_machine(digests)
     uncounted = [*NO_RESULT, *FIGURES, *(() if job.plan.calibrated else CALIBRATION)]
     counted = {f"--{name}": value for name, value in vars(args).items() if name not in uncounted}
     pruning = counted | {

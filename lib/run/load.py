@@ -43,8 +43,7 @@ def load(job: Job, cleanup: ExitStack, folder: RunFolder | None) -> BlockRunner:
         where = device_map(job.skeleton, job.blocks_name, job.device)
         if first:
             blocks_at = _block_folder(job, cleanup, folder)
-        written = dist.all_gather_object(blocks_at and str(blocks_at.converted))
-        converted = written[dist.rank - dist.local_rank]
+        converted = dist.of_machine(blocks_at and str(blocks_at.converted))
     with job.timed("load"):
         model = pretrained.load_model(
             job.checkpoint,
@@ -105,8 +104,8 @@ def load_teacher(job: Job, runner: BlockRunner, cleanup: ExitStack) -> BlockRunn
         if not resident:
             skeleton = pretrained.skeleton(job.teacher_config, job.teacher)
             where = device_map(skeleton, pretrained.decoder_blocks(skeleton)[0], job.device)
-            own = str(cleanup.enter_context(temporary_folder())) if first else None
-            converted = job.dist.all_gather_object(own)[job.dist.rank - job.dist.local_rank]
+            converted = str(cleanup.enter_context(temporary_folder())) if first else None
+            converted = job.dist.of_machine(converted)
         model = pretrained.load_model(
             job.teacher,
             job.teacher_config,

@@ -19,7 +19,7 @@ from lib.methods.registry import EXPERT_METHODS, METHODS, method_of
 from lib.methods.sparsity import EXPERTS, NEURONS, Sparsity
 from lib.packed.formats import FORMATS
 from lib.quantize import Quantizer
-from lib.remove import remove
+from lib.remove import PART_PRUNERS
 
 # (revision, digest of the masks, norm of the weights) of each case
 GIVEN = {
@@ -66,7 +66,7 @@ def result(case: str) -> tuple[int, str, float]:
         prune_(runner, name, PATTERNS[kind], ids)
     else:
         layout = layout_of(kind, model)
-        remove(runner, ids, method, layout, layout.count // 2)
+        PART_PRUNERS[layout.kind](runner, method, layout, layout.count // 2).run(ids)
     return method.revision, *digested(model)
 
 
