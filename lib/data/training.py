@@ -112,8 +112,8 @@ def _cut_windows(
     seen: OverlapFilter,
 ) -> tuple[Windows, Windows, int, str | None]:
     """Return about `share` windows, held-out ones, the number dropped, and the revision."""
-    rng, groups = random.Random(spec.seed), []  # of windows from one document, or from short ones
-    lengths: list[int] = []  # of texts, in tokens
+    rng, groups = random.Random(spec.seed), []  # windows of one document, or of several short ones
+    lengths: list[int] = []  # text lengths in tokens
     n_dropped = n_windows = 0
     documents, revision = read_documents(source, "train")
     joined, chat = source.draw == JOINED, are_dialogues(documents)

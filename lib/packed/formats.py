@@ -1,15 +1,15 @@
-"""How kept weights are stored: in the model's own dtype, or as 4-bit integers times scales.
+"""Formats of kept weights: the model's own dtype, or 4-bit integers times scales.
 
-A format is one object, and FORMATS has them by name. What packs a matrix, what trains on the grid
-of its numbers and what rounds to it hold the same one, and only it knows which numbers a matrix can
-hold: which rows it takes, which scales fit, how a matrix is rounded, whether one is on the grid.
+A format is one object; FORMATS maps names to them. Packing, training and quantization use the same
+object. Only it knows which numbers a matrix can hold: which rows it takes, which scales fit, how a
+matrix is rounded, and whether one is on the grid.
 
 `Int4` has integers from -8 to 7, two in a byte, the first in the low bits, and a bfloat16 scale for
-each `group` of inputs of a row. Scales have five significant bits, so that a product of code and
-scale, at most eight bits long, is a bfloat16 number: rounded weights lose nothing in any dtype, and
-rounding them again gives the same values. Of all such scales from 1/12 to 1/4 of the group's
-largest weight the one with the least squared error is taken; smaller ones clip the largest weight
-where that helps the others. Pruned weights have code 0, and a kept weight may round to 0 too.
+each `group` of inputs of a row. Scales have five significant bits, so code times scale has at most
+eight and is a bfloat16 number. Quantized weights thus lose nothing in any dtype, and quantizing
+them again gives the same values. Candidates are all such scales from 1/12 to 1/4 of the group's
+largest weight; the one with the least squared error is chosen. Small scales clip the largest weight
+if that helps the others. Pruned weights have code 0; a kept weight may be rounded to 0 too.
 """
 
 from __future__ import annotations
@@ -27,13 +27,13 @@ from .layout import Packed, all_finite, keep, kept_of, look_up, places, row_offs
 SMALLEST = torch.finfo(torch.float32).tiny
 Tensors = dict[str, tuple[tuple[int, ...], torch.dtype | None]]  # shapes and dtypes, by name
 
-DROPPED_BITS = 19  # of a float32: with these zero, five significant bits are left
-TO_TOP = 13  # such steps lead from a twelfth of a number to what rounds to an eighth of it
+DROPPED_BITS = 19  # lowest bits of a float32; without them it has five significant bits
+TO_TOP = 13  # steps of five significant bits from 1/12 of a number to what rounds to 1/8 of it
 LARGEST = 2.0**12  # eight times this is a float16 number
-LEAST = 2.0**-24  # that float16 holds
-CANDIDATES = 28  # steps of five significant bits that lead from any number to its threefold
+LEAST = 2.0**-24  # smallest float16 number
+CANDIDATES = 28  # steps of five significant bits from any number to three times that number
 
-# of iq4_nl, by code, and the code of the one nearest to each half from -128 on
+# levels of iq4_nl by code, and the code of the level nearest to each multiple of 0.5 from -128
 LEVELS = torch.tensor(
     [-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113], dtype=torch.float32
 )
@@ -42,35 +42,35 @@ CODES, NEAREST = CODES.to(torch.uint8), LEVELS[CODES]
 
 
 def check_finite(matrix: Tensor, bits: int) -> None:
-    """PackedError where a matrix holds what no integer stands for."""
+    """Raise PackedError if a matrix holds nan or inf, which integers cannot represent."""
     if not all_finite(matrix):
         raise PackedError(f"{bits} bits: a weight is nan or inf, which integers cannot hold")
 
 
 class Values:
-    """Kept weights as they are, in the matrix's dtype."""
+    """Unchanged kept weights, in the matrix's dtype."""
 
     name = "16"
     bits = 16
     group: int | None = None  # inputs that share a scale
-    stored: torch.dtype | None = None  # of `weight`; None: the matrix's own
-    packs = True  # whether a packed checkpoint holds it
-    zero = True  # whether it holds a 0 beside other numbers
+    stored: torch.dtype | None = None  # dtype of `weight`; None: the matrix's own
+    packs = True  # whether packed checkpoints can have this format
+    zero = True  # whether a matrix can have zeros beside other numbers
 
     def tensors(self, out_features: int, in_features: int, nnz: int) -> Tensors:
-        """Shapes and dtypes (None: the model's own) of a packed matrix with `nnz` kept weights."""
+        """Return shapes and dtypes (None: the model's) of a matrix with `nnz` kept weights."""
         mask = (out_features, (in_features + 7) // 8)
         return {"mask": (mask, torch.uint8), "weight": ((nnz,), None)}
 
     def nbytes(self, out_features: int, in_features: int, nnz: int, itemsize: int = 2) -> int:
-        """Bytes of a packed matrix as it is saved; `itemsize`: of the model's own dtype."""
+        """Return the saved bytes of a packed matrix; `itemsize` is that of the model's dtype."""
         tensors = self.tensors(out_features, in_features, nnz).values()
         return sum(
             prod(shape) * (dtype.itemsize if dtype else itemsize) for shape, dtype in tensors
         )
 
     def encode(self, matrix: Tensor, scales: Tensor | None = None) -> Packed:
-        """The packed form of a matrix (out, in)."""
+        """Return the packed form of a matrix (out, in)."""
         return Packed(*keep(matrix, matrix))
 
     def decode(
@@ -81,10 +81,10 @@ class Values:
         dtype: torch.dtype | None = None,
         rows: slice = slice(None),
     ) -> Tensor:
-        """The dense matrix (out, in), or some of its rows: the inverse of `encode`.
+        """Return the dense matrix (out, in) of a packed one, or some of its rows.
 
-        `offsets`: of `row_offsets`, counted here where they are not given. `dtype`: of the result
-        where the values are integers (default: float32).
+        `offsets` are those of `row_offsets`, counted here if not given. `dtype` is that of the
+        result if the values are integers (default: float32).
         """
         mask, weight, scale = packed
         offsets = row_offsets(mask) if offsets is None else offsets
@@ -105,7 +105,7 @@ class Values:
         return dense
 
     def problem(self, packed: Packed, in_features: int, nnz: int) -> str:
-        """What is wrong with tensors of the right shapes and dtypes; empty if nothing is."""
+        """Return what is wrong with tensors of the right shapes and dtypes, or ""."""
         mask = packed.mask
         if in_features % 8 and bool((mask[:, -1] >> in_features % 8).any()):
             return f"mask has bits beyond the row's {in_features} weights"
@@ -126,7 +126,7 @@ class Int4(Values):
     stored = torch.uint8
     scaled = torch.bfloat16  # dtype of the scales
     lowest, highest = -8, 7
-    engines: tuple[str, ...] = ()  # that `export` writes it for
+    engines: tuple[str, ...] = ()  # for which `export` writes this format
 
     def tensors(self, out_features: int, in_features: int, nnz: int) -> Tensors:
         return super().tensors(out_features, in_features, nnz) | {
@@ -135,35 +135,34 @@ class Int4(Values):
         }
 
     def takes(self, in_features: int) -> bool:
-        """Whether it can hold rows of so many weights."""
+        """Return whether rows can have this number of weights."""
         return True
 
     def nearest(self, matrix: Tensor) -> Tensor:
-        """A matrix (out, in) on the grid nearest to it, float32."""
+        """Return the matrix (out, in) rounded to the best grid, float32."""
         return self.round_to(matrix, self.fit_scales(matrix))
 
     def holds(self, matrix: Tensor) -> bool:
-        """Whether every value of a matrix (out, in) is on its grid: storing changes none."""
+        """Return whether all values of a matrix (out, in) are on a grid, so none would change."""
         return torch.equal(self.nearest(matrix), matrix.float())
 
     def snap_(self, values: Tensor) -> Tensor:
-        """Move float32 values, in place, to the nearest numbers that have scale 1."""
+        """Round float32 values, in place, to the nearest numbers with scale 1."""
         return values.round_().clamp_(self.lowest, self.highest)
 
     def n_groups(self, in_features: int) -> int:
-        """How many scales a row has."""
+        """Return the number of scales per row."""
         return max(1, -(-in_features // self.group))
 
     def spread_scales(self, scales: Tensor, in_features: int) -> Tensor:
-        """Scales (out, groups) repeated for each input, float32 (out, in)."""
+        """Repeat scales (out, groups) for each input: float32 (out, in)."""
         return scales.float().repeat_interleave(self.group, 1)[:, :in_features]
 
     def fit_scales(self, matrix: Tensor, costs: Tensor | None = None) -> Tensor:
-        """The scales (out, groups), of dtype `scaled`, of the grid nearest to a matrix (out, in).
+        """Return the scales (out, groups), of dtype `scaled`, with the least squared error.
 
-        `costs` (in,) weigh the squared error of each input. A matrix that `round_to` has given has
-        the very same values on the grid fitted to it. PackedError where the matrix holds nan or
-        inf.
+        `costs` (in,) weight the squared error of each input. A matrix from `round_to` keeps its
+        values on the grid fitted to it. Raises PackedError if the matrix holds nan or inf.
         """
         check_finite(matrix, 4)
         rows, width = matrix.shape
@@ -176,7 +175,7 @@ class Int4(Values):
         return scales
 
     def codes(self, matrix: Tensor, scales: Tensor) -> Tensor:
-        """The integers, int8 (out, in), that are nearest to a matrix on the grid of `scales`."""
+        """Return the integers, int8 (out, in), nearest to a matrix on the grid of `scales`."""
         check_finite(matrix, 4)
         codes = matrix.new_empty(matrix.shape, dtype=torch.int8)
         for part in tiles(*matrix.shape, matrix.device):
@@ -185,13 +184,13 @@ class Int4(Values):
         return codes
 
     def round_to(self, matrix: Tensor, scales: Tensor) -> Tensor:
-        """A matrix (out, in) on the grid of `scales`, float32: what its packed form stands for."""
+        """Return the matrix (out, in) rounded to the grid of `scales`, float32."""
         return self.codes(matrix, scales).float().mul_(self.spread_scales(scales, matrix.shape[1]))
 
     def encode(self, matrix: Tensor, scales: Tensor | None = None) -> Packed:
-        """The packed form of a matrix (out, in), on the grid of `scales` or the nearest one.
+        """Return the packed form of a matrix (out, in), on the grid of `scales` or the best one.
 
-        PackedError where the matrix holds nan or inf.
+        Raises PackedError if the matrix holds nan or inf.
         """
         scales = self.fit_scales(matrix) if scales is None else scales.to(torch.bfloat16)
         mask, codes = keep(matrix, self.codes(matrix, scales))
@@ -210,12 +209,12 @@ class Int4(Values):
         return "scale has more than five significant bits" if more else ""
 
     def _fit(self, tile: Tensor, costs: Tensor | None) -> Tensor:
-        """Scales (rows, groups) of a float32 tile (rows, in); `costs` (groups, group)."""
+        """Return scales (rows, groups) of a float32 tile (rows, in); `costs` (groups, group)."""
         rows, width = tile.shape
         groups = self.n_groups(width)
         weights = F.pad(tile, (0, groups * self.group - width)).view(rows, groups, self.group)
         largest = weights.abs().amax(2, keepdim=True)  # (rows, groups, 1)
-        # divided by a power of two, so that squares neither over- nor underflow
+        # division by a power of two, so that squares neither overflow nor underflow
         unit = ((largest.view(torch.int32) >> 23).clamp(27, 227) << 23).view(torch.float32)
         weights, first = weights / unit, largest / unit
         first = (first / (-1.5 * self.lowest)).clamp_min(SMALLEST / unit)
@@ -229,8 +228,8 @@ class Int4(Values):
         costs: Tensor | None,
         may: Callable[[Tensor], Tensor | bool] = lambda scale: True,
     ) -> Tensor:
-        """Of some scales (rows, groups, 1) that each group `may` have, that of the least error."""
-        best = torch.full_like(groups[:, :, :1], -1)  # the rule makes all zeros -0
+        """Return for each group the scale with the least error, among those that it `may` have."""
+        best = torch.full_like(groups[:, :, :1], -1)  # ggml's rule makes zeros -0 in such a group
         least = torch.full_like(best, torch.inf)
         for scale in scales:
             error = self.snap_(groups / scale).mul_(scale).sub_(groups).square_()
@@ -247,13 +246,13 @@ class Int4(Values):
 
 
 class Q4_0(Int4):
-    """llama.cpp's q4_0, in numbers that its own rule finds again; nothing is packed by it.
+    """llama.cpp's q4_0, in numbers that its own rule reproduces; packing does not use it.
 
-    That rule takes for a block of 32 inputs d = (the value of largest magnitude) / -8 in float16,
+    For a block of 32 inputs, that rule takes d = (the value of largest magnitude) / -8 in float16,
     and the nearest codes. Here a scale is a float16 number of either sign with five significant
     bits, and one code of every block is -8, unless all its values are 0. bfloat16 holds the values,
-    and whatever converts them finds the same scales and codes: conversion changes no value. Of such
-    scales the one of least squared error is taken, which is nearer to the weights than the rule's.
+    and any converter finds the same scales and codes, so conversion changes no value. The scale
+    with the least squared error is chosen, which is closer to the weights than the rule's.
     """
 
     name = "q4_0"
@@ -261,17 +260,17 @@ class Q4_0(Int4):
     group = 32
     packs = False
     engines = ("compressed-tensors", "mlx", "onnx")
-    rule = True  # whether llama.cpp's own finds its scales and codes
+    rule = True  # whether llama.cpp's own rule finds its scales and codes
     promise = "conversion by llama.cpp will change no value of"
 
     def takes(self, in_features: int) -> bool:
-        """Whether rows are whole blocks; llama.cpp leaves others at 16 bits."""
+        """Return whether rows are whole blocks; llama.cpp leaves others at 16 bits."""
         return in_features % self.group == 0
 
     def round_to(self, matrix: Tensor, scales: Tensor) -> Tensor:
-        """A matrix (out, in) on the grid of `scales`, float32, with a code -8 in every block.
+        """Return the matrix (out, in) rounded to the grid, float32, with a code -8 in every block.
 
-        A block that has moved away from its scale since this was fitted gets the nearest one.
+        A block that no longer fits its scale, since its weights have changed, gets a new one.
         """
         check_finite(matrix, 4)
         rounded = matrix.new_empty(matrix.shape, dtype=torch.float32)
@@ -284,7 +283,7 @@ class Q4_0(Int4):
             if bool(far.any()):
                 steps = steps.masked_scatter(far[:, None], self._fit(blocks[far], None).float())
                 lowest, place = torch.div(blocks, steps, out=codes).min(1, keepdim=True)
-            self.snap_(codes).add_(0)  # the rule knows no code of -0
+            self.snap_(codes).add_(0)  # turns -0 into 0, as the rule has no -0
             least = codes.gather(1, place).masked_fill_(lowest <= self.lowest / 2, self.lowest)
             rounded[part] = codes.scatter_(1, place, least).mul_(steps).view(-1, matrix.shape[1])
         return rounded
@@ -302,19 +301,19 @@ class Q4_0(Int4):
         return self._nearest(blocks, scales, costs, may).squeeze(2)
 
     def _blocks(self, tile: Tensor) -> tuple[Tensor, Tensor]:
-        """Blocks (rows, groups, group) of a tile, and the value of largest magnitude of each."""
+        """Return blocks (rows, groups, group) of a tile, and each one's largest value."""
         blocks = tile.reshape(len(tile), tile.shape[1] // self.group, self.group)
         return blocks, blocks.gather(2, blocks.abs().argmax(2, keepdim=True))
 
 
 class IQ4_NL(Q4_0):
-    """llama.cpp's iq4_nl: sixteen uneven levels, of which none is 0, at the bytes of q4_0.
+    """llama.cpp's iq4_nl: sixteen uneven levels without 0, in as many bytes as q4_0.
 
     A block of 32 inputs has a scale d, a float16 number of either sign with few significant bits,
-    and the values d * level, rounded to bfloat16. That image is what a model has and saves in any
-    dtype. Since so few scales are near the largest value over a level, the one that gives the image
-    is found again, and with it the codes. llama.cpp's own rule would find others, so that blocks
-    are written as their bytes. A block of zeros has scale 0. More than six bits lose no less.
+    and the values d * level, rounded to bfloat16. A model holds and saves these values in any
+    dtype. Few scales are near the largest value divided by a level, so the scale that gives the
+    values is found again, and with it the codes. llama.cpp's own rule would find others, so blocks
+    are written as bytes. A block of zeros has scale 0. More than six bits do not reduce the error.
     """
 
     name = "iq4_nl"
@@ -326,21 +325,21 @@ class IQ4_NL(Q4_0):
     promise = "gguf --type iq4_nl will write the scales and codes of"
 
     def __init__(self, scale_bits: int = 6) -> None:
-        self.dropped = 24 - scale_bits  # bits of a float32
-        self.reach = 2**scale_bits >> 8  # so many scales to each side may give the same image
+        self.dropped = 24 - scale_bits  # lowest bits of a float32 that scales do not have
+        self.reach = 2**scale_bits >> 8  # scales to each side that may give the same values
 
     def snap_(self, values: Tensor) -> Tensor:
         return values.copy_(look_up(NEAREST, _halves(values)))
 
     def round_to(self, matrix: Tensor, scales: Tensor) -> Tensor:
-        """A matrix (out, in) on the grid of `scales`: its image, float32."""
+        """Return the matrix (out, in) rounded to the grid of `scales`, and to bfloat16; float32."""
         return Int4.round_to(self, matrix, scales).bfloat16().float().add_(0)  # no -0
 
     def holds(self, matrix: Tensor) -> bool:
         return bool(self.read(matrix)[1].all())
 
     def read(self, matrix: Tensor) -> tuple[Tensor, Tensor]:
-        """The scales (out, groups) that give a matrix (out, in), and whether a block has one."""
+        """Return the scales (out, groups) of a matrix (out, in), and which blocks have one."""
         scales = matrix.new_zeros(len(matrix), self.n_groups(matrix.shape[1]), dtype=self.scaled)
         held = torch.zeros_like(scales, dtype=torch.bool)
         for part in tiles(*matrix.shape, matrix.device):
@@ -358,9 +357,9 @@ class IQ4_NL(Q4_0):
         return scales, held
 
     def to_bytes(self, matrix: Tensor) -> Tensor:
-        """The blocks of a matrix (out, in) as llama.cpp stores them: uint8 (blocks, 18).
+        """Return the blocks of a matrix (out, in) as llama.cpp stores them: uint8 (blocks, 18).
 
-        PackedError where a block is not on the grid.
+        Raises PackedError if a block is not on the grid.
         """
         scales, held = self.read(matrix)
         if not bool(held.all()):
@@ -372,8 +371,8 @@ class IQ4_NL(Q4_0):
 
     def _fit(self, tile: Tensor, costs: Tensor | None) -> Tensor:
         blocks, top = self._blocks(tile)
-        count = 5 * 2 ** (24 - self.dropped) // 16 + 2  # lead from any number to its 1.4-fold
-        scales = (  # float16 has them, and 127 times the largest
+        count = 5 * 2 ** (24 - self.dropped) // 16 + 2  # steps from a number to 1.4 times it
+        scales = (  # float16 numbers; 127 times the largest is one too
             scale.abs().clamp_(LEAST, 256).half().float().copysign(scale)
             for end in (LEVELS[0], LEVELS[-1])
             for scale in _steps(top / (1.25 * end), count, self.dropped)
@@ -383,28 +382,28 @@ class IQ4_NL(Q4_0):
 
 
 def _halves(values: Tensor) -> Tensor:
-    """The index of float32 values in CODES and NEAREST, of 0 / 0 that of the level 1."""
+    """Return the index of float32 values in CODES and NEAREST; for 0 / 0 that of level 1."""
     return (values + 128).mul_(2).nan_to_num_(256).clamp_(0, len(CODES) - 1)
 
 
 def _steps(first: Tensor, count: int, dropped: int = DROPPED_BITS) -> Iterator[Tensor]:
-    """Numbers of few significant bits, from the one at or below `first` away from zero."""
+    """Yield numbers with few significant bits, from that at or below `first` away from zero."""
     bits = first.view(torch.int32) >> dropped
     return ((bits + step << dropped).view(torch.float32) for step in range(count))
 
 
 class Grid:
-    """The numbers of a format that a matrix can hold, by its scales (out, groups).
+    """The numbers of a format that a matrix can hold, given its scales (out, groups).
 
-    `transposed`: the matrix stands as (in, out), as in GPT-2's Conv1D and in solvers. Of a stack of
-    matrices, as of experts, the rows of all count as those of one.
+    `transposed`: the matrix is (in, out), as in GPT-2's Conv1D and in solvers. The rows of a stack
+    of matrices, such as experts, count as those of one matrix.
     """
 
     def __init__(self, form: Int4, transposed: bool, scales: Tensor) -> None:
         self.form, self.transposed, self.scales = form, transposed, scales
 
     def rounded(self, weight: Tensor) -> Tensor:
-        """The values on the grid that stand for a weight, float32."""
+        """Return a weight rounded to the grid, float32."""
         rows = self._oriented(weight)
         values = self.form.round_to(rows.flatten(0, -2), self.scales)
         return self._oriented(values.view(rows.shape))
@@ -414,5 +413,5 @@ class Grid:
 
 
 FORMATS: dict[str, Values | Int4] = {fmt.name: fmt for fmt in (Values(), Int4(), Q4_0(), IQ4_NL())}
-PACKED = {fmt.bits: fmt for fmt in FORMATS.values() if fmt.packs}  # what packed checkpoints hold
+PACKED = {fmt.bits: fmt for fmt in FORMATS.values() if fmt.packs}  # formats of packed checkpoints
 GRIDS = {fmt.name: fmt for fmt in FORMATS.values() if not fmt.packs}  # llama.cpp's types

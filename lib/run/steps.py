@@ -66,7 +66,7 @@ __all__ = [  # steps of main.run in other modules
 ALLOCATION = "allocation.json"  # in --save; an input of --allocation
 MOST_ZEROS = 0.25  # share that quantization of the original to 4 bits may have made
 BEFORE = "perplexity", "bits_per_byte", "kl", "top1_agreement"
-Starts = dict[str, tuple[Tensor, Grid]]  # of `Quantizer`
+Starts = dict[str, tuple[Tensor, Grid]]  # see `Quantizer`
 
 
 def trim(job: Job, runner: BlockRunner) -> None:

@@ -38,10 +38,7 @@ ENDS_WITH_STDIN = "LANGPRUNE_ENDS_WITH_STDIN"  # environment of the processes th
 # working threads; read when torch is imported
 SPINS = {"GOMP_SPINCOUNT": "10000"}
 WAITING = {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT"}  # a user's own setting has precedence
-OUT_OF_MEMORY = (
-    "can't allocate memory",
-    "_STATUS_ALLOC_FAILED",
-)  # in a RuntimeError of torch, of cuBLAS
+OUT_OF_MEMORY = "can't allocate memory", "_STATUS_ALLOC_FAILED"  # in errors of torch and cuBLAS
 JOINERS = "\u200c\u200d"  # invisible, but needed for spelling in Persian and Indic scripts
 
 
