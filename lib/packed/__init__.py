@@ -1,12 +1,12 @@
 """Sparse linear layers that stay packed: one bit per weight, and the kept values contiguous.
 
-Importing this package teaches transformers to load packed checkpoints:
+Importing this package registers packed checkpoints with transformers:
 
     import packed_bitmask
     model = AutoModelForCausalLM.from_pretrained(folder)
 
 It needs only torch, transformers and safetensors, and nothing else of the project around it.
-The format, the paths and the kernels are described in README.md beside this file.
+README.md beside this file describes the format, the kernels and their use.
 """
 
 from .checkpoint import card_lines

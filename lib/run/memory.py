@@ -592,20 +592,11 @@ class Memory:
         return "\n".join(rows)
 
 
-def memory_of(
-    config: Any,
-    flags: str = "",
-    *,
-    free: float,
-    host: float = 2**50,
-    ranks: int = 1,
-    seqlen: int = 4096,
-    tests: int = 256,
-) -> Memory:
+def memory_of(config: Any, flags: str = "", *, free: float, ranks: int = 1) -> Memory:
     """Return the memory of a run on GPUs with `free` bytes each; needs no weights, texts or GPU.
 
-    `config` is a config of transformers, `flags` are those of main.py without texts, and `tests` is
-    the number of test windows. Each of `ranks` has its share of these and of --nsamples.
+    `config` is a config of transformers, and `flags` are those of main.py without texts. Each of
+    `ranks` has its share of --nsamples and of 256 test windows.
     """
     args = build_parser().parse_args(["--model", "model", *flags.split()])
     plan, checkpoint, small = Plan.of(args), Checkpoint(args.model), None
@@ -616,12 +607,10 @@ def memory_of(
         count_left = experts_left if plan.removes == "experts" else neurons_left
         left = count_left(layout, plan.sparsity.ratio)
         small = pretrained.skeleton_with(config, layout.field, left, checkpoint)
-    schedule = args.recover and TrainSchedule(
-        tokens=args.recover,
-        seqlen=seqlen,
-        rank=args.recover_rank,
-        optimizer=args.recover_optimizer,
-    )
+    seqlen, tests, schedule = args.seqlen or pretrained.LONGEST_WINDOW, 256, None
+    if args.recover:
+        how = dict(rank=args.recover_rank, optimizer=args.recover_optimizer)
+        schedule = TrainSchedule(args.recover, seqlen, **how)
     width = config.get_text_config(decoder=True).hidden_size
     dtype = pretrained.checkpoint_dtype(config)
     batch_size = pretrained.default_batch_size(torch.device("cuda"), seqlen, width)
@@ -634,10 +623,10 @@ def memory_of(
         save_dtype=pretrained.saved_dtype(args.dtype, config, plan.fake_quantizes),
         gpu=True,
         free=int(free),
-        host=int(host),
+        host=2**50,
         seqlen=seqlen,
         batch_size=args.batch_size or batch_size,
-        schedule=schedule or None,
+        schedule=schedule,
         windows=-(-args.nsamples // ranks) if plan.calibrated else 0,
         tests=-(-tests // ranks),
         compared=-(-len(compared_windows(tests)) // ranks),
