@@ -529,17 +529,17 @@ class Recoverer:
         runner, windows = self.runner, self.schedule.windows
         places = self.text.order[step * windows : (step + 1) * windows]
         every = as_windows(self.text.windows)[places]
-        own, tokens = every[runner.dist.share(len(places))], int(every.counted.sum())
-        idle = -(-len(places) // runner.dist.size) - len(own) if self.sharded else 0
+        local_windows, tokens = every[runner.dist.share(len(places))], int(every.counted.sum())
+        idle = -(-len(places) // runner.dist.size) - len(local_windows) if self.sharded else 0
         if idle:  # all ranks must make as many calls: a masked window that does not count
             mask = torch.zeros_like(every.ids[:1]).bool()
-            own = join_rows(own, replace(every[:1], mask=mask))
+            local_windows = join_rows(local_windows, replace(every[:1], mask=mask))
         for part in self.parts.values():
             part.parameter.grad = None
         self.gradient.zero_()
         loss = torch.zeros(1, dtype=torch.float64, device=runner.device)
-        for start in range(0, len(own), runner.batch_size):
-            loss += self._backward(own[start : start + runner.batch_size], tokens)
+        for start in range(0, len(local_windows), runner.batch_size):
+            loss += self._backward(local_windows[start : start + runner.batch_size], tokens)
         return loss
 
     def _backward(self, windows: Windows, tokens: int) -> Tensor:

@@ -285,8 +285,8 @@ def fetch_text(run: Compression) -> Texts:
     from ..data.hub import keep_text
     from ..run.texts import default_tests
 
-    args, own = run.args, list(run.args.data or [])
-    texts = Texts(own, list(run.parsed.vocabulary_data or []), args.eval_data)
+    args, data = run.args, list(run.args.data or [])
+    texts = Texts(data, list(run.parsed.vocabulary_data or []), args.eval_data)
     if not args.language:
         return texts
     folder = run.folder / args.language
@@ -295,17 +295,17 @@ def fetch_text(run: Compression) -> Texts:
         if not folder.exists():
             keep_text(replace(source, text=args.language), folder, CHARACTERS)
     except UserError as error:
-        if not own:
+        if not data:
             raise UserError(f"{str(error).rstrip('.')}. Or give texts with --data.") from error
         print(f"{str(error).rstrip('.')}. Its tokens are not counted.", flush=True)
         return texts
     run.keep()
-    if not own:
+    if not data:
         return replace(texts, data=[str(folder)])
     tests = texts.tests
     if not tests:  # of the data, not of the language
         column = run.parsed.column
-        read = parse_sources([*own, *texts.vocabulary], "--data", mixture=True, column=column)
+        read = parse_sources([*data, *texts.vocabulary], "--data", mixture=True, column=column)
         tests = default_tests(read)
     return replace(texts, vocabulary=[*texts.vocabulary, str(folder)], tests=tests)
 
@@ -336,8 +336,8 @@ def answer_prompts(run: Compression, texts: Texts) -> Texts:
     flags += ["--trust_remote_code"] if parsed.trust_remote_code else []
     of_people = [[f"aya:{args.language}"]] if args.language and not args.data else []
     for prompts in [*of_people, [source.text for source in sources]]:
-        own = ["--data", *prompts, "--column", parsed.column, *flags]
-        if not call("commands.dialogues", args.model, written, *own):
+        arguments = ["--data", *prompts, "--column", parsed.column, *flags]
+        if not call("commands.dialogues", args.model, written, *arguments):
             break
     lines = written.read_text("utf-8").split("\n") if written.is_file() else []
     rows = [f"{line}\n" for line in lines if line.strip()]

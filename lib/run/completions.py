@@ -88,12 +88,12 @@ class Completions:
             written, known = script_of(text), set(words_of(text))
             record = {"test": test.name, "prompts": len(places), "limit": self.limit}
             for name, new_ids in self.new_ids.items():
-                own = [new_ids[len(self.prompts) + place] for place in places]
-                texts = [decode(job.tokenizer, ids) for ids in own]
+                answers = [new_ids[len(self.prompts) + place] for place in places]
+                texts = [decode(job.tokenizer, ids) for ids in answers]
                 record[name] = {
-                    "ended": sum(len(ids) < self.limit for ids in own),
+                    "ended": sum(len(ids) < self.limit for ids in answers),
                     "in_language": sum(is_in(written, known, text) for text in texts),
-                    "tokens": sum(map(len, own)) / len(own),
+                    "tokens": sum(map(len, answers)) / len(answers),
                 }
             records.append(record)
         return records

@@ -102,13 +102,13 @@ def evaluation_record(
     if not only_compared or figures["compared_windows"] == len(test.windows):
         record["bits_per_byte"] = figures["nats"] / math.log(2) / record["bytes"]
     if "dense_nats" in figures:
-        dense, own = (figures[name] for name in ("dense_nats", "model_nats"))
+        dense, model = (figures[name] for name in ("dense_nats", "model_nats"))
         record["dense"] = {"perplexity": exp(dense)}
         if figures["compared_windows"] == len(test.windows):
             bits = figures["dense_sum_nats"] / math.log(2)
             record["dense"]["bits_per_byte"] = bits / record["bytes"]
         else:  # counterpart of the dense model's perplexity
-            record["compared_perplexity"] = exp(own)
+            record["compared_perplexity"] = exp(model)
     return record
 
 

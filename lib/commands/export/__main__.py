@@ -95,18 +95,18 @@ def verify(source: GridFolder, engine: type, stage: Path, new: str) -> list[str]
     new_logits, tables = engine.load(stage)
     out_logits, _ = load_transformers(source.folder, tables)
     loss = partial(cross_entropy, reduction="none")
-    dense, own = (  # log-probabilities (tokens,)
+    dense, exported = (  # log-probabilities (tokens,)
         -torch.cat([loss(logits(ids.tolist())[:-1].double(), ids[1:]) for ids in windows])
         for logits in (out_logits, new_logits)
     )
-    distance = float((own - dense).norm() / (dense - dense.mean()).norm())
+    distance = float((exported - dense).norm() / (dense - dense.mean()).norm())
     if not distance <= LIMIT:
         raise UserError(
             f"NEW {new}: it is not written: log-probabilities differ by {distance:.2g} of their "
             f"spread, more than {LIMIT}. The engine does not compute this model correctly."
         )
     return [
-        f"log-probabilities of {len(own)} tokens differ by {distance:.2g} of their spread, at most "
-        f"by {float((own - dense).abs().max()):.2g} nats",
+        f"log-probabilities of {len(dense)} tokens differ by {distance:.2g} of their spread, at most "
+        f"by {float((exported - dense).abs().max()):.2g} nats",
         f"not run: {engine.not_run}",
     ]

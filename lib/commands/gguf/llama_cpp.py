@@ -150,8 +150,8 @@ def convert_vision(folder: str, name: str, files: dict[str, str]) -> int:
     def checked(self: Any, tensor: torch.Tensor, source: str, bid: int | None) -> Any:
         new = [(each, value.float()) for each, value in modify(self, tensor, source, bid)]
         values = torch.cat([value.flatten() for _, value in new]).sort().values
-        own = (tensor.float().flatten().sort().values + added for added in (0, 1))
-        same = any(torch.equal(values, each) for each in own)
+        expected = (tensor.float().flatten().sort().values + added for added in (0, 1))
+        same = any(torch.equal(values, each) for each in expected)
         if not same or sha256(tensor.float().numpy()).digest() not in stored:
             raise ValueError(f"{source} differs from the checkpoint")
         made.update(new)
@@ -179,9 +179,9 @@ def _with_older_names(load: Callable, *where: Any, **how: Any) -> dict[str, Any]
     """Load a config, and add the older names of Gemma 4's fields."""
     fields = load(*where, **how)
     text = fields.get("text_config", fields)
-    for own in (text.get("per_layer_config") or {}).values():
-        text.setdefault("global_head_dim", own.get("head_dim"))
-        text.setdefault("num_global_key_value_heads", own.get("num_key_value_heads"))
+    for layer in (text.get("per_layer_config") or {}).values():
+        text.setdefault("global_head_dim", layer.get("head_dim"))
+        text.setdefault("num_global_key_value_heads", layer.get("num_key_value_heads"))
     return fields
 
 
@@ -301,9 +301,9 @@ def _compare_rows(exact: Any, weights: Path) -> dict[str, int]:
                 tensor = tensors.get(names.get_name(plain, try_suffixes=(".weight",)))
                 if tensor is None:
                     continue
-                own, values = checkpoint.get_tensor(name).float().numpy(), tensor.data
-                count = min(len(own), len(values))
-                differs = (own[:count] != values[:count]).any(-1)
+                stored, values = checkpoint.get_tensor(name).float().numpy(), tensor.data
+                count = min(len(stored), len(values))
+                differs = (stored[:count] != values[:count]).any(-1)
                 if differs.any():
                     row = int(np.argmax(differs))
                     raise ValueError(f"row {row} of {tensor.name} is not the checkpoint's")

@@ -74,8 +74,8 @@ class ModelFolder:
         ids = tokenizer("a").input_ids  # with the special tokens that the tokenizer adds
         settings = _without_code(folder / "tokenizer_config.json")
         for name, added in (("bos", ids[0]), ("eos", ids[-1])):
-            own = getattr(tokenizer, f"{name}_token_id")
-            settings[f"add_{name}_token"] = own is not None and own == added
+            token = getattr(tokenizer, f"{name}_token_id")
+            settings[f"add_{name}_token"] = token is not None and token == added
         if is_sentencepiece(self.data):  # its format does not mark special added tokens
             write_tokenizer_model(tokenizer, folder)
             settings["add_prefix_space"] = begins_with_blank(self.data)

@@ -269,8 +269,8 @@ def _distance(dense: Tensor, file: Path, prompts: list[list[int]], letter: int) 
     passes = 1 + sum(map(len, prompts)) / 300  # the file is read once, and multiplied by all
     answer = _run(file, passes, prompts=prompts, **options)
     distances = []
-    for own, pairs in zip(dense, answer["logprobs"], strict=True):
+    for expected, pairs in zip(dense, answer["logprobs"], strict=True):
         ids, values = zip(*(pair for pair in pairs if pair[0] < rows), strict=True)
-        theirs, ours = torch.tensor(values, dtype=torch.float64), own[list(ids)]
+        theirs, ours = torch.tensor(values, dtype=torch.float64), expected[list(ids)]
         distances.append((theirs - ours).norm() / (ours - ours.mean()).norm())
     return float(torch.stack(distances).square().mean().sqrt())
