@@ -106,7 +106,7 @@ def verify(source: GridFolder, engine: type, stage: Path, new: str) -> list[str]
             f"spread, more than {LIMIT}. The engine does not compute this model correctly."
         )
     return [
-        f"log-probabilities of {len(dense)} tokens differ by {distance:.2g} of their spread, at most "
-        f"by {float((exported - dense).abs().max()):.2g} nats",
+        f"log-probabilities of {len(dense)} tokens differ by {distance:.2g} of their spread, "
+        f"by {float((exported - dense).abs().max()):.2g} nats at most",
         f"not run: {engine.not_run}",
     ]
