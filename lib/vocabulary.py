@@ -6,8 +6,8 @@
 It keeps every token that the sources' train text uses, with all tokens that it is merged from. It
 also keeps the bytes, special and added tokens, and the tokens of the chat template and the configs.
 A small text does not use all tokens of its language. Therefore 10% of the documents are held out of
-a first count. If that count's tokens cut them into over RISE more tokens, unused tokens are added
-until the rise is below GOAL, the most likely for the text's scripts first. Such tokens also fill
+a first count. If that count's tokens split them into over RISE more tokens, unused tokens are added
+until the rise is below GOAL. The most likely ones for the text's scripts come first. They also fill
 the rows up to a multiple of 64. Reserved special tokens are removed, unless a text, the template or
 a config uses them. All other rows of the embedding and the head are removed, which makes the model
 smaller in every engine.

@@ -43,9 +43,9 @@ OTHER = "Copy the right file again"
 class PackedConfig(QuantizationConfigMixin):
     """`quantization_config` of a packed checkpoint.
 
-    It holds the format, its version, the bits of a kept value, at 4 bits the number of inputs per
-    scale (`group`, always 64) and, by module path, [out, in, kept weights] of every packed layer.
-    If embedding and head are packed too, [rows, width] of each that is not tied to the other.
+    It holds the format, its version and the bits of a kept value. At 4 bits it has the number of
+    inputs per scale (`group`, always 64). By module path, it has [out, in, kept weights] of every
+    packed layer, and [rows, width] of packed embedding and head, unless tied to the other.
     """
 
     def __init__(

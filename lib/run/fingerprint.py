@@ -1,7 +1,7 @@
 """The fingerprint of a run: everything that determines its weights and figures.
 
-An interrupted run is resumed only with the same fingerprint, all ranks of a job must have the same,
-and a sweep skips a run that was finished with it. Flags that change the result count by value;
+An interrupted run is resumed only with the same fingerprint, and all ranks of a job must have the
+same. A sweep skips a run that was finished with it. Flags that change the result count by value;
 models and texts count by content. Paths and the version of this program do not count. The code of
 the pruning method and of the quantizer counts, by revision and source. On one machine and with as
 many threads, the same fingerprint gives the same bytes; another processor or number of threads

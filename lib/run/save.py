@@ -1,8 +1,8 @@
 """Save the model of a run: a new folder, complete or not at all.
 
 OUT.partial gets weights, tokenizer and, last, the card: a folder with a card is a complete model.
-Then it is renamed to OUT. Finished blocks in other folders stay until the results are written, so
-that at any moment the files on disk are the model, or a run that can be continued.
+Then it is renamed to OUT. Finished blocks in other folders stay until the results are written. So
+the files on disk are always the model, or a run that can be continued.
 """
 
 from __future__ import annotations
