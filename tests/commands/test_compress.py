@@ -519,8 +519,8 @@ def test_commands_start_from_any_folder(capfd: pytest.CaptureFixture) -> None:
         (["--minutes", "inf"], "--minutes: invalid int value: 'inf'"),
         (["--minutes", "0"], "--minutes: 0: must be at least 1"),
         (["--recover", "3"], "--recover 3: it is less than one step"),
-        (["--work_dir", "mine/thesis.txt"], "--work_dir mine/thesis.txt: is a file"),
-        (["--work_dir", "mine"], "--work_dir mine: holds thesis.txt; name a new folder"),
+        (["--work_dir", "mine/thesis.txt"], "--work_dir mine/thesis.txt: it is a file"),
+        (["--work_dir", "mine"], "--work_dir mine: it holds thesis.txt. Name a new folder."),
         (
             ["--megabytes", "1", "--for", "packed"],
             "--megabytes 1: no GGUF is made. Leave out --for packed.",
@@ -533,7 +533,7 @@ def test_commands_start_from_any_folder(capfd: pytest.CaptureFixture) -> None:
         (["--quantize", "iq4_nl", "--for", "packed"], "--quantize iq4_nl: only llama.cpp and oll"),
         (["--", "--quantize", "iq4_nl"], "--quantize: compress sets this flag. Use"),
         (["--for", "2:4"], "invalid choice: '2:4'"),
-        (["--language", "xx"], "--language xx: is no language"),
+        (["--language", "xx"], "--language xx: it is not a language"),
         (["--", "--quantize", "q5"], "--quantize"),
         (["--save_model", "mine"], "--save_model: compress sets this flag. Use"),
         (["--minuts", "3"], "unrecognized arguments: --minuts 3; --help lists all flags"),
@@ -549,10 +549,10 @@ def test_mistakes_end_it_before_the_model_is_measured(
     ("argv", "message"),
     [
         ("dense taken --data uk", "OUT taken: taken.gguf exists; name a new file"),
-        ("dense mine --data uk", "OUT mine: holds thesis.txt; name a new folder"),
+        ("dense mine --data uk", "OUT mine: it holds thesis.txt. Name a new folder."),
         ("--seqlen 64 dense small --data uk", "--seqlen: flags of main.py must follow"),
         ("dense small", "--language: no text is named. Name a language, such as uk, or --data."),
-        ("dense small --language uk", "--language uk: the hub can't be reached"),
+        ("dense small --language uk", "--language uk: the Hub cannot be reached"),
         (
             "dense small --data uk --for packed --nsamples 9999",
             "tokens are",

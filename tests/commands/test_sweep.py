@@ -128,7 +128,7 @@ def test_sets_and_models_of_one_name_get_folders_of_their_own(tmp_path: Path) ->
         (["--vary", "nsamples=0"], 2, ["--nsamples", "at least 1"]),
         (["--vary", "nsamples=2", "--", "--nsamples", "3"], 1, ["also given after '--'"]),
         (["--ratios", "0.5", "0.5"], 1, ["--out", "-50-ubertext-seed0", "twice"]),
-        (["--out", "thesis.txt"], 1, ["--out thesis.txt: is a file"]),
+        (["--out", "thesis.txt"], 1, ["--out thesis.txt: it is a file"]),
     ],
 )
 def test_a_mistake_is_told_before_the_first_run(model, argv, status, words) -> None:

@@ -60,8 +60,14 @@ def test_shapes(tmp_path, row):
         ({"messages": [{"role": "narrator", "content": "a"}]}, "the role 'narrator' is none of"),
         ({"messages": ["a"]}, "the role None is none of"),
         ({"messages": [{"role": ["user"], "content": "a"}]}, "the role ['user'] is none of"),
-        ({"messages": [{"role": "user", "content": ["a"]}]}, "the content ['a'] is no text; write"),
-        ({"messages": [{"role": "user", "content": [{"text": 5}]}]}, "5}] is no text; write a tex"),
+        (
+            {"messages": [{"role": "user", "content": ["a"]}]},
+            "the content ['a'] is not text. Write",
+        ),
+        (
+            {"messages": [{"role": "user", "content": [{"text": 5}]}]},
+            "5}] is not text. Write a tex",
+        ),
     ],
 )
 def test_other_rows_are_refused(tmp_path, row, problem):
@@ -121,7 +127,7 @@ def test_dialogues_share_windows_and_none_is_lost(tmp_path, caplog):
     source = source_of(tmp_path, *({"messages": each} for each in [*every, refused]))
     spec = data.WindowSpec(tokenizer, seqlen, seed=1)
     test = data.test_set(source, spec)
-    assert "1 dialogues are left out" in caplog.text and "no system role" in caplog.text
+    assert "rejects 1 dialogues" in caplog.text and "no system role" in caplog.text
     windows = test.windows
     assert isinstance(windows, Windows) and windows.counted[:, :-1].any(1).all()
     texts = [each[1]["content"] + "<end>" for each in every]

@@ -71,4 +71,4 @@ def test_a_language_without_text_is_one_line(hub) -> None:
     )
     with pytest.raises(UserError) as caught:
         read_documents(parse_source(language_text("tlh")[1], "--language"), "test")
-    assert str(caught.value).endswith(": HuggingFaceFW/fineweb-2 has no tlh_Latn")
+    assert str(caught.value).endswith(": HuggingFaceFW/fineweb-2 has no tlh_Latn. Name another.")

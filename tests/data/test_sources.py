@@ -140,8 +140,8 @@ def test_files_and_folders(tmp_path):
 
 BAD_LINES = {
     b"{text}": "not JSON",
-    b'{"title": "a", "id": 1}': "no column 'text'; there are: title, id; name one by --column",
-    b'{"text": ["user"]}': "'text' is of type list, not a string; name a column",
+    b'{"title": "a", "id": 1}': "no column 'text', only title, id. Name one with --column",
+    b'{"text": ["user"]}': "'text' is of type list, not a string. Name a column",
     b'{"text": "\\ud800"}': "half of a surrogate pair",
     b'{"text": "\xff"}': "not UTF-8",
 }
@@ -195,7 +195,7 @@ def test_tables(tmp_path):
         source = parse_source(str(tmp_path / name), FLAG, column="body")
         assert read(source) == [f'one{separator} "two"\nthree', "ґ"]
     line = message(read, parse_source(str(tmp_path / "b.csv"), FLAG))
-    assert "line 3: no column 'text'; there are: id, body; name one by --column" in line
+    assert "line 3: there is no column 'text', only id, body. Name one with --column" in line
     for name, column in [("o/s", "body"), ("o/s:::own", "own"), ("ubertext", "text")]:
         assert parse_source(name, FLAG, column="body").column == column
 
@@ -218,10 +218,10 @@ def test_separators(tmp_path, name):
 
 
 RAGGED = {
-    "text\nодин\nдва, три, чотири\n": "line 3: has 3 fields, separated by ',', the header 1; quote",
-    "id,text,label\n1,a,b\n2,a, b,c\n": "line 3: has 4 fields, separated by ',', the header 3;",
-    "sep=;\nid;text\n1;a;b\n": "line 3: has 3 fields, separated by ';', the header 2;",
-    'text;id\n"a\nb";1\nc;2;\n': "line 4: has 3 fields, separated by ';', the header 2;",
+    "text\nодин\nдва, три, чотири\n": "it has 3 fields, separated by ',', and the header has 1",
+    "id,text,label\n1,a,b\n2,a, b,c\n": "line 3: it has 4 fields, separated by ',', and the header",
+    "sep=;\nid;text\n1;a;b\n": "line 3: it has 3 fields, separated by ';', and the header has 2.",
+    'text;id\n"a\nb";1\nc;2;\n': "line 4: it has 3 fields, separated by ';', and the header has 2.",
     "a sentence\nand, another\n": "no column 'text', only a sentence. Name one",
 }
 

@@ -58,7 +58,7 @@ def test_the_first_long_documents_of_every_genre(dumps, tmp_path):
     ]
     assert rows(out / "train.jsonl") == [row for i, row in enumerate(expected) if i % 6 < 4]
     assert rows(out / "test.jsonl") == [row for i, row in enumerate(expected) if i % 6 >= 4]
-    with pytest.raises(UserError, match="^OUT .*out: holds"):
+    with pytest.raises(UserError, match="^OUT .*out: it holds"):
         build(find_dumps(dumps), out)
 
 

@@ -111,7 +111,7 @@ def test_too_few_windows_say_which_length_gives_them(hub, tmp_path, tokenizer):
     assert len(draw(source, tokenizer, some + 1, fits)[0]) == some + 1
     message(source, tokenizer, some + 1, fits + 1)
     line = message(source, tokenizer, 15, 10_000)
-    assert f"longest has {lengths[0]} tokens, give longer texts" in line
+    assert f"longest has {lengths[0]} tokens. Give longer texts." in line
     hub.sets[("allenai/c4",)] = {"train": {"text": texts}}  # which are drawn more than once
     c4 = parse_source("c4", "--prune_on_c4")
     assert f"--seqlen {lengths[0] - 1} gives 99 windows" in message(c4, tokenizer, 99, 10_000)

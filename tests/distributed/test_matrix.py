@@ -59,5 +59,5 @@ def test_compress_is_one_process(place: Path) -> None:
     done = ended(together(2, [argv], place, program="lib.commands.compress"))
     assert done[0].status == FAILED
     [line] = sum((one.complaints for one in done), [])
-    assert "compress is one process, and only main.py takes several" in line
+    assert "compress runs as one process. Start it without torchrun" in line
     assert {path.name for path in place.iterdir()} == left

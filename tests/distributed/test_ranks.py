@@ -177,7 +177,7 @@ def test_without_a_launcher_the_others_end_by_themselves(place: Path, tmp_path: 
     done = [one.end() for one in workers]
     assert [one.status for one in done] == [-signal.SIGKILL, FAILED]
     [line] = complaints(done)
-    assert line.startswith("error: rank 1 of 2: rank 0 is gone")
+    assert line.startswith("error: rank 1 of 2: rank 0 has ended")
 
 
 def test_a_defect_shows_one_traceback(place: Path, tmp_path: Path) -> None:

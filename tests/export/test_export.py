@@ -146,7 +146,7 @@ def test_what_differs_is_not_written(engine: str, folders, tmp_path, monkeypatch
             patch.setattr(engines.Onnx, "stored", lambda *new: [*read(*new)][1:])
         else:
             patch.setattr(engines, "packed_bytes", lambda codes: packed_bytes(codes) ^ 1)
-        refused(argv, "NEW .*new: not written, [0-9]+ rows of codes or scales differ$")
+        refused(argv, "NEW .*new: it is not written: [0-9]+ rows of codes or scales differ")
     wrong = dict(rope_parameters=dict(rope_type="default", rope_theta=1e4), rope_theta=1e4)
     monkeypatch.setattr(
         engines.GridFolder, "copy_settings", lambda *to, **fields: copy(*to, **fields | wrong)

@@ -28,7 +28,7 @@ def folder(tmp_path: Path) -> Path:
 def test_an_index_of_another_form_is_refused(index: str, folder: Path) -> None:
     (folder / "model.safetensors").unlink()
     (folder / "model.safetensors.index.json").write_text(index)
-    with pytest.raises(UserError, match="model.safetensors.index.json can't be loaded"):
+    with pytest.raises(UserError, match="model.safetensors.index.json cannot be loaded"):
         check_folder(Checkpoint(str(folder)))
 
 

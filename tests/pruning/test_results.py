@@ -145,7 +145,7 @@ def test_a_run_keeps_masks_and_errors() -> None:
     assert "errors" not in results("magnitude")  # it reads no text
     Path("folder").mkdir()
     done = call(*run, "wanda", "--save_masks", "folder")
-    assert done.status == 1 and "--save_masks folder: is a folder" in done.complaints[0]
+    assert done.status == 1 and "--save_masks folder: it is a folder" in done.complaints[0]
     done = call(*run, "wanda", "--save_masks", "x", "--sparsity_type", "neurons")
     assert done.status == 2 and "leaves no zeros" in done.complaints[0]
 

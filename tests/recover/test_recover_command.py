@@ -231,7 +231,7 @@ def test_memory_counts_the_teacher_and_what_a_rank_saves(
     monkeypatch.setattr("lib.run.memory.available", lambda: 1000 * kilobytes)
     how = ["--recover", 64, "--batch_size", 1] + ["--recover_rank", rank] * bool(rank)
     done, _ = run(tmp_path, "--model", "other", *PRUNE, *how)
-    assert ("; activations are computed again in training" in done.out) == again
+    assert ("; training recomputes activations" in done.out) == again
     assert ", teacher 61 KiB, " in done.out
 
 
@@ -270,7 +270,7 @@ REFUSED = {
     "seen": (
         ["--teacher", "model", *RECOVER, "--calibration_data", "seen", "--eval_data", "seen"],
         1,
-        "--calibration_data seen: its train text is part of the test text",
+        "--calibration_data seen: its training text is part of the test text",
     ),
 }
 

@@ -200,7 +200,7 @@ def test_the_command(sweep: Path, capsys: pytest.CaptureFixture) -> None:
         ("[]", "it does not hold results"),
         ("{}", "lacks model"),
         ("", "no results.json is there"),
-        ("{}", "--out report: is a file"),
+        ("{}", "--out report: it is a file"),
     ],
 )
 def test_bad_paths_and_files_are_one_line(text: str | None, words: str) -> None:

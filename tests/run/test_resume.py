@@ -199,10 +199,10 @@ def test_folders_that_are_not_a_runs(argv: list, tmp_path: Path) -> None:
     kept.mkdir()
     (kept / "letter.txt").write_text("dear")
     [line] = call(*argv).complaints
-    assert f"--resume {kept}: holds letter.txt" in line
+    assert f"--resume {kept}: it holds letter.txt" in line
     (kept / "letter.txt").rename(kept / "job.json")
     [line] = call(*argv).complaints
-    assert "job.json can't be read" in line and (kept / "job.json").read_text() == "dear"
+    assert "job.json cannot be read" in line and (kept / "job.json").read_text() == "dear"
 
 
 def test_only_one_run_at_a_time(argv: list, tmp_path: Path) -> None:

@@ -121,7 +121,7 @@ def test_blocks_in_files_become_shards_once_all_is_written(
 def test_places_that_can_not_be_written(flag: str, given: list, no_weights: None) -> None:
     Path("file").write_text("kept")
     done = call(*given, flag, "file/below")  # no folder can be made there, not even by root
-    assert done.status == 1 and f"{flag} file/below: can't be written" in done.complaints[0]
+    assert done.status == 1 and f"{flag} file/below: it cannot be written" in done.complaints[0]
     assert Path("file").read_text() == "kept"
 
 

@@ -32,7 +32,7 @@ def test_what_lies_beside_a_new_folder_is_not_taken_over(tmp_path: Path) -> None
 def test_a_link_is_no_new_folder(target: str, tmp_path: Path) -> None:
     (tmp_path / "disk").mkdir()
     (tmp_path / "new").symlink_to(tmp_path / target)
-    with pytest.raises(UserError, match=f"--save_model .*new: is a link; name .*{target}"):
+    with pytest.raises(UserError, match=f"--save_model .*new: it is a link. Name .*{target}"):
         check_new_folder("--save_model", str(tmp_path / "new"))
 
 

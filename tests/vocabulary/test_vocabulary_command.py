@@ -69,7 +69,7 @@ def test_what_is_said_and_recorded(alone: tuple[Done, Path]) -> None:
     assert test["documents"] == 9 and test["alike"] > 4 and test["rise"] < 0.05
     assert record["logits_differ"] < 1e-5
     assert f"vocabulary: {record['rows']} of {ROWS} rows stay" in done.out
-    assert "uk: all 9 test documents read the same" in done.out
+    assert "uk: all 9 test documents decode to the same text" in done.out
     assert done.out.index("uk, bits per byte") < done.out.index("perplexity uk: ")
     assert json.dumps(found["fingerprint"]).count(record["digest"]) == 1
     card = (folder / "model/README.md").read_text("utf-8")
@@ -173,11 +173,14 @@ def test_tables_of_layers_in_a_model_that_is_measured_as_a_whole(tmp_path: Path)
     assert again.status == 0, again.err
     assert results(tmp_path / "again")["perplexity"] == first["perplexity"]
     (line,) = call(*BASE, *rest, *PRUNE).complaints
-    assert "hidden states of another shape than its windows; it can't be pruned" in line
+    assert "hidden states of another shape than its windows. It cannot be pruned" in line
 
 
 BAD = {
-    "no train text": (["--vocabulary_data", "untaught"], "--vocabulary_data untaught: no train"),
+    "no train text": (
+        ["--vocabulary_data", "untaught"],
+        "--vocabulary_data untaught: the folder has neither train",
+    ),
     "slow": (["--model", "slow"], "is a slow one (ByT5Tokenizer, without a tokenizer"),
     "words": (["--model", "words"], "the tokenizer of --model words is of the kind WordLevel"),
     "few rows": (["--model", "few"], "but the embedding of --model few has 512 rows"),
