@@ -548,7 +548,7 @@ def test_mistakes_end_it_before_the_model_is_measured(
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
-        ("dense taken --data uk", "OUT taken: taken.gguf exists; name a new file"),
+        ("dense taken --data uk", "OUT taken: taken.gguf exists. Name a new file."),
         ("dense mine --data uk", "OUT mine: it holds thesis.txt. Name a new folder."),
         ("--seqlen 64 dense small --data uk", "--seqlen: flags of main.py must follow"),
         ("dense small", "--language: no text is named. Name a language, such as uk, or --data."),

@@ -42,7 +42,7 @@ def test_the_whole_demo(capsys: pytest.CaptureFixture, monkeypatch: pytest.Monke
 @pytest.mark.usefixtures("elsewhere")
 @pytest.mark.parametrize(
     ("file", "complaint"),
-    [("demo", "is a file"), ("demo/uk/train.jsonl", "holds uk; name a new folder")],
+    [("demo", "it is a file"), ("demo/uk/train.jsonl", "it holds uk. Name a new folder")],
 )
 def test_what_is_not_a_demo_is_left_alone(file: str, complaint: str) -> None:
     Path(file).parent.mkdir(parents=True, exist_ok=True)

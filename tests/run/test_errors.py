@@ -321,7 +321,7 @@ def test_weights_that_are_not_finite(
     done = call("--model", folder, "--prune_method", method, *given)
     # where blocks are fetched one at a time, the dense model's loss shows it
     words = ["activations are not finite"] if offload else ["layers.1.mlp.up_proj holds nan or inf"]
-    complaint(done, 1, "--model", *words, "download the model again")
+    complaint(done, 1, "--model", *words, "the model again")
     assert not Path("new").exists()
 
 

@@ -86,5 +86,5 @@ def test_a_rank_that_sees_one_gpu(launcher: str, monkeypatch: pytest.MonkeyPatch
         assert context.local_device(first) == first
     else:
         monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
-        with pytest.raises(UserError, match="rank 3 of this machine needs cuda:3"):
+        with pytest.raises(UserError, match="this machine lacks cuda:3, which its rank 3"):
             context.local_device(first)
