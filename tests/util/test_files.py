@@ -21,7 +21,7 @@ def test_what_lies_beside_a_new_folder_is_not_taken_over(tmp_path: Path) -> None
     kept.mkdir()
     (kept / "block-00000.safetensors").write_bytes(b"hours")
     before = content(tmp_path)
-    with pytest.raises(UserError, match="new.partial is in the way"):
+    with pytest.raises(UserError, match="new.partial exists"):
         with staged_folder(tmp_path / "new", "OUT") as stage:
             (stage / "config.json").write_text("{}")
     assert content(tmp_path) == before
