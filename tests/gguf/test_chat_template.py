@@ -37,7 +37,7 @@ def test_another_template_and_another_end_are_told(tmp_path: Path, monkeypatch, 
     assert "not verified: " in (out := capsys.readouterr().out)
     assert "the end of an answer (llama.cpp does not stop at '<end>')" in out
     monkeypatch.setattr(ModelFolder, "view", view_with_another_template)
-    with pytest.raises(UserError, match="not written, chat template, several turns: at token"):
+    with pytest.raises(UserError, match="not written: chat template, several turns: at token"):
         main([str(folder), str(tmp_path / "b.gguf"), "--type", "q8_0"])
 
 

@@ -103,7 +103,7 @@ def test_what_came_to_lie_at_out_meanwhile_stays(tmp_path: Path) -> None:
 def test_a_child_that_hangs_or_dies_is_ended_with_a_line(monkeypatch) -> None:
     with monkeypatch.context() as patched:
         patched.setattr(llama_cpp, "LIMIT", 0.01)
-        with pytest.raises(UserError, match="^this: it did not end within 0 s; .* chat template"):
+        with pytest.raises(UserError, match="^this: it did not end within 0 s. .* chat template"):
             llama_cpp.run_child("this", llama_cpp.run, size=1e5)
     with pytest.raises(UserError, match="^this: TypeError: .* 'model'"):
         llama_cpp.run_child("this", llama_cpp.run)
