@@ -108,5 +108,5 @@ def test_a_child_that_hangs_or_dies_is_ended_with_a_line(monkeypatch) -> None:
     with pytest.raises(UserError, match="^this: TypeError: .* 'model'"):
         llama_cpp.run_child("this", llama_cpp.run)
     monkeypatch.setattr(sys, "executable", "/bin/false")
-    with pytest.raises(UserError, match="^this: it ended with status 1; its last line: -"):
+    with pytest.raises(UserError, match="^this: it ended with status 1, and its last line is: -"):
         llama_cpp.run_child("this", llama_cpp.run)
