@@ -264,15 +264,18 @@ class Pruner:
         """Solve this process's groups, and store those of all processes."""
         owners = self.dist.assign_owners([group.cost for group in groups])
         written: dict[str, Tensor] = {}
-        for group, owner in zip(groups, owners, strict=True):
-            if group.fallback:
-                name = self.fallback or group.fallback
-                self.notes[-1].fallbacks.setdefault(name, []).append(group.names)
-            if owner == self.dist.rank:
-                for linear, matrix in zip(group.linears, self._solved(group), strict=True):
-                    self._store_(linear, matrix)
-                    written[linear.name] = matrix
-        self.dist.barrier()
+
+        def solve_own_() -> None:
+            for group, owner in zip(groups, owners, strict=True):
+                if group.fallback:
+                    name = self.fallback or group.fallback
+                    self.notes[-1].fallbacks.setdefault(name, []).append(group.names)
+                if owner == self.dist.rank:
+                    for linear, matrix in zip(group.linears, self._solved(group), strict=True):
+                        self._store_(linear, matrix)
+                        written[linear.name] = matrix
+
+        self.dist.fail_together(solve_own_)
         for group, owner in zip(groups, owners, strict=True) if self.dist.size > 1 else ():
             for linear in group.linears:
                 matrix = written.get(linear.name)

@@ -13,6 +13,7 @@ and not for long elsewhere: collectives between GPUs directly follow a barrier.
 from __future__ import annotations
 
 import os
+import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
@@ -112,15 +113,17 @@ class DistContext:
                         f"{other.get(name)!r}. Start all with the same flags, data and packages."
                     )
 
-    def check_alike(self, check: Callable[[], object]) -> None:
-        """Call `check` in all ranks; a UserError in one is raised in all."""
-        problem = None
+    def fail_together(self, task: Callable[[], object]) -> None:
+        """Call `task`, and raise the error of any rank in all of them: the main rank reports it."""
+        error = None
         try:
-            check()
-        except UserError as error:
-            problem = str(error)
-        if problems := [one for one in self.all_gather_object(problem) if one]:
-            raise UserError(problems[0])
+            task()
+        except Exception as failure:
+            if self.size > 1:  # other ranks lack its traceback, which a defect should show
+                failure.add_note(traceback.format_exc())
+            error = failure
+        if errors := [one for one in self.all_gather_object(error) if one]:
+            raise errors[0]
 
     def assign_owners(self, costs: Sequence[float]) -> list[int]:
         """Return which rank solves each task: the costliest first, to the least loaded."""

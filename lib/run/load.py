@@ -131,7 +131,7 @@ def plan_memory(job: Job) -> tuple[bool, dict[str, Any]]:
     Raises UserError if the run cannot fit in memory.
     """
     memory = Memory.of(job)
-    job.dist.check_alike(memory.check)  # another program may be on one rank's card
+    job.dist.fail_together(memory.check)  # another program may be on one rank's card
     job.print(memory.line())
     return memory.fetched, dict(
         dist=job.dist,

@@ -187,6 +187,20 @@ def test_a_defect_shows_one_traceback(place: Path, tmp_path: Path) -> None:
     assert [one.err.count("RuntimeError: defect") for one in done] == [1, 0]
 
 
+@pytest.mark.parametrize("how", ["no solution", "defect"])
+def test_an_error_of_one_rank_is_reported_once(how: str, place: Path, tmp_path: Path) -> None:
+    """The second solves its share of the linear layers while the first waits for it."""
+    faults = {1: f"before lib.methods.wanda.Wanda.prune_:{how}"}
+    done = ended(together(2, [flags("wanda", tmp_path)], place, faults))
+    assert [one.status for one in done] == [FAILED, TERMINATED]
+    assert not done[1].complaints
+    if how == "defect":
+        assert "in solve_own_" in done[0].err and "RuntimeError: defect" in done[0].complaints[-1]
+    else:
+        [line] = done[0].complaints
+        assert re.fullmatch(r"error: model\.layers\.0\..*: no solution", line)
+
+
 def test_different_flags_are_noticed_at_the_start(place: Path, tmp_path: Path) -> None:
     done = ended(together(2, [flags("wanda", tmp_path)], place, own={1: ["--seed", "5"]}))
     assert [one.status for one in done] == [FAILED, TERMINATED]
