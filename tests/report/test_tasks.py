@@ -13,7 +13,8 @@ import chats
 import pytest
 import tiny
 import torch
-from support import QUICK, call, results
+from processes import ended, together
+from support import QUICK, call, results, succeed
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lib.commands import tasks
@@ -171,6 +172,20 @@ def test_lm_eval_runs_the_tasks_on_both_models_offline(place: Path) -> None:
         said[RIGHT] = "0" * 40
         assert found["uk_last_word_said"] == said  # the model is random
     assert "uk_last_word, acc: 0." in done.out and " (dense 0." in done.out
+
+
+def test_the_first_of_two_ranks_runs_them_once_both_have_trained(place: Path) -> None:
+    names = ["--tasks", "uk_pairs", "--include_path", "tasks"]
+    flags = ["--model", "model", *QUICK, "--calibration_data", "uk", "--prune_method", "wanda"]
+    flags += ["--recover", "512", "--save_model", "new", "--save", "out", *names]
+    done = ended(together(2, [flags], place))
+    assert [one.status for one in done] == [0, 0], [one.err for one in done]
+    assert "recovery: 2 ranks share the weights out" in done[0].out and not done[1].out
+    assert done[0].out.count("uk_pairs, acc: ") == 1
+    found, argv = results(), ["--eval_only", "--eval_data", "uk", *QUICK, *names]
+    for key, folder in {"tasks": "new", "dense_tasks": "model"}.items():
+        succeed("--model", folder, *argv, "--save", key)
+        assert results(key)["tasks"] == found[key]
 
 
 def test_a_word_that_is_written_counts(place: Path) -> None:
