@@ -23,7 +23,7 @@ from .distributed.context import DistContext
 from .model.blocks import BlockRunner
 from .model.linears import find_linears
 from .model.run_folder import RECOVERY, RunFolder
-from .model.store import FetchHook, FileBlockStore, set_tensor
+from .model.store import FetchHook, FileBlockStore, remove_hook, set_tensor
 from .packed.formats import Grid
 from .util.errors import UserError
 
@@ -209,19 +209,13 @@ class ShardedStore(FileBlockStore):
         return whole.flatten(0, 1)
 
     def _twin(self, index: int) -> nn.Module:
-        """Return a copy of a block, sharded by FSDP."""
+        """Return a copy of a block, sharded by FSDP; only this rank's part of it is read."""
         from torch.distributed.device_mesh import DeviceMesh
         from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
         from torch.distributed.tensor import Shard
 
-        block, along = self.blocks[index], self.along[index]
-        with self.files.on_device(index):
-            memo = {}
-            for path, one in block.named_parameters():  # FSDP copies parameters that it shards
-                data = one.data.clone() if along[path] is None else one.data
-                memo[id(one)] = nn.Parameter(data, requires_grad=False)
-            twin = copy.deepcopy(block, memo)
-        vars(twin).pop("forward", None)  # set by a hook
+        twin, along = copy.deepcopy(self.blocks[index]), self.along[index]  # without weights
+        remove_hook(twin)
         dims = {one: along[path] for path, one in twin.named_parameters()}
         fully_shard(
             twin,
@@ -231,6 +225,11 @@ class ShardedStore(FileBlockStore):
             mp_policy=MixedPrecisionPolicy(reduce_dtype=torch.float32),
             ignored_params={one for one, dim in dims.items() if dim is None},
         )
+        twin._apply(lambda one: torch.empty_like(one, device=self.device) if one.is_meta else one)
+        own = {path: local(one) for path, one in twin.named_parameters()}
+        parts = self.files.each(index, lambda path, one: part_of(one, along[path], self.dist))
+        for path, _, part in parts:
+            own[path].copy_(part)
         twin.set_gradient_divide_factor(1.0)  # gradients are sums
         twin.set_force_sum_reduction_for_comms(True)
         if hasattr(twin, "set_reduce_scatter_unused_params"):  # newer than the oldest torch allowed

@@ -12,7 +12,7 @@ Both store every finished block in such a file if the run can be resumed.
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from itertools import chain
 from pathlib import Path
@@ -222,7 +222,7 @@ class FileBlockStore(BlockStore):
         return (self.device.type == "cpu" and not self.on_disk) and all(
             cast is tensor
             for index in range(len(self.blocks))
-            for _, tensor, cast in self._each(index)
+            for _, tensor, cast in self.each(index)
         )
 
     @contextmanager
@@ -242,7 +242,7 @@ class FileBlockStore(BlockStore):
 
     def fetch(self, index: int) -> None:
         """Bring block `index` to the device."""
-        for path, _, tensor in self._each(index):
+        for path, _, tensor in self.each(index):
             set_tensor(self.blocks[index], path, tensor.to(self.device))
 
     def evict(self, index: int) -> None:
@@ -316,11 +316,17 @@ class FileBlockStore(BlockStore):
                 raise UserError(f"--model: {problem}. Check the disk.") from error
         return tensors
 
-    def _each(self, index: int) -> Iterator[tuple[str, Tensor, Tensor]]:
-        """Yield path, tensor in its file, and tensor in the model's compute dtype."""
+    def each(
+        self, index: int, part: Callable[[str, Tensor], Tensor] = lambda path, tensor: tensor
+    ) -> Iterator[tuple[str, Tensor, Tensor]]:
+        """Yield path, tensor in its file, and tensor in the model's compute dtype.
+
+        If only a `part(path, tensor)` is wanted, no more is read.
+        """
         block = self.blocks[index]
         empty = dict((*block.named_parameters(), *block.named_buffers()))
         for path, tensor in self._mapped(index).items():
+            tensor = part(path, tensor)
             narrow = self._as_saved(index, path, tensor) if self.narrow else tensor
             yield path, tensor, narrow.to(empty[path].dtype)
 

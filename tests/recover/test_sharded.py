@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import signal
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
 from types import SimpleNamespace
@@ -231,15 +231,22 @@ class Files(BlockStore):
     def __init__(self, *given: object, **more: object) -> None:
         super().__init__(*given, **more)
         self.folder, self.places = None, [{} for _ in self.blocks]
+        self.read = 0  # weights
+
+    def each(self, index: int, part: Callable) -> Iterator[tuple]:
+        for path, one in self.blocks[index].named_parameters():
+            own = part(path, one.data)
+            self.read += own.numel()
+            yield path, one, own
 
 
 @pytest.mark.parametrize("checkpointed", [False, True])
 def test_gathers_of_a_step(checkpointed: bool, pair: DistContext) -> None:
     """A student's block is gathered for its forward and its backward pass, a teacher's once."""
-    model, runners = tiny.tiny_llama(num_hidden_layers=3).requires_grad_(False), []
+    model, stores, runners = tiny.tiny_llama(num_hidden_layers=3).requires_grad_(False), [], []
     for one in (model, fresh_copy(model)):
-        files = Files(one, CPU, dist=pair)
-        runners.append(BlockRunner(one, CPU, files, dist=pair, batch_size=8))
+        stores.append(Files(one, CPU, dist=pair))
+        runners.append(BlockRunner(one, CPU, stores[-1], dist=pair, batch_size=8))
     runners[0].checkpointed = checkpointed
     ids, seen, gathered = windows(4), [], Counter()
     schedule = TrainSchedule(tokens=96, seqlen=24, rate=1e-3, least=96)
@@ -267,6 +274,8 @@ def test_gathers_of_a_step(checkpointed: bool, pair: DistContext) -> None:
     with gathers, sums, suppress(UserError):
         recoverer.run()
     assert seen == [{"gathers": 3 * (2 + 1), "sums": 3}]
+    half = sum(one.numel() for block in model.model.layers for one in block.parameters()) / 2
+    assert [one.read for one in stores] == [half, half]
 
 
 def test_a_folder_that_a_rank_does_not_see_is_refused(tmp_path: Path) -> None:
