@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import signal
+import sys
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import suppress
@@ -12,10 +13,11 @@ from unittest import mock
 
 import chats
 import pytest
+import support
 import tiny
 import torch
 import torch.distributed as torch_dist
-from processes import ended, together
+from processes import ended, kept_port, together
 from support import CPU, QUICK, call, content, reloaded, results, succeed, weights, windows
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
@@ -145,6 +147,19 @@ def test_so_do_three_whose_parts_differ_in_size(case: str, three: str) -> None:
 
 def test_so_do_four(place: Path) -> None:
     check_alike("dense", left_by(4, ("dense",), place, "four"))
+
+
+def test_so_do_two_launchers_as_on_two_machines(place: Path) -> None:
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nnodes", 2]
+    with kept_port() as port:
+        torchrun += ["--master_addr", "127.0.0.1", "--master_port", port.getsockname()[1]]
+        job = [support.ROOT / "main.py", *flags("one window", "launched")]
+        ranks = [[*torchrun, "--node_rank", rank, *job] for rank in range(2)]
+        launched = [support.start(command, place) for command in ranks]
+        done = [support.ended(one) for one in launched]
+    assert [one.status for one in done] == [0, 0], [one.err for one in done]
+    assert "recovery: 2 ranks share the weights out" in done[0].out and not done[1].out
+    check_alike("one window", "launched")
 
 
 def test_the_same_ranks_leave_the_same_bytes(place: Path, two: str) -> None:
