@@ -32,10 +32,12 @@ import torch  # noqa: E402
 from measure import medians, random_llama  # noqa: E402
 from support import whole  # noqa: E402
 from torch.utils.collect_env import get_pretty_env_info  # noqa: E402
+from transformers import AutoConfig  # noqa: E402
 
 import main as command_line  # noqa: E402
 from lib.methods.sparsity import Sparsity  # noqa: E402
 from lib.packed.linear import SparseLinear  # noqa: E402
+from lib.run.memory import memory_of  # noqa: E402
 from lib.util.errors import UserError  # noqa: E402
 
 LIMIT, PUBLISHED_LIMIT = 600, 4 * 3600  # seconds of a check
@@ -80,6 +82,18 @@ class Runs:
         model = ["--model", str(self.folder / "dense"), "--save_model", str(out / "model")]
         given = [] if "--model" in flags else model
         command_line.main([*self.flags, *given, *flags, "--save", str(out / "out")])
+        return json.loads((out / "out/results.json").read_text("utf-8"))
+
+    def run_by_two(self, *flags: str) -> dict[str, Any]:
+        """The same by two processes: on two GPUs, or on this CPU."""
+        if self.device.type != "cpu" and torch.cuda.device_count() < 2:
+            raise NotHere("needs two GPUs")
+        self.number += 1
+        out = self.folder / f"run-{self.number}"
+        command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+        command += ["--nproc_per_node=2", ROOT / "main.py", *self.flags, *flags]
+        command += ["--model", self.folder / "dense", "--save_model", out / "model"]
+        subprocess.run([*map(str, command), "--save", str(out / "out")], check=True)
         return json.loads((out / "out/results.json").read_text("utf-8"))
 
     def perplexity(self, *flags: str) -> float:
@@ -170,16 +184,25 @@ def check_load_bit(runs: Runs) -> dict[str, Any]:
 
 def check_two(runs: Runs) -> dict[str, Any]:
     """Two processes on two GPUs save the bytes of one."""
-    if runs.device.type == "cpu" or torch.cuda.device_count() < 2:
-        raise NotHere("needs two GPUs")
+    runs.run_by_two(*WANDA)
+    by_two = runs.saved()
     runs.run(*WANDA)
-    alone, runs.number, target = runs.saved(), 2, runs.folder / "run-2"
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    command += [ROOT / "main.py", *runs.flags, "--model", runs.folder / "dense", *WANDA]
-    command += ["--save", target / "out", "--save_model", target / "model"]
-    subprocess.run(list(map(str, command)), check=True)
-    assert same(runs.saved(), alone), "two processes save other weights than one"
+    assert same(by_two, runs.saved()), "two processes save other weights than one"
     return {}
+
+
+def check_two_recovery(runs: Runs) -> dict[str, Any]:
+    """Two processes on two GPUs share out the training, and have the losses of one."""
+    way = [*WANDA, "--recover", "2048", "--seqlen", "32" if runs.small else "128"]
+    two, one = runs.run_by_two(*way), runs.run(*way)
+    curves = [[each["loss"] for each in found["recovery"]["curve"]] for found in (two, one)]
+    config = AutoConfig.from_pretrained(runs.folder / "dense")
+    planned = memory_of(config, " ".join(way), free=1e12, ranks=2, seqlen=int(way[-1]))
+    found = {"losses": curves, "peak of each of two": two["peak_memory"]}
+    found |= {"peak of one": one["peak_memory"], "planned for each": planned.total("train")}
+    for shared, alone in zip(*curves, strict=True):
+        assert abs(shared - alone) < SAME * alone, found
+    return found
 
 
 def check_published(runs: Runs) -> dict[str, Any]:
@@ -221,6 +244,7 @@ CHECKS: dict[str, Callable[[Runs], dict[str, Any]]] = {
     "allocation, twice": same_bytes(BY_ERROR, BY_ERROR),
     "load_bit": check_load_bit,
     "two processes": check_two,
+    "recovery by two processes": check_two_recovery,
     "published": check_published,
 }
 
