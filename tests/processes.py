@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import re
 import socket
 import sys
 import tempfile
@@ -46,6 +47,7 @@ class Worker:
         self.process.join()
         out, err = (Path(self.said.name, name) for name in ("out", "err"))
         told = [path.read_text("utf-8") if path.exists() else "" for path in (out, err)]
+        told[0] = re.sub(r"\[Gloo\] Rank .*\n", "", told[0])  # torch 2.9 greets so
         return Done(self.process.exitcode, *told)
 
 
