@@ -24,9 +24,9 @@ from pathlib import Path
 from tqdm import tqdm
 
 from ..data.sources import mixture_name, parse_sources
-from ..methods.registry import EXPERT_METHODS, METHODS, WITHOUT_NEURONS
+from ..methods.registry import METHODS, WITHOUT_NEURONS, label
 from ..methods.sparsity import NEURONS, SMALLER, TYPES
-from ..run.flags import build_parser, check_flags
+from ..run.flags import METHOD, build_parser, check_flags
 from ..run.plan import Plan
 from ..run.results import RESULTS
 from ..run.texts import default_tests
@@ -57,9 +57,8 @@ def build_sweep_parser() -> argparse.ArgumentParser:
         parser.add_argument(f"--{name}", nargs="+", help=text, **options)
 
     several("models", "Hub ids or local folders of models", required=True)
-    methods = (*METHODS, *EXPERT_METHODS)
-    text = "pruning methods (default: all except those for experts)"
-    several("methods", text, choices=methods, default=list(METHODS))
+    text = "methods of --prune_method, also FILE.py:CLASS (default: all except those for experts)"
+    several("methods", text, type=METHOD, default=list(METHODS), metavar="METHOD")
     types = [kind for kind in TYPES if kind not in SMALLER]
     text = f"sparsity types (default: all except {' and '.join(SMALLER)})"
     several("types", text, choices=TYPES, default=types)
@@ -157,13 +156,14 @@ def _points(
         more, words = _joined(values)
         yield f"dense{more}", ["--eval_only", *without(passed_on), *words]
     parser = build_parser()
+    names = dict(zip(args.methods, _names(args.methods, [*map(label, args.methods)]), strict=True))
     for method, kind in product(args.methods, args.types):
         if kind == NEURONS and method in WITHOUT_NEURONS:
             continue
         n, _, m = kind.partition(":")
         for ratio in [int(n) / int(m)] if m else args.ratios:
             share = f"{n}of{m}" if m else f"{100 * ratio:g}"
-            name = f"{method}-{share}" + f"-{kind}" * (kind in SMALLER)
+            name = f"{names[method]}-{share}" + f"-{kind}" * (kind in SMALLER)
             flags = ["--prune_method", method, "--sparsity_type", kind]
             flags += ["--sparsity_ratio", str(ratio), *passed_on]
             textless: set[str] = set()  # values without effect would repeat a run

@@ -81,6 +81,9 @@ def _one_of(names: tuple[str, ...], ends: str, more: str) -> Callable[[str], str
     return parse
 
 
+METHOD = _one_of((*METHODS, *EXPERT_METHODS), ".py:", "FILE.py:CLASS")
+
+
 @cache
 def build_parser() -> argparse.ArgumentParser:
     """Build the parser of main.py."""
@@ -154,7 +157,7 @@ def build_parser() -> argparse.ArgumentParser:
     flag(
         "prune_method",
         f"one of {', '.join(METHODS)}; for experts {', '.join(EXPERT_METHODS)}; or FILE.py:CLASS",
-        type=_one_of((*METHODS, *EXPERT_METHODS), ".py:", "FILE.py:CLASS"),
+        type=METHOD,
         metavar="METHOD",
     )
     flag(

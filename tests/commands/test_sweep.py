@@ -61,6 +61,25 @@ def test_neurons_are_left_out_for_methods_that_have_no_rule_for_them(texts) -> N
     assert names and not any("ria" in name for name in names)
 
 
+def test_methods_of_ones_own(model, texts, tmp_path, capsys) -> None:
+    code = "from langprune.methods.wanda import Wanda\nclass Mine(Wanda):\n"
+    for parent in ("a", "b"):
+        (tmp_path / parent).mkdir()
+        (tmp_path / parent / "mine.py").write_text(f"{code}    name = {parent!r}\n")
+    argv = ["--models", model, "--calibration", texts[0], "--types", "unstructured", "--methods"]
+    runs = planned(*argv, f"{tmp_path}/a/mine.py:Mine", "wanda", passed_on=QUICK)
+    assert list(runs)[1:] == ["tiny/Mine-50-uk-seed0", "tiny/wanda-50-uk-seed0"]
+    of_mine = build_parser().parse_args(runs["tiny/Mine-50-uk-seed0"])
+    Path(of_mine.save).mkdir(parents=True)
+    sweep_run.run(of_mine, tmp_path / "shared")
+    assert capsys.readouterr().out.startswith(f"{of_mine.save}: uk ")
+    assert results(Path(of_mine.save))["method"] == "Mine"
+    twice = planned(*argv, "a/mine.py:Mine", "b/mine.py:Mine")
+    assert list(twice)[1:] == [f"tiny/{parent}_mine.py_Mine-50-uk-seed0" for parent in "ab"]
+    refused = call(*argv, "mine.py", program=sweep.main)
+    assert refused.status == 2 and "or FILE.py:CLASS" in refused.complaints[-1]
+
+
 def test_flags_of_a_run(texts) -> None:
     uk, en = texts
     argv = ["--models", "m", *WANDA, "--calibration", f"{uk}=3,{en}=1", "--out", "o", "--seeds", 5]
