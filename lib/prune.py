@@ -40,15 +40,9 @@ from .pruning.in_memory import Pruned, runner_of, text_windows
 from .pruning.inputs import BlockNotes, Group, merge, observe, rank_windows, weight_key
 from .pruning.masks import packed_masks
 from .pruning.ordered import OrderedBlock, Stage, known_order
-from .util.errors import RunWarning, UserError
+from .util.errors import RunWarning, UserError, first_of
 
 UNREACHED = "no calibration token reached it, or its forward() is bypassed"
-
-
-def first_of(names: list[str]) -> str:
-    """Return the first three names, and how many more there are."""
-    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
-    return ", ".join(names[:3]) + more
 
 
 def prune(
@@ -312,11 +306,11 @@ class Pruner:
         names, solver = [linear.name for linear in group.linears], group.solver()
         solver.output_costs = [self.allocation.output_costs.get(name) for name in names]
         solver.output_squares = [group.output_squares.get(name) for name in names]
+        dense = [group.rows @ matrix.T for matrix in matrices] if group.method.tokens else []
         solver.prune_(matrices, [self.allocation.sparsity[name] for name in names])
-        if group.method.tokens:
-            for linear, pruned in zip(group.linears, matrices, strict=True):
-                error = relative_error(group.rows, linear.matrix(), pruned)
-                self.notes[-1].errors |= {linear.name: error} if error is not None else {}
+        for name, matrix, outputs in zip(names, matrices, dense, strict=False):
+            error = relative_error(outputs, group.rows @ matrix.T)
+            self.notes[-1].errors |= {name: error} if error is not None else {}
 
     def _store_(self, linear: PrunableLinear, matrix: Tensor) -> None:
         linear.set_weight_(matrix)

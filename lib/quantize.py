@@ -18,12 +18,12 @@ from .model.matrix import PrunableLinear, SaveDtypes
 from .model.run_folder import QUANTIZED, START, of_block
 from .packed.formats import Grid, Int4
 from .packed.linear import why_dense
-from .prune import UNREACHED, Pruner, first_of
+from .prune import UNREACHED, Pruner
 from .pruning.allocation import Allocation
 from .pruning.inputs import Group
 from .pruning.ordered import OrderedBlock
 from .sharded import is_sharded, part_of_start, shared_along
-from .util.errors import UserError
+from .util.errors import UserError, first_of
 
 NOTHING = "--replace_sparse_layers: packing makes no linear layer smaller. Add --prune_method."
 NO_BLOCKS = "--quantize {}: no linear layer has rows of a multiple of 32. Leave the flag out."

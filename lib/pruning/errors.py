@@ -14,7 +14,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-TOKENS = 128  # sample size: costs below 1% of passing a few thousand tokens through a layer
+TOKENS = 64  # sample size: about 1.5% of the time of Wanda on eight windows of 512 tokens
 GOLDEN = (5**0.5 - 1) / 2  # its multiples modulo 1 are evenly spread and reproducible
 
 
@@ -57,11 +57,11 @@ class TokenSample:
         return x[:count].float() * weights.sqrt().float()[:, None]
 
 
-def relative_error(rows: Tensor, weight: Tensor, pruned: Tensor) -> float | None:
-    """Return |X (W - Q)^T|^2 / |X W^T|^2 of tokens X (n, in), W and Q (out, in), in 6 digits.
+def relative_error(dense: Tensor, pruned: Tensor) -> float | None:
+    """Return |D - P|^2 / |D|^2 of a layer's outputs before and after pruning (n, out), in 6 digits.
 
-    None if the layer's outputs are all 0. W is overwritten.
+    None if the dense outputs are all 0.
     """
-    before = (rows @ weight.T).square().sum(dtype=torch.float64)
-    change = (rows @ weight.sub_(pruned).T).square().sum(dtype=torch.float64)
+    before = dense.square().sum(dtype=torch.float64)
+    change = (dense - pruned).square().sum(dtype=torch.float64)
     return float(f"{float(change / before):.6g}") if before > 0 else None

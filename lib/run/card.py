@@ -20,9 +20,8 @@ from ..data.sources import BUILT_IN, parse_source
 from ..methods.sparsity import SMALLER
 from ..packed.checkpoint import card_lines
 from ..packed.formats import GRIDS
-from ..prune import first_of
 from ..util.command import one_line
-from ..util.errors import UserError
+from ..util.errors import UserError, first_of
 from ..util.markdown import escape, padded_table
 from .flags import command_words
 from .flags import packed as packed_by

@@ -19,6 +19,12 @@ def first_line(error: BaseException) -> str:
     return lines[0].rstrip(".:, ")[:300]
 
 
+def first_of(names: list[str]) -> str:
+    """Return the first three names, and how many more there are."""
+    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+    return ", ".join(names[:3]) + more
+
+
 def hub_problem(error: Exception, kind: str) -> str | None:
     """Return the problem of the Hub's client, and the fix; None for any other error.
 

@@ -37,6 +37,10 @@ def layer(tokens: int, seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
     return x, weight, weight * (torch.rand(16, 24, generator=draw) > 0.5)
 
 
+def estimate(rows: Tensor, weight: Tensor, pruned: Tensor) -> float:
+    return relative_error(rows @ weight.T, rows @ pruned.T)
+
+
 def sampled(x: Tensor, batch: int) -> TokenSample:
     sample = TokenSample()
     for part in x.split(batch):
@@ -47,7 +51,7 @@ def sampled(x: Tensor, batch: int) -> TokenSample:
 def test_few_tokens_give_the_error_itself() -> None:
     x, weight, pruned = layer(errors.TOKENS)
     for batch in (10, errors.TOKENS):
-        found = relative_error(sampled(x, batch).rows(), weight.clone(), pruned)
+        found = estimate(sampled(x, batch).rows(), weight, pruned)
         assert found == pytest.approx(exact(x, weight, pruned), rel=1e-4)
 
 
@@ -58,7 +62,7 @@ def test_of_many_it_is_near_whatever_the_batch() -> None:
         samples = [sampled(x, batch) for batch in (5000, 700, 130)]
         rows = [sample.rows() for sample in samples]
         assert all(torch.equal(one, rows[0]) for one in rows)
-        ratios.append(relative_error(rows[0], weight.clone(), pruned) / exact(x, weight, pruned))
+        ratios.append(estimate(rows[0], weight, pruned) / exact(x, weight, pruned))
     assert all(0.75 < ratio < 1.3 for ratio in ratios)
     assert sum(ratios) / 8 == pytest.approx(1, abs=0.1)
 
