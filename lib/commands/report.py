@@ -12,20 +12,21 @@ from __future__ import annotations
 
 import re
 import sys
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict
-from itertools import combinations
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from functools import reduce
+from itertools import combinations, product
 from math import exp
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ..methods.sparsity import SMALLER
 from ..run.plan import PRUNED_BEFORE
 from ..run.results import NONE, RESULTS, is_trained, read_losses, read_results
-from ..run.significance import holm, mean_interval
+from ..run.significance import MeanInterval, holm, mean_interval
 from ..util import command
 from ..util.command import one_line
-from ..util.errors import UserError
+from ..util.errors import UserError, first_of
 from ..util.files import check_writable, write_text
 from ..util.markdown import EMPTY, padded_table
 from .report_pictures import DENSE, SETTING, curves, picture
@@ -36,6 +37,7 @@ if TYPE_CHECKING:
 
 Runs = Mapping[Path, Mapping[str, Any]]  # {folder: results}
 Losses = Mapping[Path, Mapping[str, Mapping[str, "ndarray"]]]  # {folder: `read_losses`}
+Columns = dict[tuple[str, str], list[str]]  # {(test set or "", title): a cell for each row}
 TASK = "task "  # prefix of the columns of tasks
 STRICTNESS = ("unstructured", "4:8", "2:4", *SMALLER)  # the order of sparsity types
 COMPARED = {"loss": "perplexity", "kl": "kl"}  # {figure by window: column of the table}
@@ -72,6 +74,8 @@ Differences: of the loss or of KL from the dense model, in nats per token, paire
 Brackets: 95% intervals, each by itself, over documents and seeds; with one seed for that draw only.
 p is corrected by Holm's rule over the table. {NOT_SIGNIFICANT}: not significant, as p is {LIMIT} or
 more, or the test has only one document.""".replace("\n", " ")
+FITTED = "\\medskip\\resizebox{\\ifdim\\width>\\linewidth\\linewidth\\else\\width\\fi}{!}{%\n"
+SHORT = f"differences of the loss, nats per token ({NOT_SIGNIFICANT}: not significant):"
 
 
 def load_runs(paths: Iterable[str | Path]) -> dict[Path, dict[str, Any]]:
@@ -169,12 +173,12 @@ def _summarised(lines: DataFrame) -> DataFrame:
     lines = lines.fillna(dict.fromkeys(keys, EMPTY))
     lines["measured_on"] = _unique_names(lines["measured_on"], lines["digest"].str[:8])
     lines["calibrated_on"] = _unique_names(lines["calibrated_on"], lines["sources"])
-    spread = {*MEASURES, *(name for name in lines if name.startswith(TASK))}
-    means = [name for name in lines if name in spread | {"zeros", "saved_bytes"}]
+    sizes = "zeros", "saved_bytes"
+    means = [name for name in lines if name in (*MEASURES, *sizes) or name.startswith(TASK)]
     groups = lines.drop_duplicates([*keys, "seed"]).groupby(keys, sort=False)
     table = groups.first()
     table[means] = groups[means].mean()
-    spread = [name for name in means if name in spread and "standard_error" not in name]
+    spread = [name for name in means if name not in (*sizes, "standard_error")]
     table = table.join(groups[spread].std().add_suffix("_deviation"))
     table["seeds"] = groups["seed"].nunique()
     table["folders"] = groups["folder"].agg(lambda folders: " ".join(map(str, folders)))
@@ -183,9 +187,9 @@ def _summarised(lines: DataFrame) -> DataFrame:
     is_dense = table["type"] == DENSE
     dense = table[is_dense].drop_duplicates("measured_on").set_index("measured_on")
     if "perplexity" in table:
-        of_dense = dense.reindex(table["measured_on"]).reset_index()
-        table["rise"] = (table["perplexity"] / of_dense["perplexity"] - 1).mask(is_dense)
-        table["more_bits"] = (table["bits_per_byte"] - of_dense["bits_per_byte"]).mask(is_dense)
+        before = dense.reindex(table["measured_on"]).set_axis(table.index)
+        table["rise"] = (table["perplexity"] / before["perplexity"] - 1).mask(is_dense)
+        table["more_bits"] = (table["bits_per_byte"] - before["bits_per_byte"]).mask(is_dense)
     tests = list(lines["measured_on"].unique())
     table = table.assign(pruned=~is_dense, test=table["measured_on"].map(tests.index))
     order = ["pruned", "method", "strictness", "ratio", *keys[1:-1], "test"]
@@ -214,24 +218,22 @@ def paired(
     """
     import numpy
 
-    kept, documents = [], None
-    for line in (one, other) if other is not None else (one,):
-        sets = {seed: losses[run].get(line["digest"], {}) for seed, run in line["runs"].items()}
-        kept.append({seed: each[figure] for seed, each in sets.items() if figure in each})
-        documents = next((each["document"] for each in sets.values() if each), documents)
-    seeds = set.intersection(*(set(each) for each in kept))
-    for index, line in enumerate((one, other)[: len(kept)]):
-        if line["calibrated_on"] == NONE and len(kept[index]) == 1:  # independent of the seed
-            (only,) = kept[index].values()
-            seeds = set(kept[1 - index]) if len(kept) > 1 else seeds
-            kept[index] = dict.fromkeys(seeds, only)
+    kept, common = [], None
+    for line in (one,) if other is None else (one, other):
+        of_runs = {seed: losses[run].get(line["digest"], {}) for seed, run in line["runs"].items()}
+        kept.append({seed: of_run for seed, of_run in of_runs.items() if figure in of_run})
+        if line["calibrated_on"] != NONE or len(kept[-1]) != 1:  # depends on the seed
+            common = {*kept[-1]} if common is None else common & {*kept[-1]}
+    seeds = sorted({*kept[0]} if common is None else common)
     if not seeds:
         return None
     each = [
-        numpy.stack([by_seed[seed] for seed in sorted(seeds)]).astype(float) for by_seed in kept
+        numpy.stack([of.get(seed, next(iter(of.values())))[figure] for seed in seeds]).astype(float)
+        for of in kept
     ]
     values = each[0] - each[1] if len(each) > 1 else each[0]
     measured = numpy.isfinite(values).all(0)
+    documents = next(iter(kept[0].values()))["document"]
     return (values[:, measured], documents[measured]) if measured.any() else None
 
 
@@ -241,20 +243,19 @@ def add_intervals(table: DataFrame, losses: Losses) -> None:
     That of a perplexity is of the loss minus the dense model's, if it is in the table: texts that
     are hard for both models do not widen it.
     """
-    dense = table[table["type"] == DENSE].drop_duplicates("measured_on").set_index("measured_on")
+    of_dense = table[table["type"] == DENSE].drop_duplicates("measured_on")
+    dense = {line["measured_on"]: line for _, line in of_dense.iterrows()}
     for index, line in table.iterrows():
-        has_dense = line["measured_on"] in dense.index and line["type"] != DENSE
-        over = dense.loc[line["measured_on"]] if has_dense else None
+        over = dense.get(line["measured_on"]) if line["type"] != DENSE else None
         for figure, name in COMPARED.items():
             pair = paired(line, over if figure == "loss" else None, losses, figure)
             if pair is None or name not in table:
                 continue
             found = mean_interval(*pair)
             for end in ("low", "high"):
-                away, value = getattr(found, end) - found.mean, line[name]
-                table.loc[index, f"{name}_{end}"] = (
-                    value * exp(away) if figure == "loss" else value + away
-                )
+                away = getattr(found, end) - found.mean
+                value = line[name] * exp(away) if figure == "loss" else line[name] + away
+                table.loc[index, f"{name}_{end}"] = value
 
 
 def differences(
@@ -271,66 +272,54 @@ def differences(
     import pandas
 
     keys, lines = _keys(table), []
-    problems: dict[str, dict[str, None]] = {}
-    rows = [
-        row.reset_index().set_index("measured_on") for _, row in table.groupby(keys, sort=False)
-    ]
-    named = [_is_named(row.iloc[0], against) for row in rows]
-    for (one, is_first), (other, is_second) in combinations(zip(rows, named, strict=True), 2):
-        if is_first and not is_second:  # the named one is subtracted
+    problems: dict[str, list[str]] = defaultdict(list)
+    by_row = table.reset_index().groupby(keys, sort=False)
+    rows = [row.set_index("measured_on") for _, row in by_row]
+    for one, other in combinations(rows, 2):
+        if _is_named(one, against) > _is_named(other, against):  # the named one is subtracted
             one, other = other, one
-        texts = {row["calibrated_on"].iloc[0] for row in (one, other)}
         apart = [key for key in keys if one[key].iloc[0] != other[key].iloc[0]]
+        texts = {one["calibrated_on"].iloc[0], other["calibrated_on"].iloc[0]}
         by_text = apart == ["calibrated_on"] and NONE not in texts
-        if not by_text and is_first == is_second:
+        if not by_text and _is_named(one, against) == _is_named(other, against):
             continue
         names = [_row_name(row.iloc[0], keys) for row in (one, other)]
         tests = [test for test in one.index if test in other.index]
-        if not tests:
-            problems.setdefault("no common test windows", {})[" minus ".join(names)] = None
-        for test, figure in ((test, figure) for test in tests for figure in COMPARED):
+        problem = None if tests else "no common test windows"
+        for test, figure in product(tests, COMPARED):
             first, second = one.loc[test], other.loc[test]
             pair = paired(first, second, losses, figure)
             line = {"one": first["index"], "other": second["index"], "by_text": by_text}
             line |= {"measured_on": test, "figure": figure} | dict(first[keys])
             line |= {"minus": second["calibrated_on"] if by_text else names[1]}
-            lines.append(line | (asdict(mean_interval(*pair)) if pair else {}))
+            lines.append(line | (mean_interval(*pair)._asdict() if pair else {}))
             if pair is None and figure == "loss":
-                reason = "no losses by window with a common seed"
-                problems.setdefault(reason, {})[" minus ".join(names)] = None
-    reasons = [
-        f"not compared, {reason}: {_first_of(list(all_))}" for reason, all_ in problems.items()
-    ]
-    if not lines:
-        return pandas.DataFrame(), reasons
-    frame = pandas.DataFrame(lines).rename(columns={"mean": "difference"})
-    frame = frame.reindex(columns=list(dict.fromkeys([*frame, "difference", "low", "high", "p"])))
+                problem = "no losses by window with a common seed"
+        if problem:
+            problems[problem].append(" minus ".join(names))
+    reasons = [f"not compared, {reason}: {first_of(of)}" for reason, of in problems.items()]
+    own = ["one", "other", "by_text"]
+    columns = [*own, "measured_on", "figure", *keys, "minus", *MeanInterval._fields]
+    frame = pandas.DataFrame(lines, columns=columns).rename(columns={"mean": "difference"})
     frame["p"] = holm(frame["p"])
     frame["significant"] = frame["p"] < LIMIT
     for figure, name in COMPARED.items():
-        pairs = frame[frame["by_text"] & (frame["figure"] == figure)]
-        won = [
-            (pairs["significant"] & (sign * pairs["difference"] < 0)).set_axis(pairs[side])
-            for side, sign in (("one", 1), ("other", -1))
-        ]
-        best = pandas.concat(won).groupby(level=0).all().astype(bool)
-        table[f"{name}_best"] = table.index.isin(best.index[best])
-    return frame.drop(columns=["one", "other", "by_text"]).dropna(subset="difference"), reasons
-
-
-def _first_of(names: list[str]) -> str:
-    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
-    return ", ".join(names[:3]) + more
+        pairs = frame[frame["by_text"].astype(bool) & (frame["figure"] == figure)]
+        apart = pairs["difference"].where(pairs["significant"], 0)
+        beaten = {*pairs["one"][apart >= 0], *pairs["other"][apart <= 0]}
+        table[f"{name}_best"] = table.index.isin({*pairs["one"], *pairs["other"]} - beaten)
+    return frame.drop(columns=own).dropna(subset="difference"), reasons
 
 
 def _row_name(row: Series, keys: Sequence[str]) -> str:
     return " ".join(dict.fromkeys(row[key] for key in keys if row[key] not in (NONE, EMPTY)))
 
 
-def _is_named(row: Series, against: str | None) -> bool:
+def _is_named(row: DataFrame, against: str | None) -> bool:
+    first = row.iloc[0]
     if against in (None, DENSE):
-        return against == row["type"]
-    return Path(against).resolve() in {folder.resolve() for folder in row["runs"].values()}
+        return against == first["type"]
+    return Path(against).resolve() in {folder.resolve() for folder in first["runs"].values()}
 
 
 def report_text(tables: Sequence[DataFrame], brief: bool = False, more: Sequence[str] = ()) -> str:
@@ -345,36 +334,37 @@ def report_text(tables: Sequence[DataFrame], brief: bool = False, more: Sequence
             "their runs are of different models or vocabularies."
         )
     for number, table in enumerate(tables):
-        columns = _columns(table, brief)
-        titles |= {title.rpartition(" ")[2] for title in columns}
+        columns = _columns(table)
+        if brief:
+            left_out = {*RUN_COLUMNS, *TEST_COLUMNS} - {_titles(table)[0]}
+            columns = {key: cells for key, cells in columns.items() if key[1] not in left_out}
+        titles |= {title for _, title in columns}
         tests = ", ".join(dict.fromkeys(table["measured_on"]))
         about = [table["model"][0], *filter(None, table["vocabulary"][:1]), f"measured on {tests}"]
         parts.append(f"### {one_line(', '.join(about))}")
         parts += list(table["note"][:1]) if "note" in table else []
-        parts.append(padded_table(list(columns), list(zip(*columns.values(), strict=True)), left=3))
-        parts += list(more)[number : number + 1]
+        parts += [_markdown(columns, 3), *more[number : number + 1]]
     parts.append("\n".join(f"- {note}" for title, note in NOTES.items() if title in titles))
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
-def _columns(table: DataFrame, brief: bool) -> dict[str, list[str]]:
-    """Return {title: a cell for each row}; beyond the first three, only those with figures."""
+def _titles(table: DataFrame) -> list[str]:
+    """Return the titles of a test set's columns: perplexity depends on the number of tokens."""
+    return sorted(TEST_COLUMNS, key=lambda title: title != "bits/byte" and "note" in table)
+
+
+def _columns(table: DataFrame) -> Columns:
+    """Return the columns of a table in which there are figures."""
     keys = _keys(table)
     rows = table.drop_duplicates(keys).set_index(keys, drop=False)
-    named = {name.removeprefix(SETTING).replace("_", " "): list(rows[name]) for name in keys}
-    columns = {title: _cells(rows, *of) for title, of in RUN_COLUMNS.items()}
-    titles = list(TEST_COLUMNS)
-    if "note" in table:  # perplexity depends on the number of tokens
-        titles.insert(0, titles.pop(titles.index("bits/byte")))
-    if brief:
-        columns, titles = {}, titles[:1]
+    columns = {("", _title(name)): list(rows[name]) for name in keys}
+    columns |= {("", title): _cells(rows, *of) for title, of in RUN_COLUMNS.items()}
     for test in dict.fromkeys(table["measured_on"]):
         lines = table[table["measured_on"] == test].set_index(keys).reindex(rows.index)
-        columns |= {f"{test} {title}": _cells(lines, *TEST_COLUMNS[title]) for title in titles}
-    for name in table:
-        if name.startswith(TASK) and not name.endswith("_deviation"):
-            columns[name.removeprefix(TASK)] = _cells(rows, name, ".4f")
-    return named | {title: cells for title, cells in columns.items() if set(cells) != {EMPTY}}
+        columns |= {(test, title): _cells(lines, *TEST_COLUMNS[title]) for title in _titles(table)}
+    tasks = (name for name in table if name.startswith(TASK) and not name.endswith("_deviation"))
+    columns |= {("", name.removeprefix(TASK)): _cells(rows, name, ".4f") for name in tasks}
+    return {key: cells for key, cells in columns.items() if set(cells) != {EMPTY}}
 
 
 def _cells(lines: DataFrame, name: str, form: str, unit: float = 1) -> list[str]:
@@ -391,35 +381,29 @@ def _cells(lines: DataFrame, name: str, form: str, unit: float = 1) -> list[str]
     return cells
 
 
-def _difference_columns(lines: DataFrame) -> dict[str, list[str]]:
-    """Return {title: a cell for each line} of `differences`; bold if significant."""
-    columns = {name.removeprefix(SETTING).replace("_", " "): list(lines[name]) for name in lines}
-    names = list(columns)[: list(columns).index("difference")]
-    columns = {name: columns[name] for name in names}
-    columns["figure"] = [{"kl": "KL"}.get(figure, figure) for figure in lines["figure"]]
-    columns |= {name: [] for name in ("difference", "95% interval", "p", "seeds", "documents")}
+def _difference_columns(lines: DataFrame) -> Columns:
+    """Return the columns of `differences`; a significant difference is bold."""
+    columns = {("", _title(name)): list(lines[name]) for name in lines.loc[:, :"minus"]}
+    columns["", "figure"] = [{"kl": "KL"}.get(figure, figure) for figure in lines["figure"]]
+    cells = []
     for line in lines.itertuples():
-        tested = line.p == line.p
-        text = f"{line.difference:+.4f}"
-        mark = f"**{text}**" if line.significant else f"{text} {NOT_SIGNIFICANT}"
-        columns["difference"].append(mark)
-        columns["95% interval"].append(f"[{line.low:+.4f}, {line.high:+.4f}]" if tested else EMPTY)
-        columns["p"].append(f"{line.p:.2g}" if tested else EMPTY)
-        columns["seeds"].append(f"{line.seeds:.0f}")
-        columns["documents"].append(f"{line.documents:.0f}")
+        text, tested = f"{line.difference:+.4f}", line.p == line.p
+        text = f"**{text}**" if line.significant else f"{text} {NOT_SIGNIFICANT}"
+        interval = f"[{line.low:+.4f}, {line.high:+.4f}]" if tested else EMPTY
+        p = f"{line.p:.2g}" if tested else EMPTY
+        cells.append([text, interval, p, f"{line.seeds:.0f}", f"{line.documents:.0f}"])
+    for place, title in enumerate(("difference", "95% interval", "p", "seeds", "documents")):
+        columns["", title] = [line[place] for line in cells]
     return columns
 
 
-def _short(lines: DataFrame, keys: list[str]) -> list[str]:
-    """Return a line for each difference of losses, for a terminal."""
-    texts = [
-        f"differences of the loss, nats per token ({NOT_SIGNIFICANT}: not significant):"
-    ] * bool(len(lines))
-    columns = _difference_columns(lines) if len(lines) else {"difference": []}
-    for mark, (_, line) in zip(columns["difference"], lines.iterrows(), strict=True):
-        name = f"{_row_name(line, keys)} minus {line['minus']}, on {line['measured_on']}"
-        texts.append(f"  {one_line(name)}: {mark.strip('*')}")
-    return texts
+def _title(name: str) -> str:
+    return name.removeprefix(SETTING).replace("_", " ")
+
+
+def _markdown(columns: Columns, left: int) -> str:
+    head = [" ".join(key).strip() for key in columns]
+    return padded_table(head, list(zip(*columns.values(), strict=True)), left)
 
 
 def caption(table: DataFrame, runs: Runs) -> str:
@@ -427,89 +411,69 @@ def caption(table: DataFrame, runs: Runs) -> str:
     results = [runs[folder] for of_row in table["runs"] for folder in of_row.values()]
 
     def values(*path: str) -> str:
-        texts = {}
-        for value in results:
-            for key in path:
-                value = (value or {}).get(key)
-            texts |= {} if value is None else {str(value): None}
-        return " or ".join(texts)
+        found = (reduce(lambda value, key: (value or {}).get(key), path, run) for run in results)
+        return " or ".join(dict.fromkeys(str(value) for value in found if value is not None))
 
     parts = []
     if count := values("calibration", "windows"):
         length = values("calibration", "seqlen")
         parts.append(f"calibrated on {count} windows of {length} tokens")
     for test, lines in table.groupby("measured_on", sort=False):
-        if "windows" not in lines or (line := lines.iloc[0])["windows"] != line["windows"]:
-            continue
-        part = f"measured on {test}: {line['windows']:.0f} windows, {line['tokens']:,.0f} tokens"
-        compared = lines["compared_windows"].max() if "compared_windows" in lines else None
-        if compared is not None and compared < line["windows"]:
-            part += f" (KL and agreement on {compared:.0f} of these windows)"
-        parts.append(part)
-    parts.append(values("fingerprint", "pruning", "--dtype"))
-    parts.append(values("processor"))
-    commits = {}
-    for commit in filter(None, (each.get("commit") for each in results)):
-        commits[commit["hash"][:10] + ", with changes" * commit["changed"]] = None
-    parts += [f"commit {' or '.join(commits)}"] * bool(commits)
+        windows, tokens, compared = lines.reindex(columns=SIZES).max()
+        if windows == windows:
+            parts.append(f"measured on {test}: {windows:.0f} windows, {tokens:,.0f} tokens")
+            if compared < windows:
+                parts[-1] += f" (KL and agreement on {compared:.0f} of these windows)"
+    parts += [values("fingerprint", "pruning", "--dtype"), values("processor")]
+    commits = [run["commit"] for run in results if run.get("commit")]
+    names = dict.fromkeys(of["hash"][:10] + ", with changes" * of["changed"] for of in commits)
+    parts += [f"commit {' or '.join(names)}"] * bool(names)
     text = one_line("; ".join(filter(None, parts)))
     return f"{text[:1].upper()}{text[1:]}." if text else ""
 
 
-def latex(
-    tables: Sequence[DataFrame], compared: Sequence[DataFrame], captions: Sequence[str]
-) -> str:
-    """Return the tables, perplexity and KL, and their differences for LaTeX with `booktabs`."""
-    parts = ["% \\usepackage{booktabs}"]
-    for table, lines, about in zip(tables, compared, captions, strict=True):
-        columns, tests = _columns(table, brief=False), list(dict.fromkeys(table["measured_on"]))
-        names = [name.removeprefix(SETTING).replace("_", " ") for name in _keys(table)]
-        shown = {("", name): columns[name] for name in names}
-        for test in tests:
-            figures = {"perplexity": "perplexity", "KL": "KL, nats"}
-            shown |= {
-                (test, words): columns[f"{test} {figure}"]
-                for figure, words in figures.items()
-                if f"{test} {figure}" in columns
-            }
-        model = Path(table["model"].iloc[0]).name
-        bold = (
-            f" {BOLD}"
-            if any(cell[:2] == "**" for cells in shown.values() for cell in cells)
-            else ""
-        )
-        parts.append(_booktabs(shown, f"{model}. {about} {NOTES['perplexity']}{bold}"))
+def latex(models: Iterable[Compared]) -> str:
+    """Return tables of perplexity and KL, and differences, for LaTeX with `booktabs`."""
+    parts = ["% \\usepackage{booktabs,graphicx}"]
+    for table, lines, _, conditions in models:
+        about = f"{Path(table['model'].iloc[0]).name}. {conditions}"
+        titles = {*map(_title, _keys(table)), "perplexity", "KL"}
+        shown = {key: cells for key, cells in _columns(table).items() if key[1] in titles}
+        bold = any(cell.startswith("**") for cells in shown.values() for cell in cells)
+        notes = [NOTES["perplexity"], NOTES["KL"], *[BOLD] * bold]
+        parts.append(_booktabs(shown, 3, " ".join([about, *notes])))
         if len(lines):
-            shown = {("", name): cells for name, cells in _difference_columns(lines).items()}
-            parts.append(_booktabs(shown, f"{model}. {about} {DIFFERENCES}"))
+            columns = _difference_columns(lines)
+            parts.append(_booktabs(columns, len(columns) - 5, f"{about} {DIFFERENCES}"))
     return "\n\n".join(parts) + "\n"
 
 
-def _booktabs(columns: Mapping[tuple[str, str], list[str]], about: str) -> str:
-    """Return a table of {(heading over several columns, title): cells}."""
-    groups = list(dict.fromkeys(group for group, _ in columns))
-    widths = [sum(group == each for each, _ in columns) for group in groups]
-    titles = [title for _, title in columns]
-    left = titles.index("difference") if "difference" in titles else widths[0]
-    head, rules, start = [], [], 1
-    for group, width in zip(groups, widths, strict=True):
-        head.append(f"\\multicolumn{{{width}}}{{c}}{{{_tex(group)}}}")
-        rules += [f"\\cmidrule(lr){{{start}-{start + width - 1}}}"] if group else []
-        start += width
-    lines = [" & ".join(head) + " \\\\", " ".join(rules)] if len(groups) > 1 else []
-    lines += [" & ".join(map(_tex, titles)) + " \\\\", "\\midrule"]
-    lines += [" & ".join(map(_tex, row)) + " \\\\" for row in zip(*columns.values(), strict=True)]
-    begin = f"\\begin{{tabular}}{{{'l' * left}{'r' * (len(columns) - left)}}}"
-    top = ["\\begin{table}", "\\centering", f"\\caption{{{_tex(about)}}}", begin, "\\toprule"]
-    return "\n".join([*top, *lines, "\\bottomrule", "\\end{tabular}", "\\end{table}"])
+def _booktabs(columns: Columns, left: int, about: str) -> str:
+    from pandas import DataFrame
+
+    groups = [group for group, _ in columns]
+    cells = {tuple(map(_tex, key)): [*map(_tex, cells)] for key, cells in columns.items()}
+    frame = DataFrame(cells) if any(groups) else DataFrame(cells).droplevel(0, axis="columns")
+    starts = {group: groups.index(group) + 1 for group in groups if group}
+    rules = [f"\\cmidrule(lr){{{s}-{s + groups.count(g) - 1}}}" for g, s in starts.items()]
+    form = {"column_format": "l" * left + "r" * (len(columns) - left), "multicol_align": "c"}
+    form |= {"hrules": True, "position_float": "centering", "caption": _tex(about)}
+    text = frame.style.hide(axis="index").to_latex(**form).strip()
+    text = text.replace("\\\\\n", "\n".join(["\\\\", *rules, ""]), 1)
+    return text.replace("\\begin{tabular}", f"{FITTED}\\begin{{tabular}}").replace(
+        "\\end{tabular}", "\\end{tabular}}"
+    )
 
 
 def _tex(text: str) -> str:
     """Return any text, and `**bold**`, for LaTeX."""
-    special = {"\\": "\\textbackslash{}", "~": "\\textasciitilde{}", "^": "\\textasciicircum{}"}
+    names = {"\\": "backslash", "~": "asciitilde", "^": "asciicircum"}
+    names |= {"<": "less", ">": "greater", "|": "bar"}
+    special = {letter: f"\\text{name}{{}}" for letter, name in names.items()}
     special |= {letter: f"\\{letter}" for letter in "&%$#_{}"} | {"±": "$\\pm$", EMPTY: "--"}
     text = "".join(special.get(letter, letter) for letter in one_line(str(text)))
     text = re.sub(r"(?<![\w.])-(?=\d)", "$-$", text)
+    text = re.sub(r"(?<=\d)e-0*(\d+)", r"$\\times10^{-\1}$", text)
     return re.sub(r"\*\*(.+?)\*\*", r"\\textbf{\1}", text)
 
 
@@ -534,6 +498,34 @@ def all_settings(runs: Runs) -> DataFrame:
     return frame.drop(columns=[*lists, *linears])
 
 
+class Compared(NamedTuple):
+    """The rows of one model and vocabulary, their differences, and why there are not more."""
+
+    table: DataFrame
+    lines: DataFrame
+    problems: list[str]
+    caption: str
+
+    def text(self) -> str:
+        """Return what stands after the table in report.md."""
+        parts = [self.caption, *(f"- {problem}" for problem in self.problems)]
+        if len(self.lines):
+            columns = _difference_columns(self.lines)
+            parts += [DIFFERENCES, _markdown(columns, len(columns) - 5)]
+        parts += [BOLD] * bool(self.table.filter(like="_best").to_numpy().any())
+        return "\n\n".join(filter(None, parts))
+
+    def short(self) -> str:
+        """Return what stands after the table in a terminal: lines for differences of losses."""
+        lines = self.lines[self.lines["figure"] == "loss"]
+        texts = [*(f"- {problem}" for problem in self.problems), *[SHORT] * bool(len(lines))]
+        marks = _difference_columns(lines)["", "difference"]
+        for mark, (_, line) in zip(marks, lines.iterrows(), strict=True):
+            name = f"{_row_name(line, _keys(self.table))} minus {line['minus']}, on "
+            texts.append(f"  {one_line(name + line['measured_on'])}: {mark.strip('*')}")
+        return "\n".join(texts)
+
+
 def write_report(
     runs: Runs,
     out: Path,
@@ -546,35 +538,35 @@ def write_report(
     `latex_file` gets the tables for LaTeX, `csv_file` all settings of every run. Raises UserError
     if no row is that of `against`.
     """
-    import pandas
-    from matplotlib import rc_context
-
-    by_model = tables(runs)
     losses = {folder: read_losses(folder, results) for folder, results in runs.items()}
-    compared, captions, more, brief = [], [], [], []
-    for table in by_model:
+    models = []
+    for table in tables(runs):
         add_intervals(table, losses)
-        lines, problems = differences(table, losses, against)
-        compared.append(lines)
-        captions.append(caption(table, runs))
-        parts = [captions[-1], *(f"- {problem}" for problem in problems)]
-        if len(lines):
-            columns = _difference_columns(lines)
-            cells, left = (
-                list(zip(*columns.values(), strict=True)),
-                list(columns).index("difference"),
-            )
-            parts += [DIFFERENCES, padded_table(list(columns), cells, left)]
-        parts += [BOLD] if table.filter(like="_best").to_numpy().any() else []
-        more.append("\n\n".join(filter(None, parts)))
-        losses_alone = lines[lines["figure"] == "loss"] if len(lines) else lines
-        brief.append("\n".join(parts[1 : 1 + len(problems)] + _short(losses_alone, _keys(table))))
-    if against and not any(_is_named(row, against) for t in by_model for _, row in t.iterrows()):
+        models.append(Compared(table, *differences(table, losses, against), caption(table, runs)))
+    by_model = [model.table for model in models]
+    rows = (row for table in by_model for _, row in table.groupby(_keys(table)))
+    if against and not any(_is_named(row, against) for row in rows):
         raise UserError(
             f"--against {against}: no run matches. Name the folder of a run, or add a RUN."
         )
     out.mkdir(parents=True, exist_ok=True)
-    text = [report_text(by_model, more=more).strip()]
+    text = [report_text(by_model, more=[model.text() for model in models]).strip()]
+    write_text(out / "report.md", "\n\n".join([*text, *_write_pictures(by_model, out)]) + "\n")
+    _write_csv(by_model, out / "report.csv")
+    of_models = [m.lines.assign(model=m.table["model"].iloc[0]) for m in models if len(m.lines)]
+    if of_models:
+        _write_csv(of_models, out / "differences.csv")
+    if latex_file:
+        write_text(Path(latex_file), latex(models))
+    if csv_file:
+        write_text(Path(csv_file), all_settings(runs).to_csv(index=False))
+    return report_text(by_model, brief=True, more=[model.short() for model in models])
+
+
+def _write_pictures(by_model: Sequence[DataFrame], out: Path) -> Iterator[str]:
+    """Write every picture as PNG and PDF; yield the Markdown of each."""
+    from matplotlib import rc_context
+
     for number, table in enumerate(by_model, 1):
         figures = {"languages": picture(table)} | curves(table, _keys(table))
         for name, figure in figures.items():
@@ -583,23 +575,16 @@ def write_report(
                 figure.savefig(out / f"{name}.png", dpi=150, metadata={"Software": None})
                 with rc_context({"pdf.fonttype": 42}):  # publishers require it
                     figure.savefig(out / f"{name}.pdf", metadata={"CreationDate": None})
-                text.append(f"![{name}]({name}.png)")
-    write_text(out / "report.md", "\n\n".join(text) + "\n")
-    frame = pandas.concat(by_model) if by_model else pandas.DataFrame()
+                yield f"![{name}]({name}.png)"
+
+
+def _write_csv(frames: Sequence[DataFrame], file: Path) -> None:
+    """Write lines of all models; those of `tables` without what is for this module alone."""
+    import pandas
+
+    frame = pandas.concat(frames) if frames else pandas.DataFrame()
     dropped = ["folder", "strictness", "seed", "runs", *frame.filter(like="_best")]
-    _write_csv(frame.drop(columns=dropped, errors="ignore"), out / "report.csv")
-    if any(map(len, compared)):
-        of_model = zip((table["model"].iloc[0] for table in by_model), compared, strict=True)
-        frame = pandas.concat([lines.assign(model=model) for model, lines in of_model])
-        _write_csv(frame, out / "differences.csv")
-    if latex_file:
-        write_text(Path(latex_file), latex(by_model, compared, captions))
-    if csv_file:
-        write_text(Path(csv_file), all_settings(runs).to_csv(index=False))
-    return report_text(by_model, brief=True, more=brief)
-
-
-def _write_csv(frame: DataFrame, file: Path) -> None:
+    frame = frame.drop(columns=dropped, errors="ignore")
     short = {name: name.removeprefix(SETTING).removeprefix(TASK) for name in frame}
     write_text(file, frame.rename(columns=short).to_csv(index=False))
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import textwrap
+from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -122,24 +123,22 @@ def curves(table: DataFrame, keys: list[str]) -> dict[str, Figure]:
         name = flag.removeprefix(SETTING)
         varied = [key for key in others if rows[key].nunique() > 1] or others[:1]
         wide = rows["x"].min() > 0 and rows["x"].max() >= 8 * rows["x"].min()
-        for line, measure in zip(panels, measures, strict=True):
-            for axes, test in zip(line, tests, strict=True):
-                for label, of_line in rows[rows["measured_on"] == test].groupby(varied, sort=False):
-                    of_line = of_line.sort_values("x")
-                    bars = [
-                        (sign * (of_line[f"{measure}_{end}"] - of_line[measure])).fillna(0)
-                        for end, sign in (("low", -1), ("high", 1))
-                    ]
-                    x, y, text = of_line["x"], of_line[measure], " ".join(map(str, label))
-                    axes.errorbar(x, y, bars, marker="o", markersize=4, capsize=3, label=text)
-                if wide:
-                    axes.set_xscale("log", base=2)
-                axes.set_xticks(sorted(rows["x"].unique()), minor=False)
-                axes.xaxis.set_major_formatter("{x:g}")
-                axes.xaxis.minorticks_off()
-                axes.set_title(str(test), fontsize=10)
-                axes.grid(alpha=0.3)
-                axes.set(ylabel={"kl": "KL, nats per token"}.get(measure, measure), xlabel=name)
+        for axes, (measure, test) in zip(panels.flat, product(measures, tests), strict=True):
+            ends = [f"{measure}_low", f"{measure}_high"]
+            for label, of_line in rows[rows["measured_on"] == test].groupby(varied, sort=False):
+                of_line = of_line.sort_values("x")
+                bars = of_line.reindex(columns=ends).sub(of_line[measure], axis=0).abs().fillna(0).T
+                look = {"marker": "o", "markersize": 4, "capsize": 3}
+                legend = " ".join(map(str, label))
+                axes.errorbar(of_line["x"], of_line[measure], bars, label=legend, **look)
+            if wide:
+                axes.set_xscale("log", base=2)
+            axes.set_xticks(sorted(rows["x"].unique()), minor=False)
+            axes.xaxis.set_major_formatter("{x:g}")
+            axes.xaxis.minorticks_off()
+            axes.set_title(str(test), fontsize=10)
+            axes.grid(alpha=0.3)
+            axes.set(ylabel={"kl": "KL, nats per token"}.get(measure, measure), xlabel=name)
         handles, labels = panels[0, 0].get_legend_handles_labels()
         figure.legend(handles, labels, loc="outside lower center", ncols=3, fontsize=8)
         title = f"{Path(table['model'].iloc[0]).name}, over {name}"

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from math import nan
+from typing import NamedTuple
 
 import numpy as np
 from numpy import ndarray
@@ -13,8 +13,7 @@ from scipy import stats
 LEVEL = 0.95
 
 
-@dataclass(frozen=True)
-class MeanInterval:
+class MeanInterval(NamedTuple):
     """A mean, its interval, and the p-value for a mean of 0; nan if there is one document."""
 
     mean: float
@@ -57,11 +56,9 @@ def mean_interval(values: ndarray, documents: ndarray) -> MeanInterval:
     if not variance:  # all values are equal
         return MeanInterval(*[float(mean)] * 3, float(mean == 0), count, seeds)
     freedom = variance**2 / sum(part**2 / degrees for part, degrees in parts)
-    error = variance**0.5
-    half = stats.t.ppf((1 + LEVEL) / 2, freedom) * error
-    p = 2 * stats.t.sf(abs(mean) / error, freedom)
-    figures = map(float, (mean, mean - half, mean + half, p))
-    return MeanInterval(*figures, documents=count, seeds=seeds)
+    student = stats.t(freedom, scale=variance**0.5)
+    half, p = student.ppf((1 + LEVEL) / 2), 2 * student.sf(abs(mean))
+    return MeanInterval(*map(float, (mean, mean - half, mean + half, p)), count, seeds)
 
 
 def holm(p: Sequence[float]) -> ndarray:

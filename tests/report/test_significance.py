@@ -16,6 +16,7 @@ from scipy import stats
 from support import call
 
 from lib.commands.report import _keys as keys
+from lib.commands.report import _tex as tex
 from lib.commands.report import curves, differences, load_runs, main, tables, write_report
 from lib.run.results import read_losses
 from lib.run.significance import holm, mean_interval
@@ -148,12 +149,22 @@ def test_bold_and_marks_in_every_form_of_the_table(sweep: Path) -> None:
     tex = Path("table.tex").read_text("utf-8")
     assert tex.count("\\begin{table}") == tex.count("\\bottomrule") == 2
     assert tex.count("\\textbf{") == 2 and "95\\% interval" in tex and "**" not in tex
-    assert "\\multicolumn{1}{c}{uk} & \\multicolumn{1}{c}{en}" in tex
+    assert " & uk & en \\\\\n\\cmidrule(lr){4-4}\n\\cmidrule(lr){5-5}\n" in tex
+    assert tex.count("\\resizebox") == tex.count("\\end{tabular}}") == 2  # as wide as the page
     rows = [each for each in tex.splitlines() if " & wanda & " in each or each.startswith("wanda")]
     assert {each.count(" & ") for each in rows} == {4, 10}
     lines = list(csv.DictReader(settings.open(encoding="utf-8")))
     assert len(lines) == 7 and {each["seed"] for each in lines} == {"0", "1", "2"}
     assert lines[1]["evaluation.uk.tokens"] == "576" and lines[1]["calibration.name"] == "en"
+
+
+def test_any_text_is_plain_words_in_latex() -> None:
+    """Compiled once with pdflatex; this is the text that it took."""
+    assert tex(r"a_b & 5% $x$ #1 {c} <g> |h| ~d ^e \f") == (
+        r"a\_b \& 5\% \$x\$ \#1 \{c\} \textless{}g\textgreater{} \textbar{}h\textbar{} "
+        r"\textasciitilde{}d \textasciicircum{}e \textbackslash{}f"
+    )
+    assert tex("**-0.5** ± 8.3e-06 – x-1") == r"\textbf{$-$0.5} $\pm$ 8.3$\times10^{-6}$ -- x-1"
 
 
 def test_other_windows_are_never_paired(sweep: Path, tmp_path: Path) -> None:
