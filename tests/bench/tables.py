@@ -177,6 +177,33 @@ def gemma_forms() -> str:
     return grid(FORMS | PROSE, rows, references=3)
 
 
+@table("iq4_nl.json, frontier/gemma3-270m-rounded-128.json: perplexity, kl, top1_agreement")
+def iq4_nl() -> str:
+    q4_0, here = raw("frontier/gemma3-270m-rounded-128.json")["evaluation"][0], raw("iq4_nl.json")
+    trained, start = here["sixty"]["evaluation"][0], here["sixty"]["before"]["test"]
+    rows = [["trimmed, 16-bit", None, None, trained["dense"]["perplexity"], None, None]]
+    for name, windows, tokens, record in (
+        ("q4_0", 128, None, q4_0["before"]),
+        ("iq4_nl", 64, None, start),
+        ("q4_0", 128, 131072, q4_0),
+        ("iq4_nl", 64, 32768, trained),
+    ):
+        perplexity = record.get("compared_perplexity", record["perplexity"])
+        figures = [perplexity, record["kl"], record["top1_agreement"]]
+        rows.append([name, windows, tokens, *figures])
+    head = {"Model": "", "Calibration windows": "", "Training tokens": ",", "Perplexity ↓": ".2f"}
+    return grid(head | {KL: ".4f", "Top-1 agreement ↑": ".1%"}, rows, references=1)
+
+
+@table("iq4_nl.json: sixteen: bits_per_byte, kl, top1_agreement")
+def iq4_nl_16() -> str:
+    rows = [
+        [one["form"], *measures(one, error=True, agreement=True)]
+        for one in raw("iq4_nl.json")["sixteen"]
+    ]
+    return grid({"Format": "", BITS: ".4f", KL: ".4f", "Top-1 agreement ↑": ".1%"}, rows)
+
+
 @table("frontier/smollm2-rounded.json, frontier/smollm2.json: size, bits_per_byte, kl")
 def smollm2_forms() -> str:
     records, shapes = raw("frontier/smollm2-rounded.json"), raw("frontier/smollm2.json")
