@@ -406,6 +406,30 @@ def pruning_smollm2() -> str:
     return grid({"Method": ""} | head, rows, references=1)
 
 
+BASELINES = "quality/bilingual-baselines{,-differences}.csv"
+
+
+@table(f"{BASELINES}: perplexity, kl, kl_standard_error, difference, low, high, significant")
+def pruning_baselines() -> str:
+    runs, rows = raw("quality/bilingual-baselines.csv"), []
+    differences = raw("quality/bilingual-baselines-differences.csv")
+    names = {"dense": "uniform", "wanda": "uniform", "wanda, OWL": "owl", "ria": "uniform"}
+    for name, rule in names.items():
+        fields = {"method": name.partition(",")[0], "flags.allocation": rule}
+        record = one(runs, **fields).items()
+        test = {key.removeprefix("evaluation.uk."): value for key, value in record}
+        kl = None if name == "dense" else (test["kl"], test["kl_standard_error"])
+        cell = ""
+        for line in differences:
+            same = line["method"] == fields["method"] and line["allocation"] in (rule, "–")
+            if same and line["figure"] == "loss":
+                cell = f"{line['difference']:+.4f} [{line['low']:+.4f}, {line['high']:+.4f}]"
+                cell += "" if line["significant"] == "True" else " (n.s.)"
+        rows.append([name, test["perplexity"], kl, cell])
+    head = {"Method": "", "Perplexity ↓": ".2f", KL: ".4f", "Loss over Wanda (nats/token)": ""}
+    return grid(head, rows, references=1)
+
+
 @table("quality/gemma3-270m.json: perplexity, kl, accuracy, said")
 def pruning_quality() -> str:
     models, rows = raw("quality/gemma3-270m.json"), []
