@@ -536,7 +536,7 @@ def test_commands_start_from_any_folder(capfd: pytest.CaptureFixture) -> None:
         (["--language", "xx"], "--language xx: it is not a language"),
         (["--", "--quantize", "q5"], "--quantize"),
         (["--save_model", "mine"], "--save_model: compress sets this flag. Use"),
-        (["--minuts", "3"], "unrecognized arguments: --minuts 3; --help lists all flags"),
+        (["--minuts", "3"], "unrecognized arguments: --minuts 3. --help lists all flags."),
     ],
 )
 def test_mistakes_end_it_before_the_model_is_measured(
