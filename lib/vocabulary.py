@@ -100,8 +100,8 @@ class TrimmedVocabulary:
         _, damaged = self._compare(texts)
         if damaged:
             raise UserError(
-                f"{FLAG}: the trimmed tokenizer decodes {texts[damaged - 1]!r}, a rare text, "
-                "differently. Leave the flag out."
+                f"{FLAG}: {texts[damaged - 1]!r} decodes differently with the trimmed tokenizer. "
+                "Leave the flag out."
             )
         lines, self.record["tests"] = [], []
         for source in sources:

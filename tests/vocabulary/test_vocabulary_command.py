@@ -181,7 +181,7 @@ BAD = {
         ["--vocabulary_data", "untaught"],
         "--vocabulary_data untaught: the folder has neither train",
     ),
-    "slow": (["--model", "slow"], "is a slow one (ByT5Tokenizer, without a tokenizer"),
+    "slow": (["--model", "slow"], "is a ByT5Tokenizer without a tokenizer"),
     "words": (["--model", "words"], "the tokenizer of --model words is of the kind WordLevel"),
     "few rows": (["--model", "few"], "but the embedding of --model few has 512 rows"),
 }
