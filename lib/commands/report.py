@@ -29,7 +29,7 @@ from ..util.command import one_line
 from ..util.errors import UserError, first_of
 from ..util.files import check_writable, write_text
 from ..util.markdown import EMPTY, padded_table
-from .report_pictures import DENSE, SETTING, curves, picture
+from .report_pictures import DENSE, SETTING, curves, layer_errors, picture
 
 if TYPE_CHECKING:
     from numpy import ndarray
@@ -488,7 +488,7 @@ def all_settings(runs: Runs) -> DataFrame:
             test["name"] if names.count(test["name"]) == 1 else f"{test['name']} {number}": test
             for number, test in enumerate(results["evaluation"])
         }
-        left_out = "allocation", "perplexity", "notes"  # by linear; a copy; sentences
+        left_out = "allocation", "errors", "perplexity", "notes"  # by layer; a copy; sentences
         kept = {name: value for name, value in results.items() if name not in left_out}
         first = {"folder": str(folder), "command": results.get("command")}
         lines.append(first | kept | {"evaluation": tests})
@@ -551,7 +551,8 @@ def write_report(
         )
     out.mkdir(parents=True, exist_ok=True)
     text = [report_text(by_model, more=[model.text() for model in models]).strip()]
-    write_text(out / "report.md", "\n\n".join([*text, *_write_pictures(by_model, out)]) + "\n")
+    text += _write_pictures(by_model, runs, out)
+    write_text(out / "report.md", "\n\n".join(text) + "\n")
     _write_csv(by_model, out / "report.csv")
     of_models = [m.lines.assign(model=m.table["model"].iloc[0]) for m in models if len(m.lines)]
     if of_models:
@@ -563,12 +564,14 @@ def write_report(
     return report_text(by_model, brief=True, more=[model.short() for model in models])
 
 
-def _write_pictures(by_model: Sequence[DataFrame], out: Path) -> Iterator[str]:
+def _write_pictures(by_model: Sequence[DataFrame], runs: Runs, out: Path) -> Iterator[str]:
     """Write every picture as PNG and PDF; yield the Markdown of each."""
     from matplotlib import rc_context
 
     for number, table in enumerate(by_model, 1):
-        figures = {"languages": picture(table)} | curves(table, _keys(table))
+        keys = _keys(table)
+        figures = {"languages": picture(table)} | curves(table, keys)
+        figures["errors"] = layer_errors(table, keys, runs)
         for name, figure in figures.items():
             name = f"{name}-{number}" if len(by_model) > 1 else name
             if figure:  # the same figures give the same bytes

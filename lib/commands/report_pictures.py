@@ -1,9 +1,11 @@
-"""Pictures of a report: loss by calibration and test text, and curves over a flag."""
+"""Pictures of a report: loss by calibration and test text, curves over a flag, layer errors."""
 
 from __future__ import annotations
 
 import math
+import re
 import textwrap
+from collections.abc import Mapping
 from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -145,3 +147,47 @@ def curves(table: DataFrame, keys: list[str]) -> dict[str, Figure]:
         figure.suptitle(f"{title}\n{BARS}", fontsize=9)
         figures[name] = figure
     return figures
+
+
+def layer_errors(
+    table: DataFrame, keys: list[str], runs: Mapping[Path, dict[str, Any]]
+) -> Figure | None:
+    """Draw the relative squared errors of linear layers' outputs by depth, a panel for each kind.
+
+    A line is a row of the table, told apart by `keys`: the mean over its seeds, and over experts.
+    Returns None if no run in `runs` has errors.
+    """
+    import pandas
+    from matplotlib.figure import Figure
+
+    pruned = table[table["type"] != DENSE].drop_duplicates(keys)
+    varied = [key for key in keys if pruned[key].nunique() > 1] or keys[:1]
+    points = [
+        (" ".join(str(row[key]) for key in varied), re.sub(r"\d+", "*", kind), int(block), error)
+        for _, row in pruned.iterrows()
+        for folder in row["runs"].values()
+        for layer, error in (runs[folder].get("errors") or {}).items()
+        for block, kind in re.findall(r"\.(\d+)\.(.+)", layer)[:1]
+    ]
+    if not points:
+        return None
+    lines = pandas.DataFrame(points, columns=["label", "kind", "block", "error"])
+    kinds = list(dict.fromkeys(lines["kind"]))
+    columns = min(4, len(kinds))
+    size = max(7.0, 3.2 * columns), 0.8 + 2.4 * math.ceil(len(kinds) / columns)
+    figure = Figure(figsize=size, layout="constrained")
+    panels = figure.subplots(-(-len(kinds) // columns), columns, squeeze=False, sharey=True)
+    for axes in panels.flat[len(kinds) :]:
+        axes.set_axis_off()
+    for axes, kind in zip(panels.flat, kinds, strict=False):
+        of_kind = lines[lines["kind"] == kind]
+        for label, line in of_kind.groupby("label", sort=False):
+            axes.plot(line.groupby("block")["error"].mean(), marker="o", markersize=3, label=label)
+        axes.set_title(kind, fontsize=10)
+        axes.set(yscale="log", xlabel="block")
+        axes.grid(alpha=0.3)
+    handles, labels = panels.flat[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=3, fontsize=8)
+    title = f"{Path(table['model'].iloc[0]).name}: relative squared error of layer outputs"
+    figure.suptitle(title, fontsize=11)
+    return figure

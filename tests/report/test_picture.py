@@ -10,6 +10,9 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from lib.commands.report import picture, tables
+from lib.commands.report_pictures import layer_errors
+
+KEYS = ["method", "type", "calibrated_on"]
 
 
 def table(*runs: dict):
@@ -59,3 +62,23 @@ def test_models_that_are_only_rounded_share_a_panel() -> None:
         none = dict(kind=None, ratio=None, sparsity={"overall": zeros})
         runs.append(results("q4_0", {"uk": 25.0, "en": 41.0}, on=language, **none))
     assert cells(drawn(picture(table(*runs)), "q4_0 whole")) == [["+0.050", "+0.010"]] * 2
+
+
+def test_errors_of_layers_by_depth_and_kind(pruned: list[dict]) -> None:
+    """A panel for each kind and a line for each row; seeds and experts are averaged."""
+    for seed, run in enumerate(pruned[1:3]):  # uk and en, one seed each
+        run["errors"] = {
+            f"model.layers.{block}.mlp.{layer}": (seed + 1) * (block + 1) / 10
+            for block in range(2)
+            for layer in ("up_proj", "experts.0.down_proj", "experts.1.down_proj")
+        }
+    runs = {Path(str(number)): run for number, run in enumerate(pruned)}
+    (only,) = tables(runs)
+    figure = layer_errors(only, KEYS, runs)
+    assert [axes.get_title() for axes in figure.axes] == ["mlp.up_proj", "mlp.experts.*.down_proj"]
+    for axes in figure.axes:
+        lines = {line.get_label(): [*line.get_ydata()] for line in axes.lines}
+        assert lines == {"wanda 50% uk": [0.1, 0.2], "wanda 50% en": [0.2, 0.4]}
+    for run in pruned:
+        run.pop("errors", None)
+    assert layer_errors(only, KEYS, runs) is None
