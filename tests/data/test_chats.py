@@ -57,9 +57,9 @@ def test_shapes(tmp_path, row):
     ("row", "problem"),
     [
         ({"words": "a"}, "or give dialogues: messages or conversation (role, content), "),
-        ({"messages": [{"role": "narrator", "content": "a"}]}, "the role 'narrator' is none of"),
-        ({"messages": ["a"]}, "the role None is none of"),
-        ({"messages": [{"role": ["user"], "content": "a"}]}, "the role ['user'] is none of"),
+        ({"messages": [{"role": "narrator", "content": "a"}]}, "the role 'narrator' is not one of"),
+        ({"messages": ["a"]}, "the role None is not one of"),
+        ({"messages": [{"role": ["user"], "content": "a"}]}, "the role ['user'] is not one of"),
         (
             {"messages": [{"role": "user", "content": ["a"]}]},
             "the content ['a'] is not text. Write",
@@ -106,7 +106,7 @@ def test_what_a_template_can_do_wrong_is_a_line(monkeypatch):
         "{{ messages.__class__.__mro__ }}": "its chat template fails (SecurityError",
         "{{ messages[7].content.x }}": "its chat template fails (UndefinedError",
         "{% for": "its chat template fails (TemplateSyntaxError",
-        endless: "its chat template never ends",
+        endless: "its chat template does not end",
         None: "has no chat template",
     }
     for template, problem in problems.items():

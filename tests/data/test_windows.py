@@ -114,7 +114,7 @@ def test_too_few_windows_say_which_length_gives_them(hub, tmp_path, tokenizer):
     assert f"longest has {lengths[0]} tokens. Give longer texts." in line
     hub.sets[("allenai/c4",)] = {"train": {"text": texts}}  # which are drawn more than once
     c4 = parse_source("c4", "--prune_on_c4")
-    assert f"--seqlen {lengths[0] - 1} gives 99 windows" in message(c4, tokenizer, 99, 10_000)
+    assert message(c4, tokenizer, 99, 10_000).endswith(f" Use --seqlen {lengths[0] - 1}.")
     assert len(draw(c4, tokenizer, 99, lengths[0] - 1)[0]) == 99
 
 
