@@ -7,6 +7,7 @@ from the quantized blocks before it, and its target is the output of the unquant
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -48,8 +49,23 @@ def check_quantized(runner: BlockRunner, fmt: Int4) -> dict[str, Any]:
     return {"format": fmt.name, "tensors": len(tensors) - len(left), "left": left}
 
 
+def quantize(
+    runner: BlockRunner,
+    windows: Tensor,
+    fmt: Int4,
+    master_dtype: torch.dtype | None = None,
+    on_progress: Callable[[int], Any] = lambda blocks: None,
+) -> Quantizer:
+    """Quantize the linear layers that `fmt` takes, in place, with windows (n, tokens).
+
+    The returned quantizer reports the results. With `master_dtype`, its `starts` are where training
+    continues. `on_progress(1)` is called after each block.
+    """
+    return Quantizer(runner, fmt, master_dtype).run(windows, on_progress)
+
+
 class Quantizer(Pruner):
-    """Quantizes the linear layers that `fmt` takes, in place; `run` takes windows (n, tokens).
+    """Quantizes the linear layers that `fmt` takes, in place.
 
     Layers without tokens, and experts with fewer tokens than inputs, are rounded to nearest. If the
     model will be trained, `starts` maps each parameter's name to its masters (`master_dtype`) and

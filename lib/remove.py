@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from .methods.base import PruningMethod
-from .methods.sparsity import EXPERTS, NEURONS
+from .methods.sparsity import NEURONS
 from .model.blocks import BlockRunner, Stop, run_block
 from .model.matrix import PrunableLinear
 from .model.parts import PartLayout, get_tensor, keep_parts_
@@ -38,11 +38,29 @@ STEPS = 8  # least number of multiples in the width
 TOLERANCE = 1e-3  # relative change of a block's outputs that rounding may cause
 
 
+def remove(
+    runner: BlockRunner,
+    windows: Tensor | None,
+    method: type[PruningMethod],
+    layout: PartLayout,
+    left: int,
+    seed: int = 0,
+    on_progress: Callable[[int], Any] = lambda blocks: None,
+) -> PartPruner:
+    """Remove neurons or experts in place until `left` remain in each block; return the pruner.
+
+    Arguments are as for `prune` (lib/prune.py); `layout` locates the parts, and `seed` is for
+    random choices. Raises UserError also if none can be removed without other changes.
+    """
+    kind = NeuronPruner if layout.kind == NEURONS else ExpertPruner
+    return kind(runner, method, layout, left, seed).run(windows, on_progress)
+
+
 class PartPruner(Pruner):
     """Removes neurons or experts, until `left` remain in each block, and sets the config's field.
 
     `layout` locates them; `seed` is for random choices. A subclass notes the remaining parts of a
-    block before `_cut_`. Raises UserError also if none can be removed without other changes.
+    block before `_cut_`.
     """
 
     def __init__(
@@ -288,6 +306,3 @@ def _routing(values: list[Any], name: str) -> tuple[Tensor, Tensor, Tensor]:
         f"--sparsity_type experts: {name} is not called with tokens, chosen experts and gates. "
         "Use --sparsity_type unstructured."
     )
-
-
-PART_PRUNERS = {NEURONS: NeuronPruner, EXPERTS: ExpertPruner}

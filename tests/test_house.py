@@ -223,7 +223,8 @@ def test_pages_name_flags_and_files_that_exist() -> None:
         flag for file in programs for flag in re.findall(r'"-*(\w[\w-]*)"', file.read_text("utf-8"))
     }
     others = {"help", "no-deps", "target"}  # of pip, and of torchrun, accelerate and wanda
-    others |= {"nproc_per_node", "multi_gpu", "num_processes", "eval_zero_shot"}
+    others |= {"nproc_per_node", "nnodes", "node_rank", "master_addr", "master_port"}
+    others |= {"multi_gpu", "num_processes", "eval_zero_shot"}
     started = r"(?:main\.py|(?:launch\.sh|langprune) prune) ([^`|#\n]*)"
     wrong = []
     folders = "lib", "docs", "tests/bench"

@@ -132,7 +132,7 @@ def read_pairs(path: str, seed: int) -> list[dict[str, Any]]:
     try:
         columns = [read_documents(source, "train")[0] for source in sources]
     except UserError as error:
-        problem = str(error).partition(". Name one")[0]
+        problem = str(error).partition(". ")[0]
         raise UserError(f"{problem}. {form}") from None
     pairs = [[text.strip() + "\n" for text in pair] for pair in zip(*columns, strict=False)]
     if len({*map(len, columns)}) > 1 or any(a == b or "\n" in (a, b) for a, b in pairs):

@@ -28,10 +28,10 @@ from ..pruning.allocation import Allocation, kept_allocation
 from ..pruning.allocation import allocate as choose_allocation
 from ..pruning.check import Measured
 from ..pruning.masks import packed_masks, write_masks
-from ..quantize import Quantizer
 from ..quantize import check_quantized as check_quantized_weights
+from ..quantize import quantize as quantize_linears
 from ..recover import Recoverer
-from ..remove import PART_PRUNERS
+from ..remove import remove
 from ..sparse import check_same_outputs, pack_, relative_difference
 from ..util.errors import UserError
 from ..util.files import write_text
@@ -120,8 +120,7 @@ def prune(job: Job, runner: BlockRunner) -> Measured:
     allocation = None if plan.removes else allocate(job, runner)
     with job.timed("prune", "pruning", len(runner.blocks)) as bar:
         if plan.removes:
-            kind = PART_PRUNERS[plan.removes]
-            pruner = kind(runner, method, job.layout, job.left, args.seed).run(windows, bar)
+            pruner = remove(runner, windows, method, job.layout, job.left, args.seed, bar)
         else:
             pruner = Pruner(runner, method, allocation).run(windows, bar)
             if not plan.variant:  # it meets the ratio only approximately
@@ -188,7 +187,7 @@ def quantize(job: Job, runner: BlockRunner, reached: Measured) -> Starts:
     if plan.tokens:  # low-rank training has no memory for float32 masters
         masters = runner.save_dtype if job.schedule.rank else torch.float32
     with job.timed("quantize", "quantizing", len(runner.blocks)) as bar:
-        quantizer = Quantizer(runner, FORMATS[plan.format], masters).run(job.texts.windows, bar)
+        quantizer = quantize_linears(runner, job.texts.windows, FORMATS[plan.format], masters, bar)
     job.print(*quantizer.summary())
     results = job.outcome.results
     results["notes"] = results.get("notes", []) + quantizer.summary()[1:]

@@ -156,7 +156,11 @@ def rewrite(name: str, value: float) -> Callable:
         ("f16", scale("blk.0.ffn_down.weight", 1.1), "blk.0.ffn_down.weight is not the checkpoin"),
         ("q8_0", scale("blk.0.ffn_up.weight", 1.3), "blk.0.ffn_up.weight .* rounded to Q8_0"),
         ("q4_0", scale("blk.1.ffn_gate.weight", 1.3), "blk.1.ffn_gate.weight .* rounded to Q4_0"),
-        ("q4_0", rewrite("llama.rope.freq_base", 2e4), "field llama.rope.freq_base is not as in"),
+        (
+            "q4_0",
+            rewrite("llama.rope.freq_base", 2e4),
+            "field llama.rope.freq_base differs from",
+        ),
     ],
 )
 def test_other_weights_and_fields(

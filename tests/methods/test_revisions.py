@@ -18,8 +18,8 @@ from lib.methods.gptq import GPTQ
 from lib.methods.registry import EXPERT_METHODS, METHODS, method_of
 from lib.methods.sparsity import EXPERTS, NEURONS, Sparsity
 from lib.packed.formats import FORMATS
-from lib.quantize import Quantizer
-from lib.remove import PART_PRUNERS
+from lib.quantize import quantize
+from lib.remove import remove
 
 # (revision, digest of the masks, norm of the weights) of each case
 GIVEN = {
@@ -59,14 +59,14 @@ def result(case: str) -> tuple[int, str, float]:
     runner, ids = runner_of(model), windows(8)
     if name == "quantize":
         prune_(runner, "magnitude", PATTERNS["2:4"])
-        Quantizer(runner, FORMATS[kind]).run(ids)
+        quantize(runner, ids, FORMATS[kind])
         return GPTQ.revision, *digested(model)
     method = method_of(name)
     if kind in PATTERNS:
         prune_(runner, name, PATTERNS[kind], ids)
     else:
         layout = layout_of(kind, model)
-        PART_PRUNERS[layout.kind](runner, method, layout, layout.count // 2).run(ids)
+        remove(runner, ids, method, layout, layout.count // 2)
     return method.revision, *digested(model)
 
 

@@ -158,7 +158,7 @@ def test_so_do_two_launchers_as_on_two_machines(place: Path) -> None:
         launched = [support.start(command, place) for command in ranks]
         done = [support.ended(one) for one in launched]
     assert [one.status for one in done] == [0, 0], [one.err for one in done]
-    said = ["recovery: 2 ranks share the weights out" in one.out for one in done]
+    said = ["recovery: 2 ranks share the trained weights" in one.out for one in done]
     assert said == [True, False]
     check_alike("one window", "launched")
 

@@ -74,9 +74,9 @@ def test_words_of_a_chat_model_are_asked_for_after_all_that_was_said(tmp_path, c
 @pytest.mark.parametrize(
     ("line", "words"),
     [
-        ("", r"holds no text; .*\. Give every row two different texts"),
-        ("{", r"line 1: not JSON .*\. Give every row two different texts"),
-        ('{"good": "a"}', "line 1: no column 'bad'; there are: good. Give every row two"),
+        ("", r"it holds no text\. Give every row two different texts"),
+        ("{", r"line 1: it is not JSON .*\)\. Give every row two different texts"),
+        ('{"good": "a"}', "line 1: there is no column 'bad', only good. Give every row two"),
         ('{"good": "a", "bad": " "}', "a text is missing or empty"),
         ('{"good": "a", "bad": "b"}\n{"good": "a", "bad": null}', "a text is missing"),
         ('\n{"good": "a", "bad": "a "}', "or both are equal"),
@@ -180,7 +180,7 @@ def test_the_first_of_two_ranks_runs_them_once_both_have_trained(place: Path) ->
     flags += ["--recover", "512", "--save_model", "new", "--save", "out", *names]
     done = ended(together(2, [flags], place))
     assert [one.status for one in done] == [0, 0], [one.err for one in done]
-    assert "recovery: 2 ranks share the weights out" in done[0].out and not done[1].out
+    assert "recovery: 2 ranks share the trained weights" in done[0].out and not done[1].out
     assert done[0].out.count("uk_pairs, acc: ") == 1
     found, argv = results(), ["--eval_only", "--eval_data", "uk", *QUICK, *names]
     for key, folder in {"tasks": "new", "dense_tasks": "model"}.items():

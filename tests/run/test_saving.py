@@ -43,16 +43,16 @@ def check_saved(done: Done, *words: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "content", ["is a file", "holds thesis.tex", "a disk is mounted there", "it is a link. Name "]
+    "content", ["it is a file", "it holds thesis.tex", "a disk is mounted", "it is a link. Name "]
 )
 def test_a_target_that_is_not_new_is_refused_at_once(
     content: str, given: list, no_weights: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    if content == "is a file":
+    if content == "it is a file":
         Path("new").write_text("thesis")
-    elif content == "holds thesis.tex":
+    elif content == "it holds thesis.tex":
         write_thesis("new")
-    elif content.startswith("is a link"):  # the folder beside it would be on a small disk
+    elif content.startswith("it is a link"):  # the folder beside it would be on a small disk
         Path("disk").mkdir()
         Path("new").symlink_to("disk")
     else:  # as in a container: nothing can be renamed to it

@@ -89,10 +89,10 @@ def test_the_text_alone_if_asked(name: str) -> None:
 def test_what_has_no_text_alone() -> None:
     write(tiny.VISION["Qwen3-VL"]())
     done = call(*BASE, "--eval_only", "--text_only")
-    assert done.status == 1 and "transformers has no class for the text" in done.complaints[0]
+    assert done.status == 1 and "transformers has no class for only the text" in done.complaints[0]
     tiny.write_model("text")
     done = call(*BASE, "--model", "text", "--eval_only", "--text_only")
-    assert "--text_only: --model text is the text model alone" in done.complaints[0]
+    assert "--text_only: --model text has no other parts" in done.complaints[0]
 
 
 INSIDE = dict(cross_attention_layers=[1], num_hidden_layers=3)
@@ -105,11 +105,11 @@ READERS |= dict(decoder_attention_heads=2, encoder_ffn_dim=16, decoder_ffn_dim=1
     [
         (
             lambda: tiny.vision("mllama", INSIDE, tiny.TOWER | tiny.TILES, image_token_index=319),
-            "(MllamaForConditionalGeneration): no lists of decoder blocks that all read text",
+            "(MllamaForConditionalGeneration): it has no lists of decoder blocks that process text",
         ),
         (
             lambda: WhisperForConditionalGeneration(WhisperConfig(**READERS)),
-            "an encoder-decoder (whisper), whose blocks read more than the text before",
+            "it is an encoder-decoder model (whisper). Name a causal language model.",
         ),
     ],
 )
