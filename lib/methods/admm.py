@@ -54,7 +54,7 @@ class Admm(LeastSquares):
     rho = 1.5
 
     def prune_(self, weights: Sequence[Tensor], sparsities: Sequence[Sparsity]) -> None:
-        """Prune float32 matrices (out_i, in) in place. UserError if A can't be factored."""
+        """Prune float32 matrices (out_i, in) in place. UserError if A cannot be factored."""
         rows = [len(weight) for weight in weights]
         start, target, hessian, across, unexplained = self.problem(weights, drops_dead=True)
         weighting = error_weighting(self.output_costs, rows, start.device)  # (out,) or None

@@ -52,7 +52,7 @@ class GPTQ(LeastSquares):
     sweeps: ClassVar[int] = 2  # passes of coordinate descent over all columns
 
     def quantize_(self, weights: Sequence[Tensor], fmt: Int4) -> list[Start]:
-        """Quantize float32 matrices (out_i, in) in place. UserError if A can't be factored."""
+        """Quantize float32 matrices (out_i, in) in place. UserError if A cannot be factored."""
         start, target, hessian, across, _ = self.problem(weights)
         mask = (start == 0) & fmt.zero
         conjugate_gradients_(start, target, hessian, mask, self.refinements)

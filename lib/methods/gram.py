@@ -21,7 +21,7 @@ from ..util.errors import UserError
 PANEL = 128  # panel rows on a CPU; narrower products lose more speed than they save work
 HALVES = (torch.float16, torch.bfloat16)
 TRIES = 4
-UNFACTORED = "X^T X can't be factored; use more calibration tokens (--nsamples)"
+UNFACTORED = "X^T X cannot be factored. Use more calibration tokens (--nsamples)."
 
 
 def add_upper_gram_(hessian: Tensor, x: Tensor) -> None:
@@ -86,10 +86,10 @@ def damped_cholesky_(matrix: Tensor, damping: float, unit: Tensor | float = 1.0)
         with suppress(UserError):
             return cholesky(matrix)
         line = f"X^T X is not positive definite with damping {damping:g}"
-        warnings.warn(f"{line}; it is raised tenfold", stacklevel=3)
+        warnings.warn(f"{line}, which is raised tenfold", stacklevel=3)
         damping *= 10
     raise UserError(
-        f"{line}; use more calibration tokens (--nsamples, --seqlen) or --prune_method wanda"
+        f"{line}. Use more calibration tokens (--nsamples, --seqlen), or --prune_method wanda."
     )
 
 

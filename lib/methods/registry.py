@@ -73,14 +73,14 @@ def method_of(
         every = METHODS | EXPERT_METHODS
         if name not in every:
             names = ", ".join(every)
-            raise UserError(f"method {name}: is none of {names}, nor FILE.py:CLASS")
+            raise UserError(f"method {name}: it does not exist. Name {names} or FILE.py:CLASS.")
         module, class_name = every[name].split(":")
         method = getattr(import_module(f".{module}", __package__), class_name + "Variant" * variant)
     if kind and not _has(method, HOOKS.get(kind, "prune_")):
-        way_out = "define it" if is_file(name) else f"use --sparsity_type {UNSTRUCTURED}"
+        fix = "Define it." if is_file(name) else f"Use --sparsity_type {UNSTRUCTURED}."
         raise UserError(
-            f"--sparsity_type {kind}: --prune_method {name} has no {HOOKS.get(kind, 'prune_')} of "
-            f"its own; {way_out}"
+            f"--sparsity_type {kind}: --prune_method {name} does not define "
+            f"{HOOKS.get(kind, 'prune_')}. {fix}"
         )
     if isinstance(arguments, Mapping):
         arguments = [f"{name}={value}" for name, value in arguments.items()]
@@ -105,7 +105,7 @@ def _from_file(path: str, class_name: str, changed: int) -> type[PruningMethod]:
     """Return a class of the user's file; `changed` is the file's time stamp, a key of the cache."""
     flag = f"--prune_method {path}:{class_name}"
     if changed is False:
-        raise UserError(f"{flag}: no such file; give the path of a Python file")
+        raise UserError(f"{flag}: no such file exists. Give the path of a Python file.")
     # the user's file imports langprune, which in a checkout is lib
     for file in Path(__file__).parent.glob("*.py"):
         import_module(f".{file.stem}", __package__)
@@ -119,7 +119,7 @@ def _from_file(path: str, class_name: str, changed: int) -> type[PruningMethod]:
         spec.loader.exec_module(module)
     except Exception as error:  # any error of the user's code
         line = f"{type(error).__name__}: {first_line(error)}"
-        raise UserError(f"{flag}: can't be imported ({line}); mend the file") from error
+        raise UserError(f"{flag}: the file cannot be imported ({line}). Repair it.") from error
     base = import_module(".base", __package__).PruningMethod
     classes = [
         name
@@ -129,8 +129,8 @@ def _from_file(path: str, class_name: str, changed: int) -> type[PruningMethod]:
     if class_name not in classes:
         has = ", ".join(classes) or "none"
         raise UserError(
-            f"{flag}: no such class that extends PruningMethod of langprune.methods.base; the file "
-            f"has {has}"
+            f"{flag}: the file has no such class that extends PruningMethod of "
+            f"langprune.methods.base. Name one that it has: {has}."
         )
     return getattr(module, class_name)
 
@@ -155,15 +155,16 @@ def _with_arguments(method: type[PruningMethod], given: Sequence[str]) -> type[P
         if not equals or name not in declared:
             has = ", ".join(f"{name}={value}" for name, value in declared.items()) or "none"
             raise UserError(
-                f"--method_args {each}: must be NAME=VALUE of a parameter that "
-                f"{method.__name__} has: {has}"
+                f"--method_args {each}: {method.__name__} has no such parameter. Give NAME=VALUE "
+                f"of these: {has}."
             )
         kind = type(declared[name])
         try:
             values[name] = TRUTH[text.lower()] if kind is bool else kind(text)
         except (KeyError, ValueError) as error:
             raise UserError(
-                f"--method_args {each}: must be of type {kind.__name__}, as {name}={declared[name]}"
+                f"--method_args {each}: its type is not {kind.__name__}. Give a value such as "
+                f"{name}={declared[name]}."
             ) from error
     module = {"__module__": method.__module__}
     return type(method.__name__, (method,), module | values) if values else method

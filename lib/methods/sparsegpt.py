@@ -70,7 +70,7 @@ class SparseGPT(PruningMethod):
         return [self.hessian]
 
     def prune_(self, weights: Sequence[Tensor], sparsities: Sequence[Sparsity]) -> None:
-        """Prune float32 matrices (out_i, in) in place. UserError if H can't be factored."""
+        """Prune float32 matrices (out_i, in) in place. UserError if H cannot be factored."""
         factor, scale, dead = factorise(self.hessian, self.damping)
         rows = [len(weight) for weight in weights]
         change = torch.cat(list(weights)).T.contiguous()  # (in, out): W, and D left of the block

@@ -40,18 +40,20 @@ class Sparsity:
         if ratio is None:
             if kind not in TYPES or kind in RATIO_TYPES:
                 patterns = " or ".join(name for name in TYPES if name not in RATIO_TYPES)
-                raise ValueError(f"sparsity {kind!r}: give a share, or {patterns}")
+                raise ValueError(f"sparsity {kind!r}: it has no share. Give one, or {patterns}.")
             ratio = int(kind[0]) / int(kind[2])
         if not 0 <= ratio < 1:  # also refuses nan
-            meant = f"; for {ratio:g}% give {ratio / 100:g}" if 1 < ratio < 100 else ""
-            raise ValueError(f"--sparsity_ratio {ratio}: must be at least 0 and below 1{meant}")
+            meant = f", such as {ratio / 100:g} for {ratio:g}%" if 1 < ratio < 100 else ""
+            raise ValueError(
+                f"--sparsity_ratio {ratio}: it must be at least 0 and below 1. Give a share{meant}."
+            )
         if kind in RATIO_TYPES:
             return cls(ratio)
         n, m = map(int, kind.split(":"))
         if ratio != n / m:
             raise ValueError(
-                f"--sparsity_ratio {ratio}: --sparsity_type {kind} drops {n} of every {m} weights; "
-                f"use --sparsity_ratio {n / m} or --sparsity_type {UNSTRUCTURED}"
+                f"--sparsity_ratio {ratio}: --sparsity_type {kind} drops {n} of every {m} weights. "
+                f"Use --sparsity_ratio {n / m} or --sparsity_type {UNSTRUCTURED}."
             )
         return cls(ratio, n, m)
 

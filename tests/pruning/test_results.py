@@ -201,5 +201,5 @@ def test_prune_reads_texts() -> None:
             prune(tiny.tiny_llama(), texts, **options)
     with pytest.raises(UserError, match="Wanda needs windows or texts"):
         prune(tiny.tiny_llama())
-    with pytest.raises(ValueError, match="give a share, or 2:4 or 4:8"):
+    with pytest.raises(ValueError, match="Give one, or 2:4 or 4:8"):
         prune(tiny.tiny_llama(), windows(2), sparsity="3:4")

@@ -45,10 +45,10 @@ def complaint(done: Done, status: int, *words: object) -> None:
 FLAGS = [
     ("--sparsity_ratio -0.1", "--sparsity_ratio -0.1", "at least 0"),
     ("--sparsity_ratio 1", "--sparsity_ratio 1", "below 1"),
-    ("--sparsity_ratio 50", "--sparsity_ratio 50", "give 0.5"),
+    ("--sparsity_ratio 50", "--sparsity_ratio 50", "such as 0.5 for 50%"),
     ("--sparsity_ratio nan", "--sparsity_ratio nan", "below 1"),
     ("--sparsity_ratio half", "--sparsity_ratio", "'half'"),
-    ("--sparsity_type 2:4 --sparsity_ratio 0.6", "0.6", "2:4", "use --sparsity_ratio 0.5"),
+    ("--sparsity_type 2:4 --sparsity_ratio 0.6", "0.6", "2:4", "Use --sparsity_ratio 0.5"),
     ("--sparsity_type nosuch", "--sparsity_type", "nosuch", "2:4"),
     ("--prune_method nosuch", "--prune_method", "nosuch", "wanda"),
     ("--use_variant --sparsity_type 2:4", "--use_variant", "unstructured", "2:4"),
