@@ -413,21 +413,26 @@ BASELINES = "quality/bilingual-baselines{,-differences}.csv"
 def pruning_baselines() -> str:
     runs, rows = raw("quality/bilingual-baselines.csv"), []
     differences = raw("quality/bilingual-baselines-differences.csv")
-    names = {"dense": "uniform", "wanda": "uniform", "wanda, OWL": "owl", "ria": "uniform"}
-    for name, rule in names.items():
-        fields = {"method": name.partition(",")[0], "flags.allocation": rule}
+    methods = [("wanda", "uniform"), ("wanda", "owl")]
+    methods += [(name, "uniform") for name in ("ria", "sparsegpt", "admm")]
+    kinds = {"unstructured": "50%", "2:4": "2:4"}
+    cases = [("dense", "uniform", "")]
+    cases += [(*method, "unstructured") for method in methods]
+    cases += [(method, rule, "2:4") for method, rule in methods if rule != "owl"]
+    for method, rule, kind in cases:
+        fields = {"method": method, "flags.allocation": rule, "sparsity_type": kind}
         record = one(runs, **fields).items()
         test = {key.removeprefix("evaluation.uk."): value for key, value in record}
-        kl = None if name == "dense" else (test["kl"], test["kl_standard_error"])
-        cell = ""
+        kl = (test["kl"], test["kl_standard_error"]) if kind else None
+        cell, same = "", {"method": method, "type": kinds.get(kind), "figure": "loss"}
         for line in differences:
-            same = line["method"] == fields["method"] and line["allocation"] in (rule, "–")
-            if same and line["figure"] == "loss":
+            if same.items() <= line.items() and line["allocation"] == rule:
                 cell = f"{line['difference']:+.4f} [{line['low']:+.4f}, {line['high']:+.4f}]"
                 cell += "" if line["significant"] == "True" else " (n.s.)"
-        rows.append([name, test["perplexity"], kl, cell])
-    head = {"Method": "", "Perplexity ↓": ".2f", KL: ".4f", "Loss over Wanda (nats/token)": ""}
-    return grid(head, rows, references=1)
+        name = method + ", OWL" * (rule == "owl")
+        rows.append([name, kinds.get(kind, ""), test["perplexity"], kl, cell])
+    head = {"Method": "", "Sparsity": "", "Perplexity ↓": ".2f", KL: ".4f"}
+    return grid(head | {"Loss over Wanda (nats/token)": ""}, rows, references=1)
 
 
 @table("quality/gemma3-270m.json: perplexity, kl, accuracy, said")
