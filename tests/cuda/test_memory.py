@@ -166,7 +166,7 @@ def test_a_stage_allocates_what_the_table_says(
     "argv, share, words",
     [
         (["--recover", "512"], 0.8, "--recover 512: training needs "),
-        (["--prune_method", "admm"], 0.9, "Use --prune_method wanda ("),
+        (["--prune_method", "admm"], 0.8, "Use --prune_method wanda ("),
     ],
 )
 def test_what_can_not_fit_is_refused_before_weights_are_read(
