@@ -172,16 +172,17 @@ def layer_errors(
     if not points:
         return None
     lines = pandas.DataFrame(points, columns=["label", "kind", "block", "error"])
-    kinds = list(dict.fromkeys(lines["kind"]))
+    names, kinds = (list(dict.fromkeys(lines[column])) for column in ("label", "kind"))
     columns = min(4, len(kinds))
-    size = max(7.0, 3.2 * columns), 0.8 + 2.4 * math.ceil(len(kinds) / columns)
+    rows = math.ceil(len(kinds) / columns)
+    size = max(7.0, 3.2 * columns), 0.8 + 2.4 * rows
     figure = Figure(figsize=size, layout="constrained")
-    panels = figure.subplots(-(-len(kinds) // columns), columns, squeeze=False, sharey=True)
+    panels = figure.subplots(rows, columns, squeeze=False, sharey=True)
     for axes in panels.flat[len(kinds) :]:
         axes.set_axis_off()
     for axes, kind in zip(panels.flat, kinds, strict=False):
-        of_kind = lines[lines["kind"] == kind]
-        for label, line in of_kind.groupby("label", sort=False):
+        for label in names:  # in every panel, so that a color stays with its row
+            line = lines[(lines["kind"] == kind) & (lines["label"] == label)]
             axes.plot(line.groupby("block")["error"].mean(), marker="o", markersize=3, label=label)
         axes.set_title(kind, fontsize=10)
         axes.set(yscale="log", xlabel="block")
