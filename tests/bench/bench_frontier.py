@@ -33,7 +33,7 @@ from safetensors.torch import load_file, save_file
 from lib.util.command import add_debug_flag, run, split_argv
 
 ROOT = Path(__file__).resolve().parents[2]
-TYPES = ("q8_0", "q4_k_m", "q4_0", "q3_k_m")
+TYPES = ("q8_0", "q4_k_m", "q4_0", "iq4_nl", "q3_k_m")
 CHUNKS, WINDOW = 32, 512  # of the importance matrix, and tokens of each
 TEXT = 2_000_000  # characters of the train text, from which they come
 PACKED = "--prune_method admm --allocation error --replace_sparse_layers --quantize int4"

@@ -406,13 +406,23 @@ def pruning_smollm2() -> str:
     return grid({"Method": ""} | head, rows, references=1)
 
 
-BASELINES = "quality/bilingual-baselines{,-differences}.csv"
+BASELINES = "perplexity, kl, kl_standard_error, difference, low, high, significant"
 
 
-@table(f"{BASELINES}: perplexity, kl, kl_standard_error, difference, low, high, significant")
+@table(f"quality/bilingual-baselines{{,-differences}}.csv: {BASELINES}")
 def pruning_baselines() -> str:
-    runs, rows = raw("quality/bilingual-baselines.csv"), []
-    differences = raw("quality/bilingual-baselines-differences.csv")
+    return beside_wanda("bilingual", "uk", ".4f")
+
+
+@table(f"quality/smollm2-baselines{{,-differences}}.csv: {BASELINES}")
+def pruning_baselines_smollm2() -> str:
+    return beside_wanda("smollm2", "en", ".3f")
+
+
+def beside_wanda(model: str, text: str, form: str) -> str:
+    """A row for each method and pattern, with the paired difference of its loss to Wanda's."""
+    runs, rows = raw(f"quality/{model}-baselines.csv"), []
+    differences = raw(f"quality/{model}-baselines-differences.csv")
     methods = [("wanda", "uniform"), ("wanda", "owl")]
     methods += [(name, "uniform") for name in ("ria", "sparsegpt", "admm")]
     kinds = {"unstructured": "50%", "2:4": "2:4"}
@@ -421,18 +431,23 @@ def pruning_baselines() -> str:
     cases += [(method, rule, "2:4") for method, rule in methods if rule != "owl"]
     for method, rule, kind in cases:
         fields = {"method": method, "flags.allocation": rule, "sparsity_type": kind}
-        record = one(runs, **fields).items()
-        test = {key.removeprefix("evaluation.uk."): value for key, value in record}
+        test = of_test(one(runs, **fields), text)
         kl = (test["kl"], test["kl_standard_error"]) if kind else None
         cell, same = "", {"method": method, "type": kinds.get(kind), "figure": "loss"}
         for line in differences:
             if same.items() <= line.items() and line["allocation"] == rule:
-                cell = f"{line['difference']:+.4f} [{line['low']:+.4f}, {line['high']:+.4f}]"
+                low, high = format(line["low"], "+" + form), format(line["high"], "+" + form)
+                cell = f"{format(line['difference'], '+' + form)} [{low}, {high}]"
                 cell += "" if line["significant"] == "True" else " (n.s.)"
         name = method + ", OWL" * (rule == "owl")
         rows.append([name, kinds.get(kind, ""), test["perplexity"], kl, cell])
-    head = {"Method": "", "Sparsity": "", "Perplexity ↓": ".2f", KL: ".4f"}
+    head = {"Method": "", "Sparsity": "", "Perplexity ↓": ".2f", KL: form}
     return grid(head | {"Loss over Wanda (nats/token)": ""}, rows, references=1)
+
+
+def of_test(run: dict[str, Any], name: str) -> dict[str, Any]:
+    """The figures of one test text in a row of a report's CSV file."""
+    return {key.removeprefix(f"evaluation.{name}."): value for key, value in run.items()}
 
 
 @table("quality/gemma3-270m.json: perplexity, kl, accuracy, said")
@@ -565,6 +580,18 @@ def vocabulary_languages() -> str:
     head = {"Language": "", "Tokens kept": ".0f", "GGUF, q4_0 (MB)": ".1f"}
     head |= {"Eleven languages, bits per byte": ".3f", "One language, bits per byte": ".3f"}
     return grid(head | {"Difference": "+.3f"}, rows)
+
+
+@table("sharded_memory.json: tensors, peak, planned")
+def sharded_memory() -> str:
+    found, gib = raw("sharded_memory.json"), 2**30
+    rows = []
+    for one in found:
+        share = one["tensors"] / found[0]["tensors"]
+        rows.append([one["ranks"], one["tensors"] / gib, share])
+        rows[-1] += [one["peak"] / gib, one["planned"] / gib]
+    head = {"Processes": ".0f", "Tensors after a step (GiB)": ".2f", "Share": ".1%"}
+    return grid(head | {"Peak (GiB)": ".2f", "Planned (GiB)": ".2f"}, rows)
 
 
 # pictures
