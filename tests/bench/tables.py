@@ -42,6 +42,7 @@ NAMES = {
     **{"fr": "French", "el": "Greek", "tr": "Turkish", "ru": "Russian", "ja": "Japanese"},
     **{"zh-cn": "Chinese"},
 }
+RATES = {5.644e-06: ", half the rate", 2.2577e-05: ", twice the rate"}
 MIX = "+".join(f"{name}=0.1" for name in NAMES if name != "uk")
 BOTH = "uk=0.5+en=0.5"
 MAPS = {  # pictures of losses by calibration text: method and title
@@ -180,19 +181,41 @@ def gemma_forms() -> str:
 @table("iq4_nl.json, frontier/gemma3-270m-rounded-128.json: perplexity, kl, top1_agreement")
 def iq4_nl() -> str:
     q4_0, here = raw("frontier/gemma3-270m-rounded-128.json")["evaluation"][0], raw("iq4_nl.json")
-    trained, start = here["sixty"]["evaluation"][0], here["sixty"]["before"]["test"]
-    rows = [["trimmed, 16-bit", None, None, trained["dense"]["perplexity"], None, None]]
-    for name, windows, tokens, record in (
-        ("q4_0", 128, None, q4_0["before"]),
-        ("iq4_nl", 64, None, start),
-        ("q4_0", 128, 131072, q4_0),
-        ("iq4_nl", 64, 32768, trained),
-    ):
-        perplexity = record.get("compared_perplexity", record["perplexity"])
-        figures = [perplexity, record["kl"], record["top1_agreement"]]
-        rows.append([name, windows, tokens, *figures])
+    records = here["rows"]
+    dense = records[-1]["tests"][0]["dense_perplexity"]
+    trained = {"form": "langprune q4_0", "windows": 128, "tokens": 131072, "tests": [q4_0]}
+    records += [trained, trained | {"tokens": None, "tests": [q4_0["before"]]}]
+    rows = [["trimmed, 16-bit", None, None, dense, *3 * [None]]]
+    order = "llama.cpp q4_0", "llama.cpp iq4_nl", "llama.cpp q4_k_m"
+    order += "langprune q4_0", "langprune iq4_nl"
+
+    def place(record: dict[str, Any]) -> tuple[int, int, int, float]:
+        tokens, rate = record["tokens"] or 0, record.get("rate") or 0
+        return bool(tokens), order.index(record["form"]), record["windows"] or 0, tokens + rate
+
+    for record in sorted(records, key=place):
+        test, *prose = record["tests"]
+        perplexity = test.get("compared_perplexity", test["perplexity"])
+        figures = [perplexity, test["kl"], test["top1_agreement"], *(one["kl"] for one in prose)]
+        name = record["form"] + RATES.get(record.get("rate"), "")
+        rows.append([name, record["windows"], record["tokens"], *figures, *[None] * (not prose)])
     head = {"Model": "", "Calibration windows": "", "Training tokens": ",", "Perplexity ↓": ".2f"}
-    return grid(head | {KL: ".4f", "Top-1 agreement ↑": ".1%"}, rows, references=1)
+    head |= {KL: ".4f", "Top-1 agreement ↑": ".1%", "Other prose, KL (nats/token) ↓": ".4f"}
+    return grid(head, rows, references=1)
+
+
+@table("iq4_nl.json: speed: median of tokens_per_second")
+def iq4_nl_speed() -> str:
+    records, rows = raw("iq4_nl.json")["speed"], []
+    for name in ("q4_0", "iq4_nl", "q4_k_m", "q8_0"):
+        found = [
+            one(records, type=name, of=of, threads=threads)
+            for of in ("prompt", "generation")
+            for threads in (1, 2)
+        ]
+        rows.append([name, found[0]["bytes"] / 1e6, *(record["median"] for record in found)])
+    names = [f"{of}, {n} ↑" for of in ("Prompt", "Generation") for n in ("1 thread", "2 threads")]
+    return grid({"Type": "", MEGABYTES: ".0f"} | dict.fromkeys(names, ".0f"), rows)
 
 
 @table("iq4_nl.json: sixteen: bits_per_byte, kl, top1_agreement")
@@ -448,6 +471,21 @@ def beside_wanda(model: str, text: str, form: str) -> str:
 def of_test(run: dict[str, Any], name: str) -> dict[str, Any]:
     """The figures of one test text in a row of a report's CSV file."""
     return {key.removeprefix(f"evaluation.{name}."): value for key, value in run.items()}
+
+
+@table("quality/bilingual-methods.csv: flags.allocation, perplexity")
+def pruning_allocation() -> str:
+    runs, rows = raw("quality/bilingual-methods.csv"), []
+    cases = [(name, ratio) for ratio in (0.6, 0.7) for name in ("sparsegpt", "admm")]
+    for text in ("uk", "en"):
+        for rule in ("uniform", "error"):
+            found = [
+                one(runs, method=name, sparsity_ratio=ratio, **{"flags.allocation": rule})
+                for name, ratio in cases
+            ]
+            rows.append([text, f"`{rule}`", *(of_test(run, text)["perplexity"] for run in found)])
+    head = {f"{name}, {ratio:.0%}": ".2f" for name, ratio in cases}
+    return grid({"Test text": "", "`--allocation`": ""} | head, rows)
 
 
 @table("quality/gemma3-270m.json: perplexity, kl, accuracy, said")
