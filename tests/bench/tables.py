@@ -294,6 +294,23 @@ def recovery_pruned() -> str:
     return grid({"Model": "", BITS: ".4f", KL: ".3f"} | PROSE, rows)
 
 
+@table("quality/bilingual-{methods,recovered}.csv: perplexity")
+def recovery_bilingual() -> str:
+    before, after = (raw(f"quality/bilingual-{name}.csv") for name in ("methods", "recovered"))
+    dense, trained = one(before, method="dense"), one(after, method="recovered")
+    kinds = {"50%": ("unstructured", 0.5), "2:4": ("2:4", 0.5), "70%": ("unstructured", 0.7)}
+    rows = []
+    for text in ("uk", "en"):
+        for name, (kind, ratio) in kinds.items():
+            same = {"sparsity_type": kind, "sparsity_ratio": ratio, "flags.allocation": "uniform"}
+            runs = [dense, trained]
+            for method in ("sparsegpt", "admm"):
+                runs += [one(each, method=method, **same) for each in (before, after)]
+            rows.append([f"{name}, {text}", *(of_test(run, text)["perplexity"] for run in runs)])
+    head = "dense", "dense, trained", "sparsegpt", "sparsegpt, recovered", "admm", "admm, recovered"
+    return grid({"Pattern, test text": ""} | dict.fromkeys(head, ".2f"), rows)
+
+
 @table("frontier/gemma3-270m-adamw8bit.json: state_bytes_per_weight, cpu_seconds, kl")
 def recovery_adamw8bit() -> str:
     rows = []
@@ -411,6 +428,25 @@ def languages_two() -> str:
             rows.append([method, name, *(test["perplexity"] for test in tests)])
     head = {"Method": "", "Calibration text": ""}
     return grid(head | {f"{kind}, {test} ↓": ".2f" for kind, test in cells}, rows, references=1)
+
+
+@table("languages/bilingual-overlap.csv: both, kept_a, kept_b, chance")
+def languages_overlap() -> str:
+    lines, rows = raw("languages/bilingual-overlap.csv"), []
+    parts = {"All": {}, "Block 0": {"block": 0}, "Block 5": {"block": 5}}
+    parts |= {name: {"linear": f"mlp.{name}"} for name in ("up_proj", "down_proj")}
+    pairs = dict.fromkeys((line["a"], line["b"]) for line in lines)
+    for a, b in pairs:
+        of_pair = [line for line in lines if (line["a"], line["b"]) == (a, b)]
+        found = [[x for x in of_pair if part.items() <= x.items()] for part in parts.values()]
+        rows.append([f"{a} and {b}", *(share(each, "both") for each in found)])
+    rows.append(["chance", *(share(each, "chance") for each in found)])
+    return grid({"Kept by both": ""} | dict.fromkeys(parts, ".1%"), rows)
+
+
+def share(lines: Sequence[dict[str, Any]], kept: str) -> float:
+    """The share of the weights kept by one mask, mean of two, that `kept` counts."""
+    return sum(one[kept] for one in lines) / sum((x["kept_a"] + x["kept_b"]) / 2 for x in lines)
 
 
 # pruning
