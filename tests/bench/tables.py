@@ -297,17 +297,17 @@ def recovery_pruned() -> str:
 @table("quality/bilingual-{methods,recovered}.csv: perplexity")
 def recovery_bilingual() -> str:
     before, after = (raw(f"quality/bilingual-{name}.csv") for name in ("methods", "recovered"))
-    dense, trained = one(before, method="dense"), one(after, method="recovered")
+    dense = one(before, method="dense")
     kinds = {"50%": ("unstructured", 0.5), "2:4": ("2:4", 0.5), "70%": ("unstructured", 0.7)}
     rows = []
     for text in ("uk", "en"):
         for name, (kind, ratio) in kinds.items():
             same = {"sparsity_type": kind, "sparsity_ratio": ratio, "flags.allocation": "uniform"}
-            runs = [dense, trained]
+            runs = [dense]
             for method in ("sparsegpt", "admm"):
                 runs += [one(each, method=method, **same) for each in (before, after)]
             rows.append([f"{name}, {text}", *(of_test(run, text)["perplexity"] for run in runs)])
-    head = "dense", "dense, trained", "sparsegpt", "sparsegpt, recovered", "admm", "admm, recovered"
+    head = "dense", "sparsegpt", "sparsegpt, recovered", "admm", "admm, recovered"
     return grid({"Pattern, test text": ""} | dict.fromkeys(head, ".2f"), rows)
 
 
