@@ -524,6 +524,20 @@ def pruning_allocation() -> str:
     return grid({"Test text": "", "`--allocation`": ""} | head, rows)
 
 
+@table("quality/bilingual-loaded.csv: flags.load_bit, footprint.after, perplexity")
+def pruning_loaded() -> str:
+    runs, rows = raw("quality/bilingual-loaded.csv"), []
+    for name, bits in (
+        ("float32", ""),
+        ("int8, `--load_bit 8`", 8.0),
+        ("NF4, `--load_bit 4`", 4.0),
+    ):
+        found = [one(runs, method=m, **{"flags.load_bit": bits}) for m in ("dense", "sparsegpt")]
+        size = found[1]["footprint.after"] / 1e6
+        rows.append([name, size, *(of_test(run, "uk")["perplexity"] for run in found)])
+    return grid({"Format": "", "In memory (MB)": ".1f", "dense": ".2f", "50%": ".2f"}, rows)
+
+
 @table("quality/gemma3-270m.json: perplexity, kl, accuracy, said")
 def pruning_quality() -> str:
     models, rows = raw("quality/gemma3-270m.json"), []
