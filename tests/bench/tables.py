@@ -514,7 +514,7 @@ def pruning_allocation() -> str:
     runs, rows = raw("quality/bilingual-methods.csv"), []
     cases = [(name, ratio) for ratio in (0.6, 0.7) for name in ("sparsegpt", "admm")]
     for text in ("uk", "en"):
-        for rule in ("uniform", "error"):
+        for rule in ("uniform", "owl", "error"):
             found = [
                 one(runs, method=name, sparsity_ratio=ratio, **{"flags.allocation": rule})
                 for name, ratio in cases
