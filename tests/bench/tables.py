@@ -204,6 +204,21 @@ def iq4_nl() -> str:
     return grid(head, rows, references=1)
 
 
+@table("iq4_nl.json: smollm2: bits_per_byte, kl")
+def iq4_nl_smollm2() -> str:
+    records = raw("iq4_nl.json")["smollm2"]
+    rows: list[list[Cell]] = [["original, 16-bit"]]
+    rows += [[record["form"]] for record in records]
+    for number in range(2):
+        rows[0] += [records[0]["tests"][number]["dense_bits_per_byte"], None]
+        for row, record in zip(rows[1:], records, strict=True):
+            row += measures(record["tests"][number], error=True)
+    head = [
+        f"{text}, {name} ↓" for text in ("Answers", "English") for name in ("bits per byte", "KL")
+    ]
+    return grid({"Model": ""} | dict.fromkeys(head, ".4f"), rows, references=1)
+
+
 @table("iq4_nl.json: speed: median of tokens_per_second")
 def iq4_nl_speed() -> str:
     records, rows = raw("iq4_nl.json")["speed"], []
