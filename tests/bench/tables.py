@@ -42,7 +42,6 @@ NAMES = {
     **{"fr": "French", "el": "Greek", "tr": "Turkish", "ru": "Russian", "ja": "Japanese"},
     **{"zh-cn": "Chinese"},
 }
-RATES = {5.644e-06: ", half the rate", 2.2577e-05: ", twice the rate"}
 MIX = "+".join(f"{name}=0.1" for name in NAMES if name != "uk")
 BOTH = "uk=0.5+en=0.5"
 MAPS = {  # pictures of losses by calibration text: method and title
@@ -186,19 +185,19 @@ def iq4_nl() -> str:
     trained = {"form": "langprune q4_0", "windows": 128, "tokens": 131072, "tests": [q4_0]}
     records += [trained, trained | {"tokens": None, "tests": [q4_0["before"]]}]
     rows = [["trimmed, 16-bit", None, None, dense, *3 * [None]]]
-    order = "llama.cpp q4_0", "llama.cpp iq4_nl", "llama.cpp q4_k_m"
-    order += "langprune q4_0", "langprune iq4_nl"
+    order = "llama.cpp iq4_nl", "llama.cpp q4_k_m", "langprune q4_0", "langprune iq4_nl"
 
-    def place(record: dict[str, Any]) -> tuple[int, int, int, float]:
-        tokens, rate = record["tokens"] or 0, record.get("rate") or 0
-        return bool(tokens), order.index(record["form"]), record["windows"] or 0, tokens + rate
+    def place(record: dict[str, Any]) -> tuple[bool, int, int, int]:
+        tokens = record["tokens"] or 0
+        return tokens > 0, order.index(record["form"]), record["windows"] or 0, tokens
 
     for record in sorted(records, key=place):
         test, *prose = record["tests"]
         perplexity = test.get("compared_perplexity", test["perplexity"])
         figures = [perplexity, test["kl"], test["top1_agreement"], *(one["kl"] for one in prose)]
-        name = record["form"] + RATES.get(record.get("rate"), "")
-        rows.append([name, record["windows"], record["tokens"], *figures, *[None] * (not prose)])
+        rows.append(
+            [record["form"], record["windows"], record["tokens"], *figures, *[None] * (not prose)]
+        )
     head = {"Model": "", "Calibration windows": "", "Training tokens": ",", "Perplexity ↓": ".2f"}
     head |= {KL: ".4f", "Top-1 agreement ↑": ".1%", "Other prose, KL (nats/token) ↓": ".4f"}
     return grid(head, rows, references=1)
