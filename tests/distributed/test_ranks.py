@@ -8,13 +8,14 @@ import signal
 import sys
 import time
 from collections.abc import Collection
+from functools import partial
 from pathlib import Path
 
 import pytest
 import support
 import tiny
 import torch
-from processes import ended, kept_port, together
+from processes import case_flags, ended, kept_port, together
 from support import QUICK, ROOT, call, reloaded, results, start, succeed, weights
 
 from lib.distributed import context
@@ -37,17 +38,11 @@ CASES = {
     "recovered": "llama --prune_method wanda --recover 512",
     "never called": "mamba --prune_method wanda --recover 512",  # one of its linears
 }
+flags = partial(case_flags, CASES, BASE)
 FILES = ("wanda", "offloaded", "packed", "recovered")  # where machines matter
 EXACT = ("wanda", "experts", "one window", "offloaded", "packed")
 SECOND_IS_GONE = r"error: rank 0 of \d: (rank 1|another rank) has ended or does not answer \(.*"
 pytestmark = pytest.mark.usefixtures("at_place")
-
-
-def flags(case: str, where: Path | str) -> list:
-    """A command line that saves its run and its model in a folder of the case's own."""
-    model, *rest = CASES[case].split()
-    saved = ["--save", f"{where}/{case}/run", "--save_model", f"{where}/{case}/model"]
-    return ["--model", model, *BASE, *rest, *saved]
 
 
 @pytest.fixture(scope="module")

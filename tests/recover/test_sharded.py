@@ -7,6 +7,7 @@ import sys
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from unittest import mock
@@ -17,7 +18,7 @@ import support
 import tiny
 import torch
 import torch.distributed as torch_dist
-from processes import ended, kept_port, together
+from processes import case_flags, ended, kept_port, together
 from support import CPU, QUICK, call, content, reloaded, results, succeed, weights, windows
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
@@ -56,16 +57,11 @@ CASES = {
     "one window": "llama --prune_method wanda --recover 32",  # and a rank that has none
     "dialogues": "chat --prune_method wanda --calibration_data chats --recover 96",
 }
+flags = partial(case_flags, CASES, BASE)
 TWICE = ("q4_0", "rank, experts")
 # for three ranks: four experts, rows in parts that are padded, outputs that can't be padded
 UNEVEN = ("mixture", "Conv1D", "rank", "rank, Conv1D")
 pytestmark = pytest.mark.usefixtures("at_place")
-
-
-def flags(case: str, where: Path | str) -> list:
-    model, *rest = CASES[case].split()
-    saved = ["--save", f"{where}/{case}/run", "--save_model", f"{where}/{case}/model"]
-    return ["--model", model, *BASE, *rest, *saved]
 
 
 @pytest.fixture(scope="module")
