@@ -177,45 +177,61 @@ def gemma_forms() -> str:
     return grid(FORMS | PROSE, rows, references=3)
 
 
+HALF, TWICE = (f"langprune iq4_nl, {rate} the rate" for rate in ("half", "twice"))
+MORE_TEXT = "langprune iq4_nl, cross-entropy 0.25"
+FEWER_NEURONS = "25% of the neurons removed, iq4_nl"
+
+
 @table("iq4_nl.json, frontier/gemma3-270m-rounded-128.json: perplexity, kl, top1_agreement")
 def iq4_nl() -> str:
     q4_0, here = raw("frontier/gemma3-270m-rounded-128.json")["evaluation"][0], raw("iq4_nl.json")
-    records = here["rows"]
-    dense = records[-1]["tests"][0]["dense_perplexity"]
     trained = {"form": "langprune q4_0", "windows": 128, "tokens": 131072, "tests": [q4_0]}
-    records += [trained, trained | {"tokens": None, "tests": [q4_0["before"]]}]
-    rows = [["trimmed, 16-bit", None, None, dense, *3 * [None]]]
+    untrained = trained | {"tokens": None, "tests": [q4_0["before"]]}
+    return of_windows([*here["rows"], trained, untrained], "Other prose, KL (nats/token) ↓")
+
+
+def of_windows(records: Sequence[dict[str, Any]], *prose: str) -> str:
+    """Models by windows and tokens: perplexity, KL and agreement on one text, KL on others."""
+    dense = next(test for r in records for test in r["tests"][:1] if "dense_perplexity" in test)
+    rows = [["trimmed, 16-bit", None, None, dense["dense_perplexity"], *(2 + len(prose)) * [None]]]
     order = "llama.cpp iq4_nl", "llama.cpp q4_k_m", "langprune q4_0", "langprune iq4_nl"
+    order = *order, HALF, TWICE, MORE_TEXT, FEWER_NEURONS
 
     def place(record: dict[str, Any]) -> tuple[bool, int, int, int]:
         tokens = record["tokens"] or 0
         return tokens > 0, order.index(record["form"]), record["windows"] or 0, tokens
 
     for record in sorted(records, key=place):
-        test, *prose = record["tests"]
+        test, *others = record["tests"]
         perplexity = test.get("compared_perplexity", test["perplexity"])
-        figures = [perplexity, test["kl"], test["top1_agreement"], *(one["kl"] for one in prose)]
-        rows.append(
-            [record["form"], record["windows"], record["tokens"], *figures, *[None] * (not prose)]
-        )
+        figures = [perplexity, test["kl"], test["top1_agreement"]]
+        figures += [one["kl"] for one in others] or [None] * len(prose)
+        rows.append([record["form"], record["windows"], record["tokens"], *figures])
     head = {"Model": "", "Calibration windows": "", "Training tokens": ",", "Perplexity ↓": ".2f"}
-    head |= {KL: ".4f", "Top-1 agreement ↑": ".1%", "Other prose, KL (nats/token) ↓": ".4f"}
+    head |= {KL: ".4f", "Top-1 agreement ↑": ".1%"} | dict.fromkeys(prose, ".4f")
     return grid(head, rows, references=1)
+
+
+def of_formats(model: str, dense: str, *texts: str) -> str:
+    """Bits per byte and KL of a model's formats on some texts."""
+    records = raw("iq4_nl.json")[model]
+    rows: list[list[Cell]] = [[dense], *([record["form"]] for record in records)]
+    for number in range(len(texts)):
+        rows[0] += [records[0]["tests"][number]["dense_bits_per_byte"], None]
+        for row, record in zip(rows[1:], records, strict=True):
+            row += measures(record["tests"][number], error=True)
+    head = [f"{text}, {name} ↓" for text in texts for name in ("bits per byte", "KL")]
+    return grid({"Model": ""} | dict.fromkeys(head, ".4f"), rows, references=1)
 
 
 @table("iq4_nl.json: smollm2: bits_per_byte, kl")
 def iq4_nl_smollm2() -> str:
-    records = raw("iq4_nl.json")["smollm2"]
-    rows: list[list[Cell]] = [["original, 16-bit"]]
-    rows += [[record["form"]] for record in records]
-    for number in range(2):
-        rows[0] += [records[0]["tests"][number]["dense_bits_per_byte"], None]
-        for row, record in zip(rows[1:], records, strict=True):
-            row += measures(record["tests"][number], error=True)
-    head = [
-        f"{text}, {name} ↓" for text in ("Answers", "English") for name in ("bits per byte", "KL")
-    ]
-    return grid({"Model": ""} | dict.fromkeys(head, ".4f"), rows, references=1)
+    return of_formats("smollm2", "original, 16-bit", "Answers", "English")
+
+
+@table("iq4_nl.json: qwen: bits_per_byte, kl")
+def iq4_nl_qwen() -> str:
+    return of_formats("qwen", "trimmed, 16-bit", "English")
 
 
 @table("iq4_nl.json: speed: median of tokens_per_second")
@@ -239,6 +255,11 @@ def iq4_nl_16() -> str:
         for one in raw("iq4_nl.json")["sixteen"]
     ]
     return grid({"Format": "", BITS: ".4f", KL: ".4f", "Top-1 agreement ↑": ".1%"}, rows)
+
+
+@table("iq4_nl.json: first_24: perplexity, kl, top1_agreement")
+def iq4_nl_24() -> str:
+    return of_windows(raw("iq4_nl.json")["first_24"])
 
 
 @table("frontier/smollm2-rounded.json, frontier/smollm2.json: size, bits_per_byte, kl")
