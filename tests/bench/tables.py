@@ -177,11 +177,6 @@ def gemma_forms() -> str:
     return grid(FORMS | PROSE, rows, references=3)
 
 
-HALF, TWICE = (f"langprune iq4_nl, {rate} the rate" for rate in ("half", "twice"))
-MORE_TEXT = "langprune iq4_nl, cross-entropy 0.25"
-FEWER_NEURONS = "25% of the neurons removed, iq4_nl"
-
-
 @table("iq4_nl.json, frontier/gemma3-270m-rounded-128.json: perplexity, kl, top1_agreement")
 def iq4_nl() -> str:
     q4_0, here = raw("frontier/gemma3-270m-rounded-128.json")["evaluation"][0], raw("iq4_nl.json")
@@ -195,7 +190,8 @@ def of_windows(records: Sequence[dict[str, Any]], *prose: str) -> str:
     dense = next(test for r in records for test in r["tests"][:1] if "dense_perplexity" in test)
     rows = [["trimmed, 16-bit", None, None, dense["dense_perplexity"], *(2 + len(prose)) * [None]]]
     order = "llama.cpp iq4_nl", "llama.cpp q4_k_m", "langprune q4_0", "langprune iq4_nl"
-    order = *order, HALF, TWICE, MORE_TEXT, FEWER_NEURONS
+    variants = "half the rate", "twice the rate", "cross-entropy 0.25"
+    order += *(f"langprune iq4_nl, {one}" for one in variants), "25% of the neurons removed, iq4_nl"
 
     def place(record: dict[str, Any]) -> tuple[bool, int, int, int]:
         tokens = record["tokens"] or 0
