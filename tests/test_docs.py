@@ -10,7 +10,7 @@ from support import ROOT
 
 from lib.util.errors import UserError
 
-sys.path.append(str(ROOT / "tests/bench"))
+sys.path.append(str(ROOT / "benchmarks"))
 
 import tables  # noqa: E402
 

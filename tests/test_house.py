@@ -151,9 +151,9 @@ def test_what_is_imported_is_required() -> None:
     text = (ROOT / "requirements.txt").read_text("utf-8").lower().replace("_", "-")
     required = set(re.findall(r"(?m)^[\w.-]+", text))
     known = {"lib", "main", "tests", *OPTIONAL, *sys.stdlib_module_names}
-    known |= {file.stem for file in (ROOT / "tests").rglob("*.py")}
+    known |= {file.stem for name in ("tests", "benchmarks") for file in (ROOT / name).rglob("*.py")}
     owners, missing = metadata.packages_distributions(), set()
-    for file in sources("lib", "tests"):
+    for file in sources("lib", "tests", "benchmarks"):
         for line, module in imports(file):
             top = module.partition(".")[0]
             names = {name.lower().replace("_", "-") for name in owners.get(top, [top])}
@@ -218,7 +218,7 @@ def slugs(page: Path) -> set[str]:
 
 def test_pages_name_flags_and_files_that_exist() -> None:
     known = vars(build_parser().parse_args(["--model", "m"]))
-    programs = [*sources("lib"), *(ROOT / "tests/bench").rglob("*.py")]
+    programs = [*sources("lib"), *(ROOT / "benchmarks").rglob("*.py")]
     options = {  # strings that may name a flag
         flag for file in programs for flag in re.findall(r'"-*(\w[\w-]*)"', file.read_text("utf-8"))
     }
@@ -227,7 +227,7 @@ def test_pages_name_flags_and_files_that_exist() -> None:
     others |= {"multi_gpu", "num_processes", "eval_zero_shot"}
     started = r"(?:main\.py|(?:launch\.sh|langprune) prune) ([^`|#\n]*)"
     wrong = []
-    folders = "lib", "docs", "tests/bench"
+    folders = "lib", "docs", "benchmarks"
     for page in (*ROOT.glob("*.md"), *(file for f in folders for file in ROOT.glob(f"{f}/**/*.*"))):
         if page.suffix not in (".md", ".py") or page.name == "CHANGELOG.md":
             continue

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from support import ROOT, call
 
-sys.path.append(str(ROOT / "tests/bench"))
+sys.path.append(str(ROOT / "benchmarks"))
 
 import flags_table  # noqa: E402
 

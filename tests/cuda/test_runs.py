@@ -18,7 +18,7 @@ from lib.model.blocks import BlockRunner
 from lib.model.pretrained import fresh_copy, pick_dtype
 from lib.recover import Recoverer, TrainSchedule
 
-sys.path.append(str(ROOT / "tests/bench/gpu"))
+sys.path.append(str(ROOT / "benchmarks/gpu"))
 
 import first_run  # noqa: E402
 

@@ -1,7 +1,7 @@
 """Compare what two commits write: over a hundred kinds of small run of main.py, on tiny models.
 
-    python tests/bench/compare_commits.py record CHECKOUT OUT.json [--cuda PROGRAM] [--only TEXT]
-    python tests/bench/compare_commits.py compare BEFORE.json AFTER.json
+    python benchmarks/compare_commits.py record CHECKOUT OUT.json [--cuda PROGRAM] [--only TEXT]
+    python benchmarks/compare_commits.py compare BEFORE.json AFTER.json
 
 `record` runs the main.py of a checkout and adds to OUT.json, for each kind, digests of every saved
 tensor and of the zeros, and the figures of results.json. Models and texts are made once, in place/

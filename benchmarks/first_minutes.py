@@ -1,6 +1,6 @@
 """New users' ways, from `git clone` to tokens in llama.cpp: what was planned, and what it took.
 
-    python tests/bench/first_minutes.py FOLDER MODEL=LANGUAGE=TEXTS=MINUTES[=FLAGS] ... --cpu_clock
+    python benchmarks/first_minutes.py FOLDER MODEL=LANGUAGE=TEXTS=MINUTES[=FLAGS] ... --cpu_clock
 
 Each is a clone of this checkout, `pip install` of it (without what it needs, which this Python must
 have), `langprune compress` in an empty folder, and a text gone on with by llama.cpp; a row each.
@@ -20,7 +20,7 @@ import sys
 import time
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[1]
 TOKENS = 48
 CLOCK = """\
 import os, time

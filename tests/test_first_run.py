@@ -9,7 +9,7 @@ import pytest
 import torch
 from support import ROOT
 
-sys.path.append(str(ROOT / "tests/bench/gpu"))
+sys.path.append(str(ROOT / "benchmarks/gpu"))
 
 import first_run  # noqa: E402
 

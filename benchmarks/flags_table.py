@@ -1,7 +1,7 @@
 """Write the flag reference in docs/usage.md from the parsers of main.py and compress.
 
-    python tests/bench/flags_table.py            # rewrite the tables
-    python tests/bench/flags_table.py --check    # write nothing; fail if one is stale
+    python benchmarks/flags_table.py            # rewrite the tables
+    python benchmarks/flags_table.py --check    # write nothing; fail if one is stale
 
 A table stands between two lines, `<!-- flags: COMMAND -->` and `<!-- end -->`.
 """
@@ -14,7 +14,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from lib.commands import compress  # noqa: E402
@@ -61,7 +61,7 @@ def main(argv: list[str]) -> None:
         lambda at: f"<!-- flags: {at[1]} -->\n{table(PARSERS[at[1]]())}\n<!-- end -->", old
     )
     if new != old and args.check:
-        raise UserError("docs/usage.md is stale. Run python tests/bench/flags_table.py")
+        raise UserError("docs/usage.md is stale. Run python benchmarks/flags_table.py")
     if new != old:
         PAGE.write_text(new, "utf-8")
 

@@ -1,7 +1,7 @@
-"""Write the tables of README.md and docs/ from the raw figures in tests/bench/results/.
+"""Write the tables of README.md and docs/ from the raw figures in benchmarks/results/.
 
-    python tests/bench/tables.py            # rewrite the tables, draw .github/images/*.png
-    python tests/bench/tables.py --check    # write nothing; fail if a table is stale
+    python benchmarks/tables.py            # rewrite the tables, draw .github/images/*.png
+    python benchmarks/tables.py --check    # write nothing; fail if a table is stale
 
 A page has a table between two lines, `<!-- table: NAME (file: fields) -->` and `<!-- end -->`.
 NAME is a function of this file with `-` in place of `_`; this script fills in the rest.
@@ -19,15 +19,15 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from lib.commands.report_pictures import heat_map
 from lib.util.command import make_parser, run
 from lib.util.errors import UserError
 from lib.util.markdown import padded_table
 
-ROOT = Path(__file__).resolve().parents[2]
-RESULTS = ROOT / "tests/bench/results"
+ROOT = Path(__file__).resolve().parents[1]
+RESULTS = ROOT / "benchmarks/results"
 IMAGES = ROOT / ".github/images"
 TABLES: dict[str, tuple[str, Callable[[], str]]] = {}  # source and maker, by name
 MARKED = re.compile(r"<!-- table: ([\w-]+)[^>]* -->\n(.*?)<!-- end -->", re.DOTALL)
@@ -783,7 +783,7 @@ def filled(text: str) -> str:
 
     def made(found: re.Match[str]) -> str:
         if found[1] not in TABLES:
-            raise UserError(f"table {found[1]}: no function of tests/bench/tables.py makes it")
+            raise UserError(f"table {found[1]}: no function of benchmarks/tables.py makes it")
         source, make = TABLES[found[1]]
         return f"<!-- table: {found[1]} ({source}) -->\n{make()}\n<!-- end -->"
 
@@ -798,7 +798,7 @@ def main(argv: list[str]) -> None:
     stale = [page for page in pages if filled(text := page.read_text("utf-8")) != text]
     names = " ".join(str(page.relative_to(ROOT)) for page in stale)
     if check and stale:
-        raise UserError(f"stale tables in {names}. Run python tests/bench/tables.py")
+        raise UserError(f"stale tables in {names}. Run python benchmarks/tables.py")
     if not check:
         for page in stale:
             page.write_text(filled(page.read_text("utf-8")), "utf-8")

@@ -1,6 +1,6 @@
 """What a run leaves behind when something goes wrong, and what the next one does with it.
 
-    python tests/bench/faults.py [--kills 20] [--seed 0]
+    python benchmarks/faults.py [--kills 20] [--seed 0]
 
 Kills main.py and a sweep with SIGKILL at random moments, fills the disk, changes a text, cuts a
 shard, names folders that are not empty, starts two runs in one folder, closes the reader of the
@@ -28,7 +28,7 @@ from pathlib import Path
 
 from safetensors.torch import load_file, save_file
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 import tiny  # noqa: E402

@@ -1,6 +1,6 @@
 """Pairs for `launch.sh tasks --pairs`: a sentence, and the same with something wrong in it.
 
-    python tests/bench/make_pairs.py DATA OUT.jsonl [COUNT]
+    python benchmarks/make_pairs.py DATA OUT.jsonl [COUNT]
 
 Of the test documents of DATA sentences of 5 to 20 words are drawn, and two neighbouring words of
 three letters or more change places. Where DATA is `ua-gec` they are the sentences of the test part

@@ -1,6 +1,6 @@
 """The whole tool on one model: dense, trimmed, pruned, recovered, packed at 16 and at 4 bits.
 
-    python tests/bench/bench_whole.py MODEL --data uk --out whole -- --device cpu
+    python benchmarks/bench_whole.py MODEL --data uk --out whole -- --device cpu
 
 Each stage is a run of main.py on what the stage before has saved: `--out` keeps models and results,
 and the same command goes on where it was. Then one token after another is decoded by every stage's

@@ -1,6 +1,6 @@
 """GGUF files of models: bytes, and greedy words of llama.cpp beside transformers'.
 
-    python tests/bench/bench_gguf.py NAME=FOLDER ... --types f16 q8_0 q4_0 --data SOURCE \\
+    python benchmarks/bench_gguf.py NAME=FOLDER ... --types f16 q8_0 q4_0 --data SOURCE \\
         --files FOLDER --out JSON
 
 Every file is converted and proven by `launch.sh gguf` first, unless FOLDER has it already. Then
@@ -21,7 +21,7 @@ from pathlib import Path
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from lib.commands.gguf.__main__ import main as convert  # noqa: E402

@@ -1,8 +1,8 @@
 """The first run on a GPU: what must hold there, one check after another, each in its own process.
 
-    python tests/bench/gpu/first_run.py                       # on one card with 24 GB or more
-    python tests/bench/gpu/first_run.py --only published      # one of them, or some
-    python tests/bench/gpu/first_run.py --device cpu --small  # what a CPU can do of it, in small
+    python benchmarks/gpu/first_run.py                       # on one card with 24 GB or more
+    python benchmarks/gpu/first_run.py --only published      # one of them, or some
+    python benchmarks/gpu/first_run.py --device cpu --small  # what a CPU can do of it, in small
 
 Apart from `published`, which repeats published figures if the hub can be reached, nothing needs
 network, text or model. A check that fails, crashes or hangs is a line with its reason, and the rest
@@ -24,8 +24,8 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parents[3]
-sys.path[:0] = [str(ROOT), str(ROOT / "tests"), str(ROOT / "tests/bench")]
+ROOT = Path(__file__).resolve().parents[2]
+sys.path[:0] = [str(ROOT), str(ROOT / "tests"), str(ROOT / "benchmarks")]
 
 import tiny  # noqa: E402
 import torch  # noqa: E402

@@ -1,9 +1,9 @@
 """Speed, size and loading of packed weights beside dense ones, as Markdown tables.
 
-    python tests/bench/bench_sparse.py products # linears of 4096 and 11008, 1 to 512 tokens
-    python tests/bench/bench_sparse.py model  # a random LLaMA of 1.2 billion parameters
-    python tests/bench/bench_sparse.py model --model FOLDER  # a model; random weights become zeros
-    python tests/bench/bench_sparse.py split --model FOLDER  # where the time of a token goes
+    python benchmarks/bench_sparse.py products # linears of 4096 and 11008, 1 to 512 tokens
+    python benchmarks/bench_sparse.py model  # a random LLaMA of 1.2 billion parameters
+    python benchmarks/bench_sparse.py model --model FOLDER  # a model; random weights become zeros
+    python benchmarks/bench_sparse.py split --model FOLDER  # where the time of a token goes
 
 Run it on a quiet machine. Dense and packed take turns in the same run, figures are medians; loading
 and resident memory are those of a process of its own for each. llama.cpp beside it, by its own
@@ -23,7 +23,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
 from measure import medians, random_llama, table

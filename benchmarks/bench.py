@@ -1,6 +1,6 @@
 """Benchmark: this project and llm-compressor prune one model on the same windows, turn by turn.
 
-    python tests/bench/bench.py --model MODEL --calibration_data DIR
+    python benchmarks/bench.py --model MODEL --calibration_data DIR
 
 Prints medians over rounds of the seconds of pruning alone, their ratio, the peak resident memory
 and the perplexity of both. llm-compressor is installed into an environment of its own on first use.

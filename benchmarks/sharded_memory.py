@@ -1,4 +1,4 @@
-"""Memory of each rank that shares in a training: python tests/bench/sharded_memory.py [RANKS ...]
+"""Memory of each rank that shares in a training: python benchmarks/sharded_memory.py [RANKS ...]
 
 Trains a random LLaMA with 308 million weights in its blocks, pruned 2:4, for one step, by 1, 2 and
 4 processes on this machine's CPU, in some minutes. For the main rank it writes to
@@ -19,14 +19,14 @@ import tempfile
 import threading
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 SIZE = dict(hidden_size=1024, intermediate_size=2816, num_hidden_layers=24)
 SIZE |= dict(num_attention_heads=16, num_key_value_heads=16)
 FLAGS = ["--device", "cpu", "--dtype", "float32", "--seqlen", "32", "--completions", "0"]
 FLAGS += ["--prune_method", "magnitude", "--sparsity_type", "2:4", "--batch_size", "1"]
 FLAGS += ["--recover", "128", "--recover_lr", "1e-5"]
-RESULTS = ROOT / "tests/bench/results/sharded_memory.json"
+RESULTS = ROOT / "benchmarks/results/sharded_memory.json"
 
 
 def anonymous() -> int:

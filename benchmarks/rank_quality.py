@@ -1,6 +1,6 @@
 """Spearman's rank correlation of perplexity with every other figure of pruned models' quality.
 
-    python tests/bench/rank_quality.py RUN [RUN ...]
+    python benchmarks/rank_quality.py RUN [RUN ...]
 
 A RUN is a run's `--save` folder or a folder of them; the dense model is left out. Figures are
 signed so that higher is better: where two order the models alike the correlation is 1.

@@ -1,6 +1,6 @@
 """Bytes against bits per byte at equal training: quantized, pruned and both, here and by llama.cpp.
 
-    python tests/bench/bench_frontier.py MODEL --data uk --tokens 131072 --llama BUILT \
+    python benchmarks/bench_frontier.py MODEL --data uk --tokens 131072 --llama BUILT \
         --out frontier -- --device cpu --seqlen 512
 
 Every model is MODEL, whole or with its vocabulary trimmed; rounded to q4_0 or iq4_nl on the train
@@ -24,7 +24,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any, NamedTuple
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
 from measure import decoding_speeds, table
@@ -32,7 +32,7 @@ from safetensors.torch import load_file, save_file
 
 from lib.util.command import add_debug_flag, run, split_argv
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[1]
 TYPES = ("q8_0", "q4_k_m", "q4_0", "iq4_nl", "q3_k_m")
 CHUNKS, WINDOW = 32, 512  # of the importance matrix, and tokens of each
 TEXT = 2_000_000  # characters of the train text, from which they come

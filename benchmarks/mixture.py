@@ -1,6 +1,6 @@
 """Make a small dense LLaMA a mixture of 8 experts, 2 used, and train it on two languages.
 
-    python tests/bench/mixture.py DENSE TEXTS OUT [--languages uk en] [--steps 260]
+    python benchmarks/mixture.py DENSE TEXTS OUT [--languages uk en] [--steps 260]
 
 Every expert gets another random half of the MLP's neurons, with scaled outputs, so that they differ
 at once (compare Drop-Upcycling, Nakamura et al., ICLR 2025). Only experts and routers are trained,
@@ -22,7 +22,7 @@ from matplotlib.figure import Figure
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, MixtralConfig, MixtralForCausalLM
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 
 EXPERTS, LENGTH, WIDTH = 8, 512, 352  # tokens of a window; neurons of an expert: 32 times a number
