@@ -40,6 +40,7 @@ from .pruning.in_memory import Pruned, runner_of, text_windows
 from .pruning.inputs import BlockNotes, Group, merge, observe, rank_windows, weight_key
 from .pruning.masks import packed_masks
 from .pruning.ordered import OrderedBlock, Stage, known_order
+from .util import progress
 from .util.errors import RunWarning, UserError, first_of
 
 UNREACHED = "no calibration token reached it, or its forward() is bypassed"
@@ -289,6 +290,7 @@ class Pruner:
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
             try:
+                progress.on_step("solve", 0)
                 self._change_(group, matrices)
             except UserError as error:
                 raise UserError(f"{group.names}: {error}") from error

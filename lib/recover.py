@@ -47,6 +47,7 @@ from .sharded import (
     read_state,
     write_state,
 )
+from .util import progress
 from .util.deterministic import deterministic
 from .util.errors import UserError
 
@@ -420,10 +421,12 @@ class Recoverer:
                     seconds = before + time.perf_counter() - began
                     state = {"step": step + 1, "losses": losses, "seconds": seconds}
                     state |= {"curve": self.curve, "best": self.best}
+                    progress.on_step("save training", 0)
                     if self.sharded:
                         write_state(finished, self.runner.dist, self._state(), state)
                     else:
                         finished.write(RECOVERY, self._state(), state)
+                    progress.on_step("save training", 1)
                     kept = time.monotonic()
                 on_progress(tokens, f"loss {loss:.4f}")
         for part, best in zip(self.parts.values(), self.best_values, strict=True):

@@ -41,7 +41,6 @@ from lib.prune import Pruner
 from lib.pruning.allocation import Allocation, uniform
 from lib.quantize import takes
 from lib.util import command
-from lib.util.progress import progress
 
 ROOT = Path(__file__).resolve().parent.parent
 CPU = torch.device("cpu")
@@ -104,25 +103,13 @@ def call_here(module: str, *argv: object) -> int:
 
 @contextmanager
 def at(what: str, number: int, act: Callable[[], object]) -> Iterator[None]:
-    """Inside, `act()` is called when the progress bar `what` has been told of `number` steps."""
+    """Inside, `act()` is called when the step `what` of a run comes to its unit `number`."""
 
-    @contextmanager
-    def watched(total: int | None, label: str, unit: str, shown: bool = True):
-        with progress(total, label, unit, shown) as on_progress:
-            steps = 0
+    def on_step(name: str, reached: int) -> None:
+        if (name, reached) == (what, number):
+            act()
 
-            def told(done: int, note: str = "") -> None:
-                nonlocal steps
-                on_progress(done, note)
-                steps += 1
-                if (label, steps) == (what, number):
-                    act()
-
-            if (label, number) == (what, 0):
-                act()
-            yield told
-
-    with mock.patch("lib.run.job.progress", watched):
+    with mock.patch("lib.util.progress.on_step", on_step):
         yield
 
 

@@ -61,7 +61,7 @@ KINDS = {
     "iq4_nl, neurons, trained": ["wide", *NEURONS, *IQ4_NL, *TRAIN],
     "q4_0, neurons, trained": ["wide", *TRIM, *NEURONS, *Q4_0, *TRAIN],
 }
-STEPS = {"pruning": "--prune_method", "quantizing": "--quantize", "recovering": "--recover"}
+STEPS = {"prune": "--prune_method", "quantize": "--quantize", "recover": "--recover"}
 TOGETHER = ("neurons", "int4", "q4_0, float32", "q4_0, trained", "q4_0, neurons, trained")
 TOGETHER += ("iq4_nl", "iq4_nl, trained")
 BATCHES = ("by error", "experts", "neurons")
@@ -156,7 +156,7 @@ def test_the_same_model(kind: str, way: str, plain: Path, place: Path, tmp_path:
         argv += ["--resume", tmp_path / "kept"]
         argv += [] if {"--recover", "--load_bit"} & set(argv) else away
         step = way.rpartition(" ")[2]
-        fault = f"{step} {7 if step == 'recovering' else 1}:SIGKILL"
+        fault = f"{step} {7 if step == 'recover' else 1}:SIGKILL"
         check(processes.run(argv, place, fault), -signal.SIGKILL)
         assert not (tmp_path / "model").exists() and list((tmp_path / "kept").glob("*.safetensors"))
         check(call(*argv))

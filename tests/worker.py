@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import os
-import pkgutil
 import signal
 import sys
 import time
-from collections.abc import Callable
 from contextlib import nullcontext
 from functools import partial
 from importlib import import_module
-from unittest import mock
 
 import bitsandbytes  # noqa: F401  what is heavy is imported once, before processes fork off
 import datasets  # noqa: F401
@@ -43,9 +40,8 @@ def work(
     """Run main.py, or a command, with each command line in turn, under its settings of the
     environment.
 
-    `fault`, as `pruning 1:SIGKILL`, sends this process the signal when the progress bar `pruning`
-    has been told of one step, and `before lib.run.save.put_in_place:SIGKILL`, or `after`, when that
-    is called; after `late` it reads blocks slowly, and another word than a signal's is raised as an
+    `fault`, as `prune 1:SIGKILL`, sends this process the signal when the step `prune` comes to its
+    unit 1; after `late` it reads blocks slowly, and another word than a signal's is raised as an
     error. With a fault, what a command starts runs in this process. What is said goes to the files
     `out` and `err`.
     """
@@ -58,21 +54,11 @@ def work(
     module, fails = import_module(program), partial(_fail, how)
     if fault and hasattr(module, "call"):
         module.call = call_here
-    if label in ("before", "after"):
-        faulty = _around(number, **{label: fails})
-    else:
-        faulty = at(label, int(number), fails) if fault else nullcontext()
-    with faulty:
+    with at(label, int(number), fails) if fault else nullcontext():
         for argv, variables in zip(commands, settings, strict=True):
             os.environ.update(variables)
             status = status or command.run(module.main, argv)
     sys.exit(status)
-
-
-def _around(name: str, before: Callable = int, after: Callable = int):
-    """Inside, `before()` and `after()` are called around each call of a function."""
-    own = pkgutil.resolve_name(name)
-    return mock.patch(name, lambda *given: (before(), own(*given), after())[1])
 
 
 def _fail(how: str) -> None:

@@ -120,7 +120,8 @@ class Job:
         The bar is named `what` and is full after `total` units; without a name there is none.
         """
         start = time.perf_counter()
-        with progress(total, what, unit, bool(what) and self.dist.is_main) as on_progress:
+        shown = bool(what) and self.dist.is_main
+        with progress(total, what, unit, shown, step) as on_progress:
             yield on_progress
         seconds = self.outcome.seconds
         seconds[step] = round(seconds.get(step, 0) + time.perf_counter() - start, 3)

@@ -39,6 +39,7 @@ from ..pruning.errors import TOKENS
 from ..recover import TrainSchedule
 from ..remove import experts_left, neurons_left
 from ..sharded import can_share
+from ..util import progress
 from ..util.errors import UserError
 from ..util.host import available, gib
 from .flags import build_parser, shown
@@ -527,6 +528,7 @@ class Memory:
         On a CPU only training is refused, since the system can drop weights that were read from a
         file, and read them again.
         """
+        progress.on_step("check memory", 0)
         for stage in sorted(self.stages, key=lambda stage: stage != "train"):  # training first
             if self.fits(stage) or not (self.gpu or stage == "train"):
                 continue

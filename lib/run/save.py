@@ -24,6 +24,7 @@ from ..model.pretrained import cast, save_in_shards, text_alone
 from ..model.processor import copy_processor
 from ..packed.checkpoint import mark_packed_
 from ..sparse import check_same_outputs
+from ..util import progress
 from ..util.command import typed
 from ..util.errors import UserError, first_line
 from ..util.files import partial_of, put_in_place, sync_all, temporary_folder, write_text
@@ -54,7 +55,9 @@ def save(job: Job, runner: BlockRunner, cleanup: ExitStack) -> None:
                 moved = folder.hand_over(other)
                 job.outcome.folder = None
             try:
+                progress.on_step("rename", 0)
                 put_in_place(stage, target)
+                progress.on_step("rename", 1)
             except OSError as error:
                 raise UserError(
                     f"--save_model {target}: {first_line(error)}. The complete model is in {stage}."
@@ -79,6 +82,7 @@ def _write(job: Job, runner: BlockRunner, stage: Path) -> None:
     except SafetensorError as error:
         raise UserError(f"--save_model {job.args.save_model}: {error}. Check the disk.") from error
     as_loaded(job.tokenizer).save_pretrained(stage)
+    progress.on_step("save tokenizer", 0)
     write_tokenizer_model(job.tokenizer, stage)
     if not alone and getattr(runner.model, "unread", None):
         copy_processor(job.checkpoint, stage, job.vocabulary and job.vocabulary.rows)

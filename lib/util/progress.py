@@ -1,4 +1,7 @@
-"""Progress with time left: a bar on a terminal, occasional lines in a log."""
+"""Progress with time left: a bar on a terminal, occasional lines in a log.
+
+`on_step` sees every step of a run, so that a test can make it fail there.
+"""
 
 from __future__ import annotations
 
@@ -12,16 +15,21 @@ from tqdm import tqdm
 LOG_SECONDS = 30  # between two lines if stderr is not a terminal
 
 
+def on_step(name: str, number: int) -> None:
+    """Do nothing; called when a step begins (0), and each time that it advances (1, 2, ...)."""
+
+
 @contextmanager
 def progress(
-    total: int | None, what: str, unit: str, shown: bool = True
+    total: int | None, what: str, unit: str, shown: bool = True, step: str = ""
 ) -> Iterator[Callable[..., None]]:
     """Yield a function that advances a progress bar on stderr by a number of units.
 
     `total` is None if the end is not known. The function also takes a short note, which is
-    printed at the end of the bar.
+    printed at the end of the bar. `on_step` gets the name `step`, by default `what`.
     """
     in_log = not sys.stderr.isatty()
+    number, step = 0, step or what
     seconds = LOG_SECONDS if in_log else 0.1
     with tqdm(
         total=total,
@@ -37,10 +45,14 @@ def progress(
     ) as bar:
 
         def on_progress(done: int, note: str = "") -> None:
+            nonlocal number
             if note:
                 bar.set_postfix_str(note, refresh=False)
             bar.update(done)
+            number += 1
+            on_step(step, number)
 
+        on_step(step, 0)
         yield on_progress
 
 

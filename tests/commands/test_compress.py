@@ -402,11 +402,11 @@ def test_killed_it_continues_to_the_same_bytes(trained: Path, tmp_path: Path) ->
     Path("small-compress").rename("whole-compress")
     for faults in (
         (
-            "recovering 30",
-            "before lib.run.save.write_tokenizer_model",
-            "before lib.run.save.put_in_place",
+            "recover 30",
+            "save tokenizer 0",
+            "rename 0",
         ),
-        ("after lib.run.save.put_in_place",),
+        ("rename 1",),
     ):
         for fault in faults:
             worker = Worker([argv], tmp_path, f"{fault}:SIGKILL", program="lib.commands.compress")

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +15,6 @@ from lib.model import pretrained
 from lib.prune import Pruner
 from lib.run import steps
 from lib.run.memory import Memory
-from lib.util.progress import progress
 
 BLOCKS, WIDTH, INNER, TOKENS, RANK = 8, 128, 384, 64, 4  # tokens: of a batch
 MATRIX = 4 * INNER * WIDTH  # bytes of the largest, float32
@@ -62,9 +59,9 @@ def test_what_a_card_needs_on_paper(argv: str, device: Any, tmp_path: Path) -> N
     assert "memory" in done.complaints[-1]
 
 
-# progress bars: the stage that each shows, and the steps after which its tensors are there
-BARS = {"dense": ("measure", 0), "measuring errors": ("allocate", 3), "pruning": ("prune", 1)}
-BARS |= {"quantizing": ("quantize", 3), "recovering": ("train", 2)}
+# steps of a run: the stage of each, and the units after which its tensors are there
+STEPS = {"dense": ("measure", 0), "allocate": ("allocate", 3), "prune": ("prune", 1)}
+STEPS |= {"quantize": ("quantize", 3), "recover": ("train", 2)}
 TRAIN = ["--recover", "96", "--recover_ce_weight", "0.1"]
 RUNS = {
     "all": ["--prune_method", "admm", "--allocation", "error", "--quantize", "q4_0", *TRAIN],
@@ -106,28 +103,16 @@ class Watched:
                 model.set_experts_implementation("eager")
             return model
 
-        @contextmanager
-        def bar(total: int, label: str, unit: str, shown: bool = True) -> Iterator:
-            stage, after = BARS.get(label, ("", 0))
-            with progress(total, label, unit, shown) as on_progress:
-                done = 0
-
-                def told(count: int, note: str = "") -> None:
-                    nonlocal done
-                    on_progress(count, note)
-                    done += 1
-                    if done == after:
-                        self.note(stage)
-
-                if stage and not after:
-                    self.note(stage)
-                yield told
+        def on_step(name: str, number: int) -> None:
+            stage, after = STEPS.get(name, ("", -1))
+            if number == after:
+                self.note(stage)
 
         monkeypatch.setattr(Memory, "check", check)
         monkeypatch.setattr(Pruner, "_solve_", solve)
         monkeypatch.setattr(steps, "save", save)
         monkeypatch.setattr(pretrained, "load_model", load_model)
-        monkeypatch.setattr("lib.run.job.progress", bar)
+        monkeypatch.setattr("lib.util.progress.on_step", on_step)
         for name, value in changed.items():
             monkeypatch.setattr(Memory, name, value)
 

@@ -132,9 +132,9 @@ def test_what_was_packed_there_is_read_there(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "stop, more",
     [
-        (("pruning", 2), ADMM),
-        (("pruning", 2), [*ADMM, "--offload_folder", "blocks"]),
-        (("recovering", 6), [*ADMM, *RECOVER, *PACK]),
+        (("prune", 2), ADMM),
+        (("prune", 2), [*ADMM, "--offload_folder", "blocks"]),
+        (("recover", 6), [*ADMM, *RECOVER, *PACK]),
     ],
 )
 def test_interrupted_and_continued(stop: tuple, more: list[str], tmp_path: Path) -> None:

@@ -71,7 +71,7 @@ def test_a_run_that_is_continued_on_another_day(on: Callable) -> None:
     to = lambda name: [*PRUNE, "--save", f"{name}-out", "--save_model", name]  # noqa: E731
     resumed = [*to("resumed"), "--trim_vocabulary", "--resume", "kept"]
     on("2026-11-29")
-    with raising(MemoryError("none left"), "pruning", 1):
+    with raising(MemoryError("none left"), "prune", 1):
         assert call(*resumed).status == 1
     on("2027-01-05")
     other = call(*resumed, "--date", "2027-01-05")

@@ -46,7 +46,7 @@ def test_a_run(case: str) -> None:
 def test_what_one_can_not_hold_all_refuse(rank: int, place: Path) -> None:
     left = {path.name for path in place.iterdir()}
     argv = [*flags("q4_0 trained"), "--save_model", "new"]
-    faults = {rank: "before lib.run.memory.Memory.check:no room for training"}
+    faults = {rank: "check memory 0:no room for training"}
     done = ended(together(2, [argv], place, faults))
     assert done[0].status == FAILED
     assert sum((one.complaints for one in done), []) == ["error: no room for training"]

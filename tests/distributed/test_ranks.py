@@ -135,9 +135,9 @@ def test_a_run_is_continued_by_another_number_of_ranks(
     place: Path, alone: str, tmp_path: Path
 ) -> None:
     argv = [*flags("sparsegpt 4:8", tmp_path), "--resume", tmp_path / "kept"]
-    done = ended(together(3, [argv], place, {0: "pruning 1:SIGKILL"}))
+    done = ended(together(3, [argv], place, {0: "prune 1:SIGKILL"}))
     assert done[0].status == -signal.SIGKILL
-    done = ended(together(2, [argv], place, {1: "pruning 2:SIGKILL"}))
+    done = ended(together(2, [argv], place, {1: "prune 2:SIGKILL"}))
     assert done[1].status == -signal.SIGKILL
     assert call(*argv).status == 0 and not (tmp_path / "kept").exists()
     before, after = (weights(at / "sparsegpt 4:8/model") for at in (place / alone, tmp_path))
@@ -147,7 +147,7 @@ def test_a_run_is_continued_by_another_number_of_ranks(
 
 def test_no_file_is_moved_while_another_rank_reads_it(place: Path, tmp_path: Path) -> None:
     """Here the second compares packed blocks when the first is ready to save them."""
-    done = ended(together(2, [flags("packed", tmp_path)], place, {1: "pruning 3:late"}))
+    done = ended(together(2, [flags("packed", tmp_path)], place, {1: "prune 3:late"}))
     assert [one.status for one in done] == [0, 0], [one.err for one in done]
 
 
@@ -159,7 +159,7 @@ def complaints(done: list) -> list[str]:
 
 
 def test_a_killed_rank_ends_the_others(place: Path, tmp_path: Path) -> None:
-    done = ended(together(3, [flags("wanda", tmp_path)], place, {1: "pruning 1:SIGKILL"}))
+    done = ended(together(3, [flags("wanda", tmp_path)], place, {1: "prune 1:SIGKILL"}))
     assert [one.status for one in done] == [FAILED, -signal.SIGKILL, TERMINATED]
     [line] = complaints(done)
     assert re.match(SECOND_IS_GONE, line)
@@ -167,7 +167,7 @@ def test_a_killed_rank_ends_the_others(place: Path, tmp_path: Path) -> None:
 
 
 def test_without_a_launcher_the_others_end_by_themselves(place: Path, tmp_path: Path) -> None:
-    faults = {0: "pruning 2:SIGKILL"}
+    faults = {0: "prune 2:SIGKILL"}
     workers = together(2, [flags("wanda", tmp_path)], place, faults, agent=False)
     done = [one.end() for one in workers]
     assert [one.status for one in done] == [-signal.SIGKILL, FAILED]
@@ -176,7 +176,7 @@ def test_without_a_launcher_the_others_end_by_themselves(place: Path, tmp_path: 
 
 
 def test_a_defect_shows_one_traceback(place: Path, tmp_path: Path) -> None:
-    faults = {0: "pruning 1:defect", 1: "pruning 1:defect"}
+    faults = {0: "prune 1:defect", 1: "prune 1:defect"}
     done = ended(together(2, [flags("wanda", tmp_path)], place, faults))
     assert [one.status for one in done] == [FAILED, TERMINATED]
     assert [one.err.count("RuntimeError: defect") for one in done] == [1, 0]
@@ -185,7 +185,7 @@ def test_a_defect_shows_one_traceback(place: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize("how", ["no solution", "defect"])
 def test_an_error_of_one_rank_is_reported_once(how: str, place: Path, tmp_path: Path) -> None:
     """The second solves its share of the linear layers while the first waits for it."""
-    faults = {1: f"before lib.methods.wanda.Wanda.prune_:{how}"}
+    faults = {1: f"solve 0:{how}"}
     done = ended(together(2, [flags("wanda", tmp_path)], place, faults))
     assert [one.status for one in done] == [FAILED, TERMINATED]
     assert not done[1].complaints

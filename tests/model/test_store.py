@@ -131,7 +131,7 @@ def test_a_shard_that_is_damaged_in_the_middle_of_the_run(
         if damage == "cut":
             file.write_bytes(data[:2000])
 
-    with at("pruning", 1, break_it):
+    with at("prune", 1, break_it):
         done = prune(tmp_path / "sharded", tmp_path, "--offload_folder", tmp_path / "away")
     [line] = done.complaints
     assert done.status == 1 and name in line and "cannot be read from" in line

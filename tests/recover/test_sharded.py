@@ -170,10 +170,10 @@ def test_the_same_ranks_leave_the_same_bytes(place: Path, two: str) -> None:
 
 def test_a_rank_that_dies_ends_all_and_the_training_goes_on(place: Path, two: str) -> None:
     argv = [*flags("dense", "killed"), "--resume", "kept"]
-    done = ended(together(2, [argv], place, {1: "before lib.recover.write_state:SIGKILL"}))
+    done = ended(together(2, [argv], place, {1: "save training 0:SIGKILL"}))
     assert done[1].status == -signal.SIGKILL and done[0].status == FAILED
     assert "rank 0 of 2: rank 1 has ended or does not answer" in done[0].complaints[-1]
-    done = ended(together(2, [argv], place, {1: "after lib.recover.write_state:SIGKILL"}))
+    done = ended(together(2, [argv], place, {1: "save training 1:SIGKILL"}))
     assert done[1].status == -signal.SIGKILL
     assert len(list(Path("kept").glob("recovery-*-of-00002-1.safetensors"))) == 2
     for size in (1, 3):

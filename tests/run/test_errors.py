@@ -338,7 +338,7 @@ def test_activations_that_become_infinite(method: str, texts: Path, tmp_path: Pa
 
 def test_a_lack_of_memory_names_flags(model: Path, texts: Path) -> None:
     full = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB")
-    with raising(full, "pruning"):
+    with raising(full, "prune"):
         done = call("--model", model, "--calibration_data", texts, *WANDA)
     complaint(done, 1, "out of memory", "--batch_size", "--offload_folder")
 

@@ -287,7 +287,7 @@ def test_a_run_that_is_continued_decides_as_it_did(
         argv += ["--eval_data", test, "--resume", tmp_path / f"{name}-kept"]
         return [*argv, "--save_model", tmp_path / f"{name}-m", "--save", tmp_path / f"{name}-out"]
 
-    assert processes.run(flags("resumed", noise), tmp_path, "pruning 1:SIGKILL").status < 0
+    assert processes.run(flags("resumed", noise), tmp_path, "prune 1:SIGKILL").status < 0
     for name, test in (("resumed", uk), ("noise", noise), ("uk", uk)):
         succeed(*flags(name, test))
     begun = {name: results(tmp_path / f"{name}-out")["bos"] for name in ("resumed", "noise", "uk")}

@@ -45,7 +45,7 @@ def killed(place: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What a run has kept that was killed after two blocks."""
     folder = tmp_path_factory.mktemp("killed") / "kept"
     argv = [*GIVEN, "--save_model", folder / "model", "--resume", folder]
-    assert processes.run(argv, place, "pruning 2:SIGKILL").status < 0
+    assert processes.run(argv, place, "prune 2:SIGKILL").status < 0
     return folder
 
 
@@ -132,7 +132,7 @@ def test_a_damaged_block_is_done_again(
     if damage == "of another run":
         other = [*begun[:-1], tmp_path / "other", "--seed", "1"]
         other[other.index("--save_model") + 1] = tmp_path / "other-model"
-        assert processes.run(other, place, "pruning 2:SIGKILL").status < 0
+        assert processes.run(other, place, "prune 2:SIGKILL").status < 0
         shutil.copy(tmp_path / "other" / file.name, file)
     else:
         file.write_bytes(data[: len(data) // 2] if damage == "cut" else b"")

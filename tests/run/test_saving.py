@@ -89,7 +89,7 @@ def test_results_without_a_name_are_called_as_the_run(flags: str, name: str) -> 
 
 
 def test_what_comes_to_lie_at_the_target_meanwhile_stays(given: list) -> None:
-    with at("pruning", 3, lambda: write_thesis("new")):
+    with at("prune", 3, lambda: write_thesis("new")):
         done = call(*given)
     [line] = [line for line in done.complaints if line.startswith("error: ")]
     assert "--save_model new: " in line and line.endswith("The complete model is in new.partial.")
@@ -128,7 +128,7 @@ def test_places_that_can_not_be_written(flag: str, given: list, no_weights: None
 def test_what_fails_before_saving_keeps_the_blocks_and_continues(given: list) -> None:
     succeed(*given)
     Path("new").rename("whole")
-    with raising(MemoryError("none left"), "pruning", 2):
+    with raising(MemoryError("none left"), "prune", 2):
         done = call(*given)
     assert done.status == 1 and "out of memory" in done.complaints[0]
     assert "add --resume new.partial to continue" in done.out and not Path("new").exists()
@@ -196,7 +196,7 @@ def test_a_disk_too_small_for_the_state_of_a_training(
 
 
 def test_a_full_disk_while_saving_keeps_the_blocks(given: list) -> None:
-    with full_disk("pruning", 3, size=30_000):
+    with full_disk("prune", 3, size=30_000):
         done = call(*given)
     assert done.status == 1 and len(done.complaints) == 1
     assert not Path("new").exists() and len(list(Path("new.partial").glob("block-*"))) == 3
@@ -208,8 +208,8 @@ def test_killed_while_it_saves_it_loses_nothing(kept: str, given: list, tmp_path
     succeed(*given)
     Path("new").rename("whole")
     given += ["--resume", kept]
-    for moment in ("write_tokenizer_model", "put_in_place"):
-        fault = f"before lib.run.save.{moment}:SIGKILL"
+    for moment in ("save tokenizer", "rename"):
+        fault = f"{moment} 0:SIGKILL"
         assert processes.run(given, tmp_path, fault).status == -signal.SIGKILL
     [line] = call(*given).complaints
     assert line.endswith(
@@ -224,14 +224,14 @@ def test_killed_while_it_saves_it_loses_nothing(kept: str, given: list, tmp_path
 def test_a_run_that_is_ended_leaves_blocks_and_no_model(
     sent: str, given: list, tmp_path: Path
 ) -> None:
-    done = processes.run(given, tmp_path, f"pruning 2:{sent}")
+    done = processes.run(given, tmp_path, f"prune 2:{sent}")
     signals = {"SIGINT": 130, "SIGTERM": 143, "SIGKILL": -signal.SIGKILL}
     assert done.status == signals[sent] and not Path("new").exists()
     assert len(list(Path("new.partial").glob("block-*"))) == 2
 
 
 def test_an_interrupt_behind_the_saved_model_says_how_to_measure_it(given: list) -> None:
-    with raising(KeyboardInterrupt(), "perplexity"):
+    with raising(KeyboardInterrupt(), "eval"):
         done = call(*given)
     assert done.status == 130 and saved_weights("new")
     [line] = [line for line in done.out.splitlines() if "not evaluated" in line]
