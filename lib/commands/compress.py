@@ -29,9 +29,9 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..data.documents import are_dialogues, read_documents
+from ..data.documents import Corpus, are_dialogues
 from ..data.languages import language_text
-from ..data.sources import PART, Source, parse_source, parse_sources
+from ..data.sources import PART, parse_source, parse_sources
 from ..methods.sparsity import EXPERTS, NEURONS
 from ..run.flags import NATURAL, POSITIVE, build_parser, check_flags, given
 from ..run.results import RESULTS, read_results
@@ -52,7 +52,7 @@ from .sweep import PRUNING_FLAGS, RECOVERY_FLAGS, without
 
 if TYPE_CHECKING:
     from ..model.access import Checkpoint
-    from ..run.job import Job
+    from ..run.run import Run
 
 ANY, PACKED = "any", "packed"
 PACKED_PLAN = "--prune_method admm --sparsity_ratio 0.5 --allocation error "
@@ -283,7 +283,7 @@ def fetch_text(run: Compression) -> Texts:
     With --data, tokens of the language's text are kept too, if the Hub can be reached.
     """
     from ..data.hub import keep_text
-    from ..run.texts import default_tests
+    from ..run.windows import default_tests
 
     args, data = run.args, list(run.args.data or [])
     texts = Texts(data, list(run.parsed.vocabulary_data or []), args.eval_data)
@@ -316,7 +316,7 @@ def answer_prompts(run: Compression, texts: Texts) -> Texts:
     dialogues/ gets them, the last ones as a test set: two thirds of the calibration text.
     """
     from ..model.pretrained import load_tokenizer
-    from ..run.texts import default_tests
+    from ..run.windows import default_tests
 
     args, parsed, folder = run.args, run.parsed, run.folder / DIALOGUES
     if parsed.no_chat_template:
@@ -324,7 +324,7 @@ def answer_prompts(run: Compression, texts: Texts) -> Texts:
     sources = parse_sources(texts.data, "--data", mixture=True, column=parsed.column)
     if not load_tokenizer(run.checkpoint).chat_template:
         return texts
-    if any(are_dialogues(read_documents(source, "train")[0]) for source in sources):
+    if any(are_dialogues(Corpus(source).documents("train")) for source in sources):
         return replace(texts, chat=True)
     if not args.dialogues:
         return texts
@@ -371,8 +371,8 @@ def make_plan(run: Compression, texts: Texts) -> Plan:
     if job.schedule and args.recover is None and (problem := untrainable(job, run.folder)):
         tokens = 0
         print(f"planned without training: {problem}", flush=True)
-    common = ["--device", run.device, "--seqlen", str(job.seqlen)]
-    common += ["--date", job.args.date] if job.args.date else []
+    common = ["--device", run.device, "--seqlen", str(job.windows.seqlen)]
+    common += ["--date", job.flags.date] if job.flags.date else []
     flags = model_flags(run, without_tests(texts, job), bool(job.vocabulary))
     type_, removed, summary = "", None, []
     if run.gguf:
@@ -380,8 +380,8 @@ def make_plan(run: Compression, texts: Texts) -> Plan:
         summary = [size]
     made_by = [*common, *flags, *([*smaller_flags(run), removed] if removed else [])]
     made_by += run.format if type_ != "q8_0" else []
-    tests = [test.text for test in job.tests]
-    plan = Plan(common, made_by, type_, tests, job.args.nsamples, tokens or 0)
+    tests = [test.source.text for test in job.corpora.tests]
+    plan = Plan(common, made_by, type_, tests, job.flags.nsamples, tokens or 0)
     if args.recover is None:
         trains = tokens is None and type_ != "q8_0"
         summary += rehearse(run, job, plan, [*common, *flags], trains)
@@ -391,7 +391,7 @@ def make_plan(run: Compression, texts: Texts) -> Plan:
     return plan
 
 
-def check_plan(run: Compression, texts: Texts, tokens: int | None, trims: bool) -> Job:
+def check_plan(run: Compression, texts: Texts, tokens: int | None, trims: bool) -> Run:
     """Return main.py's job of the largest plan, after its checks without weights.
 
     With --megabytes it removes half of the neurons or experts until the size is chosen.
@@ -419,26 +419,28 @@ def smaller_flags(run: Compression) -> list[str]:
     return SMALLER[kind_of(run.config)].split()
 
 
-def without_tests(texts: Texts, job: Job) -> Texts:
+def without_tests(texts: Texts, job: Run) -> Texts:
     """Return the texts without held-out documents, which become separate files."""
 
-    def trained(source: Source) -> str:
-        text = PART.sub("", source.text) + ":train" if source.parted else source.text
+    def trained(corpus: Corpus) -> str:
+        source = corpus.source
+        text = PART.sub("", source.text) + ":train" if corpus.parted else source.text
         return text if source.weight is None else f"{text}={source.weight:.6g}"
 
-    more = [each for each in job.vocabulary_sources if each.text in texts.vocabulary]
-    return replace(texts, data=[*map(trained, job.sources)], vocabulary=[*map(trained, more)])
+    more = [each for each in job.corpora.vocabulary if each.source.text in texts.vocabulary]
+    data = [*map(trained, job.corpora.calibration)]
+    return replace(texts, data=data, vocabulary=[*map(trained, more)])
 
 
-def too_costly(run: Compression, texts: Texts, job: Job) -> str | None:
+def too_costly(run: Compression, texts: Texts, job: Run) -> str | None:
     """Trim only the vocabulary; return why it should not be trimmed, or None."""
     from ..vocabulary import TOO_COSTLY
 
     run.announce("Measuring the cost of trimming the vocabulary")
     share = CPU_TRIMMING if run.on_cpu else GPU_TRIMMING
-    share /= sum(test.record["bytes"] for test in job.texts.tests)
-    flags = ["--device", run.device, "--seqlen", str(job.seqlen)]
-    flags += ["--date", job.args.date] if job.args.date else []
+    share /= sum(test.record["bytes"] for test in job.windows.tests)
+    flags = ["--device", run.device, "--seqlen", str(job.windows.seqlen)]
+    flags += ["--date", job.flags.date] if job.flags.date else []
     flags += model_flags(run, without_tests(texts, job), trims=True)
     flags += ["--eval_data", *cut_tests(job, run.folder / TRIMMING / "tests", min(1, share))]
     flags += [*without(run.passed_on, NOT_MEASURED), "--completions", "0", "--eval_only"]
@@ -453,10 +455,10 @@ def too_costly(run: Compression, texts: Texts, job: Job) -> str | None:
     return f"{problem}. To trim it, name the --language, or give more --data."
 
 
-def rehearse(run: Compression, job: Job, plan: Plan, flags: list[str], trains: bool) -> list[str]:
+def rehearse(run: Compression, job: Run, plan: Plan, flags: list[str], trains: bool) -> list[str]:
     """Set `tests`, `windows` and `tokens` by a run with a few windows; return them in words."""
     run.announce("Rehearsing with a few windows, to plan the time")
-    tokens = trains * (CPU_REHEARSED if run.on_cpu else GPU_REHEARSED) * job.seqlen
+    tokens = trains * (CPU_REHEARSED if run.on_cpu else GPU_REHEARSED) * job.windows.seqlen
     flags = [*flags, *(run.format if plan.type == run.args.quantize else [])]
     flags += ["--nsamples", str(REHEARSED_ROUNDING), "--completions", "1"]
     flags += ["--eval_data", *cut_tests(job, run.folder / REHEARSAL, 0)]
@@ -465,9 +467,9 @@ def rehearse(run: Compression, job: Job, plan: Plan, flags: list[str], trains: b
     rehearsal = run.prune(flags, REHEARSAL)
     wall = time.monotonic() - start
     left = run.announce("Plan")
-    most = sum(len(test.windows) for test in job.texts.tests)
-    passes = PRUNING_PASSES * job.args.nsamples if job.plan.method else 0
-    most_of = dict(tests=most, rounding=job.args.nsamples, passes=passes, trains=trains)
+    most = sum(len(test.windows) for test in job.windows.tests)
+    passes = PRUNING_PASSES * job.flags.nsamples if job.flags.prune_method else 0
+    most_of = dict(tests=most, rounding=job.flags.nsamples, passes=passes, trains=trains)
     windows, plan.windows, plan.tokens, seconds = plan_time(rehearsal, wall, left, **most_of)
     plan.tests = cut_tests(job, run.folder / "tests", windows / most)
     more = f"about {_time(seconds)} more"
@@ -659,7 +661,7 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def check_job(flags: list[str], recover: int | None, longest: int = CPU_SEQLEN) -> Job:
+def check_job(flags: list[str], recover: int | None, longest: int = CPU_SEQLEN) -> Run:
     """Return the job of these flags, after main.py's checks without weights.
 
     Its windows have `longest` tokens, or as many as the texts allow.

@@ -10,12 +10,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ..data.chats import Dialogue, row_of
-from ..data.documents import PIECE_CHARACTERS, pieces_of, read_documents
+from ..data.documents import PIECE_CHARACTERS, pieces_of
 from ..util.errors import UserError
 from ..util.files import write_text
 
 if TYPE_CHECKING:
-    from ..run.job import Job
+    from ..run.run import Run
+
+    pass
 
 REHEARSED_ROUNDING = 2  # calibration windows of the rehearsal
 LEAST_ROUNDING, ROUNDING_SHARE = 8, 0.25  # fewest calibration windows, largest share of the time
@@ -110,7 +112,7 @@ def plan_training(rehearsal: dict[str, Any], passed: float, left: float) -> tupl
     return windows, measured + windows * training
 
 
-def choose_size(job: Job, megabytes: float | None) -> tuple[str, str | None, str]:
+def choose_size(run: Run, megabytes: float | None) -> tuple[str, str | None, str]:
     """Return the GGUF type for `megabytes`, the share of experts or neurons to remove, a summary.
 
     Raises UserError if the size cannot be reached.
@@ -118,30 +120,30 @@ def choose_size(job: Job, megabytes: float | None) -> tuple[str, str | None, str
     from ..model.pretrained import checkpoint_dtype, skeleton_with
     from ..remove import possible_counts
 
-    model, layout, most = job.skeleton, job.layout, megabytes or math.inf
-    all_rows, outer = model.get_input_embeddings().num_embeddings, vocabulary_bytes(job)
-    rows = f"{len(job.vocabulary.rows):,} of " if job.vocabulary else "all "
+    model, layout, most = run.model.skeleton, run.model.layout, megabytes or math.inf
+    all_rows, outer = model.get_input_embeddings().num_embeddings, vocabulary_bytes(run)
+    rows = f"{len(run.vocabulary.rows):,} of " if run.vocabulary else "all "
     summary = f"{rows}{all_rows:,} rows of the vocabulary, "
-    if megabytes and (size := gguf_megabytes(job, model, "q8_0", outer)) <= most:
+    if megabytes and (size := gguf_megabytes(run, model, "q8_0", outer)) <= most:
         what = f"about {_megabytes(size)} MB as q8_0, small enough without 4 bits"
         return "q8_0", None, summary + what
     for left in possible_counts(layout) if layout else [None]:
         if layout and left < layout.count:
-            model = skeleton_with(job.config, layout.field, left, job.checkpoint)
-        if (size := gguf_megabytes(job, model, job.plan.format, outer)) <= most:
+            model = skeleton_with(run.model.config, layout.field, left, run.model.checkpoint)
+        if (size := gguf_megabytes(run, model, run.flags.format, outer)) <= most:
             break
     cut = bool(layout) and left < layout.count
     kept = f"{left} of {layout.count} {layout.kind} in each block" if cut else "nothing pruned"
-    weights = sum(weight.numel() for weight in job.skeleton.parameters())
-    dense = _megabytes(weights * checkpoint_dtype(job.config).itemsize / 1e6)
-    summary += f"{kept}, {dense} -> about {_megabytes(size)} MB as {job.plan.format}"
+    weights = sum(weight.numel() for weight in run.model.skeleton.parameters())
+    dense = _megabytes(weights * checkpoint_dtype(run.model.config).itemsize / 1e6)
+    summary += f"{kept}, {dense} -> about {_megabytes(size)} MB as {run.flags.format}"
     if size > most:
         problem = f"--megabytes {megabytes}: the smallest file has {summary}"
         raise UserError(f"{problem}. Give more, or choose a smaller model.")
-    return job.plan.format, (f"{1 - left / layout.count:.6g}" if cut else None), summary
+    return run.flags.format, (f"{1 - left / layout.count:.6g}" if cut else None), summary
 
 
-def gguf_megabytes(job: Job, model: Any, type_: str, outer: float) -> float:
+def gguf_megabytes(run: Run, model: Any, type_: str, outer: float) -> float:
     """Return an upper limit of a GGUF file in MB; `outer` is the size outside blocks in bytes.
 
     llama.cpp stores linear layers of whole blocks as the type, others in 16 bits, the rest in 32.
@@ -150,25 +152,25 @@ def gguf_megabytes(job: Job, model: Any, type_: str, outer: float) -> float:
     from ..packed.formats import FORMATS
 
     size = outer
-    for block in model.get_submodule(job.blocks_name):
+    for block in model.get_submodule(run.model.blocks_name):
         linears = {each.stage: each.shape[1] for each in find_linears(block, "block")[0]}
         for name, weight in block.named_parameters():
             inputs = linears.get(f"block.{name}")
             bits = 32 if inputs is None else 16
-            if inputs is not None and FORMATS[job.plan.format].takes(inputs):
+            if inputs is not None and FORMATS[run.flags.format].takes(inputs):
                 bits = BITS[type_]
             size += weight.numel() * bits / 8 + TENSOR_BYTES
     return size / 1e6
 
 
-def vocabulary_bytes(job: Job) -> float:
+def vocabulary_bytes(run: Run) -> float:
     """Return the bytes of a GGUF file outside its blocks: tables, tokens, merges and fields."""
-    model, tokenizer = job.skeleton, job.tokenizer
+    model, tokenizer = run.model.skeleton, run.tokenizer
     all_rows, unread = model.get_input_embeddings().num_embeddings, getattr(model, "unread", ())
-    rows = len(job.vocabulary.rows) if job.vocabulary else all_rows
+    rows = len(run.vocabulary.rows) if run.vocabulary else all_rows
     size = HEADER_BYTES + 2 * len(str(tokenizer.chat_template or "").encode())
     for name, weight in model.named_parameters():
-        if name.startswith(f"{job.blocks_name}.") or name in unread:
+        if name.startswith(f"{run.model.blocks_name}.") or name in unread:
             continue
         table = len(weight) == all_rows
         numbers = weight.numel() // all_rows * rows if table else weight.numel()
@@ -180,14 +182,14 @@ def vocabulary_bytes(job: Job) -> float:
     return size + rows * ROW_BYTES + max(0, rows - len(tokens)) * (STRING_BYTES + PADDING_BYTES)
 
 
-def cut_tests(job: Job, folder: Path, share: float) -> list[str]:
+def cut_tests(run: Run, folder: Path, share: float) -> list[str]:
     """Write a share of each test text, at least about two windows; return the files' names."""
     from ..data.windows import test_documents
 
     folder.mkdir(parents=True, exist_ok=True)
     files = []
-    for source, test in zip(job.tests, job.texts.tests, strict=True):
-        texts = list(test_documents(source, read_documents(source, "test")[0]))
+    for corpus, test in zip(run.corpora.tests, run.windows.tests, strict=True):
+        texts = list(test_documents(corpus))
         random.Random(0).shuffle(texts)
         left = math.ceil(test.record["bytes"] * max(share, 2 / len(test.windows)))
         if test.dialogues:  # all of them, or two if few windows are measured
@@ -201,25 +203,25 @@ def cut_tests(job: Job, folder: Path, share: float) -> list[str]:
                 texts += reversed(pieces_of(text))  # training leaves them out piece by piece
                 continue
             left -= len(text.encode())
-            row = row_of(text, job.args.column)  # read by gguf and main.py
+            row = row_of(text, run.flags.column)  # read by gguf and main.py
             lines.append(json.dumps(row, ensure_ascii=False) + "\n")
         write_text(Path(files[-1]), "".join(lines))
     return files
 
 
-def untrainable(job: Job, folder: Path) -> str | None:
+def untrainable(run: Run, folder: Path) -> str | None:
     """Return why training would fail on this machine; None if memory and disk suffice."""
     from ..run.check import check_room
-    from ..run.memory import Memory
+    from ..run.memory import local_memory
     from ..util.host import gib
 
-    memory = Memory.of(job)
+    memory = local_memory(run)
     needed = memory.total("train") + sum(memory.passing["train"].values())
     if needed > memory.free or not memory.fits():
         problem = f"training takes about {gib(needed)} of memory, and {gib(memory.free)} are free"
         return f"{problem}; --recover_rank 16 takes less"
     try:
-        return check_room(job, "--work_dir", folder)
+        return check_room(run, "--work_dir", folder)
     except UserError as error:
         return str(error)
 

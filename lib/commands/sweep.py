@@ -27,9 +27,8 @@ from ..data.sources import mixture_name, parse_sources
 from ..methods.registry import METHODS, WITHOUT_NEURONS, label
 from ..methods.sparsity import NEURONS, SMALLER, TYPES
 from ..run.flags import METHOD, build_parser, check_flags
-from ..run.plan import Plan
 from ..run.results import RESULTS
-from ..run.texts import default_tests
+from ..run.windows import default_tests
 from ..util import command
 from ..util.command import call
 from ..util.errors import UserError
@@ -170,7 +169,7 @@ def _points(
             for values in product(*varied):
                 of_point = parser.parse_args(["--model", "any", *flags, *_joined(values)[1]])
                 check_flags(parser, of_point)
-                reads = Plan.of(of_point).reads_train
+                reads = of_point.reads_train
                 more, words = _joined([v for v in values if reads or v[0] not in DRAWING_FLAGS])
                 if not reads:  # no calibration text, no seed
                     if more not in textless:

@@ -24,8 +24,8 @@ from ..util.command import one_line
 from ..util.errors import UserError, first_of
 from ..util.markdown import escape, padded_table
 from .flags import command_words
-from .flags import packed as packed_by
 from .plan import PRUNED_BEFORE
+from .plan import packed as packed_by
 from .results import is_trained
 
 HEADING = "## How to load it"

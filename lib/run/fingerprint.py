@@ -1,6 +1,6 @@
 """The fingerprint of a run: everything that determines its weights and figures.
 
-An interrupted run is resumed only with the same fingerprint, and all ranks of a job must have the
+An interrupted run is resumed only with the same fingerprint, and all ranks of a run must have the
 same. A sweep skips a run that was finished with it. Flags that change the result count by value;
 models and texts count by content. Paths and the version of this program do not count. The code of
 the pruning method and of the quantizer counts, by revision and source. On one machine and with as
@@ -25,7 +25,7 @@ from ..methods.registry import is_file, label, source_digest
 from ..methods.sparsity import ALLOCATIONS
 from ..model.pretrained import dtype_name
 from .flags import FIGURES, NO_RESULT
-from .job import Job
+from .run import Run
 
 PACKAGES = "torch transformers tokenizers datasets accelerate numpy bitsandbytes".split()
 DECIDING = "torch", "transformers", "tokenizers", "numpy"  # versions that may change bytes
@@ -35,51 +35,51 @@ SETTINGS_BYTES = 2**26  # limit of a settings file; larger files, such as logs, 
 CALIBRATION = "seed", "nsamples"
 
 
-def fingerprint(job: Job, weights: bool) -> dict[str, dict[str, Any]]:
+def fingerprint(run: Run, weights: bool) -> dict[str, dict[str, Any]]:
     """Return what determines the weights (`pruning`), and also the figures (`measuring`).
 
     Each section is {name in messages: value}, with values that JSON can hold. `weights`: include
     the digest of all bytes of the models' weights, if a run may be resumed or skipped; one rank per
     machine reads them. Every rank must call this.
     """
-    args, plan, texts, dist = job.args, job.plan, job.texts, job.dist
-    read = {"--model": job.config, "--teacher": job.teacher_config}
+    args, texts, dist = run.flags, run.windows, run.dist
+    read = {"--model": run.model.config, "--teacher": run.teacher and run.teacher.config}
     read = {flag: (vars(args)[flag[2:]], config) for flag, config in read.items() if config}
     digests = None
     if weights and dist.local_rank == 0:
         digests = {f"weights of {flag}": _content(*each, WEIGHTS) for flag, each in read.items()}
     digests = dist.of_machine(digests)
-    uncounted = [*NO_RESULT, *FIGURES, *(() if job.plan.calibrated else CALIBRATION)]
+    uncounted = [*NO_RESULT, *FIGURES, *(() if args.calibrated else CALIBRATION)]
     counted = {f"--{name}": value for name, value in vars(args).items() if name not in uncounted}
     pruning = counted | {
-        "--seed": args.seed if job.plan.calibrated or texts.training else None,
-        "--dtype": f"{dtype_name(job.dtype)}, saved as {dtype_name(job.save_dtype)}",
-        "--seqlen": job.seqlen,
-        "kind of device": job.device.type,
-        "windows of --calibration_data": texts.calibration and texts.calibration["digest"][:16],
+        "--seed": args.seed if args.calibrated or texts.training else None,
+        "--dtype": f"{dtype_name(run.model.dtype)}, saved as {dtype_name(run.model.save_dtype)}",
+        "--seqlen": run.windows.seqlen,
+        "kind of device": run.device.type,
+        "windows of --calibration_data": texts.record and texts.record["digest"][:16],
     }
     for flag, each in read.items():
         pruning[f"config of {flag}"] = _content(*each, "config.json", "*.py")
     pruning |= digests or {}
-    if job.vocabulary:
-        pruning["tokens of --trim_vocabulary"] = job.vocabulary.digest
+    if run.vocabulary:
+        pruning["tokens of --trim_vocabulary"] = run.vocabulary.digest
     if texts.training:
         pruning["windows of --recover"] = texts.training.record["digest"][:16]
-        if job.schedule.windows > job.schedule.windows_alone:  # more than one process takes
-            pruning["windows of a step of --recover"] = job.schedule.windows
-    if plan.method:
-        source = source_digest(plan.method_class, "prune.py", "remove.py")
+        if run.schedule.windows > run.schedule.windows_alone:  # more than one process takes
+            pruning["windows of a step of --recover"] = run.schedule.windows
+    if args.prune_method:
+        source = source_digest(args.method_class, "prune.py", "remove.py")
         pruning["source of --prune_method"] = source
-        if is_file(plan.method):
-            pruning["--prune_method"] = label(plan.method)
-        if plan.allocation not in ALLOCATIONS:
-            pruning["--allocation"] = f"layers {_digest([Path(plan.allocation)], named=False)}"
-    if plan.quantizes:
+        if is_file(args.prune_method):
+            pruning["--prune_method"] = label(args.prune_method)
+        if args.allocation not in ALLOCATIONS:
+            pruning["--allocation"] = f"layers {_digest([Path(args.allocation)], named=False)}"
+    if args.quantizes:
         pruning["source of --quantize"] = source_digest(GPTQ, "prune.py", "quantize.py")
     pruning |= {f"version of {name}": versions()[name] for name in DECIDING}
     measuring = {f"--{name}": getattr(args, name) for name in FIGURES}
-    measuring["--batch_size"] = job.batch_size  # changes the rounding of sums
-    measuring["tokenizer of --model"] = _content(args.model, job.config, *SETTINGS)
+    measuring["--batch_size"] = run.batch_size  # changes the rounding of sums
+    measuring["tokenizer of --model"] = _content(args.model, run.model.config, *SETTINGS)
     for test in texts.tests:
         measuring[f"windows of --eval_data {test.name}"] = test.record["digest"][:16]
     if args.include_path:

