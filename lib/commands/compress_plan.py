@@ -17,7 +17,6 @@ from ..util.files import write_text
 if TYPE_CHECKING:
     from ..run.run import Run
 
-    pass
 
 REHEARSED_ROUNDING = 2  # calibration windows of the rehearsal
 LEAST_ROUNDING, ROUNDING_SHARE = 8, 0.25  # fewest calibration windows, largest share of the time
