@@ -26,7 +26,7 @@ from tqdm import tqdm
 from ..data.sources import mixture_name, parse_sources
 from ..methods.registry import METHODS, WITHOUT_NEURONS, label
 from ..methods.sparsity import NEURONS, SMALLER, TYPES
-from ..run.flags import METHOD, build_parser, check_flags
+from ..run.flags import METHOD, build_parser, check_flags, named, without
 from ..run.plan import Plan
 from ..run.results import RESULTS
 from ..run.texts import default_tests
@@ -35,16 +35,6 @@ from ..util.command import call
 from ..util.errors import UserError
 from ..util.files import check_writable, write_text
 
-OWN_FLAGS = {  # flags of main.py that the sweep sets
-    *("--model", "--seed", "--calibration_data", "--prune_on_c4", "--eval_data", "--eval_only"),
-    *("--prune_method", "--sparsity_ratio", "--sparsity_type", "--save", "--save_model"),
-}
-RECOVERY_FLAGS = ("recover", "recover_rank", "recover_optimizer", "recover_lr", "recover_ce_weight")
-PRUNING_FLAGS = (  # flags of main.py that are left out for the dense model
-    *("allocation", "use_variant", "replace_sparse_layers", "quantize"),
-    *(*RECOVERY_FLAGS, "resume"),
-)
-DRAWING_FLAGS = ("nsamples",)  # without effect if no calibration text is read
 SHARED = ".dense-states"  # folder in --out: the dense models' states, for all runs
 DATE = "date.txt"  # file in --out: the date for chat templates, also if continued later
 
@@ -79,7 +69,7 @@ def plan(args: argparse.Namespace, passed_on: Sequence[str]) -> dict[str, list[s
     """Return {name of a run: its flags of main.py}, model by model; all flags are checked."""
     parser = build_parser()
     for flag in (word.split("=")[0] for word in passed_on):
-        if flag in OWN_FLAGS:
+        if flag.removeprefix("--") in named(set_by="sweep"):
             parser.error(f"{flag} after '--': sweep sets this flag. Use the flags of sweep.")
     varied = [_values(given, passed_on) for given in args.vary]
     check_writable("--out", args.out)
@@ -112,14 +102,6 @@ def plan(args: argparse.Namespace, passed_on: Sequence[str]) -> dict[str, list[s
     return runs
 
 
-def without(passed_on: Sequence[str], names: Sequence[str] = PRUNING_FLAGS) -> list[str]:
-    """Return flags of main.py without `names`, by default those of pruning."""
-    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    for name in names:
-        parser.add_argument(f"--{name}", nargs="*")
-    return parser.parse_known_args(passed_on)[1]
-
-
 def _values(given: str, passed_on: Sequence[str]) -> list[tuple[str, str, list[str]]]:
     """Return (flag, its part of a run's name, its words for main.py) of each value of a --vary."""
     name, _, values = given.partition("=")
@@ -128,7 +110,7 @@ def _values(given: str, passed_on: Sequence[str]) -> list[tuple[str, str, list[s
     is_switch, problem = defaults.get(name) is False, None
     if name not in defaults or not values:
         problem = "it is not a flag of main.py with values. Give one, such as nsamples=8,32."
-    elif option in OWN_FLAGS:
+    elif name in named(set_by="sweep"):
         problem = "sweep sets this flag. Use the flags of sweep."
     elif option in (word.split("=")[0] for word in passed_on):
         problem = f"{option} is also given after '--'. Leave it out there."
@@ -140,8 +122,8 @@ def _values(given: str, passed_on: Sequence[str]) -> list[tuple[str, str, list[s
     if is_switch:
         words = {value: [option] * (value == "on") for value in values.split(",")}
     texts = [f"{name}={value}" for value in words]
-    named = zip(_names(texts, texts), words.values(), strict=True)
-    return [(name, f"-{part}", each) for part, each in named]
+    parts = _names(texts, texts)
+    return [(name, f"-{part}", each) for part, each in zip(parts, words.values(), strict=True)]
 
 
 def _points(
@@ -151,10 +133,11 @@ def _points(
     varied: Sequence[Sequence[tuple[str, str, list[str]]]],
 ) -> Iterator[tuple[str, list[str]]]:
     """Yield the dense runs, then every pruning: its name, and its flags besides the model."""
-    of_dense = [v for v in varied if v[0][0] not in (*PRUNING_FLAGS, *DRAWING_FLAGS)]
+    changing, drawing = named(changes=True), named(step="draw")
+    of_dense = [v for v in varied if v[0][0] not in (*changing, *drawing)]
     for values in product(*of_dense):
         more, words = _joined(values)
-        yield f"dense{more}", ["--eval_only", *without(passed_on), *words]
+        yield f"dense{more}", ["--eval_only", *without(passed_on, changing), *words]
     parser = build_parser()
     names = dict(zip(args.methods, _names(args.methods, [*map(label, args.methods)]), strict=True))
     for method, kind in product(args.methods, args.types):
@@ -171,7 +154,7 @@ def _points(
                 of_point = parser.parse_args(["--model", "any", *flags, *_joined(values)[1]])
                 check_flags(parser, of_point)
                 reads = Plan.of(of_point).reads_train
-                more, words = _joined([v for v in values if reads or v[0] not in DRAWING_FLAGS])
+                more, words = _joined([v for v in values if reads or v[0] not in drawing])
                 if not reads:  # no calibration text, no seed
                     if more not in textless:
                         yield f"{name}{more}", [*flags, *words]

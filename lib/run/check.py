@@ -41,7 +41,7 @@ from ..util.host import gib
 from ..util.progress import quiet
 from ..vocabulary import TrimmedVocabulary, trim_vocabulary
 from .fingerprint import fingerprint, first_difference
-from .flags import shown
+from .flags import named, shown
 from .job import Job
 from .plan import Plan
 from .save import CARD
@@ -153,7 +153,7 @@ def _open_model(args: argparse.Namespace, plan: Plan, longest: int) -> Job:
     )
     config = pretrained.load_config(checkpoint)
     checkpoint = checkpoint.pinned(config)
-    changing = ("prune_method", "recover", "quantize", "replace_sparse_layers")
+    changing = named(changes_alone=True)
     check_format(
         checkpoint,
         config,

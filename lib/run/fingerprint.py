@@ -24,7 +24,7 @@ from ..methods.gptq import GPTQ
 from ..methods.registry import is_file, label, source_digest
 from ..methods.sparsity import ALLOCATIONS
 from ..model.pretrained import dtype_name
-from .flags import FIGURES, NO_RESULT
+from .flags import FIGURES, MODEL, named
 from .job import Job
 
 PACKAGES = "torch transformers tokenizers datasets accelerate numpy bitsandbytes".split()
@@ -32,7 +32,6 @@ DECIDING = "torch", "transformers", "tokenizers", "numpy"  # versions that may c
 WEIGHTS = "*.safetensors"
 SETTINGS = "*.json", "*.jinja", "*.model", "*.txt", "*.tiktoken"  # tokenizer and generation
 SETTINGS_BYTES = 2**26  # limit of a settings file; larger files, such as logs, do not count
-CALIBRATION = "seed", "nsamples"
 
 
 def fingerprint(job: Job, weights: bool) -> dict[str, dict[str, Any]]:
@@ -49,9 +48,9 @@ def fingerprint(job: Job, weights: bool) -> dict[str, dict[str, Any]]:
     if weights and dist.local_rank == 0:
         digests = {f"weights of {flag}": _content(*each, WEIGHTS) for flag, each in read.items()}
     digests = dist.of_machine(digests)
-    uncounted = [*NO_RESULT, *FIGURES, *(() if job.plan.calibrated else CALIBRATION)]
-    counted = {f"--{name}": value for name, value in vars(args).items() if name not in uncounted}
-    pruning = counted | {
+    uncounted = [] if job.plan.calibrated else named(step="draw")
+    counted = [name for name in named(decides=MODEL) if name not in uncounted]
+    pruning = {f"--{name}": getattr(args, name) for name in counted} | {
         "--seed": args.seed if job.plan.calibrated or texts.training else None,
         "--dtype": f"{dtype_name(job.dtype)}, saved as {dtype_name(job.save_dtype)}",
         "--seqlen": job.seqlen,
@@ -77,7 +76,7 @@ def fingerprint(job: Job, weights: bool) -> dict[str, dict[str, Any]]:
     if plan.quantizes:
         pruning["source of --quantize"] = source_digest(GPTQ, "prune.py", "quantize.py")
     pruning |= {f"version of {name}": versions()[name] for name in DECIDING}
-    measuring = {f"--{name}": getattr(args, name) for name in FIGURES}
+    measuring = {f"--{name}": getattr(args, name) for name in named(decides=FIGURES)}
     measuring["--batch_size"] = job.batch_size  # changes the rounding of sums
     measuring["tokenizer of --model"] = _content(args.model, job.config, *SETTINGS)
     for test in texts.tests:
