@@ -551,7 +551,8 @@ def compare(run: Compression, others: dict[str, list[str]]) -> None:
     run.announce("Measuring sizes and speeds")
     models = [args.model, out, *([gguf] if gguf and Path(gguf).exists() else [])]
     dtype = dtype_name(checkpoint_dtype(load_config(Checkpoint(out))))  # of both
-    options = {name: getattr(run.parsed, name) for name in ("cache_dir", "trust_remote_code")}
+    read = run.parsed
+    options = dict(cache_dir=read.cache_dir, trust_remote_code=read.trust_remote_code)
     table = comparison(models, run.folder, json.dumps([run.device, dtype, options]))
     write_text(run.folder / "compressed.md", f"{table}\n")
     took = f"{out}: made in {_time(time.monotonic() - run.began)}; {run.folder} can be removed"

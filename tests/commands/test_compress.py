@@ -19,7 +19,7 @@ from support import call_here, children, content, results, succeed, wait_until
 
 from lib.commands import compress, compress_plan, dialogues
 from lib.data.documents import read_documents
-from lib.run.flags import build_parser, check_flags
+from lib.run.flags import build_parser, check_flags, without
 from lib.run.plan import Plan
 from lib.run.texts import named_sources
 from lib.util.command import CALLED, call, run, typed
@@ -67,6 +67,13 @@ def test_the_minutes_are_kept() -> None:
 
 
 @pytest.mark.parametrize("recovery", [[], ["--recover", "8192"]], ids=["pruned", "trained"])
+@pytest.mark.parametrize("names", [compress.NOT_MEASURED, compress.NOT_REHEARSED])
+def test_flags_of_a_method_do_not_reach_runs_that_have_none(names: list[str]) -> None:
+    """With --megabytes only the run that makes the model removes neurons by a method."""
+    words = ["--method_args", "passes=2", "--save_masks", "F", "--text_only", "--seed", "3"]
+    assert without(words, names) == ["--seed", "3"]
+
+
 @pytest.mark.parametrize("target", [compress.ANY, compress.PACKED, *compress.SMALLER])
 def test_main_takes_the_flags_of_every_plan(target: str, recovery: list[str]) -> None:
     parser = build_parser()
