@@ -66,7 +66,6 @@ def test_the_minutes_are_kept() -> None:
     assert planned(170).rounding < chat.rounding and chat.tokens == 0 and chat.seconds <= 170
 
 
-@pytest.mark.parametrize("recovery", [[], ["--recover", "8192"]], ids=["pruned", "trained"])
 @pytest.mark.parametrize("names", [compress.NOT_MEASURED, compress.NOT_REHEARSED])
 def test_flags_of_a_method_do_not_reach_runs_that_have_none(names: list[str]) -> None:
     """With --megabytes only the run that makes the model removes neurons by a method."""
@@ -74,6 +73,7 @@ def test_flags_of_a_method_do_not_reach_runs_that_have_none(names: list[str]) ->
     assert without(words, names) == ["--seed", "3"]
 
 
+@pytest.mark.parametrize("recovery", [[], ["--recover", "8192"]], ids=["pruned", "trained"])
 @pytest.mark.parametrize("target", [compress.ANY, compress.PACKED, *compress.SMALLER])
 def test_main_takes_the_flags_of_every_plan(target: str, recovery: list[str]) -> None:
     parser = build_parser()

@@ -78,11 +78,9 @@ def test_a_flag_is_one_entry() -> None:
     assert not lists, "\n".join(lists)
 
 
-def test_a_run_of_the_dense_model_takes_what_is_left_of_a_prunings_flags() -> None:
-    words = (
-        "--prune_method ria --method_args alpha=0.3 --allocation error --save_masks F --resume R"
-    )
-    words += " --save_model M --text_only --recover 9 --recover_rank 2 --quantize q4_0 --seqlen 8"
+def test_a_dense_run_takes_the_rest_of_the_flags() -> None:
+    words = "--prune_method ria --method_args alpha=0.3 --allocation error --save_masks F"
+    words += " --resume R --save_model M --text_only --recover 9 --recover_rank 2 --seqlen 8"
     left = without(words.split(), named(changes=True))
     assert left == ["--seqlen", "8"]
     assert not [*mistakes(build_parser().parse_args(["--model", "m", "--eval_only", *left]))]
