@@ -33,7 +33,11 @@ def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool 
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    config.addinivalue_line("markers", "cuda: on the pretended CUDA device, see tests/cuda")
+    for marker in (
+        "cuda: on the pretended CUDA device, see tests/cuda; run by pytest -m cuda",
+        "full: slower than the default suite allows; runs in CI by pytest -m full",
+    ):
+        config.addinivalue_line("markers", marker)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
