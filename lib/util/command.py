@@ -90,8 +90,9 @@ def make_parser(name: str, about: str, **options: str) -> argparse.ArgumentParse
     """
     if (size := environment_number("WORLD_SIZE", 1)) > 1:
         raise UserError(
-            f"WORLD_SIZE {size}: {name} runs as one process. Start it without torchrun, or unset "
-            "WORLD_SIZE."
+            f"WORLD_SIZE {size}",
+            f"{name} runs as one process",
+            "Start it without torchrun, or unset WORLD_SIZE",
         )
     paragraphs = [part for part in about.split("\n\n") if not part.startswith("    ")]
     parser = Parser(name, description=paragraphs[0], **options)
