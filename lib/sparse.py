@@ -212,7 +212,7 @@ def _packed(name: str, linear: nn.Module, fmt: Values, scales: Tensor | None) ->
         sparse = SparseLinear.from_linear(linear, fmt, scales)
     except PackedError as error:
         problem = f"{name}: {error}"
-        raise UserError(f"--quantize {fmt.name}", problem, "Please report this") from None
+        raise UserError(f"--quantize {fmt.name}", problem, "Run without the flag") from None
     if isinstance(fmt, Int4):
         weight = (linear.weight.T if isinstance(linear, Conv1D) else linear.weight).float()
         expected = fmt.round_to(weight, sparse.scale) if scales is None else weight
