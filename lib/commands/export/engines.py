@@ -100,7 +100,7 @@ def open_folder(path: str) -> GridFolder:
     for index, block in enumerate(blocks):
         for each in find_linears(block, f"{prefix}.{index}")[0]:
             if GRID.takes(each.shape[1]):
-                names[each.stage] = each.transposed
+                names[each.parameter_name] = each.transposed
                 plain &= each.expert is None and not each.transposed
     stored = revert_weight_conversion(model, {name: model.get_parameter(name) for name in names})
     modules = dict(model.named_modules())
