@@ -48,7 +48,7 @@ class Checkpoint:
 
     def options(self) -> dict[str, Any]:
         """Return keyword arguments for `from_pretrained`, besides the name."""
-        options = {"cache_dir": self.cache_dir, "trust_remote_code": self.trust_remote_code}
+        options = dict(cache_dir=self.cache_dir, trust_remote_code=self.trust_remote_code)
         options |= {"revision": self.revision} if self.revision else {}
         return options | {"local_files_only": local_only(self)}
 
