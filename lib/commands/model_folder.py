@@ -77,7 +77,7 @@ class ModelFolder:
         """{parameter: whether it is (in, out), whether it is in a stack}, as in the model."""
         prefix, blocks = decoder_blocks(self.model)
         return {
-            each.stage: (each.transposed, each.expert is not None)
+            each.parameter_name: (each.transposed, each.expert is not None)
             for index, block in enumerate(blocks)
             for each in find_linears(block, f"{prefix}.{index}")[0]
             if FORMATS[GRID].takes(each.shape[1])

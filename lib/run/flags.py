@@ -108,7 +108,7 @@ class Flag:
     doing: str = ""  # of the flag that asks for its step: what the run does then, in messages
     smaller: tuple[Any, ...] = ()  # values with which its step takes less memory
     folder: bool = False  # names a folder that must not be inside --save_model
-    per_run: bool = False  # names an output that two runs cannot share
+    output: bool = False  # names what the run writes besides --save; two runs cannot share it
     in_card: bool = True  # in the command that the model card shows
     has_column: bool = False  # a column of the report shows it, not a note
 
@@ -256,9 +256,9 @@ GROUPS: dict[str, list[Flag]] = {
          shown="out/MODEL-METHOD-TYPE-RATIO",
          decides=NOTHING, set_by=BOTH, folder=True, in_card=False),
     Flag("save_model", "save", "new folder for the model, tokenizer and model card",
-         metavar="FOLDER", decides=NOTHING, set_by=BOTH),
+         metavar="FOLDER", decides=NOTHING, set_by=BOTH, output=True),
     Flag("save_masks", "prune", "new safetensors file for masks; requires --prune_method",
-         metavar="FILE", needs=("prune_method",), decides=NOTHING, per_run=True),
+         metavar="FILE", needs=("prune_method",), decides=NOTHING, output=True),
 ],
 "execution": [
     Flag("device", "execute", "cuda:N, xpu:N or cpu", shown="the first GPU, else cpu",
@@ -271,10 +271,10 @@ GROUPS: dict[str, list[Flag]] = {
     Flag("offload_folder", "execute", "read blocks one at a time, and keep changed ones in this "
          "folder until they are saved", metavar="FOLDER",
          excludes={"load_bit": "blocks cannot be quantized while they are read from disk"},
-         decides=NOTHING, set_by=COMPRESS, folder=True, in_card=False),
+         decides=NOTHING, set_by=COMPRESS, folder=True, output=True, in_card=False),
     Flag("resume", "continue", "folder for the state of the run; the same command continues it, "
          "and success removes it", metavar="FOLDER",
-         decides=NOTHING, set_by=COMPRESS, folder=True, per_run=True, in_card=False),
+         decides=NOTHING, set_by=COMPRESS, folder=True, output=True, in_card=False),
     Flag("debug", "execute", "show the full traceback of an error", False,
          decides=NOTHING, in_card=False),
 ],

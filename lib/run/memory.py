@@ -356,7 +356,7 @@ class Memory:
                 (rows, columns), module = linear.shape, linear.name.rpartition(".")[0]
                 if linear.expert is not None:
                     count = len(getattr(linear.module, linear.parameter))
-                    groups[(linear.stage,)] = columns, rows, count, False
+                    groups[(linear.parameter_name,)] = columns, rows, count, False
                     continue
                 key = module, columns, linear is last[module]
                 outputs = groups.get(key, (0, 0))[1]

@@ -62,7 +62,7 @@ def gguf_megabytes(job: Job, model: Any, type_: str, outer: float) -> float:
     form, size = FORMATS[job.plan.format], outer
     linear_bits = Q8_0_BITS if type_ == Q8_0 else form.bits_per_weight
     for block in model.get_submodule(job.blocks_name):
-        linears = {each.stage: each.shape[1] for each in find_linears(block, "block")[0]}
+        linears = {each.parameter_name: each.shape[1] for each in find_linears(block, "block")[0]}
         for name, weight in block.named_parameters():
             inputs = linears.get(f"block.{name}")
             bits = 32 if inputs is None else 16

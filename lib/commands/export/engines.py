@@ -12,6 +12,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from unittest import mock
 
+from ...util.quirks import ROPE_BASE, ROPE_OF_FULL_ATTENTION, ROPE_SETTINGS
+
 if TYPE_CHECKING:
     from torch import Tensor
 
@@ -85,12 +87,11 @@ class Mlx:
 
         from .codes import GRID, packed_bytes, split
 
-        # most of mlx-lm reads RoPE's settings under their names before transformers 5
         rope = getattr(source.model.config.get_text_config(), "rope_parameters", None) or {}
-        rope = rope.get("full_attention", rope)
-        names = {"rope_theta": rope["rope_theta"]} if "rope_theta" in rope else {}
+        rope = rope.get(ROPE_OF_FULL_ATTENTION, rope)
+        names = {ROPE_BASE: rope[ROPE_BASE]} if ROPE_BASE in rope else {}
         if rope.get("rope_type", "default") != "default":
-            names["rope_scaling"] = rope
+            names[ROPE_SETTINGS] = rope
         model, _ = load_model(source.folder, lazy=True, model_config=names)
         vocabulary, how, changed = source.model.config.get_text_config().vocab_size, {}, []
         for path, module in model.named_modules():
