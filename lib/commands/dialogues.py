@@ -27,7 +27,7 @@ from ..data.documents import check_source, pieces_of, read_documents
 from ..data.languages import script_of
 from ..data.sources import Source, parse_sources
 from ..run.flags import POSITIVE
-from ..util.command import make_parser
+from ..util.cli import make_parser
 from ..util.errors import UserError
 from ..util.files import check_writable, write_text
 from ..util.progress import progress, quiet
@@ -55,17 +55,18 @@ def main(argv: list[str]) -> None:
     # heavy, and not needed for a wrong flag
     import torch
 
-    from ..model import pretrained
     from ..model.access import Checkpoint
+    from ..model.device import pick_device, pick_dtype
+    from ..model.pretrained import load_config, load_model, load_tokenizer, window_length
     from ..run.completions import continue_rows, decode
 
     quiet()
     checkpoint = Checkpoint(
         args.model, "MODEL", cache_dir=args.cache_dir, trust_remote_code=args.trust_remote_code
     )
-    device, config = pretrained.pick_device(args.device), pretrained.load_config(checkpoint)
-    tokenizer = pretrained.load_tokenizer(checkpoint)
-    window = pretrained.window_length(config, None)
+    device, config = pick_device(args.device), load_config(checkpoint)
+    tokenizer = load_tokenizer(checkpoint)
+    window = window_length(config, None)
     args.tokens = min(args.tokens, window // 2)
     limit = window - args.tokens
     asked = list(islice(_prompts(sources, tokenizer, limit, args.seed), MORE * args.count))
@@ -79,8 +80,8 @@ def main(argv: list[str]) -> None:
     left_out: Counter[str | None] = Counter()
     if left:
         script = script_of(" ".join(messages[-1]["content"] for messages, _ in asked))
-        dtype = pretrained.pick_dtype("auto", config, device)
-        model = pretrained.load_model(checkpoint, config, dtype=dtype, device_map={"": device})
+        dtype = pick_dtype("auto", config, device)
+        model = load_model(checkpoint, config, dtype=dtype, device_map={"": device})
         out.parent.mkdir(parents=True, exist_ok=True)
         shown = progress(args.count - count, "answering", "dialogue")
         with shown as bar, out.open("a", encoding="utf-8") as file:

@@ -16,7 +16,8 @@ from transformers.core_model_loading import revert_weight_conversion
 
 from ..model.access import Checkpoint
 from ..model.linears import find_linears
-from ..model.pretrained import decoder_blocks, load_config, load_tokenizer, skeleton
+from ..model.pretrained import load_config, load_tokenizer
+from ..model.skeleton import decoder_blocks, skeleton
 from ..packed.checkpoint import METHOD
 from ..packed.formats import FORMATS
 from ..util.errors import UserError

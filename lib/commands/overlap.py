@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING
 
 from ..methods.sparsity import SMALLER
 from ..run.results import NONE, RESULTS, read_results
-from ..util import command
+from ..util.cli import make_parser
 from ..util.errors import UserError
 from ..util.files import check_writable, write_text
 from ..util.markdown import padded_table
@@ -297,7 +297,7 @@ def draw(counts: DataFrame) -> Figure:
 
 
 def main(argv: list[str]) -> None:
-    parser = command.make_parser("overlap", __doc__)
+    parser = make_parser("overlap", __doc__)
     parser.add_argument("--out", default="overlap", help="folder for the files (default: overlap)")
     parser.add_argument(
         "runs",

@@ -33,7 +33,7 @@ from ..data.chats import Document
 from ..data.documents import are_dialogues, read_documents
 from ..data.languages import script
 from ..data.sources import parse_source
-from ..util import command
+from ..util.cli import make_parser
 from ..util.errors import UserError
 from ..util.files import check_writable, write_text
 
@@ -162,7 +162,7 @@ def write_task(folder: Path, name: str, questions: Sequence[Any], form: dict[str
 
 
 def main(argv: list[str]) -> None:
-    parser = command.make_parser("tasks", __doc__)
+    parser = make_parser("tasks", __doc__)
     add = parser.add_argument
     add("data", metavar="DATA", help="folder with test*.jsonl, or another source of text")
     add("out", metavar="OUT", help="folder for the tasks")

@@ -20,7 +20,7 @@ from contextlib import contextmanager
 from itertools import chain, islice
 from pathlib import Path
 
-from ..util import command
+from ..util.cli import make_parser
 from ..util.errors import UserError, first_line
 from ..util.files import check_new_folder, staged_folder
 
@@ -115,7 +115,7 @@ def _refused(name: str, advice: str) -> Iterator[None]:
 
 
 def main(argv: list[str]) -> None:
-    parser = command.make_parser("ubertext", __doc__)
+    parser = make_parser("ubertext", __doc__)
     parser.add_argument("dumps", metavar="FOLDER_OF_DUMPS", help="folder with a file per genre")
     parser.add_argument("out", metavar="OUT", help="new folder for train.jsonl and test.jsonl")
     parser.add_argument(

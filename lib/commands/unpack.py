@@ -8,7 +8,7 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
-from ..util.command import make_parser
+from ..util.cli import make_parser
 from ..util.errors import UserError
 from ..util.files import check_new_folder, staged_folder
 
@@ -27,7 +27,7 @@ def unpack_folder(source: str, target: str) -> None:
 
     from transformers import AutoConfig
 
-    from ..model.pretrained import auto_class
+    from ..model.skeleton import auto_class
 
     # registers the format with transformers
     from ..packed.checkpoint import METHOD

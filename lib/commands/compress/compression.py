@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING, Any
 
 from ...run.flags import FLAGS, without
 from ...run.results import RESULTS, read_results
-from ...util import command
+from ...util import processes
+from ...util.cli import typed
 from ...util.files import write_text
 
 if TYPE_CHECKING:
@@ -115,8 +116,8 @@ class Compression:
         names = {word.partition("=")[0].removeprefix("--") for word in flags}
         lacking = [each.name for each in FLAGS if each.needs and not names & {*each.needs}]
         flags = without(flags, lacking)
-        print(f"{command.typed('prune')} {shlex.join(flags)}", flush=True)
-        if status := command.call("main", *flags):  # main.py has printed why
+        print(f"{typed('prune')} {shlex.join(flags)}", flush=True)
+        if status := processes.call("main", *flags):  # main.py has printed why
             raise SystemExit(status)
         self.keep()
         return read_results(self.folder / name)

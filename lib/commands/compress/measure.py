@@ -63,7 +63,7 @@ def main(argv: list[str]) -> None:
         from transformers import AutoConfig
         from transformers.utils import cached_file
 
-        from ...model.pretrained import auto_class
+        from ...model.skeleton import auto_class
         from ...packed import checkpoint  # noqa: F401  registers the packed form with transformers
         from ...util.progress import quiet
 

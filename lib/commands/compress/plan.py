@@ -91,7 +91,7 @@ def check_plan(run: Compression, texts: TextNames, tokens: int | None, trims: bo
     flags += ["--nsamples", str(on_cpu if run.on_cpu else GPU_WINDOWS)]
     flags += [*smaller_flags(run), "0.5"] if run.args.megabytes else []
     flags += ["--eval_data", *texts.tests] if texts.tests else []
-    flags += [*run.passed_on, "--save_model", run.out]
+    flags += [*run.passed_on, "--save_model", run.args.out]
     return check_job(flags, tokens, CPU_SEQLEN if run.on_cpu else GPU_SEQLEN)
 
 

@@ -25,7 +25,8 @@ def choose_size(job: Job, megabytes: float | None) -> tuple[str, str | None, str
 
     Raises UserError if the size cannot be reached.
     """
-    from ...model.pretrained import checkpoint_dtype, skeleton_with
+    from ...model.device import checkpoint_dtype
+    from ...model.skeleton import skeleton_with
     from ...remove import possible_counts
 
     model, layout, most = job.skeleton, job.layout, megabytes or math.inf

@@ -14,7 +14,7 @@ from ...data.chats import Dialogue, row_of
 from ...data.documents import PIECE_CHARACTERS, are_dialogues, pieces_of, read_documents
 from ...data.languages import language_text
 from ...data.sources import PART, Source, parse_source, parse_sources
-from ...util import command
+from ...util import processes
 from ...util.errors import UserError
 from ...util.files import write_text
 from .compression import Compression
@@ -98,7 +98,7 @@ def answer_prompts(run: Compression, texts: TextNames) -> TextNames:
     of_people = [[f"aya:{args.language}"]] if args.language and not args.data else []
     for prompts in [*of_people, [source.text for source in sources]]:
         arguments = ["--data", *prompts, "--column", parsed.column, *flags]
-        if not command.call("commands.dialogues", args.model, written, *arguments):
+        if not processes.call("commands.dialogues", args.model, written, *arguments):
             break
     lines = written.read_text("utf-8").split("\n") if written.is_file() else []
     rows = [f"{line}\n" for line in lines if line.strip()]

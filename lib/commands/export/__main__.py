@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from importlib.util import find_spec
 
-from ...util.command import make_parser
+from ...util.cli import make_parser
 from ...util.errors import UserError
 from ...util.files import check_new_folder
 from .engines import ENGINES

@@ -18,7 +18,7 @@ from pathlib import Path
 
 from ...data.documents import check_source
 from ...data.sources import parse_sources
-from ...util.command import make_parser
+from ...util.cli import make_parser
 from ...util.errors import UserError
 from ...util.files import check_writable
 from . import INSTALL, TYPES

@@ -18,7 +18,7 @@ import torch
 from ...data.sources import Source
 from ...data.tokenizer_model import check_of
 from ...model.access import weight_bytes
-from ...model.pretrained import checkpoint_dtype
+from ...model.device import checkpoint_dtype
 from ...packed.formats import GRIDS
 from ...run.card import converted_card
 from ...util.errors import UserError

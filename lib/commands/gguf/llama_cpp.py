@@ -26,8 +26,8 @@ from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
-from ...util.command import started_by
 from ...util.errors import UserError
+from ...util.processes import started_by
 from ...util.quirks import OLDER_LAYER_FIELDS, TEXT_PREFIX
 from . import GRID_TYPES
 

@@ -26,7 +26,8 @@ from ...data.templates import EXAMPLES, document_text, examples, sample_of_dialo
 from ...data.tokenizer_model import begins_with_blank
 from ...data.windows import test_documents
 from ...model.access import weight_bytes
-from ...model.pretrained import auto_class, window_length
+from ...model.pretrained import window_length
+from ...model.skeleton import auto_class
 from ...packed.formats import GRIDS
 from ...util.errors import UserError
 from ...util.host import available, gib

@@ -14,7 +14,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ...util.command import make_parser
+from ...util.cli import make_parser
 from ...util.errors import UserError
 from ...util.files import check_writable, write_text
 from .table import DENSE, Runs, load_runs, row_keys, tables

@@ -8,7 +8,7 @@ from functools import reduce
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
-from ...util.command import one_line
+from ...util.errors import one_line
 from ...util.files import write_text
 from ...util.markdown import EMPTY, padded_table
 from .statistics import LIMIT
