@@ -16,7 +16,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from lib.commands.compress_measure import disk_size
+from lib.commands.compress.measure import disk_size
 from measure import decoding_speeds
 from stages import Stage, do
 

@@ -51,7 +51,7 @@ def decoding_speeds(folders: Sequence[Path], device: str, rounds: int) -> list[f
 
     They take turns, after one round that doesn't count.
     """
-    from lib.commands.compress_measure import decoding_speed
+    from lib.commands.compress.measure import decoding_speed
     from transformers import AutoModelForCausalLM
 
     import lib.packed.checkpoint  # noqa: F401  the packed form is known to transformers

@@ -29,8 +29,9 @@ CHAT_WINDOWS = 64  # for a chat model, which is not trained
 GPU_WINDOWS, GPU_SEQLEN, GPU_REHEARSED = 128, 1024, 64  # few web texts are longer
 CPU_TRIMMING, GPU_TRIMMING = 2**14, 2**16  # bytes of text that measure the cost of trimming
 REHEARSAL = "rehearsal"  # folder in that of the command
-# steps and flags of main.py that the rehearsal leaves out, or sets itself
+# flags of main.py that the rehearsal leaves out, or sets itself
 NOT_REHEARSED = [*named(step="allocate"), *named(step="quantize"), *named(step="pack"), "nsamples"]
+NOT_REHEARSED += named(per_run=True)
 
 REHEARSED_ROUNDING = 2  # calibration windows of the rehearsal
 LEAST_ROUNDING, ROUNDING_SHARE = 8, 0.25  # fewest calibration windows, largest share of the time
