@@ -16,10 +16,10 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from lib.commands.compress.measure import disk_size
 from measure import decoding_speeds
 from stages import Stage, do
 
+from lib.commands.compress.measure import disk_size
 from lib.model.pretrained import pick_device
 from lib.run.flags import build_parser
 from lib.run.results import read_results

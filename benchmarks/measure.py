@@ -51,10 +51,10 @@ def decoding_speeds(folders: Sequence[Path], device: str, rounds: int) -> list[f
 
     They take turns, after one round that doesn't count.
     """
-    from lib.commands.compress.measure import decoding_speed
     from transformers import AutoModelForCausalLM
 
     import lib.packed.checkpoint  # noqa: F401  the packed form is known to transformers
+    from lib.commands.compress.measure import decoding_speed
 
     models = [
         AutoModelForCausalLM.from_pretrained(folder, dtype="auto").to(device).eval()

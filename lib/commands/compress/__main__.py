@@ -286,5 +286,6 @@ def _parser() -> argparse.ArgumentParser:
     text = "size limit of the GGUF file, reached by removing neurons or MoE experts (default: none)"
     add("--megabytes", help=text, type=POSITIVE, metavar="N")
     add("--device", help="cuda:N, xpu:N or cpu (default: the first GPU, else cpu)")
-    add("--work_dir", help="a folder for each command: text, plan, figures (default: OUT-compress)", metavar="FOLDER")
+    text = "a folder for each command: text, plan, figures (default: OUT-compress)"
+    add("--work_dir", help=text, metavar="FOLDER")
     return parser
