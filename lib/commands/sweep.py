@@ -31,7 +31,6 @@ from ..methods.sparsity import NEURONS, SMALLER, TYPES
 from ..run.flags import FLAGS, METHOD, build_parser, check_flags, named, without
 from ..run.plan import Plan
 from ..run.results import RESULTS
-from ..run.texts import default_tests
 from ..util import command
 from ..util.command import call
 from ..util.errors import UserError
@@ -70,6 +69,8 @@ def build_sweep_parser() -> argparse.ArgumentParser:
 
 def plan(args: argparse.Namespace, passed_on: Sequence[str]) -> dict[str, list[str]]:
     """Return {name of a run: its flags of main.py}, model by model; all flags are checked."""
+    from ..run.texts import default_tests  # imports torch, which a wrong flag does not need
+
     parser = build_parser()
     for flag in (word.split("=")[0] for word in passed_on):
         if flag.removeprefix("--") in named(set_by="sweep"):
