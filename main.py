@@ -57,11 +57,11 @@ def run(run: Run) -> dict[str, Any]:
         untouched = steps.first_logits(run, runner) if flags.fake_quantizes else None
         sparsity = steps.prune(run, runner)
         unrounded = steps.first_logits(run, runner) if flags.quantizes and flags.packs else None
-        masters = steps.quantize(run, runner, sparsity) if flags.quantizes else {}
+        master_weights = steps.quantize(run, runner, sparsity) if flags.quantizes else {}
         scales = None
         if flags.recover:
-            scales = steps.recover(run, runner, teacher, sparsity, masters, reference)
-        del teacher, masters
+            scales = steps.recover(run, runner, teacher, sparsity, master_weights, reference)
+        del teacher, master_weights
         if flags.fake_quantizes:
             steps.check_quantized(run, runner, untouched)
         if flags.packs:

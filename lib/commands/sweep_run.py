@@ -12,7 +12,7 @@ import shutil
 from contextlib import redirect_stdout
 from pathlib import Path
 
-from ..run.flags import build_parser
+from ..run.flags import build_parser, named
 from ..run.plan import Flags
 from ..run.results import RESULTS, read_results
 from ..util import command
@@ -27,7 +27,7 @@ def run_unless_finished(flags: Flags, shared: Path) -> None:
 
     folder, printed = Path(flags.save), io.StringIO()
     # the check must not touch finished files
-    outputs = dict(save_model=None, resume=None, offload_folder=None)
+    outputs = dict.fromkeys(named(output=True))
     with redirect_stdout(printed):
         run = check(Flags(**vars(flags) | outputs), shared)
     if (folder / RESULTS).is_file():
@@ -60,6 +60,8 @@ def _reason_to_run_again(flags: Flags, now: dict[str, dict]) -> str | None:
             return "{} was {!r}, is {!r}".format(*changed)
     if flags.save_model and not Path(flags.save_model, "config.json").is_file():
         return "its model is missing"
+    if flags.save_masks and not Path(flags.save_masks).is_file():
+        return "its masks are missing"
     return None
 
 

@@ -32,7 +32,7 @@ from ..data.chats import Document
 from ..data.documents import Corpus, are_dialogues
 from ..data.languages import script
 from ..data.sources import parse_source
-from ..util import command
+from ..util.cli import make_parser
 from ..util.errors import UserError
 from ..util.files import check_writable, write_text
 
@@ -160,7 +160,7 @@ def write_task(folder: Path, name: str, questions: Sequence[Any], form: dict[str
 
 
 def main(argv: list[str]) -> None:
-    parser = command.make_parser("tasks", __doc__)
+    parser = make_parser("tasks", __doc__)
     add = parser.add_argument
     add("data", metavar="DATA", help="folder with test*.jsonl, or another source of text")
     add("out", metavar="OUT", help="folder for the tasks")
@@ -178,7 +178,8 @@ def main(argv: list[str]) -> None:
     tokenizer = load_tokenizer(Checkpoint(args.model)) if args.model else None
     documents = Corpus(source).documents("test")
     if args.model and not are_dialogues(documents):
-        raise UserError(f"--model {args.model}: DATA {args.data} has no dialogues. Leave it out.")
+        problem = f"DATA {args.data} has no dialogues"
+        raise UserError(f"--model {args.model}", problem, "Leave it out")
     questions = last_words(documents, args.seed, tokenizer)
     if not questions:
         raise source.error(

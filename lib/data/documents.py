@@ -17,8 +17,7 @@ from dataclasses import replace
 from itertools import chain
 from pathlib import Path
 
-from ..util.command import one_line
-from ..util.errors import UserError, first_line
+from ..util.errors import UserError, first_line, one_line
 from . import hub
 from .chats import COLUMNS, Dialogue, Document
 from .sources import FILES, JOINED, PLAIN, Source, folder_files, is_parted, text_of

@@ -19,12 +19,22 @@ from ..data.templates import set_date, writes_date
 from ..data.windows import WindowSpec
 from ..distributed.context import DistContext, local_device
 from ..methods.sparsity import ALLOCATIONS
-from ..model import pretrained
 from ..model.access import Checkpoint
+from ..model.device import (
+    default_batch_size,
+    pick_device,
+    pick_dtype,
+    saved_dtype,
+    set_current_device,
+)
+from ..model.pretrained import LONGEST_WINDOW, load_config, load_tokenizer, window_length
 from ..model.processor import processor_ids
 from ..model.quantized import check_format, stored_bits
 from ..model.rows import config_token_ids, keep_rows_, trimmable_rows
 from ..model.run_folder import JOB, RunFolder, begun_with
+from ..model.saving import text_alone
+from ..model.skeleton import changed_shapes, decoder_blocks
+from ..model.skeleton import skeleton as build_skeleton
 from ..packed.formats import FORMATS
 from ..pruning.allocation import read_layers
 from ..pruning.inputs import check_widths
@@ -37,8 +47,8 @@ from ..util.files import check_new_folder, check_writable, partial_of
 from ..util.host import gib
 from ..util.progress import quiet
 from ..vocabulary import TrimmedVocabulary, trim_vocabulary
-from .fingerprint import fingerprint, first_difference
-from .flags import shown
+from .fingerprint import EARLIER, fingerprint, first_difference
+from .flags import named, shown
 from .plan import Flags
 from .run import Model, Run, Teacher, kept_parts, timed
 from .save import CARD
@@ -58,7 +68,7 @@ OTHER_TEACHER = "Name the dense model that it was made from"
 def check(
     flags: Flags,
     shared: Path | None = None,
-    longest: int = pretrained.LONGEST_WINDOW,
+    longest: int = LONGEST_WINDOW,
 ) -> Run:
     """Check outputs, texts, device, config, tokenizer, vocabulary and windows, cheapest first.
 
@@ -72,8 +82,8 @@ def check(
     read = corpora.read_by(flags)
     _check_readable(read, hub=False)
     quiet()
-    device = local_device(pretrained.pick_device(flags.device))
-    pretrained.set_current_device(device)
+    device = local_device(pick_device(flags.device))
+    set_current_device(device)
     dist, seconds = DistContext(device), {}
     model = open_model(flags, device, longest)
     if flags.device is None:
@@ -96,7 +106,7 @@ def check(
         problem = f"it is less than one step, a window of {seqlen} tokens"
         fix = f"Give at least {seqlen}, or a smaller --seqlen"
         raise UserError(shown(flags, "recover"), problem, fix)
-    size = flags.batch_size or pretrained.default_batch_size(device, seqlen, model.width)
+    size = flags.batch_size or default_batch_size(device, seqlen, model.width)
     _check_tokens(flags, model, tokenizer, windows)
     run = Run(
         flags=flags,
@@ -170,9 +180,9 @@ def open_model(flags: Flags, device: torch.device, longest: int) -> Model:
     checkpoint = Checkpoint(
         flags.model, cache_dir=flags.cache_dir, trust_remote_code=flags.trust_remote_code
     )
-    config = pretrained.load_config(checkpoint)
+    config = load_config(checkpoint)
     checkpoint = checkpoint.pinned(config)
-    changing = ("prune_method", "recover", "quantize", "replace_sparse_layers")
+    changing = named(changes_alone=True)
     check_format(
         checkpoint,
         config,
@@ -180,8 +190,8 @@ def open_model(flags: Flags, device: torch.device, longest: int) -> Model:
         changes=next((f"--{name}" for name in changing if getattr(flags, name)), None),
         offload=flags.offload_folder,
     )
-    skeleton = pretrained.skeleton(config, checkpoint)
-    blocks_name, blocks = pretrained.decoder_blocks(skeleton)
+    skeleton = build_skeleton(config, checkpoint)
+    blocks_name, blocks = decoder_blocks(skeleton)
     layout = left = None
     if flags.removes:
         layout, left = kept_parts(flags, config, checkpoint, skeleton, blocks_name)
@@ -194,16 +204,16 @@ def open_model(flags: Flags, device: torch.device, longest: int) -> Model:
         fix = "Use --quantize q4_0, or --sparsity_type neurons or experts"
         raise UserError(shown(flags, "quantize"), problem, fix)
     if flags.text_only:
-        pretrained.text_alone(skeleton, checkpoint)  # raises if that is impossible
+        text_alone(skeleton, checkpoint)  # raises if that is impossible
     if flags.packs:
         check_packable(skeleton, blocks_name)
     return Model(
         checkpoint=checkpoint,
         config=config,
-        dtype=pretrained.pick_dtype(flags.dtype, config, device),
-        save_dtype=pretrained.saved_dtype(flags.dtype, config, flags.fake_quantizes),
-        tokenizer=pretrained.load_tokenizer(checkpoint),
-        window=pretrained.window_length(config, flags.seqlen, longest),
+        dtype=pick_dtype(flags.dtype, config, device),
+        save_dtype=saved_dtype(flags.dtype, config, flags.fake_quantizes),
+        tokenizer=load_tokenizer(checkpoint),
+        window=window_length(config, flags.seqlen, longest),
         skeleton=skeleton,
         blocks_name=blocks_name,
         layout=layout,
@@ -271,12 +281,12 @@ def _schedule(flags: Flags, model: Model, corpora: Corpora, dist: DistContext) -
 def _open_teacher(flags: Flags, model: Model, vocabulary: TrimmedVocabulary | None) -> Teacher:
     """Read the teacher's config. Raises UserError if the model was not made from it."""
     checkpoint = replace(model.checkpoint, name=flags.teacher, flag="--teacher", revision=None)
-    config = pretrained.load_config(checkpoint)
+    config = load_config(checkpoint)
     checkpoint = checkpoint.pinned(config)
     check_format(checkpoint, config, load_bit=None, changes="--recover")
     if stored_bits(config):
         raise UserError(str(checkpoint), "it is quantized", "Name the unquantized model")
-    dense = copy.deepcopy(pretrained.skeleton(config, checkpoint))  # and its config
+    dense = copy.deepcopy(build_skeleton(config, checkpoint))  # and its config
     skeleton = copy.deepcopy(model.skeleton)
     if vocabulary:
         keep_rows_(skeleton, vocabulary.rows)
@@ -284,7 +294,7 @@ def _open_teacher(flags: Flags, model: Model, vocabulary: TrimmedVocabulary | No
     if rows is not None:
         trimmable_rows(dense, checkpoint)
         keep_rows_(dense, rows)
-    changed = pretrained.changed_shapes(skeleton, dense)
+    changed = changed_shapes(skeleton, dense)
     for name, (ours, theirs) in changed.items():  # the blocks may have fewer rows or columns
         lost = len(ours) == len(theirs) and all(map(le, ours, theirs))
         if not lost or not name.startswith(f"{model.blocks_name}."):
@@ -301,7 +311,7 @@ def _teacher_rows(
 
     Raises UserError if the teacher lacks tokens of the model.
     """
-    teacher_ids = pretrained.load_tokenizer(checkpoint).get_vocab()
+    teacher_ids = load_tokenizer(checkpoint).get_vocab()
     if teacher_ids == model.tokenizer.get_vocab():
         return vocabulary.rows if vocabulary else None
     tokenizer = vocabulary.tokenizer if vocabulary else model.tokenizer
@@ -400,8 +410,8 @@ def _cannot_continue(run: Run, folder: RunFolder, flag: str, path: str) -> tuple
     if flag != "--resume":
         fix = f"Add --resume {path} to continue it, or remove the folder"
         return "it holds the state of an unfinished run", fix
-    changed = folder.begun and first_difference(folder.begun, run.fingerprint["pruning"])
-    if changed:
+    begun, pruning = EARLIER | folder.begun, run.fingerprint["pruning"]
+    if folder.begun and (changed := first_difference(begun, pruning)):
         problem = "it was begun with {} {!r}, not {!r}".format(*changed)
         return problem, "Give the same again, or another folder"
     ranks = ranks_of_state(folder) - {run.dist.size if run.is_sharded else 1}

@@ -2,10 +2,10 @@
 
 An interrupted run is resumed only with the same fingerprint, and all ranks of a run must have the
 same. A sweep skips a run that was finished with it. Flags that change the result count by value;
-models and texts count by content. Paths and the version of this program do not count. The code of
-the pruning method and of the quantizer counts, by revision and source. On one machine and with as
-many threads, the same fingerprint gives the same bytes; another processor or number of threads
-changes rounding.
+models and texts count by content, paths do not count. The version of this program counts, and the
+revision of the pruning method and of the quantizer; a method in a user's file counts by content. On
+one machine and with as many threads, the same fingerprint gives the same bytes; another processor
+or number of threads changes rounding.
 """
 
 from __future__ import annotations
@@ -20,19 +20,21 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from .. import __version__
 from ..methods.gptq import GPTQ
-from ..methods.registry import is_file, label, source_digest
+from ..methods.registry import is_file, label, split_file
 from ..methods.sparsity import ALLOCATIONS
-from ..model.pretrained import dtype_name
-from .flags import FIGURES, NO_RESULT
+from ..model.device import dtype_name
+from .flags import FIGURES, MODEL, named
 from .run import Run
 
 PACKAGES = "torch transformers tokenizers datasets accelerate numpy bitsandbytes".split()
 DECIDING = "torch", "transformers", "tokenizers", "numpy"  # versions that may change bytes
+VERSION = "version of langprune"
+EARLIER = {VERSION: "before 0.4"}  # which did not write it
 WEIGHTS = "*.safetensors"
 SETTINGS = "*.json", "*.jinja", "*.model", "*.txt", "*.tiktoken"  # tokenizer and generation
 SETTINGS_BYTES = 2**26  # limit of a settings file; larger files, such as logs, do not count
-CALIBRATION = "seed", "nsamples"
 
 
 def fingerprint(run: Run, weights: bool) -> dict[str, dict[str, Any]]:
@@ -42,48 +44,51 @@ def fingerprint(run: Run, weights: bool) -> dict[str, dict[str, Any]]:
     the digest of all bytes of the models' weights, if a run may be resumed or skipped; one rank per
     machine reads them. Every rank must call this.
     """
-    args, texts, dist = run.flags, run.windows, run.dist
-    read = {"--model": run.model.config, "--teacher": run.teacher and run.teacher.config}
-    read = {flag: (vars(args)[flag[2:]], config) for flag, config in read.items() if config}
+    flags, windows, dist = run.flags, run.windows, run.dist
+    read = {"--model": (flags.model, run.model.config)}
+    if run.teacher:
+        read["--teacher"] = flags.teacher, run.teacher.config
     digests = None
     if weights and dist.local_rank == 0:
         digests = {f"weights of {flag}": _content(*each, WEIGHTS) for flag, each in read.items()}
     digests = dist.of_machine(digests)
-    uncounted = [*NO_RESULT, *FIGURES, *(() if args.calibrated else CALIBRATION)]
-    counted = {f"--{name}": value for name, value in vars(args).items() if name not in uncounted}
-    pruning = counted | {
-        "--seed": args.seed if args.calibrated or texts.training else None,
+    uncounted = [] if flags.calibrated else named(step="draw")
+    counted = [name for name in named(decides=MODEL) if name not in uncounted]
+    pruning = {VERSION: __version__} | {f"--{name}": getattr(flags, name) for name in counted}
+    pruning |= {
+        "--seed": flags.seed if flags.calibrated or windows.training else None,
         "--dtype": f"{dtype_name(run.model.dtype)}, saved as {dtype_name(run.model.save_dtype)}",
-        "--seqlen": run.windows.seqlen,
+        "--seqlen": windows.seqlen,
         "kind of device": run.device.type,
-        "windows of --calibration_data": texts.record and texts.record["digest"][:16],
+        "windows of --calibration_data": windows.record and windows.record["digest"][:16],
     }
     for flag, each in read.items():
         pruning[f"config of {flag}"] = _content(*each, "config.json", "*.py")
     pruning |= digests or {}
     if run.vocabulary:
         pruning["tokens of --trim_vocabulary"] = run.vocabulary.digest
-    if texts.training:
-        pruning["windows of --recover"] = texts.training.record["digest"][:16]
+    if windows.training:
+        pruning["windows of --recover"] = windows.training.record["digest"][:16]
         if run.schedule.windows > run.schedule.windows_alone:  # more than one process takes
             pruning["windows of a step of --recover"] = run.schedule.windows
-    if args.prune_method:
-        source = source_digest(args.method_class, "prune.py", "remove.py")
-        pruning["source of --prune_method"] = source
-        if is_file(args.prune_method):
-            pruning["--prune_method"] = label(args.prune_method)
-        if args.allocation not in ALLOCATIONS:
-            pruning["--allocation"] = f"layers {_digest([Path(args.allocation)], named=False)}"
-    if args.quantizes:
-        pruning["source of --quantize"] = source_digest(GPTQ, "prune.py", "quantize.py")
+    if flags.prune_method:
+        pruning["revision of --prune_method"] = flags.method_class.revision
+        if is_file(flags.prune_method):
+            pruning["--prune_method"] = label(flags.prune_method)
+            file, _ = split_file(flags.prune_method)
+            pruning["file of --prune_method"] = _digest([Path(file)], named=False)
+        if flags.allocation not in ALLOCATIONS:
+            pruning["--allocation"] = f"layers {_digest([Path(flags.allocation)], named=False)}"
+    if flags.quantizes:
+        pruning["revision of --quantize"] = GPTQ.revision
     pruning |= {f"version of {name}": versions()[name] for name in DECIDING}
-    measuring = {f"--{name}": getattr(args, name) for name in FIGURES}
+    measuring = {f"--{name}": getattr(flags, name) for name in named(decides=FIGURES)}
     measuring["--batch_size"] = run.batch_size  # changes the rounding of sums
-    measuring["tokenizer of --model"] = _content(args.model, run.model.config, *SETTINGS)
-    for test in texts.tests:
+    measuring["tokenizer of --model"] = _content(flags.model, run.model.config, *SETTINGS)
+    for test in windows.tests:
         measuring[f"windows of --eval_data {test.name}"] = test.record["digest"][:16]
-    if args.include_path:
-        files = (path for path in Path(args.include_path).rglob("*") if path.is_file())
+    if flags.include_path:
+        files = (path for path in Path(flags.include_path).rglob("*") if path.is_file())
         measuring["--include_path"] = _digest(files)
     sections = {"pruning": pruning, "measuring": measuring}
     return json.loads(json.dumps(sections, default=str))

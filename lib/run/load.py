@@ -13,12 +13,14 @@ from typing import Any
 
 import torch
 
-from ..model import pretrained
 from ..model.blocks import BlockRunner
+from ..model.pretrained import fresh_copy, load_model
 from ..model.rows import keep_rows_
 from ..model.run_folder import RunFolder
+from ..model.saving import cast
+from ..model.skeleton import decoder_blocks
 from ..model.store import BlockStore, FileBlockStore, device_map
-from ..pruning.check import Measured
+from ..pruning.check import SparsityCheck
 from ..sharded import is_sharded
 from ..util.errors import UserError
 from ..util.files import temporary_folder
@@ -45,7 +47,7 @@ def load(run: Run, cleanup: ExitStack, folder: RunFolder | None) -> BlockRunner:
             blocks_at = _block_folder(run, cleanup, folder)
         converted = dist.of_machine(blocks_at and str(blocks_at.converted))
     with run.timed("load"):
-        model = pretrained.load_model(
+        model = load_model(
             run.model.checkpoint,
             run.model.config,
             dtype=run.model.dtype,
@@ -57,7 +59,7 @@ def load(run: Run, cleanup: ExitStack, folder: RunFolder | None) -> BlockRunner:
     dist.barrier()  # files that one rank converts serve all ranks of its machine
     save_dtype = run.model.save_dtype
     if flags.fake_quantizes:
-        with pretrained.cast(model, save_dtype):
+        with cast(model, save_dtype):
             pass  # evaluated as it will be saved; blocks in files are cast when fetched
     store = BlockStore
     if offloaded:
@@ -89,13 +91,13 @@ def load_teacher(run: Run, runner: BlockRunner, cleanup: ExitStack) -> BlockRunn
     passes["most_windows"] = runner.most_windows
     store, resident = None, not is_sharded(runner)
     if not run.teacher:
-        model = pretrained.fresh_copy(runner.model, with_blocks=resident)
+        model = fresh_copy(runner.model, with_blocks=resident)
         if not resident:
             store = runner.weights.of_copy(model)
         return BlockRunner(model, run.device, store, **passes)
     spec = run.teacher
     needs_zeros = run.schedule and not (run.flags.fake_quantizes or spec.is_larger)
-    if needs_zeros and (zeros := Measured(runner).overall) < LEAST_ZEROS:
+    if needs_zeros and (zeros := SparsityCheck(runner).overall) < LEAST_ZEROS:
         raise UserError(
             str(run.model.checkpoint),
             f"{zeros:.1%} of its blocks' weights are zero, so there is nothing to recover",
@@ -104,11 +106,11 @@ def load_teacher(run: Run, runner: BlockRunner, cleanup: ExitStack) -> BlockRunn
     with run.timed("load teacher"):
         where, converted, first = {"": run.device}, None, run.dist.local_rank == 0
         if not resident:
-            name, _ = pretrained.decoder_blocks(spec.skeleton)
+            name, _ = decoder_blocks(spec.skeleton)
             where = device_map(spec.skeleton, name, run.device)
             converted = str(cleanup.enter_context(temporary_folder())) if first else None
             converted = run.dist.of_machine(converted)
-        model = pretrained.load_model(
+        model = load_model(
             spec.checkpoint,
             spec.config,
             dtype=run.model.dtype,
@@ -133,7 +135,8 @@ def plan_memory(run: Run) -> tuple[bool, dict[str, Any]]:
     Raises UserError if the run cannot fit in memory.
     """
     memory = local_memory(run)
-    run.dist.fail_together(memory.check)  # another program may be on one rank's card
+    with run.dist.fail_together():  # another program may be on one rank's card
+        memory.check()
     run.print(memory.line())
     return memory.offloaded, dict(
         dist=run.dist,

@@ -30,12 +30,15 @@ from ..distributed.context import DistContext
 from ..methods.gptq import GPTQ
 from ..methods.registry import method_of
 from ..methods.sparsity import EXPERTS
-from ..model import pretrained
 from ..model.access import Checkpoint, weight_bytes
 from ..model.blocks import GPU_LOGIT_BYTES, LOGIT_BYTES
+from ..model.device import checkpoint_dtype, default_batch_size, saved_dtype
 from ..model.linears import find_linears
 from ..model.matrix import PrunableLinear, SaveDtypes
+from ..model.pretrained import LONGEST_WINDOW
 from ..model.reference import local_windows
+from ..model.skeleton import decoder_blocks
+from ..model.skeleton import skeleton as build_skeleton
 from ..packed.formats import FORMATS
 from ..pruning.allocation import WINDOWS as ALLOCATION_WINDOWS
 from ..pruning.errors import TOKENS
@@ -44,7 +47,7 @@ from ..sharded import can_share
 from ..util import progress
 from ..util.errors import UserError
 from ..util.host import available, gib
-from .flags import build_parser, shown
+from .flags import FLAGS, Flag, build_parser, shown
 from .plan import Flags
 from .run import Model, Run, kept_parts
 from .windows import Corpora, RunWindows
@@ -62,20 +65,15 @@ CACHED = 8  # inputs of a block's linear layers, in hidden states (formula for L
 SHARD = 5 * 10**9  # largest file of a saved model, in bytes
 ROOM = 2  # blocks are offloaded if this many times the weights exceed the free memory
 HIDDEN_ROOM = 4  # hidden states are on the host if this many times their size exceeds the rest
-FLAGS = {  # by stage: its flag, and its name in messages
-    "allocate": ("allocation", "measuring errors"),
-    "prune": ("prune_method", "pruning"),
-    "quantize": ("quantize", "quantizing"),
-    "train": ("recover", "training"),
-}
-SMALLER = {  # by stage: flags with which it takes less memory
-    "allocate": [("allocation", "uniform")],
-    "prune": [("prune_method", "sparsegpt"), ("prune_method", "wanda")],
-    "train": [("recover_optimizer", "adamw8bit"), ("recover_rank", 16)],
-}
 TESTS = 256  # test windows of `memory_of`
 CARDS = 2, 4, 8, 16, 32, 64  # numbers of cards that can share the trained weights
 Table = dict[str, dict[str, int]]  # {stage: {term: bytes}}
+
+
+def flags_of(stage: str) -> list[Flag]:
+    """Return the flags of a stage's step of the run, the cheapest way to less memory first."""
+    step = "recover" if stage == "train" else stage
+    return [flag for flag in reversed(FLAGS) if flag.step == step]
 
 
 @dataclass(frozen=True, eq=False)
@@ -329,7 +327,7 @@ class Memory:
                 (rows, columns), module = linear.shape, linear.name.rpartition(".")[0]
                 if linear.expert is not None:
                     count = len(getattr(linear.module, linear.parameter))
-                    groups[(linear.stage,)] = columns, rows, count, False
+                    groups[(linear.parameter_name,)] = columns, rows, count, False
                     continue
                 key = module, columns, linear is last[module]
                 outputs = groups.get(key, (0, 0))[1]
@@ -504,7 +502,8 @@ class Memory:
         for stage in sorted(self.stages, key=lambda stage: stage != "train"):  # training first
             if self.fits(stage) or not (self.gpu or stage == "train"):
                 continue
-            flag, doing = FLAGS.get(stage, ("model", "the model"))
+            begun_by = {flag.name: flag.doing for flag in flags_of(stage) if flag.doing}
+            flag, doing = next(iter(begun_by.items()), ("model", "the model"))
             device, given = "card" if self.gpu else "machine", shown(self.flags, flag)
             problem = f"{doing} needs {gib(self.total(stage))} of memory, and the {device} "
             problem += f"has {gib(self.free)} free"
@@ -517,7 +516,7 @@ class Memory:
     def _ways(self, stage: str) -> Iterator[str]:
         """Yield flags with which a stage would fit, and the memory that it would need."""
         others = {"": self} if stage == "train" else {}
-        for name, value in SMALLER.get(stage, ()):
+        for name, value in ((flag.name, each) for flag in flags_of(stage) for each in flag.smaller):
             flags, schedule = copy.copy(self.flags), self.schedule
             if getattr(flags, name) == value or (stage == "prune" and flags.removes):
                 continue
@@ -591,13 +590,13 @@ def memory_of(config: Any, flags: str = "", *, free: float, ranks: int = 1) -> M
     """
     flags = build_parser().parse_args(["--model", "model", *flags.split()])
     checkpoint, device = Checkpoint(flags.model), torch.device("cuda")
-    skeleton = pretrained.skeleton(config, checkpoint)
-    name, _ = pretrained.decoder_blocks(skeleton)
+    skeleton = build_skeleton(config, checkpoint)
+    name, _ = decoder_blocks(skeleton)
     parts = kept_parts(flags, config, checkpoint, skeleton, name) if flags.removes else ()
-    dtype = pretrained.checkpoint_dtype(config)
+    dtype = checkpoint_dtype(config)
     dtype = dtype if flags.dtype == "auto" else getattr(torch, flags.dtype)
-    save_dtype = pretrained.saved_dtype(flags.dtype, config, flags.fake_quantizes)
-    seqlen, schedule, training = flags.seqlen or pretrained.LONGEST_WINDOW, None, None
+    save_dtype = saved_dtype(flags.dtype, config, flags.fake_quantizes)
+    seqlen, schedule, training = flags.seqlen or LONGEST_WINDOW, None, None
     model = Model(checkpoint, config, None, skeleton, name, dtype, save_dtype, seqlen, *parts)
     dist = DistContext(device, alone=True)
     dist.size, dist.rank = ranks, ranks - 1  # the last rank has the largest share
@@ -612,7 +611,7 @@ def memory_of(config: Any, flags: str = "", *, free: float, ranks: int = 1) -> M
     calibration = windows(flags.nsamples) if flags.calibrated else None
     tests = [TestSet("", windows(TESTS), {})]
     drawn = RunWindows(seqlen, calibration=calibration, tests=tests, training=training)
-    batch_size = flags.batch_size or pretrained.default_batch_size(device, seqlen, model.width)
+    batch_size = flags.batch_size or default_batch_size(device, seqlen, model.width)
     corpora = Corpora([], [], [])
     run = Run(flags, dist, model, corpora, drawn, batch_size, schedule=schedule)
     memory = Memory(run, int(free), 2**50, ranks)

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..methods.registry import label, method_of
 from ..methods.sparsity import RATIO_TYPES, SMALLER, Sparsity
-from ..util.command import Parser
+from ..util.cli import Parser
 
 if TYPE_CHECKING:
     from ..methods.base import PruningMethod

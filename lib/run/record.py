@@ -17,12 +17,14 @@ from .. import __version__
 from ..data.windows import TestSet
 from ..eval import exp
 from ..model.blocks import BlockRunner
-from ..model.pretrained import auto_class, checkpoint_dtype, footprint, parameter_bytes
+from ..model.device import checkpoint_dtype
 from ..model.rows import TRIMMED_FROM
-from ..util.command import ROOT, one_line
-from ..util.errors import UserError
+from ..model.saving import footprint, parameter_bytes
+from ..model.skeleton import auto_class
+from ..util.errors import UserError, one_line
 from ..util.files import write_text
 from ..util.host import gib, peak_memory
+from ..util.processes import ROOT
 from ..vocabulary import NOTE
 from .card import figures_table, notes
 from .fingerprint import versions

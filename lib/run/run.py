@@ -23,8 +23,8 @@ from ..distributed.context import DistContext
 from ..methods.sparsity import EXPERTS
 from ..model.access import Checkpoint
 from ..model.parts import PartLayout, find_parts
-from ..model.pretrained import skeleton, skeleton_with
 from ..model.run_folder import RunFolder
+from ..model.skeleton import skeleton, skeleton_with
 from ..recover import TrainSchedule
 from ..remove import experts_left, neurons_left
 from ..sharded import can_share

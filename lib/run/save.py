@@ -20,12 +20,12 @@ from ..data.tokenizer_model import write_tokenizer_model
 from ..eval import COMPARED_POSITIONS, some_logits
 from ..model.access import local_only
 from ..model.blocks import BlockRunner
-from ..model.pretrained import cast, save_in_shards, text_alone
 from ..model.processor import copy_processor
+from ..model.saving import cast, save_in_shards, text_alone
 from ..packed.checkpoint import mark_packed_
 from ..sparse import check_same_outputs
 from ..util import progress
-from ..util.command import typed
+from ..util.cli import typed
 from ..util.errors import UserError, first_line
 from ..util.files import partial_of, put_in_place, sync_all, temporary_folder, write_text
 from ..util.host import gib
@@ -104,7 +104,7 @@ def _text_alone(run: Run, model: nn.Module) -> nn.Module:
         mark_packed_(alone)
     window = run.windows.tests[0].ids[:1, :COMPARED_POSITIONS].to(run.device)
     before, after = some_logits(model, window), some_logits(alone, window)
-    check_same_outputs(before, after, "--text_only: whole and text alone", least=1e-5)
+    check_same_outputs(before, after, "--text_only", "whole and text alone", least=1e-5)
     gone = {name: each for name, each in model.state_dict().items() if name in model.unread}
     parts = ", ".join(sorted({".".join(name.split(".")[:2]) for name in gone}))
     size = gib(sum(each.nbytes for each in gone.values()))

@@ -13,7 +13,6 @@ from torch import Tensor
 
 from ..eval import COMPARED_POSITIONS, perplexities, perplexity, some_logits
 from ..model.blocks import BlockRunner
-from ..model.pretrained import footprint, parameter_bytes
 from ..model.reference import (
     DenseReference,
     dense_states,
@@ -22,11 +21,12 @@ from ..model.reference import (
     tail_of,
 )
 from ..model.rows import keep_rows_
+from ..model.saving import footprint, parameter_bytes
 from ..packed.formats import FORMATS, Grid
 from ..prune import Pruner
 from ..pruning.allocation import Allocation, kept_allocation
 from ..pruning.allocation import allocate as choose_allocation
-from ..pruning.check import Measured
+from ..pruning.check import SparsityCheck
 from ..pruning.masks import packed_masks, write_masks
 from ..quantize import check_quantized as check_quantized_weights
 from ..quantize import quantize as quantize_linears
@@ -52,7 +52,6 @@ from .save import write_card
 ALLOCATION = "allocation.json"  # in --save; an input of --allocation
 MOST_ZEROS = 0.25  # share that quantization of the original to 4 bits may have made
 BEFORE = "perplexity", "bits_per_byte", "kl", "top1_agreement"
-Starts = dict[str, tuple[Tensor, Grid]]  # see `Quantizer`
 
 
 def trim(run: Run, runner: BlockRunner) -> None:
@@ -67,8 +66,8 @@ def trim(run: Run, runner: BlockRunner) -> None:
         rows = vocabulary.rows.to(run.device)
         before = some_logits(model, rows[window]).index_select(-1, rows)
         keep_rows_(model, vocabulary.rows)
-        after, what = some_logits(model, window), "--trim_vocabulary: whole and trimmed"
-        difference = check_same_outputs(before, after, what, least=1e-5)
+        after, flag = some_logits(model, window), "--trim_vocabulary"
+        difference = check_same_outputs(before, after, flag, "whole and trimmed", least=1e-5)
         nats += [perplexities(runner, [each], bar)[0]["nats"] for each in held_out[1:]]
     saved = size - footprint(model)
     run.results["trimmed_bytes"] = parameter_bytes(model, runner.save_dtype)
@@ -96,11 +95,11 @@ def dense_reference(run: Run, dense: BlockRunner) -> DenseReference:
     return DenseReference(tail_of(dense), states)
 
 
-def prune(run: Run, runner: BlockRunner) -> Measured:
-    """Prune linear layers, or remove neurons or experts; return and check the sparsity reached."""
+def prune(run: Run, runner: BlockRunner) -> SparsityCheck:
+    """Prune linear layers, or remove neurons or experts; return and check the sparsity."""
     flags, target, windows = run.flags, None, run.windows.calibration
     if not flags.prune_method:
-        return Measured(runner)
+        return SparsityCheck(runner)
     method = flags.method_class
     size = parameter_bytes(runner.model, runner.save_dtype)
     allocation = None if flags.removes else allocate(run, runner)
@@ -112,9 +111,9 @@ def prune(run: Run, runner: BlockRunner) -> Measured:
             pruner = Pruner(runner, method, allocation).run(windows, bar)
             if not flags.use_variant:  # it meets the ratio only approximately
                 target = allocation.sparsity
-        sparsity = Measured(runner, target, pruner.left_dense)
+        sparsity = SparsityCheck(runner, target, pruner.left_dense)
     run.print(*pruner.summary())
-    run.results |= {"notes": pruner.summary()[1:], "sparsity": sparsity.shares()}
+    run.results |= {"notes": pruner.summary()[1:], "sparsity": sparsity.record()}
     if errors := pruner.errors():
         run.results["errors"] = errors
     if flags.save_masks:
@@ -152,7 +151,7 @@ def allocate(run: Run, runner: BlockRunner) -> Allocation:
 def check_zeros(run: Run, runner: BlockRunner) -> None:
     """Report zeros that become levels. Raises UserError if they must come from pruning."""
     form = FORMATS[run.flags.format]
-    if form.zero or not (share := Measured(runner).overall):
+    if form.zero or not (share := SparsityCheck(runner).overall):
         return
     if share > MOST_ZEROS:
         raise UserError(
@@ -163,14 +162,16 @@ def check_zeros(run: Run, runner: BlockRunner) -> None:
     run.print(f"{form.name} has no 0: the {share:.2%} of the weights that are 0 get a level")
 
 
-def measure_sparsity(run: Run, runner: BlockRunner, before: Measured) -> dict:
+def measure_sparsity(run: Run, runner: BlockRunner, sparsity: SparsityCheck) -> dict:
     """Measure the zeros again; none may be lost if the format has a 0."""
     keeps = FORMATS[run.flags.format].zero
-    return (before.again(runner) if keeps else Measured(runner)).shares()
+    return (sparsity.recheck(runner) if keeps else SparsityCheck(runner)).record()
 
 
-def quantize(run: Run, runner: BlockRunner, sparsity: Measured) -> Starts:
-    """Quantize linear layers with calibration text; return the start of their training, if any."""
+def quantize(
+    run: Run, runner: BlockRunner, sparsity: SparsityCheck
+) -> dict[str, tuple[Tensor, Grid]]:
+    """Quantize linear layers with calibration text; return the master weights, if it is trained."""
     form, windows, masters = FORMATS[run.flags.format], run.windows.calibration, None
     if run.flags.recover:  # low-rank training has no memory for float32 masters
         masters = runner.save_dtype if run.schedule.rank else torch.float32
@@ -179,20 +180,20 @@ def quantize(run: Run, runner: BlockRunner, sparsity: Measured) -> Starts:
     run.print(*quantizer.summary())
     run.results["notes"] = run.results.get("notes", []) + quantizer.summary()[1:]
     run.results["sparsity"] = measure_sparsity(run, runner, sparsity)
-    return quantizer.starts
+    return quantizer.master_weights
 
 
 def recover(
     run: Run,
     runner: BlockRunner,
     teacher: BlockRunner,
-    sparsity: Measured,
-    starts: Starts,
+    sparsity: SparsityCheck,
+    master_weights: dict[str, tuple[Tensor, Grid]],
     reference: DenseReference,
 ) -> dict[str, Tensor]:
     """Train the kept weights, check that every zero is still zero, and return the scales."""
     flags, schedule, text = run.flags, run.schedule, run.windows.training
-    tests = run.windows.tests if flags.prune_method or flags.teacher or starts else []
+    tests = run.windows.tests if flags.prune_method or flags.teacher or master_weights else []
     with run.timed("measure before", "measuring before", 1 + len(tests), "text") as bar:
         held_out = perplexity(teacher, text.held_out)
         bar(1)
@@ -200,7 +201,8 @@ def recover(
         figures = perplexities(runner, windows, reference=reference, only_compared=True)
         bar(len(tests))
     records = (evaluation_record(*pair, True) for pair in zip(tests, figures, strict=True))
-    recoverer = Recoverer(runner, teacher, schedule, text, whole=run.trains_all, starts=starts)
+    trained = dict(whole=run.trains_all, master_weights=master_weights)
+    recoverer = Recoverer(runner, teacher, schedule, text, **trained)
     tokens = schedule.steps * schedule.windows * schedule.seqlen
     run.print(*recoverer.summary())
     with run.timed("recover", "recovering", tokens, "token") as bar:
@@ -261,7 +263,7 @@ def evaluate(run: Run, runner: BlockRunner, reference: DenseReference | None) ->
     results["evaluation"] = records
     results["perplexity"] = {each["name"]: each["perplexity"] for each in records}
     if "sparsity" not in results:
-        results["sparsity"] = Measured(runner).shares()
+        results["sparsity"] = SparsityCheck(runner).record()
 
 
 def record(run: Run, runner: BlockRunner) -> None:

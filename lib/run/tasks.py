@@ -9,8 +9,7 @@ from math import comb
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..util.command import describe_error, one_line
-from ..util.errors import UserError, first_line
+from ..util.errors import UserError, describe_error, first_line, one_line
 
 if TYPE_CHECKING:
     from lm_eval.tasks import TaskManager
