@@ -28,8 +28,8 @@ from ..packed.linear import SparseLinear
 from ..util.errors import UserError
 from .linears import find_linears
 from .matrix import SaveDtypes
-from .pretrained import decoder_blocks
 from .run_folder import CHANGED, PRUNED, RunFolder, of_block
+from .skeleton import decoder_blocks
 
 META = torch.device("meta")
 
@@ -313,7 +313,7 @@ class FileBlockStore(BlockStore):
                     tensors |= {path: stored.get_tensor(name) for path, name in names.items()}
             except (OSError, SafetensorError) as error:
                 problem = f"block {index} cannot be read from {file} ({error})"
-                raise UserError(f"--model: {problem}. Check the disk.") from error
+                raise UserError("--model", problem, "Check the disk") from error
         return tensors
 
     def each(

@@ -10,7 +10,7 @@ import tiny
 import torch
 from support import call, call_here, reloaded, results, succeed
 
-from lib.commands import compress
+from lib.commands.compress import __main__ as compress
 from lib.model import pretrained
 from lib.prune import BlockWalker
 from lib.run import steps
@@ -192,7 +192,7 @@ def test_compress_plans_without_training_where_only_the_weights_fit(
     device: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(compress, "call", call_here)
+    monkeypatch.setattr("lib.util.processes.call", call_here)
     monkeypatch.setattr(compress, "find_spec", lambda name: None)
     model = tiny.tiny_llama(num_hidden_layers=12, intermediate_size=256)
     tiny.write_model("deep", model)
@@ -204,7 +204,8 @@ def test_compress_plans_without_training_where_only_the_weights_fit(
     done = call(*argv, program=compress.main)
     assert done.status == 0, done.err
     assert "planned without training: training takes about" in done.out
-    assert "recovery" not in results("small-compress/compressed")
+    (work,) = Path("small-compress").iterdir()
+    assert "recovery" not in results(work / "compressed")
     assert not list(Path("small-compress").rglob("recovery*"))
-    measured = ["--seqlen", "64", "--eval_data", "small-compress/tests/uk.jsonl"]
-    reloaded("small", "small-compress/compressed", "--device", "cuda:0", *measured)
+    measured = ["--seqlen", "64", "--eval_data", str(work / "tests/uk.jsonl")]
+    reloaded("small", work / "compressed", "--device", "cuda:0", *measured)
