@@ -20,12 +20,11 @@ from ..data.sources import BUILT_IN, parse_source
 from ..methods.sparsity import SMALLER
 from ..packed.checkpoint import card_lines
 from ..packed.formats import GRIDS
-from ..util.command import one_line
-from ..util.errors import UserError, first_of
+from ..util.errors import UserError, first_of, one_line
 from ..util.markdown import escape, padded_table
 from .flags import command_words, named
-from .flags import packed as packed_by
 from .plan import PRUNED_BEFORE
+from .plan import packed as packed_by
 from .results import is_trained
 
 HEADING = "## How to load it"

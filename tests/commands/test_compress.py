@@ -22,11 +22,10 @@ from lib.commands.compress import __main__ as compress
 from lib.commands.compress import compression, size
 from lib.commands.compress import plan as compress_plan
 from lib.commands.compress import texts as compress_texts
-from lib.data.documents import read_documents
 from lib.run.card import figures_table
 from lib.run.flags import build_parser, check_flags
-from lib.run.plan import Plan
-from lib.run.texts import named_sources
+from lib.run.plan import Flags
+from lib.run.windows import named_corpora
 from lib.util import processes
 from lib.util.command import CALLED, call, run, typed
 from lib.util.errors import UserError
@@ -151,9 +150,8 @@ def test_a_model_is_compressed_though_it_was_interrupted(
     assert before["method"] == "dense" and after["quantized"]["format"] == "q4_0"
     lines = (work() / "tests/uk.jsonl").read_text("utf-8").splitlines()
     tests = tuple(json.loads(line)["text"] for line in lines)
-    args = SimpleNamespace(**after["flags"])
-    (source,), _, _ = named_sources(args, Plan.of(args))  # what is measured is not trained on
-    train = read_documents(source, "train")[0]
+    (corpus,) = named_corpora(Flags(**after["flags"])).calibration
+    train = corpus.documents("train")  # what is measured is not trained on
     assert tests and train and not [text for text in train if text.startswith(tests)]
     assert "vocabulary" in after and after["recovery"]["tokens"] == 16 * 128
     assert [test["windows"] for test in before["evaluation"]] == [
@@ -401,17 +399,14 @@ def test_texts_that_are_measured_are_not_trained_on_once_they_are_cut() -> None:
     tiny.write_texts("uk", tiny.sentences(40, words=2000), 0)
     Path("uk/test.jsonl").unlink()
     parser, data = build_parser(), ["--model", "m", "--calibration_data", "uk/train.jsonl"]
-
-    def named(args):
-        return named_sources(args, Plan.of(args))
-
-    _, _, tests = named(parser.parse_args([*data, "--eval_data", "uk"]))
+    corpora = named_corpora(parser.parse_args([*data, "--eval_data", "uk"]))
     test = SimpleNamespace(name="uk", record={"bytes": 40_000}, windows=range(100), dialogues=())
-    texts = SimpleNamespace(tests=[test])
-    job = SimpleNamespace(tests=tests, texts=texts, args=SimpleNamespace(column="text"))
+    windows, flags = SimpleNamespace(tests=[test]), SimpleNamespace(column="text")
+    job = SimpleNamespace(corpora=corpora, windows=windows, flags=flags)
     cut = compress_texts.cut_tests(job, Path("cut"), 1)  # two documents and pieces of a third
-    (train,), _, (test,) = named(parser.parse_args([*data, "--eval_data", *cut]))
-    measured, trained = read_documents(test, "test")[0], read_documents(train, "train")[0]
+    corpora = named_corpora(parser.parse_args([*data, "--eval_data", *cut]))
+    (train,), (test,) = corpora.calibration, corpora.tests
+    measured, trained = test.documents("test"), train.documents("train")
     assert len(measured) > 3 and len(trained) > 37
     assert not [text for text in measured if any(text in each for each in trained)]
 

@@ -139,8 +139,7 @@ def test_a_compression_that_goes_on_on_another_day(
 
 def test_ranks_take_the_date_of_the_first(on: Callable) -> None:
     on("2027-01-05")
-    job = SimpleNamespace(tokenizer=chats.tokenizer_with(chats.DATED))
-    job.args = build_parser().parse_args(["--model", "m"])
-    job.dist = SimpleNamespace(all_gather_object=lambda day: ["2027-01-04", day])
-    check._set_date(job)
-    assert job.args.date == templates._date == "2027-01-04"
+    flags = build_parser().parse_args(["--model", "m"])
+    dist = SimpleNamespace(all_gather_object=lambda day: ["2027-01-04", day])
+    check._set_date(flags, chats.tokenizer_with(chats.DATED), dist)
+    assert flags.date == templates._date == "2027-01-04"
