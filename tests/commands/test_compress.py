@@ -23,7 +23,7 @@ from lib.commands.compress import compression, size
 from lib.commands.compress import plan as compress_plan
 from lib.commands.compress import texts as compress_texts
 from lib.run.card import figures_table
-from lib.run.flags import build_parser, check_flags, without
+from lib.run.flags import build_parser, check_flags
 from lib.run.plan import Flags
 from lib.run.windows import named_corpora
 from lib.util import processes
@@ -80,11 +80,13 @@ def test_the_minutes_are_kept() -> None:
     assert planned(170).rounding < chat.rounding and chat.tokens == 0 and chat.seconds <= 170
 
 
-@pytest.mark.parametrize("names", [compress.NOT_MEASURED, compress.NOT_REHEARSED])
+@pytest.mark.parametrize("names", [compress.NO_RESULT, compress_plan.NOT_REHEARSED])
 def test_flags_of_a_method_do_not_reach_runs_that_have_none(names: list[str]) -> None:
     """With --megabytes only the run that makes the model removes neurons by a method."""
     words = ["--method_args", "passes=2", "--save_masks", "F", "--text_only", "--seed", "3"]
-    assert without(words, names) == ["--seed", "3"]
+    assert compression.joined([], words, names) == ["--seed", "3"]
+    made = ["--prune_method", "admm", "--save_model", "OUT"]
+    assert compression.joined(made, words) == [*made, *words]
 
 
 @pytest.mark.parametrize("recovery", [[], ["--recover", "8192"]], ids=["pruned", "trained"])
@@ -327,7 +329,7 @@ def test_the_vocabulary_stays_whole_where_trimming_costs_much(
     assert "is not trimmed" not in out and "vocabulary" in results(work("other") / "compressed")
     rows = {row.split("|")[1].strip(): row.split("|")[2:] for row in out.splitlines() if "|" in row}
     assert [cell.strip() for cell in rows[""]][:2] == ["original", "trimmed"]
-    row = rows["uk, a sample, bits per byte"]
+    row = rows["uk, a sample of 65,536 bytes, bits per byte"]
     assert [cell.strip() for cell in row][:2] == ["1.0000", "1.0190"]
     assert "uk, KL from trimmed, nats per token" in rows
 
