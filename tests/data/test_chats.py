@@ -12,7 +12,7 @@ from pyarrow import parquet
 from lib.data import templates
 from lib.data import windows as data
 from lib.data.chats import Dialogue
-from lib.data.documents import read_documents
+from lib.data.documents import Corpus
 from lib.data.samples import Windows
 from lib.data.sources import parse_source
 from lib.data.templates import document_text, prompt_of, sample_of_dialogue
@@ -49,7 +49,7 @@ def test_shapes(tmp_path, row):
         expected[0]["content"] = "Де тече\n\nріка?"
     parquet.write_table(pyarrow.Table.from_pylist([row]), tmp_path / "a.parquet")
     for source in (source_of(tmp_path, row), parse_source(str(tmp_path / "a.parquet"), FLAG)):
-        (document,) = read_documents(source, "train")[0]
+        (document,) = Corpus(source).documents("train")
         assert document.messages == expected
 
 
@@ -72,13 +72,13 @@ def test_shapes(tmp_path, row):
 )
 def test_other_rows_are_refused(tmp_path, row, problem):
     with pytest.raises(UserError) as caught:
-        read_documents(source_of(tmp_path, {"messages": SAID}, row), "train")
+        Corpus(source_of(tmp_path, {"messages": SAID}, row)).documents("train")
     assert f"{tmp_path}/rows.jsonl, line 2: " in str(caught.value) and problem in str(caught.value)
 
 
 def test_rows_without_words_are_left_out_and_counted(tmp_path, caplog):
     rows = [{"messages": SAID}, {"messages": chats.said("a", " ")}, {"messages": []}]
-    assert len(read_documents(source_of(tmp_path, *rows), "train")[0]) == 1
+    assert len(Corpus(source_of(tmp_path, *rows)).documents("train")) == 1
     assert "2 rows without" in caplog.text
 
 
@@ -124,7 +124,7 @@ def test_dialogues_share_windows_and_none_is_lost(tmp_path, caplog):
     assert f"be brief\n\n{SAID[0]['content']}" in joined  # the template knows no system
     long = chats.said("the old", " ".join(tiny.WORDS * 20))  # longer than a window
     every = [*chats.some(30), long, chats.said("a " * 200, "b")]
-    source = source_of(tmp_path, *({"messages": each} for each in [*every, refused]))
+    source = Corpus(source_of(tmp_path, *({"messages": each} for each in [*every, refused])))
     spec = data.WindowSpec(tokenizer, seqlen, seed=1)
     test = data.test_set(source, spec)
     assert "rejects 1 dialogues" in caplog.text and "no system role" in caplog.text

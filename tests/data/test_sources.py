@@ -15,11 +15,10 @@ from pyarrow import parquet
 from tiny import sentences, write_texts
 
 from lib.data import documents
-from lib.data.documents import check_source, locations, read_documents, read_line
+from lib.data.documents import Corpus, check_corpus, locations, read_line
 from lib.data.sources import AGAIN, BUILT_IN, JOINED, ONCE, has_test, parse_source, parse_sources
 from lib.run.flags import build_parser
-from lib.run.plan import Plan
-from lib.run.texts import named_sources, same_texts
+from lib.run.windows import named_corpora, same_texts
 from lib.util.errors import UserError
 
 FLAG = "--calibration_data"
@@ -35,7 +34,8 @@ def message(function, *args, **options) -> str:
 
 
 def read(source, split="train"):
-    return list(read_documents(source, split)[0])
+    corpus = source if isinstance(source, Corpus) else Corpus(source)
+    return list(corpus.documents(split))
 
 
 # --- names
@@ -161,7 +161,7 @@ def test_folders(tmp_path):
     """JSON lines before tables before plain text, and files named train* before others."""
     (tmp_path / "valid.doc").write_text("")
     for split in ("train", "test"):
-        line = message(check_source, parse_source(str(tmp_path), FLAG), split)
+        line = message(check_corpus, Corpus(parse_source(str(tmp_path), FLAG)), split)
         assert "neither train*.jsonl" in line and "valid.doc" in line
     for name, content, texts in [
         ("readme.md", "one", ["one"]),
@@ -237,7 +237,7 @@ def test_a_row_with_more_fields_than_the_header_ends_it(tmp_path, content):
 
 def test_a_folder_tells_what_is_read_and_what_is_left(tmp_path):
     def line(split="train"):
-        return read_line(parse_source(str(tmp_path), FLAG), split).removeprefix(
+        return read_line(Corpus(parse_source(str(tmp_path), FLAG)), split).removeprefix(
             f"{FLAG} {tmp_path}: "
         )
 
@@ -264,8 +264,10 @@ def test_splits_are_whole_words_of_names(tmp_path):
             (tmp_path / file).write_text(rows(split))
     source = parse_source(str(tmp_path), FLAG)
     assert set(read(source)) == {"train"} and set(read(source, "test")) == {"test"}
-    assert "left out: contest.jsonl, protests.jsonl, testament" in read_line(source, "train")
-    assert "5 files, 20 characters" in read_line(source, "test")
+    assert "left out: contest.jsonl, protests.jsonl, testament" in read_line(
+        Corpus(source), "train"
+    )
+    assert "5 files, 20 characters" in read_line(Corpus(source), "test")
     for file in names["train"]:
         (tmp_path / file).unlink()
     assert read(parse_source(str(tmp_path), FLAG)) == ["other"] * 4
@@ -327,8 +329,9 @@ def test_who_is_measured_on_a_tenth_is_trained_on_the_others(tmp_path):
 
     def named(*flags):
         args = build_parser().parse_args(["--model", "m", "--prune_method", "wanda", *flags])
-        sources, _, tests = named_sources(args, Plan.of(args))
-        return [s.parted for s in sources], [t.text for t in tests]
+        corpora = named_corpora(args)
+        parted = [corpus.parted for corpus in corpora.calibration]
+        return parted, [test.source.text for test in corpora.tests]
 
     given = ["--calibration_data", file, folder]
     assert named(*given) == ([True, True], [f"{file}:test", f"{folder}:test"])
@@ -361,11 +364,12 @@ def test_what_is_measured_is_not_read_for_training(tmp_path):
     ):
         argv = ["--model", "m", "--trim_vocabulary", flag, train, "--eval_data", test]
         args = build_parser().parse_args(argv)
-        _, vocabulary, tests = named_sources(args, Plan.of(args))
-        trained = [text for source in vocabulary if source.path for text in read(source)]
-        measured = [text for each in tests for text in read(each, "test")]
+        corpora = named_corpora(args)
+        local = [corpus for corpus in corpora.vocabulary if corpus.source.path]
+        trained = [text for corpus in local for text in read(corpus)]
+        measured = [text for each in corpora.tests for text in read(each, "test")]
         seen = [text for text in measured if any(text in each or each in text for each in trained)]
-        lines = same_texts(vocabulary, tests)
+        lines = same_texts(corpora.vocabulary, corpora.tests)
         assert trained and bool(seen) == bool(lines) == (train == test)
         assert all(f"--eval_data {test}: {flag} {train} reads this" in line for line in lines)
 
@@ -436,7 +440,8 @@ def test_pipes_and_devices_are_not_read(tmp_path, make):
 
 def test_sets_are_loaded_whole_and_pinned(hub):
     hub.sets[(UBERTEXT,)] = {"train": {"text": ["a", "b"]}, "test": {"text": ["c"]}}
-    texts, revision = read_documents(parse_source("ubertext", FLAG), "train")
+    corpus = Corpus(parse_source("ubertext", FLAG))
+    texts, revision = corpus.documents("train"), corpus.revision("train")
     assert list(texts) == ["a", "b"] and revision == "c0ffee"
     assert read(parse_source("ubertext", FLAG), "test") == ["c"]
     assert hub.calls[0] == ((UBERTEXT,), {"revision": "c0ffee", "streaming": False})
@@ -457,7 +462,7 @@ def test_a_set_without_test_is_parted(hub):
     assert read(source) == ["1100", "1101"] and read(source, "test")[:2] == ["0", "1"]
     assert len(read(parse_source("owner/name:x:train", FLAG))) == 1102
     hub.sets[("owner/name", "x")] = {"train": {"text": texts[:1100]}}
-    check_source(source, "train")
+    check_corpus(Corpus(source), "train")
     assert "it holds 1100 rows, and the first 1100 are the test" in message(read, source)
 
 
@@ -476,8 +481,8 @@ def test_a_set_without_test_is_parted(hub):
 def test_text_that_is_calibrated_on_and_measured_is_seen(hub, calibration, test, splits, shared):
     for key in [("o/s",), ("o/s", "c"), ("o/s", "d"), ("allenai/c4",)]:
         hub.sets[key] = {split: {"text": ["a"]} for split in splits.split()}
-    places = locations(parse_source(calibration, FLAG), "train")
-    assert bool(places & locations(parse_source(test, "--eval_data"), "test")) == shared
+    places = locations(Corpus(parse_source(calibration, FLAG)), "train")
+    assert bool(places & locations(Corpus(parse_source(test, "--eval_data")), "test")) == shared
 
 
 def test_what_the_hub_set_lacks(hub):
@@ -489,7 +494,7 @@ def test_what_the_hub_set_lacks(hub):
         "owner/name:::id": "row 0: 'id' is of type int",
         "ubertext": "the split 'train' is empty. Name another.",
     }.items():
-        assert words in message(check_source, parse_source(text, FLAG), "train")
+        assert words in message(check_corpus, Corpus(parse_source(text, FLAG)), "train")
 
 
 ERRORS = {
@@ -503,21 +508,22 @@ ERRORS = {
 def test_what_fails_on_the_hub_is_one_line(hub, words, error):
     source = parse_source("owner/name", FLAG)
     hub.error = error
-    assert words in message(check_source, source, "train")
+    assert words in message(check_corpus, Corpus(source), "train")
 
 
 def test_what_was_downloaded_serves_without_the_hub(hub, tmp_path, monkeypatch):
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
     hub.unreachable = HTTPError("no route")
-    assert "(no route)" in message(check_source, parse_source("ubertext", FLAG), "train")
+    assert "(no route)" in message(check_corpus, Corpus(parse_source("ubertext", FLAG)), "train")
     for name in (UBERTEXT, "owner/name"):
         (tmp_path / f"datasets--{name.replace('/', '--')}").mkdir()
         hub.sets[(name,)] = {"train": {"text": ["a"]}}
-    texts, revision = read_documents(parse_source("ubertext", FLAG), "train")
+    corpus = Corpus(parse_source("ubertext", FLAG))
+    texts, revision = corpus.documents("train"), corpus.revision("train")
     assert list(texts) == ["a"] and revision is None
     assert hub.calls == [((UBERTEXT,), {"revision": None, "streaming": False})]
     stream = parse_source("owner/name", FLAG)  # can't come from a cache
-    assert "cannot be reached (no route)" in message(check_source, stream, "train")
+    assert "cannot be reached (no route)" in message(check_corpus, Corpus(stream), "train")
 
 
 def test_a_stream_that_breaks_is_one_line(hub):
