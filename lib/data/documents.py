@@ -36,7 +36,7 @@ log = logging.getLogger(__name__)
 
 
 class Corpus:
-    """The documents of a source. Local ones are read once, and stay in memory until `free`.
+    """The documents of a source, which are read once; local ones are in memory until `free`.
 
     `parted`: a tenth of them are held out for evaluation. Passages of the local test sets `tests`
     are left out of the training text.
@@ -45,7 +45,7 @@ class Corpus:
     def __init__(self, source: Source, parted: bool = False, tests: Sequence[Corpus] = ()) -> None:
         self.source, self.tests = source, tests
         self.parted = parted or source.parted
-        self._local: dict[str, list[Document]] = {}  # by split
+        self._splits: dict[str, tuple[Documents, str | None]] = {}  # documents and revision
 
     def documents(self, split: str) -> Documents:
         """Return the documents of a split (`train` or `test`).
@@ -53,19 +53,22 @@ class Corpus:
         They are a sequence of texts and dialogues; those of a streamed dataset can only be iterated
         over. Raises UserError for any problem with the data.
         """
-        if self.source.hub:
-            return hub.load(self.source, split)[0]
-        if split not in self._local:
-            self._local[split] = self._read(split)
-        return self._local[split]
+        return self._split(split)[0]
 
     def revision(self, split: str) -> str | None:
         """Return the commit of a split on the Hub, None for local files."""
-        return hub.load(self.source, split)[1] if self.source.hub else None
+        return self._split(split)[1]
 
     def free(self) -> None:
         """Free the memory; the documents can be read again."""
-        self._local.clear()
+        self._splits.clear()
+
+    def _split(self, split: str) -> tuple[Documents, str | None]:
+        if split not in self._splits:
+            source = self.source
+            read = hub.load(source, split) if source.hub else (self._read(split), None)
+            self._splits[split] = read
+        return self._splits[split]
 
     def joined(self) -> Corpus:
         """Return a corpus whose training documents are one text."""

@@ -19,6 +19,7 @@ from support import QUICK, Done, call, ended, python, results, succeed, weights
 from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from lib.data import documents
 from lib.methods.registry import METHODS
 from lib.model.pretrained import window_length
 
@@ -294,6 +295,19 @@ def test_a_run_that_is_continued_decides_as_it_did(
     assert begun == {"resumed": None, "noise": None, "uk": 0}
     whole, resumed = weights(tmp_path / "noise-m"), weights(tmp_path / "resumed-m")
     assert all(torch.equal(tensor, whole[name]) for name, tensor in resumed.items())
+
+
+def test_texts_are_read_once_though_windows_are_drawn_again(
+    needs_bos: Path, uk: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read, own = [], documents._read
+    monkeypatch.setattr(
+        documents, "_read", lambda source, path: read.append(path) or own(source, path)
+    )
+    argv = ["--model", needs_bos, "--prune_method", "wanda", "--calibration_data", uk, *QUICK]
+    succeed(*argv, "--save", tmp_path / "out")
+    assert results(tmp_path / "out")["bos"] == 0
+    assert sorted(path.name for path in read) == ["test.jsonl", "train.jsonl"]
 
 
 def test_with_a_teacher_it_is_the_dense_model_that_needs_bos(needs_bos: Path, uk: Path) -> None:
