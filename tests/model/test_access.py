@@ -8,11 +8,13 @@ from pathlib import Path
 import pytest
 import tiny
 import torch
+from support import refused
 
 from lib.model import access, pretrained
 from lib.model.access import Checkpoint, check_folder
 from lib.model.pretrained import load_config, load_model
-from lib.util.errors import UserError
+
+INDEX = "model.safetensors.index.json"
 
 
 @pytest.fixture
@@ -20,16 +22,12 @@ def folder(tmp_path: Path) -> Path:
     return tiny.write_model(tmp_path / "model", tiny.tiny_llama())
 
 
-@pytest.mark.parametrize(
-    "index",
-    ["[]", '{"weight_map": [1]}']
-    + [f'{{"weight_map": {{"a": {name}}}}}' for name in ("{}", "5", '"../a"', '"/dev/zero"')],
-)
-def test_an_index_of_another_form_is_refused(index: str, folder: Path) -> None:
+def test_an_index_of_another_form_is_refused(folder: Path) -> None:
     (folder / "model.safetensors").unlink()
-    (folder / "model.safetensors.index.json").write_text(index)
-    with pytest.raises(UserError, match="model.safetensors.index.json cannot be loaded"):
-        check_folder(Checkpoint(str(folder)))
+    wrong = [f'{{"weight_map": {{"a": {name}}}}}' for name in ("{}", "5", '"../a"', '"/dev/zero"')]
+    for index in ("[]", '{"weight_map": [1]}', *wrong):
+        (folder / INDEX).write_text(index)
+        assert INDEX in refused(check_folder, Checkpoint(str(folder)))
 
 
 @pytest.mark.parametrize("name", ["a.txt", "tokenizer.json", "additional_chat_templates/a.jinja"])
@@ -38,8 +36,7 @@ def test_pipes_and_devices_are_not_read(name: str, folder: Path) -> None:
     for make in (os.mkfifo, lambda path: path.symlink_to("/dev/zero")):
         (folder / name).unlink(missing_ok=True)
         make(folder / name)
-        with pytest.raises(UserError, match=f"{name} is a pipe or a device. Remove"):
-            load_config(Checkpoint(str(folder)))
+        assert f"{name} is a pipe or a device" in refused(load_config, Checkpoint(str(folder)))
 
 
 def test_weights_come_from_the_commit_of_the_config(
@@ -56,6 +53,6 @@ def test_weights_come_from_the_commit_of_the_config(
 
     monkeypatch.setattr(pretrained.AutoModelForCausalLM, "from_pretrained", from_pretrained)
     monkeypatch.setattr(access, "local_only", lambda checkpoint: False)
-    with pytest.raises(UserError, match="offline"):
-        load_model(Checkpoint("owner/name"), config, dtype=torch.float32, device_map={"": "cpu"})
+    where = dict(dtype=torch.float32, device_map={"": "cpu"})
+    assert "offline" in refused(load_model, Checkpoint("owner/name"), config, **where)
     assert asked == ["c0ffee"]
