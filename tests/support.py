@@ -42,6 +42,9 @@ from lib.packed.formats import PACKED
 from lib.prune import Pruner
 from lib.pruning.allocation import Allocation, uniform
 from lib.quantize import takes
+from lib.run.flags import build_parser
+from lib.run.plan import Plan
+from lib.run.texts import named_sources
 from lib.util import command
 from lib.util.errors import UserError
 
@@ -106,6 +109,12 @@ def refused(act: Callable, *args: Any, **options: Any) -> str:
     line = str(caught.value)
     assert "\n" not in line
     return line
+
+
+def named(*argv: str) -> tuple:
+    """The sources of calibration, vocabulary and tests that flags of main.py name."""
+    args = build_parser().parse_args(["--model", "m", *argv])
+    return named_sources(args, Plan.of(args))
 
 
 def call_here(module: str, *argv: object) -> int:
