@@ -300,7 +300,14 @@ def test_what_a_run_leaves_makes_it_again(rule: str) -> None:
     Path("moved.json").write_text(file.read_text())
     one, prints = weights("first-model"), []
     for name in (file, "moved.json"):
-        again = ["--allocation", name, "--save", "again", "--save_model", f"{Path(name).stem}-model"]
+        again = [
+            "--allocation",
+            name,
+            "--save",
+            "again",
+            "--save_model",
+            f"{Path(name).stem}-model",
+        ]
         succeed(*GIVEN, *flags, *again)
         other = weights(again[-1])
         assert all(torch.equal(one[name], other[name]) for name in one)
