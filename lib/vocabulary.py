@@ -100,8 +100,9 @@ class TrimmedVocabulary:
         _, damaged = self._compare(texts)
         if damaged:
             raise UserError(
-                f"{FLAG}: {texts[damaged - 1]!r} decodes differently with the trimmed tokenizer. "
-                "Leave the flag out."
+                FLAG,
+                f"{texts[damaged - 1]!r} decodes differently with the trimmed tokenizer",
+                "Leave the flag out",
             )
         lines, self.record["tests"] = [], []
         for source in sources:
@@ -240,9 +241,10 @@ def trim_vocabulary(
     used = [i for i in counts.nonzero().flatten().tolist() if i in tokens.id_to_token]
     if used and used[-1] >= rows:
         raise UserError(
-            f"{FLAG}: the texts use token {tokens.id_to_token[used[-1]]!r} with the id {used[-1]}, "
-            f"but the embedding of {checkpoint} has {rows} rows. Resize it to the tokenizer, or "
-            "remove the added tokens."
+            FLAG,
+            f"the texts use token {tokens.id_to_token[used[-1]]!r} with the id {used[-1]}, "
+            f"but the embedding of {checkpoint} has {rows} rows",
+            "Resize it to the tokenizer, or remove the added tokens",
         )
     options = dict(
         reserved=reserved | {i for i in tokens.id_to_token if i >= rows}, n_unnamed=len(unnamed)

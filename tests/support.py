@@ -38,6 +38,7 @@ from lib.model.linears import find_linears
 from lib.model.matrix import PrunableLinear
 from lib.model.parts import PartLayout, find_parts
 from lib.model.pretrained import auto_class, decoder_blocks, skeleton
+from lib.packed import kernels
 from lib.packed.formats import PACKED
 from lib.prune import Pruner
 from lib.pruning.allocation import Allocation, uniform
@@ -82,6 +83,13 @@ class Done:
         usage = next((i for i, line in enumerate(lines) if line.startswith("usage:")), len(lines))
         said = lines[:usage] + [line for line in lines[usage + 1 :] if not line.startswith(" ")]
         return [line for line in said if line.strip() and not PROGRESS.search(line)]
+
+
+def needs_kernels() -> None:
+    """Skip a test where the kernels cannot be built; fail where building them fails."""
+    if why := kernels.why_not():
+        there = why != kernels.NO_PROCESSOR and not why.endswith(kernels.NO_COMPILER)
+        (pytest.fail if there else pytest.skip)(f"needs the kernels: {why}")
 
 
 def call(*argv: object, program: Callable = main.main) -> Done:

@@ -96,8 +96,8 @@ def main(argv: list[str]) -> None:
         raise UserError("--language: no text is named. Name a language, such as uk, or --data.")
     args.work_dir = args.work_dir or f"{args.out.rstrip('/')}-compress"
     check_writable("--work_dir", args.work_dir)
-    held = f"--work_dir {args.work_dir}: another command works there. Wait for its end, or name "
-    held += "another OUT."
+    problem, fix = "another command works there", "Wait for its end, or name another OUT"
+    held = UserError(f"--work_dir {args.work_dir}", problem, fix)
     with exclusive_lock(Path(f"{Path(args.work_dir)}.lock"), held):
         run = begin(args, [*others, *passed_on])
         try:

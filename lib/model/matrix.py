@@ -74,7 +74,7 @@ class PrunableLinear:
         weight = self.raw_weight
         if weight.is_floating_point() and not all_finite(weight):
             problem = f"the weight of {self.name} holds nan or inf"
-            raise UserError(f"{model}: {problem}. Download the model again.")
+            raise UserError(model, problem, "Download the model again")
 
     def matrix(self) -> Tensor:
         """Return a contiguous float32 copy (out, in) on the weight's device."""

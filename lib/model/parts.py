@@ -83,7 +83,7 @@ def find_parts(
             if layout := _layout(kind, field, config, checkpoint, model, name):
                 return layout
     raise UserError(
-        f"--sparsity_type {kind}: {checkpoint}: {why}. Use --sparsity_type unstructured."
+        f"--sparsity_type {kind}", f"{checkpoint}: {why}", "Use --sparsity_type unstructured"
     )
 
 

@@ -67,15 +67,15 @@ def pick_device(name: str | None) -> torch.device:
     try:
         device = torch.device(name)
     except RuntimeError:
-        raise UserError(f"--device {name}: the device is unknown. Use cuda:0 or cpu.") from None
+        raise UserError(f"--device {name}", "the device is unknown", "Use cuda:0 or cpu") from None
     if device.type == "cpu":
         return device
     if device.type == "mps":
-        raise UserError(f"--device {name}: it lacks float64, which sums need. Use --device cpu.")
+        raise UserError(f"--device {name}", "it lacks float64, which sums need", "Use --device cpu")
     here, count = torch.accelerator.current_accelerator(), torch.accelerator.device_count()
     if here is None or here.type != device.type or (device.index or 0) >= count:
         problem = f"no such device was found (accelerators: {count})"
-        raise UserError(f"--device {name}: {problem}. Use --device cpu.")
+        raise UserError(f"--device {name}", problem, "Use --device cpu")
     return torch.device(device.type, device.index or 0)
 
 
@@ -96,7 +96,7 @@ def load_config(checkpoint: Checkpoint) -> Any:
         config = AutoConfig.from_pretrained(checkpoint.name, **checkpoint.options())
     if getattr(config, "is_encoder_decoder", False):
         problem = f"it is an encoder-decoder model ({config.model_type})"
-        raise UserError(f"{checkpoint}: {problem}. Name a causal language model.")
+        raise UserError(str(checkpoint), problem, "Name a causal language model")
     if not checkpoint.trust_remote_code:
         vars(config).pop("auto_map", None)  # names code that is not saved with the model
     return config
@@ -123,7 +123,7 @@ def load_tokenizer(checkpoint: Checkpoint) -> Any:
         template_texts(tokenizer, str(checkpoint))  # also checks them
         keep_limits(tokenizer)
     if not tokenizer("a").input_ids and not tokenizer("text").input_ids:
-        raise UserError(f"{checkpoint}: its tokenizer gives no tokens. Put a working one there.")
+        raise UserError(str(checkpoint), "its tokenizer gives no tokens", "Put a working one there")
     return tokenizer
 
 
@@ -135,7 +135,9 @@ def window_length(config, requested: int | None, longest: int = LONGEST_WINDOW) 
     if requested is None:
         return min(limit or longest, longest)
     if limit and requested > limit:
-        raise UserError(f"--seqlen {requested}: the model's limit is {limit} tokens. Give less.")
+        raise UserError(
+            f"--seqlen {requested}", f"the model's limit is {limit} tokens", "Give less"
+        )
     return requested
 
 
@@ -198,8 +200,10 @@ def skeleton(config: Any, checkpoint: Checkpoint) -> nn.Module:
         tensors, weights = tensors - 1, weights - parameter.numel()
         if stored and min(tensors, weights) < 0:
             raise UserError(
-                f"{checkpoint}: config.json describes a far larger model than its weights, "
-                f"{len(stored)} tensors in {n_bytes} bytes. Download the model again."
+                str(checkpoint),
+                f"config.json describes a far larger model than its weights, {len(stored)} "
+                f"tensors in {n_bytes} bytes",
+                "Download the model again",
             )
 
     with (
@@ -360,7 +364,7 @@ def text_alone(model: nn.Module, checkpoint: Checkpoint) -> nn.Module:
     whole = model.config
     if stored_bits(whole) or not getattr(model, "unread", None):
         what = "is quantized" if stored_bits(whole) else "has no other parts"
-        raise UserError(f"--text_only: {checkpoint} {what}. Leave the flag out.")
+        raise UserError("--text_only", f"{checkpoint} {what}", "Leave the flag out")
     decoder, config = model.get_decoder(), copy.deepcopy(whole.get_text_config(decoder=True))
     head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
     config.tie_word_embeddings = head.weight is embedding.weight
@@ -372,7 +376,7 @@ def text_alone(model: nn.Module, checkpoint: Checkpoint) -> nn.Module:
         alone = AutoModelForCausalLM.from_config(config) if known else None
     if type(getattr(alone, "base_model", None)) is not type(decoder):
         what = f"for only the text of {checkpoint} ({type(decoder).__name__})"
-        raise UserError(f"--text_only: transformers has no class {what}. Leave the flag out.")
+        raise UserError("--text_only", f"transformers has no class {what}", "Leave the flag out")
     setattr(alone, alone.base_model_prefix, decoder)
     alone.set_output_embeddings(head)
     alone.generation_config, alone.name_or_path = model.generation_config, model.name_or_path
@@ -459,10 +463,11 @@ def decoder_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
         lists = [(name, module) for name, module in lists if module in inside]
     if len(lists) != 1:
         raise UserError(
-            f"--model {model.name_or_path} ({type(model).__name__}): it has "
-            f"{len(lists) or 'no'} lists of decoder blocks that process text "
+            f"--model {model.name_or_path} ({type(model).__name__})",
+            f"it has {len(lists) or 'no'} lists of decoder blocks that process text "
             f"({', '.join(sorted(classes)) or 'it names no class of blocks'}), and one is "
-            "required. This architecture cannot be pruned."
+            "required",
+            "This architecture cannot be pruned",
         )
     return lists[0]
 

@@ -72,8 +72,9 @@ def _vocabulary_sizes(config: Any) -> set[int]:
 
 def _refused(checkpoint: Checkpoint | str, what: str) -> UserError:
     return UserError(
-        f"--trim_vocabulary: {checkpoint} has {what}, so its vocabulary cannot be trimmed. Leave "
-        "the flag out."
+        "--trim_vocabulary",
+        f"{checkpoint} has {what}, so its vocabulary cannot be trimmed",
+        "Leave the flag out",
     )
 
 
@@ -113,8 +114,9 @@ def keep_rows_(model: nn.Module, rows: Tensor) -> None:
     for module, chosen in zip((embedding, *tables, head), (rows, *read, rows), strict=True):
         if not module.weight.is_floating_point():
             raise UserError(
-                f"--trim_vocabulary: the vocabulary's {type(module).__name__} is quantized to "
-                f"{module.weight.dtype}. Name the unquantized model."
+                "--trim_vocabulary",
+                f"the vocabulary's {type(module).__name__} is quantized to {module.weight.dtype}",
+                "Name the unquantized model",
             )
         for name, parameter in module.named_parameters(recurse=False):
             if tied and module is head and name == "weight":

@@ -68,11 +68,10 @@ class RunFolder:
         check_writable(flag, str(path))
         names = sorted(each.name for each in self.path.glob("*") if each.name != LOCK)
         if names and JOB not in names:
-            raise UserError(
-                f"{self.label}: it holds {names[0]}, but no {JOB}. Name another folder."
-            )
+            raise UserError(self.label, f"it holds {names[0]}, but no {JOB}", "Name another folder")
         self.path.mkdir(parents=True, exist_ok=True)
-        held = f"{self.label}: another run uses it. Name another folder, or wait for its end."
+        fix = "Name another folder, or wait for its end"
+        held = UserError(self.label, "another run uses it", fix)
         self._lock.enter_context(exclusive_lock(self.path / LOCK, held))
         self.begun: dict[str, Any] | None = None
         self.decided: dict[str, Any] = {}
@@ -83,7 +82,7 @@ class RunFolder:
             except (ValueError, TypeError) as error:
                 self._lock.close()
                 problem = f"{JOB} cannot be read ({first_line(error)})"
-                raise UserError(f"{self.label}: {problem}. Name another folder.") from error
+                raise UserError(self.label, problem, "Name another folder") from error
 
     @classmethod
     def joined(cls, label: str, path: str, digest: str) -> RunFolder:
@@ -118,8 +117,9 @@ class RunFolder:
             with suppress(OSError):
                 stage.unlink()
             raise UserError(
-                f"{self.label}: {file.name} cannot be written ({first_line(error)}). Make room, "
-                f"and continue with --resume {self.path}; earlier files are kept."
+                self.label,
+                f"{file.name} cannot be written ({first_line(error)})",
+                f"Make room, and continue with --resume {self.path}; earlier files are kept",
             ) from error
         return file
 

@@ -313,7 +313,7 @@ class FileBlockStore(BlockStore):
                     tensors |= {path: stored.get_tensor(name) for path, name in names.items()}
             except (OSError, SafetensorError) as error:
                 problem = f"block {index} cannot be read from {file} ({error})"
-                raise UserError(f"--model: {problem}. Check the disk.") from error
+                raise UserError("--model", problem, "Check the disk") from error
         return tensors
 
     def each(

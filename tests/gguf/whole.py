@@ -120,8 +120,7 @@ def mistral_file() -> Path:
 
 def mistral(folder: Path) -> PreTrainedTokenizerBase:
     """Mistral 7B's first tokenizer, read from the file that SentencePiece wrote."""
-    if find_spec("google.protobuf") is None:
-        pytest.skip(f"protobuf is not installed: {HOW}")
+    pytest.importorskip("google.protobuf", reason=f"protobuf is not installed: {HOW}")
     folder.mkdir()
     shutil.copy(mistral_file(), folder / "tokenizer.model")
     return LlamaTokenizer.from_pretrained(folder)

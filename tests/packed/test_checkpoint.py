@@ -34,7 +34,10 @@ TIED = {"Llama": False, "Phi": False, "Gemma 3": True, "GPT-2": True}  # Phi's h
 pytestmark = pytest.mark.usefixtures("without_kernels")
 
 
-def pruned(model: PreTrainedModel, sparsity: Sparsity = Sparsity(0.5, 2, 4)) -> PreTrainedModel:
+TWO_OF_FOUR = Sparsity(0.5, 2, 4)
+
+
+def pruned(model: PreTrainedModel, sparsity: Sparsity = TWO_OF_FOUR) -> PreTrainedModel:
     prune_(model.eval().requires_grad_(False), "magnitude", sparsity)
     return model
 
@@ -104,7 +107,7 @@ def test_loads_sharded_with_the_same_outputs(dense, packed, bits: int, tmp_path:
 
 @pytest.mark.parametrize(
     ("name", "sparsity"),
-    [("GPT-2", Sparsity(0.5, 2, 4)), ("GPT-2", Sparsity(0.7)), ("Mixtral", Sparsity(0.7))],
+    [("GPT-2", TWO_OF_FOUR), ("GPT-2", Sparsity(0.7)), ("Mixtral", Sparsity(0.7))],
 )
 def test_other_architectures(name: str, sparsity: Sparsity, tmp_path: Path) -> None:
     model = pruned(tiny.ARCHITECTURES[name](), sparsity)
@@ -242,7 +245,7 @@ CONFIGS = [
     (dict(embeddings={"lm_head": [320, 32], "model.embed_tokens": [320, 31]}), "embeddings"),
     (dict(embeddings={"lm_head": [320, 32], "model.norm": [320, 32]}), "embeddings"),
 ]
-TENSORS = [  # of a checkpoint with these bits (8: of its embeddings): the tensor, what is done to it
+TENSORS = [  # of a checkpoint with these bits (8: and embeddings): what is done to which
     (16, f"{DOWN}.weight", lambda t: t[:8].clone(), "(8,), not (1024,)"),
     (16, f"{DOWN}.mask", lambda t: t[:, :3].contiguous(), "(32, 3), not (32, 8)"),
     (16, f"{DOWN}.mask", lambda t: None, f"lacks {DOWN}.mask"),

@@ -7,12 +7,13 @@ import pickle
 
 import pytest
 import torch
+from support import needs_kernels
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lib.methods.sparsity import Sparsity
 from lib.model.pretrained import footprint
-from lib.packed import kernels, layout
+from lib.packed import layout
 from lib.packed import linear as packed_linear
 from lib.packed.embedding import dense_rows, quantize_rows
 from lib.packed.errors import PackedError
@@ -342,8 +343,7 @@ def test_torchs_error_is_the_reason(bits: int, monkeypatch: pytest.MonkeyPatch) 
 
 @by_bits
 def test_by_the_kernels_where_they_can_be_used(bits: int) -> None:
-    if not kernels.ready():
-        pytest.skip("no C++ compiler")
+    needs_kernels()
     dense = dense_linear()
     packed, x = from_linear(dense, bits), torch.randn(2, 3, 40)
     product = packed(x)
