@@ -17,6 +17,14 @@ from ..packed.layout import all_finite
 from ..util.errors import UserError
 
 
+def unread_of(model: nn.Module) -> frozenset[str]:
+    """Return the names of parameters and buffers that a text-only pass does not read.
+
+    They are known of every model that `skeleton` has built or `load_model` has loaded.
+    """
+    return getattr(model, "unread", frozenset())
+
+
 class SaveDtypes:
     """The dtype in which each parameter is saved, kept, fetched, sent and trained.
 
@@ -27,7 +35,7 @@ class SaveDtypes:
     def __init__(self, model: nn.Module | None = None, dtype: torch.dtype | None = None) -> None:
         self.dtype = dtype
         self.exact = frozenset(getattr(model, "_keep_in_fp32_modules_strict", None) or ())
-        self.unread = getattr(model, "unread", frozenset())
+        self.unread = unread_of(model)
 
     def of(self, name: str, parameter: Tensor) -> torch.dtype:
         """Return the dtype in which a parameter is saved; `name` is its name in the model."""

@@ -23,8 +23,8 @@ from ..methods.sparsity import EXPERTS, NEURONS
 from ..util.errors import UserError
 from .access import Checkpoint
 from .linears import find_linears
-from .pretrained import changed_shapes, skeleton_with
 from .quantized import stored_bits
+from .skeleton import changed_shapes, skeleton_with
 from .store import set_tensor
 
 FIELDS = {

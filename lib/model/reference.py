@@ -22,7 +22,8 @@ from ..data.samples import spread
 from ..distributed.context import DistContext
 from ..util.files import PARTIAL
 from .blocks import BlockRunner
-from .pretrained import decoder_blocks, fresh_copy
+from .pretrained import fresh_copy
+from .skeleton import decoder_blocks
 
 COMPARED_WINDOWS = 64  # maximum per test set
 

@@ -10,7 +10,7 @@ Only this file knows the contents of such a folder:
 
 The safetensors files are written to temporary names and renamed, with a digest of job.json. Only
 such files are ever read back or deleted. If blocks are fetched, the last file of each becomes a
-shard of the saved model through a second name (lib/model/pretrained.py), and the folder stays
+shard of the saved model through a second name (lib/model/saving.py), and the folder stays
 complete until `clear`. It may be OUT.partial itself: `hand_over` then leaves only the model in it.
 """
 

@@ -28,8 +28,8 @@ from ..packed.linear import SparseLinear
 from ..util.errors import UserError
 from .linears import find_linears
 from .matrix import SaveDtypes
-from .pretrained import decoder_blocks
 from .run_folder import CHANGED, PRUNED, RunFolder, of_block
+from .skeleton import decoder_blocks
 
 META = torch.device("meta")
 

@@ -9,8 +9,9 @@ import pytest
 import tiny
 import torch
 from support import refused
+from transformers import AutoModelForCausalLM
 
-from lib.model import access, pretrained
+from lib.model import access
 from lib.model.access import Checkpoint, check_folder
 from lib.model.pretrained import load_config, load_model
 
@@ -51,7 +52,7 @@ def test_weights_come_from_the_commit_of_the_config(
         asked.append(options["revision"])
         raise OSError("offline")
 
-    monkeypatch.setattr(pretrained.AutoModelForCausalLM, "from_pretrained", from_pretrained)
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", from_pretrained)
     monkeypatch.setattr(access, "local_only", lambda checkpoint: False)
     where = dict(dtype=torch.float32, device_map={"": "cpu"})
     assert "offline" in refused(load_model, Checkpoint("owner/name"), config, **where)

@@ -37,7 +37,15 @@ from lib.vocabulary import (
     trim_vocabulary,
 )
 
-UNHEARD = ["📐 emoji 🏳️‍🌈", "漢字かな交じり文", "žluťoučký kůň", "x" * 70, "  a\t\n\n b", "", "2026!"]
+UNHEARD = [
+    "📐 emoji 🏳️‍🌈",
+    "漢字かな交じり文",
+    "žluťoučký kůň",
+    "x" * 70,
+    "  a\t\n\n b",
+    "",
+    "2026!",
+]
 
 
 @pytest.fixture(scope="module")
