@@ -41,6 +41,7 @@ from lib.prune import Pruner
 from lib.pruning.allocation import Allocation, uniform
 from lib.quantize import takes
 from lib.util import command
+from lib.util.errors import UserError
 
 ROOT = Path(__file__).resolve().parent.parent
 CPU = torch.device("cpu")
@@ -94,6 +95,29 @@ def succeed(*argv: object, program: Callable = main.main) -> Done:
     done = call(*argv, program=program)
     assert done.status == 0, done.err
     return done
+
+
+def mistake(*argv: object, program: Callable = main.main) -> UserError:
+    """The error in which a command ends: one line on stderr says it, and nothing else does."""
+    raised = []
+
+    def watched(words: list[str]) -> None:
+        try:
+            program(words)
+        except UserError as error:
+            raised.append(error)
+            raise
+
+    done = call(*argv, program=watched)
+    assert raised, done
+    assert done.status == command.FAILED, done
+    assert done.complaints == [f"error: {command.one_line(str(raised[0]))}"], done.err
+    return raised[0]
+
+
+def program_of(name: str) -> Callable[[list[str]], None]:
+    """The `main` of a command by its name in the console's list, or of `main.py`."""
+    return main.main if name in ("main.py", "prune") else command.main_of(f"commands.{name}")
 
 
 def call_here(module: str, *argv: object) -> int:
