@@ -10,17 +10,20 @@ from __future__ import annotations
 
 import difflib
 import re
+import tempfile
 from pathlib import Path
 
 import pytest
 from filelock import FileLock
 
 FOLDER = Path(__file__).resolve().parent / "words"
+LOCK = FileLock(Path(tempfile.gettempdir(), "approved-words.lock"))  # workers of one test run
 ENTRY = re.compile(r"^=== (.+)\n", re.MULTILINE)
 VOLATILE = {  # what differs from machine to machine, and from release to release
     r"(?:/\S*)?/pytest-of-[^/\s]+/pytest-\d+/(?:popen-\w+/)?[^/\s]+": "TMP",
     r"\b[\d,.]+(?:e[-+]\d+)? (?=(?:[KMGT]i)?B\b)": "N ",
     r"\b\d+(?:\.\d+)? (?=s\b|min\b|seconds\b)": "N ",
+    r"(cannot be (?:reached|loaded|read|imported)) \(.*?\)(?=[.:] )": r"\1 (...)",  # a library's
     r"\b(langprune|torch|transformers) \d+\.\d+[\w.+]*": r"\1 VERSION",
 }
 CHOICES = re.compile(r"\(choose from [^)]*\)")
@@ -46,7 +49,9 @@ def entries(file: Path) -> dict[str, str]:
     if not file.exists():
         return {}
     _, *parts = ENTRY.split(file.read_text("utf-8"))
-    return {name: text.rstrip("\n") + "\n" for name, text in zip(parts[::2], parts[1::2])}
+    return {
+        name: text.rstrip("\n") + "\n" for name, text in zip(parts[::2], parts[1::2], strict=True)
+    }
 
 
 def write(file: Path, approved: dict[str, str]) -> None:
@@ -65,7 +70,7 @@ class Words:
         """The text must be that of an entry of a file, but for what is volatile."""
         file, now = FOLDER / name, normalised(text)
         if self.approve:
-            with FileLock(f"{file}.lock"):
+            with LOCK:
                 write(file, entries(file) | {entry: now})
             return
         before = entries(file).get(entry, "")
@@ -82,6 +87,6 @@ class Words:
         """A file has no entries but these."""
         file = FOLDER / name
         if self.approve:
-            with FileLock(f"{file}.lock"):
+            with LOCK:
                 write(file, {key: text for key, text in entries(file).items() if key in known})
         assert entries(file).keys() == known

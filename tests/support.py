@@ -97,9 +97,9 @@ def succeed(*argv: object, program: Callable = main.main) -> Done:
     return done
 
 
-def mistake(*argv: object, program: Callable = main.main) -> UserError:
-    """The error in which a command ends: one line on stderr says it, and nothing else does."""
-    raised = []
+def attempt(*argv: object, program: Callable = main.main) -> tuple[Done, UserError | None]:
+    """`call`, and the error in which it ends, if it is a user's."""
+    raised: list[UserError | None] = [None]
 
     def watched(words: list[str]) -> None:
         try:
@@ -108,11 +108,15 @@ def mistake(*argv: object, program: Callable = main.main) -> UserError:
             raised.append(error)
             raise
 
-    done = call(*argv, program=watched)
-    assert raised, done
-    assert done.status == command.FAILED, done
-    assert done.complaints == [f"error: {command.one_line(str(raised[0]))}"], done.err
-    return raised[0]
+    return call(*argv, program=watched), raised[-1]
+
+
+def mistake(*argv: object, program: Callable = main.main) -> UserError:
+    """The error in which a command ends; nothing but its line is on stderr."""
+    done, error = attempt(*argv, program=program)
+    assert error and done.status == command.FAILED, done
+    assert done.complaints == [f"error: {command.one_line(str(error))}"], done.err
+    return error
 
 
 def program_of(name: str) -> Callable[[list[str]], None]:
