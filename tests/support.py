@@ -125,6 +125,33 @@ def named(*argv: str) -> tuple:
     return named_sources(args, Plan.of(args))
 
 
+def attempt(*argv: object, program: Callable = main.main) -> tuple[Done, UserError | None]:
+    """`call`, and the error in which it ends, if it is a user's."""
+    raised: list[UserError | None] = [None]
+
+    def watched(words: list[str]) -> None:
+        try:
+            program(words)
+        except UserError as error:
+            raised.append(error)
+            raise
+
+    return call(*argv, program=watched), raised[-1]
+
+
+def mistake(*argv: object, program: Callable = main.main) -> UserError:
+    """The error in which a command ends; nothing but its line is on stderr."""
+    done, error = attempt(*argv, program=program)
+    assert error and done.status == command.FAILED, done
+    assert done.complaints == [f"error: {command.one_line(str(error))}"], done.err
+    return error
+
+
+def program_of(name: str) -> Callable[[list[str]], None]:
+    """The `main` of a command by its name in the console's list, or of `main.py`."""
+    return main.main if name in ("main.py", "prune") else command.main_of(f"commands.{name}")
+
+
 def call_here(module: str, *argv: object) -> int:
     """As lib.util.command.call, but in this process, where torch is imported already."""
     return command.run(command.main_of(module), [str(each) for each in argv])

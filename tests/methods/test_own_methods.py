@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import tiny
 import torch
-from support import QUICK, call, refused, results, runner_of, succeed, weights, windows
+from support import QUICK, refused, results, runner_of, succeed, weights, windows
 
 from lib.methods.registry import method_of, parameters, source_digest
 from lib.methods.wanda import Wanda
@@ -137,32 +137,3 @@ def test_gradients_and_outputs_are_seen() -> None:
     torch.testing.assert_close(torch.cat(found_costs), expected)
     expected = torch.cat([sums[one.name] for one in linears])
     torch.testing.assert_close(found_squares, expected, rtol=1e-4, atol=1e-6)
-
-
-WRONG = [
-    ("none.py:Mine", "", "no such file"),
-    ("mine.py:Other", "", "Mine, Seeing"),
-    ("broken.py:Mine", "", "ZeroDivisionError"),
-    ("syntax.py:Mine", "", "SyntaxError"),
-    ("mine.py:Mine", "--method_args nosuch=1", "nosuch=1", "power=1.0, rounds=2, eager=False"),
-    ("mine.py:Mine", "--method_args power", "--method_args power", "NAME=VALUE"),
-    ("mine.py:Mine", "--method_args rounds=1.5", "rounds=1.5", "is not int"),
-    ("wanda", "--method_args alpha=1", "alpha=1", "none"),
-    ("mine.py:Mine", "--sparsity_type neurons", "neurons", "remove_neurons_"),
-    ("mine.py:Seeing", "--sparsity_type neurons", "neurons", "remove_neurons_"),
-    ("mine.py:Mine", "--sparsity_type experts", "experts", "scores"),
-    ("ria", "--sparsity_type neurons", "ria", "remove_neurons_"),
-    ("empty.py:Empty", "", "prune_"),
-]
-
-
-@pytest.mark.usefixtures("files", "no_weights")
-def test_what_is_refused_in_a_line() -> None:
-    Path("broken.py").write_text("1 / 0\n")
-    Path("syntax.py").write_text("class Mine(:\n")
-    base = "from langprune.methods.base import PruningMethod\n"
-    Path("empty.py").write_text(base + "class Empty(PruningMethod):\n    pass\n")
-    for method, flags, *words in WRONG:
-        done = call(*GIVEN, method, *flags.split())
-        (line,) = done.complaints
-        assert done.status == 1 and all(word in line for word in words), line

@@ -12,8 +12,10 @@ from pathlib import Path
 import pytest
 import tiny
 import torch
-from support import CPU, QUICK, Done, at, call, no_file_larger_than
+from support import CPU, QUICK, Done, at, call, no_file_larger_than, refused
+from transformers import AutoModelForCausalLM
 
+from lib.model import access
 from lib.model.access import Checkpoint
 from lib.model.pretrained import decoder_blocks, load_config, load_model, skeleton
 from lib.model.store import FileBlockStore, device_map
@@ -124,6 +126,25 @@ def test_a_shard_that_is_damaged_in_the_middle_of_the_run(damage: str, tmp_path:
     [line] = done.complaints
     assert done.status == 1 and file.name in line
     assert not (tmp_path / "model").exists() and (tmp_path / "away" / "job.json").exists()
+
+
+def test_weights_come_from_the_commit_of_the_config(
+    place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where the hub's branch moves on in between."""
+    config = load_config(Checkpoint("sharded"))
+    config._commit_hash = "c0ffee"
+    asked = []
+
+    def from_pretrained(name: str, **options: object) -> None:
+        asked.append(options["revision"])
+        raise OSError("offline")
+
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", from_pretrained)
+    monkeypatch.setattr(access, "local_only", lambda checkpoint: False)
+    where = dict(dtype=torch.float32, device_map={"": "cpu"})
+    assert "offline" in refused(load_model, Checkpoint("owner/name"), config, **where)
+    assert asked == ["c0ffee"]
 
 
 def test_blocks_that_share_weights_are_not_offloaded(tmp_path: Path) -> None:

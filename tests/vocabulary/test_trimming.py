@@ -15,12 +15,11 @@ import tiny
 import torch
 from kinds import EN, UK
 from support import QUICK, call, loaded, results, succeed, weights
-from tokenizers import AddedToken, Tokenizer, models
+from tokenizers import AddedToken, Tokenizer
 from transformers import (
     AutoModelForCausalLM,
     AutoProcessor,
     AutoTokenizer,
-    ByT5Tokenizer,
     Gemma3Processor,
     Idefics3Processor,
     PreTrainedModel,
@@ -49,8 +48,6 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     tiny.write_model(folder / "model", model, kinds.byte_level(regex=False, whole=True))
     tiny.write_texts(folder / "uk", train=kinds.texts(UK, 60, 1), test=kinds.texts(UK, 9, 2))
     tiny.write_texts(folder / "en", train=kinds.texts(EN, 60, 1), test=kinds.texts(EN, 9, 2))
-    shutil.copytree(folder / "uk", folder / "untaught")
-    (folder / "untaught/train.jsonl").unlink()
     return folder
 
 
@@ -139,6 +136,7 @@ def test_padding_and_truncation_are_saved_as_loaded(flags: list[str], tmp_path: 
     assert saved.padding == tokenizer.padding | {"pad_id": saved.token_to_id("Ġriver")}
 
 
+@pytest.mark.full
 def test_trimmed_first_then_all_as_on_a_model_trimmed_before(
     alone: tuple[str, Path], tmp_path: Path
 ) -> None:
@@ -188,22 +186,6 @@ def test_tables_of_layers_in_a_model_that_is_measured_as_a_whole(tmp_path: Path)
     assert results(tmp_path / "again")["perplexity"] == first["perplexity"]
     (line,) = call(*again, *PRUNE).complaints
     assert "cannot be pruned" in line
-
-
-def test_bad_input(place: Path, no_weights: None) -> None:
-    words = Tokenizer(models.WordLevel({"a": 0, "text": 1, "?": 2}, unk_token="?"))
-    tiny.write_model("slow", tokenizer=ByT5Tokenizer())
-    tiny.write_model("words", tokenizer=PreTrainedTokenizerFast(tokenizer_object=words))
-    tiny.write_model("few", tiny.tiny_llama(vocab_size=512), kinds.byte_level(regex=False))
-    for argv, said in (
-        (["--vocabulary_data", "untaught"], "--vocabulary_data untaught: "),
-        (["--model", "slow"], "ByT5Tokenizer"),
-        (["--model", "words"], "the tokenizer of --model words is of the kind WordLevel"),
-        (["--model", "few"], "--model few has 512 rows"),
-    ):
-        done = call(*TRIM, "--vocabulary_data", "uk", *argv)
-        (line,) = done.complaints
-        assert done.status == 1 and said in line
 
 
 def test_what_differs_stops_the_run(place: Path, tmp_path: Path, monkeypatch) -> None:
