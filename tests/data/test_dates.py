@@ -60,6 +60,7 @@ def test_a_template_writes_the_date_of_the_run_and_its_tokens_stay(on: Callable)
         assert kept[0].issuperset(tokenizer(rendered(tokenizer, said[:1])[0]).input_ids)
 
 
+@pytest.mark.full
 def test_a_run_that_is_continued_on_another_day(on: Callable) -> None:
     write()
     to = lambda name: [*PRUNE, "--trim_vocabulary", "--save", f"{name}-out", "--save_model", name]  # noqa: E731

@@ -273,11 +273,11 @@ def whole(packed, tmp_path_factory: pytest.TempPathFactory) -> dict[int, Path]:
 def damaged(whole: dict[int, Path], tmp_path: Path) -> Callable[..., Path]:
     """Changes a tensor or the config of a copy."""
 
-    def damage(bits: int = 16, tensor: str = "", change: Callable | None = None, **config) -> Path:
-        tensors = load_file(whole[bits] / "model.safetensors")
+    def damage(kind: int = 16, tensor: str = "", change: Callable | None = None, **config) -> Path:
+        tensors = load_file(whole[kind] / "model.safetensors")
         if change:
             tensors[tensor] = change(tensors[tensor])
-        held = json.loads((whole[bits] / "config.json").read_text())
+        held = json.loads((whole[kind] / "config.json").read_text())
         held["quantization_config"] |= config
         (tmp_path / "config.json").write_text(json.dumps(held))
         tensors = {name: t for name, t in tensors.items() if t is not None}

@@ -70,7 +70,7 @@ def bits_per_byte(model: Path | str, texts: Path | str) -> float:
             ids = tokenizer(piece, add_special_tokens=False).input_ids
             if len(ids) < 32:
                 ids = torch.tensor([[tokenizer.bos_token_id, *ids]])
-                nats += float(measured(ids, labels=ids).loss) * (ids.shape[1] - 1)
+                nats += measured(ids, labels=ids).loss.item() * (ids.shape[1] - 1)
                 size += len(piece.encode())
     return nats / math.log(2) / size
 
