@@ -33,7 +33,7 @@ from ..data.documents import are_dialogues, read_documents
 from ..data.languages import language_text
 from ..data.sources import PART, Source, parse_source, parse_sources
 from ..methods.sparsity import EXPERTS, NEURONS
-from ..run.flags import NATURAL, POSITIVE, build_parser, check_flags, given
+from ..run.flags import NATURAL, POSITIVE, build_parser, check_flags, given, named, without
 from ..run.results import RESULTS, read_results
 from ..util.command import call, make_parser, one_line, split_argv, typed
 from ..util.errors import UserError
@@ -48,7 +48,6 @@ from .compress_plan import (
     plan_time,
     untrainable,
 )
-from .sweep import PRUNING_FLAGS, RECOVERY_FLAGS, without
 
 if TYPE_CHECKING:
     from ..model.access import Checkpoint
@@ -63,10 +62,6 @@ SMALLER = {  # flags that remove neurons or experts for --megabytes
     EXPERTS: f"--prune_method contribution --sparsity_type {EXPERTS} --sparsity_ratio",
 }
 FEW_DIALOGUES, TEST_DIALOGUES = 16, 32  # fewest to calibrate on; held-out ones
-OWN_FLAGS = (
-    "calibration_data eval_only recover save save_model resume offload_folder trim_vocabulary "
-    "quantize"
-)
 CHARACTERS = {"test": 1_000_000, "train": 20_000_000}  # downloaded for --language
 # on a CPU main.py's 128 windows of up to 4096 tokens would take most of the time
 CPU_WINDOWS, CPU_SEQLEN, CPU_REHEARSED = 32, 512, 2
@@ -78,9 +73,9 @@ SAME_SOURCE += "measure on yours with --eval_data."
 PLAN, DENSE, SMALL = "plan.json", "dense", "compressed"
 TRIMMING, REHEARSAL, DIALOGUES = "trimming", "rehearsal", "dialogues"
 # flags of main.py that are left out when the original is measured, and in the rehearsal
-NOT_MEASURED = (*PRUNING_FLAGS, "prune_method", "sparsity_type", "sparsity_ratio", "text_only")
-NOT_REHEARSED = ("allocation", "use_variant", "replace_sparse_layers", "quantize", "nsamples")
-NOT_REHEARSED += ("text_only",)
+NOT_MEASURED = named(changes=True)
+NOT_REHEARSED = [*named(step="quantize"), *named(step="pack"), "nsamples"]
+NOT_REHEARSED += [*named(needs="prune_method"), *named(needs="save_model")]
 KEPT = (PLAN, DENSE, SMALL, TRIMMING, REHEARSAL, DIALOGUES, f"{DIALOGUES}.jsonl", "tests", "blocks")
 
 CPU_TRIMMING, GPU_TRIMMING = 2**14, 2**16  # bytes of text that measure the cost of trimming
@@ -214,7 +209,7 @@ def begin(args: argparse.Namespace, passed_on: list[str]) -> Compression:
     device = pretrained.pick_device(args.device)
     check_target(args, device.type == "cpu")
     parsed = build_parser().parse_args(["--model", args.model, *passed_on])
-    if wrong := [name for name in OWN_FLAGS.split() if given(parsed, name)]:
+    if wrong := [name for name in named(set_by="compress") if given(parsed, name)]:
         raise UserError(f"--{wrong[0]}: compress sets this flag. Use the flags of compress.")
     checkpoint = Checkpoint(args.model, "--model", parsed.cache_dir, parsed.trust_remote_code)
     config = pretrained.load_config(checkpoint)
@@ -511,7 +506,9 @@ def make_small(run: Compression) -> None:
 
 def training(tokens: int, passed_on: list[str]) -> list[str]:
     """Return flags for training on `tokens`; without training, flags for it are left out."""
-    return ["--recover", str(tokens), *passed_on] if tokens else without(passed_on, RECOVERY_FLAGS)
+    if not tokens:
+        return without(passed_on, named(step="recover"))
+    return ["--recover", str(tokens), *passed_on]
 
 
 def complete_card(run: Compression) -> None:
@@ -554,7 +551,8 @@ def compare(run: Compression, others: dict[str, list[str]]) -> None:
     run.announce("Measuring sizes and speeds")
     models = [args.model, out, *([gguf] if gguf and Path(gguf).exists() else [])]
     dtype = dtype_name(checkpoint_dtype(load_config(Checkpoint(out))))  # of both
-    options = {name: getattr(run.parsed, name) for name in ("cache_dir", "trust_remote_code")}
+    read = run.parsed
+    options = dict(cache_dir=read.cache_dir, trust_remote_code=read.trust_remote_code)
     table = comparison(models, run.folder, json.dumps([run.device, dtype, options]))
     write_text(run.folder / "compressed.md", f"{table}\n")
     took = f"{out}: made in {_time(time.monotonic() - run.began)}; {run.folder} can be removed"

@@ -151,7 +151,7 @@ def gguf_megabytes(job: Job, model: Any, type_: str, outer: float) -> float:
 
     size = outer
     for block in model.get_submodule(job.blocks_name):
-        linears = {each.stage: each.shape[1] for each in find_linears(block, "block")[0]}
+        linears = {each.parameter_name: each.shape[1] for each in find_linears(block, "block")[0]}
         for name, weight in block.named_parameters():
             inputs = linears.get(f"block.{name}")
             bits = 32 if inputs is None else 16

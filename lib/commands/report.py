@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ..methods.sparsity import SMALLER
+from ..run.flags import named
 from ..run.plan import PRUNED_BEFORE
 from ..run.results import NONE, RESULTS, is_trained, read_losses, read_results
 from ..run.significance import MeanInterval, holm, mean_interval
@@ -43,7 +44,6 @@ STRICTNESS = ("unstructured", "4:8", "2:4", *SMALLER)  # the order of sparsity t
 COMPARED = {"loss": "perplexity", "kl": "kl"}  # {figure by window: column of the table}
 LIMIT = 0.05  # of the corrected p; below it a difference is significant
 NOT_SIGNIFICANT = "(n.s.)"
-WITH_COLUMN = "seed prune_method sparsity_type sparsity_ratio use_variant prune_on_c4 eval_only"
 RUN_COLUMNS = {  # title: figure, format, unit
     "zeros": ("zeros", ".2%"),
     "seeds": ("seeds", ".0f"),
@@ -148,8 +148,9 @@ def _run_columns(folder: Path, results: Mapping[str, Any]) -> dict[str, Any]:
         "zeros": zeros,
         "saved_bytes": results.get("saved_bytes"),
     }
+    in_columns = named(has_column=True)
     for name, value in results.get("fingerprint", {}).get("pruning", {}).items():
-        if name.startswith("--") and name[2:] not in WITH_COLUMN.split() and value is not None:
+        if name.startswith("--") and name[2:] not in in_columns and value is not None:
             columns[SETTING + name[2:]] = str(value)
     for task, metrics in results.get("tasks", {}).items():
         numbers = {name: v for name, v in metrics.items() if isinstance(v, int | float)}

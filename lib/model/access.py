@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import logging
-import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -22,11 +21,11 @@ from safetensors import safe_open
 
 from ..packed.errors import PackedError
 from ..util.errors import UserError, first_line, hub_problem
+from ..util.quirks import LAYER_COUNT
 
 TIMEOUT = 10.0  # seconds for the Hub's answer
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 ADAPTER = "adapter_config.json"
-LAYERS = re.compile(rb'"(?:num_hidden_layers|num_layers|n_layers?)"\s*:\s*(\d{1,18})')
 log = logging.getLogger(__name__)
 
 
@@ -49,7 +48,7 @@ class Checkpoint:
 
     def options(self) -> dict[str, Any]:
         """Return keyword arguments for `from_pretrained`, besides the name."""
-        options = {"cache_dir": self.cache_dir, "trust_remote_code": self.trust_remote_code}
+        options = dict(cache_dir=self.cache_dir, trust_remote_code=self.trust_remote_code)
         options |= {"revision": self.revision} if self.revision else {}
         return options | {"local_files_only": local_only(self)}
 
@@ -91,7 +90,7 @@ def check_folder(checkpoint: Checkpoint) -> None:
             )
         with as_user_error(checkpoint, file, "Download it again"):
             tensors += len(safe_open(folder / file, framework="pt").keys())
-    layers = LAYERS.findall((folder / "config.json").read_bytes())
+    layers = LAYER_COUNT.findall((folder / "config.json").read_bytes())
     if more := [number for number in map(int, layers) if number > tensors]:
         raise UserError(
             str(checkpoint),

@@ -59,8 +59,8 @@ class PrunableLinear:
     is_quantized: ClassVar[bool] = False  # whether the weight holds codes instead of values
 
     @property
-    def stage(self) -> str:
-        """The parameter's name, which all of its experts share, since they are reached together."""
+    def parameter_name(self) -> str:
+        """The parameter's name in the model, which all of its experts share."""
         if self.expert is None:
             return f"{self.name}.{self.parameter}"
         return self.name.rpartition(".")[0]

@@ -16,6 +16,7 @@ from transformers.quantizers.base import get_keys_to_not_convert
 
 from ..data.tokenizer import keep_limits, template_texts
 from ..util.errors import UserError
+from ..util.quirks import WINDOW_FIELDS
 from .access import Checkpoint, as_user_error, check_complete, check_folder, quantization
 from .device import (  # noqa: F401 -- until their users import from there
     DTYPES,
@@ -68,8 +69,7 @@ def load_tokenizer(checkpoint: Checkpoint) -> Any:
 def window_length(config, requested: int | None, longest: int = LONGEST_WINDOW) -> int:
     """Return the tokens in a window: as requested, else the model's limit, at most `longest`."""
     text = config.get_text_config(decoder=True)
-    names = ("max_position_embeddings", "n_positions", "max_seq_len", "seq_length")
-    limit = next((n for n in (getattr(text, a, None) for a in names) if n), None)
+    limit = next((n for n in (getattr(text, a, None) for a in WINDOW_FIELDS) if n), None)
     if requested is None:
         return min(limit or longest, longest)
     if limit and requested > limit:

@@ -37,7 +37,7 @@ def compared_windows(count: int) -> list[int]:
 
 def local_windows(count: int, dist: DistContext) -> list[int]:
     """Return the compared windows that belong to this rank."""
-    indices = range(count)[dist.share(count)]
+    indices = range(count)[dist.shard(count)]
     return [window for window in compared_windows(count) if window in indices]
 
 

@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from transformers import GenerationConfig, PretrainedConfig
 
 from ..util.errors import UserError
-from ..util.token_ids import NAMES, find_token_ids, map_token_ids
+from ..util.quirks import TOKEN_ID_FIELDS
+from ..util.token_ids import find_token_ids, map_token_ids
 from .access import Checkpoint
 from .blocks import Stop
 
@@ -175,7 +176,8 @@ def _renumber_(model: nn.Module, new_ids: Mapping[int, int], sizes: set[int], af
     for holder in holders.values():
         fields = {k: v for k, v in vars(holder).items() if not isinstance(v, PretrainedConfig)}
         if isinstance(holder, nn.Module):
-            fields = {k: v for k, v in fields.items() if NAMES.fullmatch(k) or "vocab_size" in k}
+            names = (k for k in fields if TOKEN_ID_FIELDS.fullmatch(k) or "vocab_size" in k)
+            fields = {name: fields[name] for name in names}
         changed = map_token_ids(fields, lambda index: new_ids.get(index, index))
         changed |= {k: after for k, v in fields.items() if "vocab_size" in k and v in sizes}
         for key, value in changed.items():

@@ -40,9 +40,9 @@ PRUNED, QUANTIZED, CHANGED, START = "block", "quantized", "changed", "start"  # 
 ALLOCATION, RECOVERY = "allocation", "recovery"
 
 
-def of_block(stage: str, index: int) -> str:
+def of_block(prefix: str, index: int) -> str:
     """Return the name of a block's file, without suffix."""
-    return f"{stage}-{index:05d}"
+    return f"{prefix}-{index:05d}"
 
 
 def begun_with(path: str | Path | None, name: str) -> Any:

@@ -23,7 +23,7 @@ from ..packed.formats import GRIDS
 from ..util.command import one_line
 from ..util.errors import UserError, first_of
 from ..util.markdown import escape, padded_table
-from .flags import command_words
+from .flags import command_words, named
 from .flags import packed as packed_by
 from .plan import PRUNED_BEFORE
 from .results import is_trained
@@ -76,9 +76,6 @@ FIGURES = {
     "loss_change": ("loss over dense, nats per token", "+.4f"),  # paired by window
 }
 LANGUAGE_OF_SET = {"ubertext": "uk", "c4": "en", "fineweb": "en", "wikitext2": "en"}
-# flags that change neither weights nor figures, or that name a place on this machine
-NOT_SHOWN = set("save resume offload_folder cache_dir device debug".split())
-NOT_SHOWN |= {"completions", "tasks", "include_path"}
 
 
 def model_card(results: Mapping[str, Any], sources: Sequence[str], online: bool = False) -> str:
@@ -286,7 +283,8 @@ def notes(results: Mapping[str, Any]) -> Iterator[str]:
 
 def _command(flags: Mapping[str, Any]) -> str:
     """Return the command line, without defaults and with names for paths."""
-    shown = {name: value for name, value in flags.items() if name not in NOT_SHOWN}
+    hidden = named(in_card=False)
+    shown = {name: value for name, value in flags.items() if name not in hidden}
     shown["save_model"] = shown.get("save_model") and Path(shown["save_model"]).name
     return one_line(shlex.join(map(_public, command_words(shown))))
 

@@ -19,7 +19,7 @@ from support import call_here, children, content, results, succeed, wait_until
 
 from lib.commands import compress, compress_plan, dialogues
 from lib.data.documents import read_documents
-from lib.run.flags import build_parser, check_flags
+from lib.run.flags import build_parser, check_flags, without
 from lib.run.plan import Plan
 from lib.run.texts import named_sources
 from lib.util.command import CALLED, call, run, typed
@@ -64,6 +64,13 @@ def test_the_minutes_are_kept() -> None:
     assert planned(-5, passes=30).tokens == 512 * 16  # what is pruned is trained
     chat = planned(170, trains=False)  # has all the time for rounding
     assert planned(170).rounding < chat.rounding and chat.tokens == 0 and chat.seconds <= 170
+
+
+@pytest.mark.parametrize("names", [compress.NOT_MEASURED, compress.NOT_REHEARSED])
+def test_flags_of_a_method_do_not_reach_runs_that_have_none(names: list[str]) -> None:
+    """With --megabytes only the run that makes the model removes neurons by a method."""
+    words = ["--method_args", "passes=2", "--save_masks", "F", "--text_only", "--seed", "3"]
+    assert without(words, names) == ["--seed", "3"]
 
 
 @pytest.mark.parametrize("recovery", [[], ["--recover", "8192"]], ids=["pruned", "trained"])

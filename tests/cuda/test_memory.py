@@ -12,7 +12,7 @@ from support import call, call_here, reloaded, results, succeed
 
 from lib.commands import compress
 from lib.model import pretrained
-from lib.prune import Pruner
+from lib.prune import BlockWalker
 from lib.run import steps
 from lib.run.memory import Memory
 
@@ -78,7 +78,7 @@ class Watched:
         self.seen: dict[str, int] = {}
         self.peaks: dict[str, int] = {}
         self.before = torch.accelerator.memory_allocated(0)
-        own = {"check": Memory.check, "save": steps.save, "solve": Pruner._solve_}
+        own = {"check": Memory.check, "save": steps.save, "solve": BlockWalker.solve_all_}
         read = pretrained.load_model
 
         def check(memory: Memory) -> None:
@@ -89,12 +89,12 @@ class Watched:
             self.note("save")
             own["save"](*args)
 
-        def solve(pruner: Pruner, groups: list) -> dict:
+        def solve(walker: BlockWalker, groups: list) -> None:
             torch.accelerator.reset_peak_memory_stats(0)
-            written = own["solve"](pruner, groups)
+            own["solve"](walker, groups)
             peak = torch.accelerator.max_memory_allocated(0) - self.before
-            self.peaks[pruner.stage] = max(peak, self.peaks.get(pruner.stage, 0))
-            return written
+            prefix = walker.checkpoint_prefix
+            self.peaks[prefix] = max(peak, self.peaks.get(prefix, 0))
 
         def load_model(*args: Any, **options: Any) -> Any:
             model = read(*args, **options)
@@ -109,7 +109,7 @@ class Watched:
                 self.note(stage)
 
         monkeypatch.setattr(Memory, "check", check)
-        monkeypatch.setattr(Pruner, "_solve_", solve)
+        monkeypatch.setattr(BlockWalker, "solve_all_", solve)
         monkeypatch.setattr(steps, "save", save)
         monkeypatch.setattr(pretrained, "load_model", load_model)
         monkeypatch.setattr("lib.util.progress.on_step", on_step)

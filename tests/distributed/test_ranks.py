@@ -241,4 +241,4 @@ def test_the_first_goes_on_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     first = DistContext(torch.device("cpu"), alone=True)
     first.size = first.local_size = 2
     first.close()
-    assert first.all_gather_object(5) == [5] and first.share(8) == slice(0, 8)
+    assert first.all_gather_object(5) == [5] and first.shard(8) == slice(0, 8)

@@ -34,7 +34,7 @@ def converted(matrix: Tensor) -> Tensor:
 def on_grid(runner: BlockRunner) -> dict[str, bool]:
     """{weight's name: whether it is (in, out)} of all that q4_0 can hold."""
     return {
-        linear.stage: linear.transposed
+        linear.parameter_name: linear.transposed
         for linear in runner.each_linear()
         if FORMAT.takes(linear.shape[1])
     }

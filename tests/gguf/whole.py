@@ -20,8 +20,8 @@ import tiny
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
 from transformers import LlamaTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from lib.commands.gguf.source import PRE_TOKENIZERS
 from lib.data.tokenizer_model import CHECK, CHECK_TEXT, digest
+from lib.util.quirks import PRE_TOKENIZERS
 
 HOW = "pip install -r requirements-gguf.txt"
 FIRST = 6_000  # tokens

@@ -21,9 +21,9 @@ from lib.model.linears import experts_implementation, watch_outputs
 from lib.model.pretrained import load_config, load_model
 from lib.pruning import allocation as module
 from lib.pruning.allocation import Allocation, allocate, by_error, choose, costs, span
-from lib.pruning.check import Measured
+from lib.pruning.check import SparsityCheck
 from lib.pruning.fisher import FisherDiagonal, backward_pass, draw
-from lib.pruning.owl import by_outliers, outlier_share, spread
+from lib.pruning.owl import by_outliers, outlier_share, owl_sparsities
 
 RATIOS = 0.0, 0.02, 0.5, 0.98
 
@@ -170,7 +170,7 @@ def test_architectures_reach_what_was_allocated(name: str) -> None:
     allocation = by_error(runner, windows(6), 0.6)
     done = prune_(runner, "admm", allocation, windows(6))
     target = allocation.sparsity
-    measured = Measured(runner, target, done.left_dense)
+    measured = SparsityCheck(runner, target, done.left_dense)
     asked = sum(target[name].ratio * size for name, size in measured.sizes.items())
     rows = {linear.name: linear.shape[0] for linear in runner.each_linear()}
     experts = [names for notes in done.notes for names in sum(notes.fallbacks.values(), [])]
@@ -185,7 +185,7 @@ def test_architectures_reach_what_was_allocated(name: str) -> None:
     runner = runner_of(tiny.ALL[name]().requires_grad_(False))
     allocation = allocate(runner, windows(12), Sparsity(0.6), "owl")
     done = prune_(runner, "sparsegpt", allocation, windows(12))
-    measured = Measured(runner, allocation.sparsity, done.left_dense)
+    measured = SparsityCheck(runner, allocation.sparsity, done.left_dense)
     assert measured.overall == pytest.approx(0.6, abs=0.02)
 
 
@@ -221,22 +221,22 @@ def test_the_formula_of_the_authors_of_owl() -> None:
     scaled = [(share - low) * (1 / (high - low)) * 0.08 * 2 for share in shares]
     for ratio in (0.5, 0.7):
         density = [one - sum(scaled) / 4 + (1 - ratio) for one in scaled]
-        found = [each.ratio for each in spread(shares, [10] * 4, Sparsity(ratio))]
+        found = [each.ratio for each in owl_sparsities(shares, [10] * 4, Sparsity(ratio))]
         assert found == pytest.approx([1 - each for each in density])
         assert sum(found) / 4 == pytest.approx(ratio)
     shares, sizes = [0.1, 0.3, 0.2], [30, 10, 20]
     for ratio in RATIOS:  # any total is kept
-        found = [each.ratio for each in spread(shares, sizes, Sparsity(ratio))]
+        found = [each.ratio for each in owl_sparsities(shares, sizes, Sparsity(ratio))]
         assert all(0 <= each < 1 for each in found)
         total = sum(each * size for each, size in zip(found, sizes, strict=True))
         assert total == pytest.approx(ratio * 60)
-    assert {each.ratio for each in spread([0.1] * 3, sizes, Sparsity(0.6))} == {0.6}
+    assert {each.ratio for each in owl_sparsities([0.1] * 3, sizes, Sparsity(0.6))} == {0.6}
 
 
 @pytest.mark.parametrize("sizes", [[10] * 5, [10, 20, 30, 10, 30]])
 def test_whole_numbers_of_every_eight(sizes: list[int]) -> None:
     """No more go than by 4 everywhere, and fewer of a block's than another lets go are less."""
-    found = spread([0.1, 0.3, 0.2, 0.11, 0.29], sizes, Sparsity(0.5, 4, 8))
+    found = owl_sparsities([0.1, 0.3, 0.2, 0.11, 0.29], sizes, Sparsity(0.5, 4, 8))
     total = sum(each.n * size for each, size in zip(found, sizes, strict=True))
     assert 0 <= 4 * sum(sizes) - total < min(sizes) and {each.m for each in found} == {8}
     counts = [each.n for each in found]
@@ -261,7 +261,7 @@ def test_outliers_of_blocks_are_those_by_hooks() -> None:
         flat = [(one.weight.abs() * seen[one].norm(dim=0)).flatten() for one in each]
         scores = torch.cat(flat).double()
         shares.append(float((scores > 5 * scores.mean()).double().mean()))
-    expected = spread(shares, [1] * 4, Sparsity(0.6))
+    expected = owl_sparsities(shares, [1] * 4, Sparsity(0.6))
     for name, sparsity in by_outliers(runner_of(model), ids, Sparsity(0.6)).items():
         assert sparsity.ratio == pytest.approx(expected[int(name.split(".")[2])].ratio, abs=1e-6)
 

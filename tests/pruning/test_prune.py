@@ -32,7 +32,7 @@ from lib.model.run_folder import RunFolder
 from lib.model.store import BlockStore
 from lib.prune import prune
 from lib.pruning import errors
-from lib.pruning.check import Measured
+from lib.pruning.check import SparsityCheck
 from lib.pruning.errors import TokenSample, relative_error
 from lib.pruning.masks import packed_masks, read_masks, unpacked, write_masks
 from lib.util.errors import RunWarning
@@ -77,16 +77,18 @@ def test_what_falls_short_or_loses_zeros_is_named() -> None:
     done = prune_(runner, "magnitude", TWO_OF_FOUR)
     name = "model.layers.1.mlp.up_proj"
     target = dict.fromkeys(done.pruned, TWO_OF_FOUR)
-    assert Measured(runner, target).overall == 0.5
+    assert SparsityCheck(runner, target).overall == 0.5
     weight = runner.model.get_submodule(name).weight.data
     weight[0, :4] = 1
-    assert f"{name}: 1 of 512 groups" in refused(Measured, runner, target)
+    assert f"{name}: 1 of 512 groups" in refused(SparsityCheck, runner, target)
     weight[:8] = 1
-    assert f"{name}: only 0.4375" in refused(Measured, runner, dict.fromkeys(done.pruned, HALF))
-    Measured(runner, target, [name])  # left dense: only counted
-    measured = Measured(runner, target, done.pruned)
+    assert f"{name}: only 0.4375" in refused(
+        SparsityCheck, runner, dict.fromkeys(done.pruned, HALF)
+    )
+    SparsityCheck(runner, target, [name])  # left dense: only counted
+    measured = SparsityCheck(runner, target, done.pruned)
     runner.model.get_submodule("model.layers.0.mlp.up_proj").weight.data.fill_(1)
-    assert "model.layers.0.mlp.up_proj: it has lost 1024 zeros" in refused(measured.again, runner)
+    assert "model.layers.0.mlp.up_proj: it has lost 1024 zeros" in refused(measured.recheck, runner)
 
 
 # --- experts that few tokens, or none, are routed to

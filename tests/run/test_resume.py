@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -96,8 +97,16 @@ def test_another_source_of_the_method_is_refused(
     monkeypatch.setattr(SparseGPT, "revision", SparseGPT.revision + 1)
     done = call(*begun)
     assert done.status == 1 and len(done.complaints) == 1
-    assert "was begun with source of --prune_method 'revision 1, source " in done.complaints[0]
-    assert "not 'revision 2, source " in done.complaints[0]
+    assert "was begun with revision of --prune_method 1, not 2. " in done.complaints[0]
+
+
+def test_a_folder_of_an_earlier_version_is_refused(begun: list, tmp_path: Path) -> None:
+    file = tmp_path / "kept/job.json"
+    job = json.loads(file.read_text())
+    version = job.pop("version of langprune")
+    file.write_text(json.dumps(job | {"source of --prune_method": "revision 1, source 0"}))
+    [line] = call(*begun).complaints
+    assert f"begun with version of langprune 'before 0.4', not '{version}'. " in line
 
 
 def test_one_changed_byte_of_the_weights_is_refused(begun: list, tmp_path: Path) -> None:

@@ -35,6 +35,7 @@ from ...model.pretrained import (
 from ...packed.checkpoint import METHOD
 from ...packed.formats import FORMATS, GRIDS
 from ...util.errors import UserError
+from ...util.quirks import ROPE_BASE, ROPE_OF_FULL_ATTENTION, ROPE_SETTINGS
 
 GRID = FORMATS["q4_0"]
 Logits = Callable[[list[int]], Tensor]  # from a window's ids to (tokens, rows)
@@ -99,7 +100,7 @@ def open_folder(path: str) -> GridFolder:
     for index, block in enumerate(blocks):
         for each in find_linears(block, f"{prefix}.{index}")[0]:
             if GRID.takes(each.shape[1]):
-                names[each.stage] = each.transposed
+                names[each.parameter_name] = each.transposed
                 plain &= each.expert is None and not each.transposed
     stored = revert_weight_conversion(model, {name: model.get_parameter(name) for name in names})
     modules = dict(model.named_modules())
@@ -218,12 +219,11 @@ class Mlx:
         from mlx.utils import tree_unflatten
         from mlx_lm.utils import load_model, save_model
 
-        # most of mlx-lm reads RoPE's settings under their names before transformers 5
         rope = getattr(source.model.config.get_text_config(), "rope_parameters", None) or {}
-        rope = rope.get("full_attention", rope)
-        names = {"rope_theta": rope["rope_theta"]} if "rope_theta" in rope else {}
+        rope = rope.get(ROPE_OF_FULL_ATTENTION, rope)
+        names = {ROPE_BASE: rope[ROPE_BASE]} if ROPE_BASE in rope else {}
         if rope.get("rope_type", "default") != "default":
-            names["rope_scaling"] = rope
+            names[ROPE_SETTINGS] = rope
         model, _ = load_model(source.folder, lazy=True, model_config=names)
         vocabulary, how, changed = source.model.config.get_text_config().vocab_size, {}, []
         for path, module in model.named_modules():

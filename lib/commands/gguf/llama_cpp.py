@@ -29,6 +29,7 @@ from unittest import mock
 from ...packed.formats import FORMATS, GRIDS
 from ...util.command import started_by
 from ...util.errors import UserError
+from ...util.quirks import OLDER_LAYER_FIELDS, TEXT_PREFIX
 
 TYPES = ("f32", "f16", "bf16", "q8_0", *GRIDS)
 IQ4_NL = FORMATS["iq4_nl"]
@@ -176,12 +177,12 @@ def convert_vision(folder: str, name: str, files: dict[str, str]) -> int:
 
 
 def _with_older_names(load: Callable, *where: Any, **how: Any) -> dict[str, Any]:
-    """Load a config, and add the older names of Gemma 4's fields."""
+    """Load a config, and add the older names of its fields for single layers."""
     fields = load(*where, **how)
     text = fields.get("text_config", fields)
     for layer in (text.get("per_layer_config") or {}).values():
-        text.setdefault("global_head_dim", layer.get("head_dim"))
-        text.setdefault("num_global_key_value_heads", layer.get("num_key_value_heads"))
+        for name, older in OLDER_LAYER_FIELDS.items():
+            text.setdefault(older, layer.get(name))
     return fields
 
 
@@ -297,7 +298,7 @@ def _compare_rows(exact: Any, weights: Path) -> dict[str, int]:
     for part in sorted(weights.glob("*.safetensors")):
         with safe_open(part, "pt") as checkpoint:
             for name in checkpoint.keys():
-                plain = name.replace("language_model.", "")
+                plain = name.replace(TEXT_PREFIX, "")
                 tensor = tensors.get(names.get_name(plain, try_suffixes=(".weight",)))
                 if tensor is None:
                     continue

@@ -30,19 +30,11 @@ from ...model.processor import FILES
 from ...packed.checkpoint import METHOD
 from ...packed.formats import GRIDS
 from ...util.errors import UserError
+from ...util.quirks import OLDER_FIELDS, PRE_TOKENIZERS
 
 LINKED = ("*.safetensors", "*.safetensors.index.json", "generation_config.json")
 FEW_VALUES = 16  # rows with so few values may be on a grid by chance
 CODE = "auto_map"  # field that names code to run, in the folder or in a repository
-CONTRACTIONS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
-WORDS = (
-    r"{}|[^\r\n\p{{L}}\p{{N}}]?\p{{L}}+|\p{{N}}{}| ?[^\s\p{{L}}\p{{N}}]+[\r\n]*"
-    r"|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
-PRE_TOKENIZERS = {
-    WORDS.format(CONTRACTIONS, "{1,3}"): "llama-bpe",  # Llama 3
-    WORDS.format(CONTRACTIONS, ""): "qwen2",
-}
 
 
 @dataclass(frozen=True)
@@ -68,8 +60,9 @@ class ModelFolder:
         for name in FILES:  # of a processor
             if (weights / name).suffix == ".json" and (weights / name).is_file():
                 _write(folder / name, _without_code(weights / name))
-        if "n_positions" in config:  # GPT-2 has an older name for it
-            config.setdefault("n_ctx", config["n_positions"])
+        for name, older in OLDER_FIELDS.items():
+            if name in config:
+                config.setdefault(older, config[name])
         _write(folder / "config.json", config)
         ids = tokenizer("a").input_ids  # with the special tokens that the tokenizer adds
         settings = _without_code(folder / "tokenizer_config.json")
