@@ -93,6 +93,7 @@ def test_a_matrix_is_stored_as_bitsandbytes_would(loaded: nn.Module) -> None:
     assert torch.allclose(linear.module(x), x @ got.T, atol=0.1 * (x @ got.T).abs().max().item())
 
 
+@pytest.mark.full
 def test_saved_and_reloaded_with_the_same_perplexity(tmp_path: Path) -> None:
     saved = tmp_path / "model"
     flags = ["--prune_method", "wanda", "--save_model", saved, "--load_bit", "4"]
