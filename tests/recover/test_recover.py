@@ -110,7 +110,7 @@ def assert_on_grids(one: Recoverer) -> None:
     for key, grid in one.grids.items():
         weight = one.runner.model.get_parameter(key)
         matrix = (weight.T if grid.transposed else weight).float()
-        scales = one.scales[key].float().repeat_interleave(64, 1)[:, : matrix.shape[1]]
+        scales = grid.scales.float().repeat_interleave(64, 1)[:, : matrix.shape[1]]
         codes = (matrix / scales).round()
         assert codes.min() >= -8 and codes.max() <= 7
         assert torch.equal(codes * scales, matrix)
@@ -159,6 +159,7 @@ def test_learns_and_keeps_every_zero(name: str, way: str) -> None:
     assert all(torch.equal(now, dense[key]) for key, now in state(one.teacher.model).items())
     assert not any(p.requires_grad or p.grad is not None for p in model.parameters())
     assert_on_grids(one)
+    assert one.grids.keys() <= one.scales.keys()
 
 
 def test_trained_are_pruned_linears_norms_and_biases_once() -> None:
