@@ -44,8 +44,7 @@ from lib.prune import Pruner
 from lib.pruning.allocation import Allocation, uniform
 from lib.quantize import takes
 from lib.run.flags import build_parser
-from lib.run.plan import Plan
-from lib.run.texts import named_sources
+from lib.run.windows import named_corpora
 from lib.util import command
 from lib.util.errors import UserError
 
@@ -119,10 +118,9 @@ def refused(act: Callable, *args: Any, **options: Any) -> str:
     return line
 
 
-def named(*argv: str) -> tuple:
-    """The sources of calibration, vocabulary and tests that flags of main.py name."""
-    args = build_parser().parse_args(["--model", "m", *argv])
-    return named_sources(args, Plan.of(args))
+def named(*argv: str) -> Any:
+    """The corpora of calibration, vocabulary and tests that flags of main.py name."""
+    return named_corpora(build_parser().parse_args(["--model", "m", *argv]))
 
 
 def attempt(*argv: object, program: Callable = main.main) -> tuple[Done, UserError | None]:

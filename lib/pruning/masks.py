@@ -67,15 +67,17 @@ def write_masks(file: str | Path, masks: Packed) -> None:
 
 
 def read_masks(file: str | Path) -> dict[str, Tensor]:
-    """Return {layer: bool (out, in)} from a file of --save_masks, True where a weight is pruned.
+    """Return {layer: bool (out, in)} from a file of --save_masks, True where a weight is pruned."""
+    return unpacked(read_packed(file))
 
-    Raises UserError for any other file.
-    """
+
+def read_packed(file: str | Path) -> Packed:
+    """Return what `write_masks` wrote. Raises UserError for any other file."""
     try:
         with safe_open(str(file), "pt") as opened:
             shapes = json.loads((opened.metadata() or {})[SHAPES])
             masks = {name: (tuple(shapes[name]), opened.get_tensor(name)) for name in opened.keys()}
-        return unpacked(masks)
+        return masks
     except (OSError, SafetensorError, KeyError, ValueError) as error:
         problem = f"--save_masks did not write it ({error})"
         raise UserError(str(file), problem, "Name another") from error

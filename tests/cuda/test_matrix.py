@@ -12,7 +12,9 @@ import torch
 from support import RUNS_OF_EVERY_KIND as RUNS
 from support import call, call_here, reloaded, results
 
-from lib.commands import compress, compress_measure, compress_plan
+from lib.commands.compress import __main__ as compress
+from lib.commands.compress import measure
+from lib.commands.compress import plan as compress_plan
 from lib.model import pretrained
 
 # bytes: the first holds all, the second weights but no training, the third blocks one at a time
@@ -75,14 +77,15 @@ def test_compress(
     def plan(*_: Any, trains: bool, **most: int) -> compress_plan.Times:
         return compress_plan.Times(2, 4, 512 * trains, 9.0)
 
-    monkeypatch.setattr(compress, "plan_time", plan)
-    monkeypatch.setattr(compress, "call", call_here)
+    monkeypatch.setattr(compress_plan, "plan_time", plan)
+    monkeypatch.setattr("lib.util.processes.call", call_here)
     monkeypatch.setattr(compress, "find_spec", lambda name: None)
     for name in ("STEPS", "ROUNDS"):
-        monkeypatch.setattr(compress_measure, name, 1)
-    out, run = tmp_path / "out", tmp_path / "out-compress"
+        monkeypatch.setattr(measure, name, 1)
+    out = tmp_path / "out"
     done = call(model, out, "--data", data, *FLAGS, program=compress.main)
     assert done.status == 0 and not done.complaints, done.err
+    (run,) = Path(f"{out}-compress").iterdir()
     trains = (model, card) == ("llama", "all")
     assert ("recovery" in results(run / "compressed")) == trains
     assert ("planned without training" in done.out) == (model == "llama" and not trains)

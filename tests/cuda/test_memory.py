@@ -10,10 +10,10 @@ import tiny
 import torch
 from support import call, call_here, reloaded, results, succeed
 
-from lib.commands import compress
+from lib.commands.compress import __main__ as compress
 from lib.model import pretrained
 from lib.prune import BlockWalker
-from lib.run import steps
+from lib.run import save as saving
 from lib.run.memory import Memory
 
 BLOCKS, WIDTH, INNER, TOKENS, RANK = 8, 128, 384, 64, 4  # tokens: of a batch
@@ -78,7 +78,7 @@ class Watched:
         self.seen: dict[str, int] = {}
         self.peaks: dict[str, int] = {}
         self.before = torch.accelerator.memory_allocated(0)
-        own = {"check": Memory.check, "save": steps.save, "solve": BlockWalker.solve_all_}
+        own = {"check": Memory.check, "save": saving.save, "solve": BlockWalker.solve_all_}
         read = pretrained.load_model
 
         def check(memory: Memory) -> None:
@@ -110,7 +110,7 @@ class Watched:
 
         monkeypatch.setattr(Memory, "check", check)
         monkeypatch.setattr(BlockWalker, "solve_all_", solve)
-        monkeypatch.setattr(steps, "save", save)
+        monkeypatch.setattr(saving, "save", save)
         monkeypatch.setattr(pretrained, "load_model", load_model)
         monkeypatch.setattr("lib.util.progress.on_step", on_step)
         for name, value in changed.items():
@@ -137,7 +137,7 @@ def test_a_stage_allocates_what_the_table_says(
         kept = sum(size for name, size in terms.items() if name not in solving)
         if stage == "prune":  # neurons of the first of three blocks are gone by then
             kept -= (memory.weights - memory.stages["save"]["weights"]) // 3
-        if memory.fetched:  # blocks come and go
+        if memory.offloaded:  # blocks come and go
             kept -= memory._block
             kept -= terms.get("hidden states", 0) * (stage == "measure")
         assert watched.seen[stage] == pytest.approx(kept, rel=0.02), (stage, terms)
@@ -192,7 +192,7 @@ def test_compress_plans_without_training_where_only_the_weights_fit(
     device: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(compress, "call", call_here)
+    monkeypatch.setattr("lib.util.processes.call", call_here)
     monkeypatch.setattr(compress, "find_spec", lambda name: None)
     model = tiny.tiny_llama(num_hidden_layers=12, intermediate_size=256)
     tiny.write_model("deep", model)
@@ -204,7 +204,8 @@ def test_compress_plans_without_training_where_only_the_weights_fit(
     done = call(*argv, program=compress.main)
     assert done.status == 0, done.err
     assert "planned without training: training takes about" in done.out
-    assert "recovery" not in results("small-compress/compressed")
+    (work,) = Path("small-compress").iterdir()
+    assert "recovery" not in results(work / "compressed")
     assert not list(Path("small-compress").rglob("recovery*"))
-    measured = ["--seqlen", "64", "--eval_data", "small-compress/tests/uk.jsonl"]
-    reloaded("small", "small-compress/compressed", "--device", "cuda:0", *measured)
+    measured = ["--seqlen", "64", "--eval_data", str(work / "tests/uk.jsonl")]
+    reloaded("small", work / "compressed", "--device", "cuda:0", *measured)

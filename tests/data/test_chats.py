@@ -15,9 +15,9 @@ from support import ALONE, refused
 from lib.data import templates
 from lib.data import windows as data
 from lib.data.chats import Dialogue
-from lib.data.documents import read_documents
+from lib.data.documents import Corpus
 from lib.data.samples import Windows
-from lib.data.sources import Source, parse_source
+from lib.data.sources import parse_source
 from lib.data.templates import document_text, prompt_of, sample_of_dialogue
 from lib.data.training import training_windows
 from lib.vocabulary import count_tokens
@@ -47,10 +47,10 @@ WRONG = [
 ]
 
 
-def source_of(folder: Path, *rows: dict) -> Source:
+def corpus_of(folder: Path, *rows: dict) -> Corpus:
     text = "".join(json.dumps(row) + "\n" for row in rows)
     (folder / "rows.jsonl").write_text(text, encoding="utf-8")
-    return parse_source(str(folder / "rows.jsonl"), FLAG)
+    return Corpus(parse_source(str(folder / "rows.jsonl"), FLAG))
 
 
 def test_rows_of_every_shape(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -59,14 +59,15 @@ def test_rows_of_every_shape(tmp_path: Path, caplog: pytest.LogCaptureFixture) -
         if row.get("input"):
             expected[0]["content"] = "Де тече\n\nріка?"
         parquet.write_table(pyarrow.Table.from_pylist([row]), tmp_path / "a.parquet")
-        for source in (source_of(tmp_path, row), parse_source(str(tmp_path / "a.parquet"), FLAG)):
-            (document,) = read_documents(source, "train")[0]
+        table = Corpus(parse_source(str(tmp_path / "a.parquet"), FLAG))
+        for corpus in (corpus_of(tmp_path, row), table):
+            (document,) = corpus.documents("train")
             assert document.messages == expected
     for row, problem in WRONG:
-        line = refused(read_documents, source_of(tmp_path, {"messages": SAID}, row), "train")
+        line = refused(corpus_of(tmp_path, {"messages": SAID}, row).documents, "train")
         assert f"{tmp_path}/rows.jsonl, line 2: " in line and problem in line
     rows = [{"messages": SAID}, {"messages": chats.said("a", " ")}, {"messages": []}]
-    assert len(read_documents(source_of(tmp_path, *rows), "train")[0]) == 1
+    assert len(corpus_of(tmp_path, *rows).documents("train")) == 1
     assert "2 rows without" in caplog.text
 
 
@@ -111,7 +112,7 @@ def test_dialogues_share_windows_and_none_is_lost(
     assert f"be brief\n\n{SAID[0]['content']}" in joined  # the template knows no system
     long = chats.said("the old", " ".join(tiny.WORDS * 20))  # longer than a window
     every = [*chats.some(30), long, chats.said("a " * 200, "b")]
-    source = source_of(tmp_path, *({"messages": each} for each in [*every, rejected]))
+    source = corpus_of(tmp_path, *({"messages": each} for each in [*every, rejected]))
     spec = data.WindowSpec(tokenizer, seqlen, seed=1)
     test = data.test_set(source, spec)
     assert "rejects 1 dialogues" in caplog.text and "no system role" in caplog.text

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from support import refused
 
-from lib.data.documents import read_documents
+from lib.data.documents import Corpus
 from lib.data.hub import keep_text
 from lib.data.languages import is_in, language_text, script_of
 from lib.data.sources import parse_source
@@ -52,13 +52,13 @@ def test_the_first_texts_are_kept(monkeypatch: pytest.MonkeyPatch, tmp_path: Pat
     source = parse_source("fineweb2:ukr_Cyrl", "--language")
     keep_text(source, tmp_path / "uk", {"test": 100, "train": 20})
     kept = parse_source(str(tmp_path / "uk"), "--calibration_data")
-    assert read_documents(kept, "test")[0] == texts["test"]
-    assert read_documents(kept, "train")[0] == ["річка 0", "річка 1", "річка 2"]
+    assert Corpus(kept).documents("test") == texts["test"]
+    assert Corpus(kept).documents("train") == ["річка 0", "річка 1", "річка 2"]
 
 
 def test_a_language_without_text_is_one_line(hub) -> None:
     names = "Available: ['aai_Latn', 'aak_Latn']"
     hub.error = ValueError(f"BuilderConfig 'tlh_Latn' not found. {names}")
     source = parse_source(language_text("tlh")[1], "--language")
-    line = refused(read_documents, source, "test")
+    line = refused(Corpus(source).documents, "test")
     assert "fineweb-2 has no tlh_Latn" in line and "aai_Latn" not in line

@@ -18,18 +18,17 @@ from support import named, refused
 from tiny import sentences, write_texts
 
 from lib.data import documents
-from lib.data.documents import check_source, locations, read_documents, read_line
+from lib.data.documents import Corpus, check_corpus, locations, read_line
 from lib.data.sources import (
     AGAIN,
     BUILT_IN,
     JOINED,
     ONCE,
-    Source,
     has_test,
     parse_source,
     parse_sources,
 )
-from lib.run.texts import same_texts
+from lib.run.windows import same_texts
 
 FLAG = "--calibration_data"
 UBERTEXT = "mshamrai/lang-pruning-uk-uber-text-2"
@@ -49,9 +48,13 @@ NAMES = {  # what is written: hub id, config, split, column, rule of drawing, wh
 }
 
 
-def read(source: Source | str | Path, split: str = "train") -> list:
-    source = source if isinstance(source, Source) else parse_source(str(source), FLAG)
-    return list(read_documents(source, split)[0])
+def corpus(text: str | Path, flag: str = FLAG) -> Corpus:
+    return Corpus(parse_source(str(text), flag))
+
+
+def read(source: Corpus | str | Path, split: str = "train") -> list:
+    found = source if isinstance(source, Corpus) else corpus(source)
+    return list(found.documents(split))
 
 
 def rows(*texts: str) -> str:
@@ -146,10 +149,10 @@ READ = [  # name, content, texts; as spreadsheets and their users write them
 
 @pytest.mark.parametrize(("name", "content", "texts"), READ, ids=[name for name, *_ in READ])
 def test_files_that_are_read(name, content, texts, tmp_path: Path, caplog) -> None:
-    source = parse_source(str(put(tmp_path / name, content)), FLAG)
-    assert read(source) == read(source, "test") == texts
-    assert source.name == name.partition(".")[0]
-    assert ("2 rows without a 'text'" in caplog.text) == (source.name == "null")
+    file = put(tmp_path / name, content)
+    assert read(file) == read(file, "test") == texts
+    assert corpus(file).source.name == name.partition(".")[0]
+    assert ("2 rows without a 'text'" in caplog.text) == name.startswith("null")
 
 
 BINARY = pyarrow.array([b"\xff"]).cast(pyarrow.string(), safe=False)
@@ -238,7 +241,7 @@ def test_files_of_a_folder(tmp_path: Path) -> None:
     """JSON lines before tables before plain text, and files named train* before others."""
     (tmp_path / "valid.doc").write_text("")
     for split in ("train", "test"):
-        line = refused(check_source, parse_source(str(tmp_path), FLAG), split)
+        line = refused(check_corpus, corpus(tmp_path), split)
         assert "neither train*.jsonl" in line and "valid.doc" in line
     for name, content, texts in [
         ("readme.md", "one", ["one"]),
@@ -256,14 +259,14 @@ def test_files_of_a_folder(tmp_path: Path) -> None:
     ]:
         put(tmp_path / name, content)
         source = parse_source(str(tmp_path), FLAG)
-        assert read(source) == texts
+        assert read(tmp_path) == texts
         assert source.draw == (ONCE if name.endswith(("v", "l", "gz")) else JOINED)
-    assert read(source, "test") == ["none"] and has_test(source)
+    assert read(tmp_path, "test") == ["none"] and has_test(source)
 
 
 def test_a_folder_tells_what_is_read_and_what_is_left(tmp_path: Path) -> None:
     def line() -> str:
-        return read_line(parse_source(str(tmp_path), FLAG), "train")
+        return read_line(corpus(tmp_path), "train")
 
     for number in range(12):
         (tmp_path / f"{number:02}.TXT").write_text("слово " * 10)
@@ -296,8 +299,7 @@ def test_splits_are_whole_words_of_names(tmp_path: Path) -> None:
 
 
 def parts(path: Path) -> tuple[list, list]:
-    source = parse_source(f"{path}:test", FLAG)
-    return read(source), read(source, "test")
+    return read(f"{path}:test"), read(f"{path}:test", "test")
 
 
 def test_a_tenth_is_held_apart_by_digest(tmp_path: Path) -> None:
@@ -331,8 +333,8 @@ def test_who_is_measured_on_a_tenth_is_trained_on_the_others(tmp_path: Path) -> 
     write_texts(other)
 
     def parted(*flags: str) -> tuple[list[bool], list[str]]:
-        sources, _, tests = named("--prune_method", "wanda", *flags)
-        return [s.parted for s in sources], [t.text for t in tests]
+        found = named("--prune_method", "wanda", *flags)
+        return [c.parted for c in found.calibration], [t.source.text for t in found.tests]
 
     given = ["--calibration_data", file, folder]
     assert parted(*given) == ([True, True], [f"{file}:test", f"{folder}:test"])
@@ -363,11 +365,12 @@ def test_what_is_measured_is_not_read_for_training(tmp_path: Path) -> None:
     for flag, (train, test) in product(
         ("--calibration_data", "--vocabulary_data"), [*apart, (b, b), (book, book)]
     ):
-        _, vocabulary, tests = named("--trim_vocabulary", flag, train, "--eval_data", test)
-        trained = [text for source in vocabulary if source.path for text in read(source)]
-        measured = [text for each in tests for text in read(each, "test")]
+        found = named("--trim_vocabulary", flag, train, "--eval_data", test)
+        local = [each for each in found.vocabulary if each.source.path]
+        trained = [text for each in local for text in read(each)]
+        measured = [text for each in found.tests for text in read(each, "test")]
         seen = [text for text in measured if any(text in each or each in text for each in trained)]
-        lines = same_texts(vocabulary, tests)
+        lines = same_texts(found.vocabulary, found.tests)
         assert trained and bool(seen) == bool(lines) == (train == test)
         assert all(f"--eval_data {test}: {flag} {train} reads this" in line for line in lines)
 
@@ -377,8 +380,8 @@ def test_what_is_measured_is_not_read_for_training(tmp_path: Path) -> None:
 
 def test_sets_are_loaded_whole_and_pinned(hub) -> None:
     hub.sets[(UBERTEXT,)] = {"train": {"text": ["a", "b"]}, "test": {"text": ["c"]}}
-    texts, revision = read_documents(parse_source("ubertext", FLAG), "train")
-    assert list(texts) == ["a", "b"] and revision == "c0ffee"
+    ubertext = corpus("ubertext")
+    assert read(ubertext) == ["a", "b"] and ubertext.revision("train") == "c0ffee"
     assert read("ubertext", "test") == ["c"]
     assert hub.calls[0] == ((UBERTEXT,), {"revision": "c0ffee", "streaming": False})
     hub.sets[("allenai/c4",)] = {"train": {"text": ["a"]}, "validation": {"text": ["v"]}}
@@ -397,7 +400,7 @@ def test_a_set_without_test_is_parted(hub) -> None:
     assert read("owner/name:x", "test")[:2] == ["0", "1"]
     assert len(read("owner/name:x:train")) == 1102
     hub.sets[("owner/name", "x")] = {"train": {"text": texts[:1100]}}
-    check_source(parse_source("owner/name:x", FLAG), "train")
+    check_corpus(corpus("owner/name:x"), "train")
     assert "1100 rows" in refused(read, "owner/name:x")
 
 
@@ -416,8 +419,8 @@ def test_text_that_is_calibrated_on_and_measured_is_seen(hub) -> None:
     for calibration, test, splits, shared in SHARED:
         for key in [("o/s",), ("o/s", "c"), ("o/s", "d"), ("allenai/c4",)]:
             hub.sets[key] = {split: {"text": ["a"]} for split in splits.split()}
-        places = locations(parse_source(calibration, FLAG), "train")
-        others = locations(parse_source(test, "--eval_data"), "test")
+        places = locations(corpus(calibration), "train")
+        others = locations(corpus(test, "--eval_data"), "test")
         assert bool(places & others) == shared, calibration
 
 
@@ -440,7 +443,7 @@ def test_what_fails_on_the_hub_is_one_line(hub) -> None:
         "owner/name:::id": "row 0: 'id' is of type int",
         "ubertext": "the split 'train' is empty",
     }.items():
-        assert words in refused(check_source, parse_source(text, FLAG), "train")
+        assert words in refused(check_corpus, corpus(text), "train")
     hub.sets[("owner/name",)] = {"test": {"text": ["a"]}, "train": Breaking()}
     assert "cannot be reached" in refused(read, "owner/name")
     for words, error in {
@@ -449,21 +452,21 @@ def test_what_fails_on_the_hub_is_one_line(hub) -> None:
         "owner/name:CONFIG": ValueError("BuilderConfig"),
     }.items():
         hub.error = error
-        assert words in refused(check_source, parse_source("owner/name", FLAG), "train")
+        assert words in refused(check_corpus, corpus("owner/name"), "train")
 
 
 def test_what_was_downloaded_serves_without_the_hub(hub, tmp_path: Path, monkeypatch) -> None:
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
     hub.unreachable = HTTPError("no route")
-    assert "(no route)" in refused(check_source, parse_source("ubertext", FLAG), "train")
+    assert "(no route)" in refused(check_corpus, corpus("ubertext"), "train")
     for name in (UBERTEXT, "owner/name"):
         (tmp_path / f"datasets--{name.replace('/', '--')}").mkdir()
         hub.sets[(name,)] = {"train": {"text": ["a"]}}
-    texts, revision = read_documents(parse_source("ubertext", FLAG), "train")
-    assert list(texts) == ["a"] and revision is None
+    ubertext = corpus("ubertext")
+    assert read(ubertext) == ["a"] and ubertext.revision("train") is None
     assert hub.calls == [((UBERTEXT,), {"revision": None, "streaming": False})]
-    stream = parse_source("owner/name", FLAG)  # can't come from a cache
-    assert "cannot be reached (no route)" in refused(check_source, stream, "train")
+    stream = corpus("owner/name")  # can't come from a cache
+    assert "cannot be reached (no route)" in refused(check_corpus, stream, "train")
 
 
 def test_prompts_of_a_language(hub) -> None:

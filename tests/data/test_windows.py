@@ -9,6 +9,7 @@ from support import refused
 from tiny import sentences, tiny_tokenizer, write_texts
 
 from lib.data import windows as data
+from lib.data.documents import Corpus
 from lib.data.hub import TEST_DOCUMENTS
 from lib.data.sources import parse_source, parse_sources
 from lib.data.windows import WindowSpec
@@ -37,7 +38,9 @@ def folder(path, train=30, test=6):
 
 
 def draw(source, tokenizer, count, seqlen=SEQLEN, seed=0, bos=None):
-    return data.calibration_windows([source], WindowSpec(tokenizer, seqlen, bos, seed), count)
+    spec = WindowSpec(tokenizer, seqlen, bos, seed)
+    windows, record = data.calibration_windows([Corpus(source)], spec, count)
+    return windows.ids, record
 
 
 # --- calibration
@@ -72,8 +75,8 @@ def test_wikitext_is_drawn_as_published(hub, tokenizer, seed):
     random.seed(seed)
     starts = [random.randint(0, encoded.shape[1] - SEQLEN - 1) for _ in range(8)]
     assert torch.equal(windows, torch.stack([encoded[0, i : i + SEQLEN] for i in starts]))
-    test = data.test_set(source, WindowSpec(tokenizer, SEQLEN))
-    assert torch.equal(test.windows, stream_windows(texts, tokenizer, SEQLEN))
+    test = data.test_set(Corpus(source), WindowSpec(tokenizer, SEQLEN))
+    assert torch.equal(test.ids, stream_windows(texts, tokenizer, SEQLEN))
 
 
 def test_text_file_gives_many_windows_but_not_all_the_same(tmp_path, tokenizer):
@@ -137,7 +140,9 @@ def test_apportioned_by_largest_remainder():
 def test_mixture_interleaves_what_each_would_give_alone(tmp_path, tokenizer):
     names = [str(write_texts(tmp_path / name, mixed(40, s))) for s, name in enumerate(["uk", "en"])]
     sources = parse_sources([f"{names[0]}=3", f"{names[1]}=1"], FLAG, mixture=True)
-    windows, record = data.calibration_windows(sources, WindowSpec(tokenizer, SEQLEN, seed=1), 8)
+    spec = WindowSpec(tokenizer, SEQLEN, seed=1)
+    windows, record = data.calibration_windows([*map(Corpus, sources)], spec, 8)
+    windows = windows.ids
     uk, _ = draw(sources[0], tokenizer, 6, seed=1)
     en, _ = draw(sources[1], tokenizer, 2, seed=1)
     parts = ["u" if (uk == window).all(1).any() else "e" for window in windows]
@@ -193,20 +198,20 @@ def stream_windows(texts, tokenizer, seqlen, separator="\n\n"):
 def test_test_text_is_tokenised_as_one(tmp_path, bos, add_bos):
     texts, bare = mixed(20), tiny_tokenizer(add_bos=False)
     source = folder(tmp_path / "uk", test=texts)
-    found = data.test_set(source, WindowSpec(tiny_tokenizer(add_bos=add_bos), SEQLEN, bos))
+    found = data.test_set(Corpus(source), WindowSpec(tiny_tokenizer(add_bos=add_bos), SEQLEN, bos))
     text = "\n\n".join(texts)
     if bos is None:
         expected = stream_windows(texts, bare, SEQLEN)
-        assert torch.equal(found.windows, expected)
+        assert torch.equal(found.ids, expected)
         predicted = expected[:, 1:]
     else:  # every token of the text is predicted, from BOS on
         expected = stream_windows(texts, bare, SEQLEN - 1)
-        assert torch.equal(found.windows[:, 1:], expected) and (found.windows[:, 0] == bos).all()
+        assert torch.equal(found.ids[:, 1:], expected) and (found.ids[:, 0] == bos).all()
         predicted = expected
     tokens = bare.convert_ids_to_tokens(predicted.flatten())  # a letter of theirs is a byte
     covered = found.record["bytes"]
     assert covered == pytest.approx(sum(map(len, tokens)), abs=len(expected))  # split letters
-    line = refused(data.test_set, source, WindowSpec(bare, 10_000))
+    line = refused(data.test_set, Corpus(source), WindowSpec(bare, 10_000))
     assert f"has {ids(bare, text).numel()} tokens, less than one" in line
 
 
@@ -219,14 +224,14 @@ def test_large_sets_are_measured_in_part(hub, tokenizer, monkeypatch):
         assert (len(text) < 1024 * seqlen) == whole
         text = text[: 1024 * seqlen].decode(errors="ignore")
         for cut in (tokenizer, tiny_tokenizer(size=259)):
-            found = data.test_set(parse_source("c4", FLAG), WindowSpec(cut, seqlen))
-            assert torch.equal(found.windows, stream_windows([text], cut, seqlen))
+            found = data.test_set(Corpus(parse_source("c4", FLAG)), WindowSpec(cut, seqlen))
+            assert torch.equal(found.ids, stream_windows([text], cut, seqlen))
         # the same text, though others make more tokens of it
-        assert len(found.windows) > 1.5 * len(stream_windows([text], tokenizer, seqlen))
+        assert len(found.ids) > 1.5 * len(stream_windows([text], tokenizer, seqlen))
     monkeypatch.setattr(data, "TEST_CHARACTERS", len(texts[0]) + 1)
     hub.sets[("owner/name",)] = {"train": {"text": texts}}
-    found = data.test_set(parse_source("owner/name", FLAG), WindowSpec(tokenizer, 5))
-    assert torch.equal(found.windows, stream_windows(texts[:2], tokenizer, 5))
+    found = data.test_set(Corpus(parse_source("owner/name", FLAG)), WindowSpec(tokenizer, 5))
+    assert torch.equal(found.ids, stream_windows(texts[:2], tokenizer, 5))
 
 
 @pytest.mark.parametrize(("bos", "add_bos"), [(None, True), (0, True), (0, False)])
@@ -238,9 +243,9 @@ def test_prompts_are_beginnings_of_documents(tmp_path, bos, add_bos):
         known = [[bos, *one] for one in known]
     long = [one[:12] for one in known if len(one) > 12]  # half a window
     spec = WindowSpec(tokenizer, SEQLEN, bos)
-    found = {n: data.test_set(source, spec, n) for n in (0, 2, len(long))}
+    found = {n: data.test_set(Corpus(source), spec, n) for n in (0, 2, len(long))}
     for count, test in found.items():
-        assert torch.equal(test.windows, found[0].windows) and test.record == found[0].record
+        assert torch.equal(test.ids, found[0].ids) and test.record == found[0].record
         assert len(test.prompts) == count
         assert all(map(torch.equal, test.prompts, found[len(long)].prompts))
     assert sorted(ids.tolist() for ids in found[len(long)].prompts) == sorted(long)
@@ -249,7 +254,7 @@ def test_prompts_are_beginnings_of_documents(tmp_path, bos, add_bos):
 def test_prompts_of_a_single_document_are_those_of_its_windows(tmp_path, tokenizer):
     (tmp_path / "book.txt").write_text("\n".join(sentences(9)), encoding="utf-8")
     source = parse_source(f"{tmp_path}/book.txt", FLAG)
-    found = data.test_set(source, WindowSpec(tokenizer, SEQLEN), 4)
-    begun = {tuple(window[:12].tolist()) for window in found.windows}
+    found = data.test_set(Corpus(source), WindowSpec(tokenizer, SEQLEN), 4)
+    begun = {tuple(window[:12].tolist()) for window in found.ids}
     prompts = {tuple(one.tolist()) for one in found.prompts}
     assert len(prompts) == 4 and prompts <= begun

@@ -45,8 +45,7 @@ def runs() -> Iterator[ProcessPoolExecutor]:
 @pytest.fixture
 def quickly(runs: ProcessPoolExecutor, monkeypatch: pytest.MonkeyPatch) -> None:
     """The converter and the reader run here, where torch is imported already."""
-    from lib.commands.gguf import __main__ as command
-    from lib.commands.gguf import llama_cpp, verify
+    from lib.commands.gguf import convert, llama_cpp, verify
 
     def here(what: str, function: Callable, size: float = 0, **arguments: object) -> object:
         try:
@@ -56,5 +55,5 @@ def quickly(runs: ProcessPoolExecutor, monkeypatch: pytest.MonkeyPatch) -> None:
         except Exception as error:
             raise UserError(f"{what}: {error}") from error
 
-    for caller in (command, verify):
+    for caller in (convert, verify):
         monkeypatch.setattr(caller, "run_child", here)

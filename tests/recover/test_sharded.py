@@ -293,8 +293,8 @@ def test_gathers_of_a_step(checkpointed: bool, pair: DistContext) -> None:
 def test_a_folder_that_a_rank_does_not_see_is_refused(tmp_path: Path) -> None:
     folder = RunFolder("--resume", tmp_path / "kept")
     folder.begin({})
-    job = SimpleNamespace(dist=SimpleNamespace(all_gather_object=lambda one: [one, one]))
-    _check_seen(job, "--resume", folder)
-    job.dist.all_gather_object = lambda one: [one, False]  # what the second rank says
+    dist = SimpleNamespace(all_gather_object=lambda one: [one, one])
+    _check_seen(dist, "--resume", folder)
+    dist.all_gather_object = lambda one: [one, False]  # what the second rank says
     with pytest.raises(UserError, match="kept: rank 1 cannot see this folder"):
-        _check_seen(job, "--resume", folder)
+        _check_seen(dist, "--resume", folder)

@@ -18,7 +18,6 @@ from lib.methods.sparsegpt import SparseGPT
 from lib.packed.linear import SparseLinear
 from lib.run import load
 from lib.run.flags import build_parser
-from lib.run.plan import Plan
 from lib.util.files import check_new_folder
 
 pytestmark = pytest.mark.usefixtures("elsewhere")
@@ -83,9 +82,9 @@ def test_an_empty_folder_is_a_target(given: list) -> None:
     ],
 )
 def test_results_without_a_name_are_called_as_the_run(flags: str, name: str) -> None:
-    plan = Plan.of(build_parser().parse_args(["--model", "a/m", *flags.split()]))
-    assert plan.default_save("a/m") == f"out/m-{name}"
-    assert name.startswith(plan.name.replace(" ", "-"))
+    parsed = build_parser().parse_args(["--model", "a/m", *flags.split()])
+    assert parsed.default_save == f"out/m-{name}"
+    assert name.startswith(parsed.name.replace(" ", "-"))
 
 
 def test_what_comes_to_lie_at_the_target_meanwhile_stays(given: list) -> None:

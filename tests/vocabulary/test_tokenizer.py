@@ -17,6 +17,7 @@ from support import ALONE, refused, representative
 from tokenizers import AddedToken, Tokenizer, models, processors
 from transformers import AutoTokenizer, PretrainedConfig, PreTrainedTokenizerFast
 
+from lib.data.documents import Corpus
 from lib.data.sources import parse_sources
 from lib.data.templates import examples
 from lib.data.tokenizer import TrimmableTokenizer
@@ -55,10 +56,10 @@ def uk(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def trimmed(tokenizer: PreTrainedTokenizerFast, folder: Path, **options) -> TrimmedVocabulary:
-    sources = parse_sources([str(folder)], "--vocabulary_data")
+    corpora = [Corpus(each) for each in parse_sources([str(folder)], "--vocabulary_data")]
     options = {"rows": max(tokenizer.get_vocab().values()) + 1, "config_ids": set()} | options
     return trim_vocabulary(
-        tokenizer, Checkpoint("m"), PretrainedConfig(), sources, ALONE, **options
+        tokenizer, Checkpoint("m"), PretrainedConfig(), corpora, ALONE, **options
     )
 
 
