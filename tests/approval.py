@@ -40,7 +40,7 @@ def normalised(text: str) -> str:
 def without_numbers(text: str) -> str:
     """For what a run says: which figures there are and not which values, so no widths either."""
     text = re.sub(r"(?<![\w.])[-+]?\d[\d,]*\.\d+(?:e[-+]\d+)?\b", "#", normalised(text))
-    text = re.sub(r"(?m)^(  (?:dense|model): ).*", r"\1#", text)  # what a model continues
+    text = re.sub(r"(?m)^( *(?:dense|model): ).*", r"\1#", text)  # what a model continues
     rows = text.splitlines()
     return "\n".join(re.sub(r" +|-{3,}", _narrow, row) if "| " in row else row for row in rows)
 
@@ -62,7 +62,7 @@ def entries(file: Path) -> dict[str, str]:
 def write(file: Path, approved: dict[str, str]) -> None:
     file.parent.mkdir(exist_ok=True)
     parts = (f"=== {name}\n{approved[name]}" for name in sorted(approved))
-    file.write_text("\n".join(parts), "utf-8")
+    file.write_text("".join(parts), "utf-8")
 
 
 class Words:
