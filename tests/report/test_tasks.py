@@ -120,6 +120,7 @@ def read(file: Path) -> list[dict]:
     return [json.loads(line) for line in file.read_text("utf-8").splitlines()]
 
 
+@pytest.mark.full
 def test_lm_eval_runs_the_tasks_on_both_models_offline(place: Path) -> None:
     names = ("uk_last_word", "uk_last_word_said", "uk_pairs")
     done = succeed(*of_tasks(place, ",".join(names), "--include_path", place / "tasks"))
@@ -154,6 +155,7 @@ def test_the_first_of_two_ranks_runs_them_once_both_have_trained(place: Path) ->
         assert results(key)["tasks"] == found[key]
 
 
+@pytest.mark.full
 def test_a_word_that_is_written_counts(place: Path) -> None:
     """A model that writes the answer to half of the contexts, and goes on after it."""
     from lm_eval import simple_evaluate
