@@ -33,6 +33,11 @@ def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool 
     return True if collection_path.suffix == ".py" and on_it != asked else None
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    text = "write what is said now into tests/words, to be read and committed"
+    parser.addoption("--approve", action="store_true", help=text)
+
+
 def pytest_configure(config: pytest.Config) -> None:
     for marker in (
         "cuda: on the pretended CUDA device, see tests/cuda; run by pytest -m cuda",
@@ -80,6 +85,14 @@ def needs_bos(models: Path) -> Path:
     from trained import trained_model
 
     return trained_model(models, needs_bos=True)
+
+
+@pytest.fixture
+def words(request: pytest.FixtureRequest) -> object:
+    """Compares what is said with what was approved, see approval.py."""
+    from approval import Words
+
+    return Words(request.config.getoption("approve"))
 
 
 @pytest.fixture

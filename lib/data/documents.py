@@ -29,8 +29,6 @@ TENTH = 10  # one document in this many is held out for evaluation
 FEW = 20  # fewer documents are first cut into pieces, at blank lines, line breaks or blanks
 PIECE_CHARACTERS = 4_000  # longest piece
 NAMED = 8  # files of a folder named in a message
-ENCODINGS = "utf_16 cp1251 koi8_u cp866 cp1253 cp1250 cp1252".split()  # encodings still in use
-AROUND = 2**15  # bytes around the first non-UTF-8 byte, from which the encoding is guessed
 PIECE = re.compile(r"(?s).{2000,4000}?\n\s*\n|.{2000,4000}?\n|.{2000,4000}?\s|.{1,4000}")
 SEPARATOR = re.compile(r"(?i)\"?sep=(.)\"?\s*")
 Documents = list[Document] | hub.HubTexts
@@ -202,8 +200,8 @@ def _read(source: Source, path: Path) -> Iterator[Document | None]:
     kinds = {".parquet": _parquet, ".csv": _csv, ".tsv": _csv} | dict.fromkeys(PLAIN, _plain_text)
     try:
         yield from kinds.get(path.suffix.lower(), _json_lines)(source, path)
-    except UnicodeDecodeError as error:
-        raise _not_utf8(source, path, error) from None
+    except UnicodeDecodeError:
+        raise _not_utf8(source, path) from None
     except (OSError, EOFError, zlib.error) as error:  # a damaged .gz raises any of these
         raise _damaged(source, path, error) from error
     except MemoryError:
@@ -215,24 +213,8 @@ def _damaged(source: Source, path: Path, error: Exception) -> UserError:
     return source.error(problem, "Replace it if it is damaged")
 
 
-def _not_utf8(source: Source, place: object, error: UnicodeDecodeError) -> UserError:
-    problem, fix = conversion(error)
-    return source.error(f"{place}: {problem}", fix)
-
-
-def conversion(error: UnicodeDecodeError) -> tuple[str, str]:
-    """Return what is wrong with bytes that could not be read as UTF-8, and the way out."""
-    from charset_normalizer import from_bytes
-
-    sample = error.object[max(0, error.start - AROUND) : error.start + AROUND]
-    pairs = sample[: len(sample) // 2 * 2]  # a line of UTF-16 may end inside a character
-    likely = from_bytes(pairs, cp_isolation=ENCODINGS).best()
-    if likely is None:
-        return "it is neither UTF-8 nor in another known encoding", "Save it as UTF-8"
-    name = likely.encoding.replace("_", "-")
-    seen = max(str(likely).split(), key=lambda word: not word.isascii(), default="")[:20]
-    problem = f"it is not UTF-8 but likely {name} ({seen!r})"
-    return problem, f"Run iconv -f {name} -t utf-8 OLD > NEW"
+def _not_utf8(source: Source, place: object) -> UserError:
+    return source.error(f"{place}: it is not UTF-8", "Save it as UTF-8")
 
 
 def _json_lines(source: Source, path: Path) -> Iterator[Document | None]:
@@ -247,8 +229,8 @@ def _json_lines(source: Source, path: Path) -> Iterator[Document | None]:
                 continue
             try:
                 row = json.loads(line)
-            except UnicodeDecodeError as error:
-                raise _not_utf8(source, place, error) from None
+            except UnicodeDecodeError:
+                raise _not_utf8(source, place) from None
             except (ValueError, RecursionError) as error:
                 problem = f"{place}: it is not JSON ({error})"
                 raise source.error(problem, 'Write {"text": ...} in each line') from None

@@ -228,7 +228,8 @@ def figures_table(
         table.setdefault(row, {}).update({name: cell for name, cell in cells.items() if cell})
 
     if costs[0]:
-        name = f"{escape(trimmed['measured_on']['name'])}, a sample, bits per byte"
+        sample = trimmed["measured_on"]
+        name = f"{escape(sample['name'])}, a sample of {sample['bytes']:,} bytes, bits per byte"
         add(name, {first: f"{costs[0]:.4f}", dense: f"{costs[1]:.4f}"})
     untrained = results.get("recovery", {}).get("before", {}) if is_trained(results) else {}
     of_original = {test["name"]: test for test in (original or {}).get("evaluation", [])}

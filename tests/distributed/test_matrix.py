@@ -56,7 +56,7 @@ def test_what_one_can_not_hold_all_refuse(rank: int, place: Path) -> None:
 def test_compress_is_one_process(place: Path) -> None:
     left = {path.name for path in place.iterdir()}
     argv = "llama small --data uk --device cpu".split()
-    done = ended(together(2, [argv], place, program="lib.commands.compress"))
+    done = ended(together(2, [argv], place, program="lib.commands.compress.__main__"))
     assert done[0].status == FAILED
     [line] = sum((one.complaints for one in done), [])
     assert "compress runs as one process. Start it without torchrun" in line

@@ -31,7 +31,7 @@ CPU_TRIMMING, GPU_TRIMMING = 2**14, 2**16  # bytes of text that measure the cost
 REHEARSAL = "rehearsal"  # folder in that of the command
 # flags of main.py that the rehearsal leaves out, or sets itself
 NOT_REHEARSED = [*named(step="allocate"), *named(step="quantize"), *named(step="pack"), "nsamples"]
-NOT_REHEARSED += named(per_run=True)
+NOT_REHEARSED += named(output=True)
 
 REHEARSED_ROUNDING = 2  # calibration windows of the rehearsal
 LEAST_ROUNDING, ROUNDING_SHARE = 8, 0.25  # fewest calibration windows, largest share of the time
