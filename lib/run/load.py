@@ -13,8 +13,8 @@ from typing import Any
 
 import torch
 
+from ..model import pretrained
 from ..model.blocks import BlockRunner
-from ..model.pretrained import fresh_copy, load_model
 from ..model.rows import keep_rows_
 from ..model.run_folder import RunFolder
 from ..model.saving import cast
@@ -47,7 +47,7 @@ def load(run: Run, cleanup: ExitStack, folder: RunFolder | None) -> BlockRunner:
             blocks_at = _block_folder(run, cleanup, folder)
         converted = dist.of_machine(blocks_at and str(blocks_at.converted))
     with run.timed("load"):
-        model = load_model(
+        model = pretrained.load_model(
             run.model.checkpoint,
             run.model.config,
             dtype=run.model.dtype,
@@ -91,7 +91,7 @@ def load_teacher(run: Run, runner: BlockRunner, cleanup: ExitStack) -> BlockRunn
     passes["most_windows"] = runner.most_windows
     store, resident = None, not is_sharded(runner)
     if not run.teacher:
-        model = fresh_copy(runner.model, with_blocks=resident)
+        model = pretrained.fresh_copy(runner.model, with_blocks=resident)
         if not resident:
             store = runner.weights.of_copy(model)
         return BlockRunner(model, run.device, store, **passes)
@@ -110,7 +110,7 @@ def load_teacher(run: Run, runner: BlockRunner, cleanup: ExitStack) -> BlockRunn
             where = device_map(spec.skeleton, name, run.device)
             converted = str(cleanup.enter_context(temporary_folder())) if first else None
             converted = run.dist.of_machine(converted)
-        model = load_model(
+        model = pretrained.load_model(
             spec.checkpoint,
             spec.config,
             dtype=run.model.dtype,
