@@ -9,7 +9,6 @@ import socket
 import sys
 import tempfile
 import time
-from collections.abc import Mapping
 from multiprocessing import forkserver as server
 from multiprocessing.connection import wait
 from pathlib import Path
@@ -18,13 +17,6 @@ from unittest import mock
 import torch.distributed as torch_dist
 import worker
 from support import LIMIT, Done
-
-
-def case_flags(cases: Mapping[str, str], base: list, case: str, where: Path | str) -> list:
-    """A case's command line, which saves its run and its model in a folder of the case's own."""
-    model, *rest = cases[case].split()
-    saved = ["--save", f"{where}/{case}/run", "--save_model", f"{where}/{case}/model"]
-    return ["--model", model, *base, *rest, *saved]
 
 
 class Worker:
@@ -73,11 +65,13 @@ def together(
     agent: bool = True,
     each: int | None = None,
     program: str = "main",
+    folders: dict[int, Path] | None = None,
 ) -> list[Worker]:
     """`size` processes on the same jobs, started as torchrun does, which holds their store.
 
     `faults`: {rank: fault}. `own`: {rank: more flags}. Without an `agent` the first process holds
-    the store, as where they are started by hand. `each`: so many on a machine (all).
+    the store, as where they are started by hand. `each`: so many on a machine (all). `folders`:
+    {rank: where it runs}, if not in `folder`.
     """
     if agent:
         held = [torch_dist.TCPStore("127.0.0.1", 0, is_master=True) for _ in commands]
@@ -94,7 +88,8 @@ def together(
         settings = [place | dict(MASTER_PORT=str(port)) for port in ports]
         lines = [[*argv, *(own or {}).get(rank, [])] for argv in commands]
         fault = (faults or {}).get(rank, "")
-        workers.append(Worker(lines, folder, fault, settings, held, program))
+        where = (folders or {}).get(rank, folder)
+        workers.append(Worker(lines, where, fault, settings, held, program))
     return workers
 
 

@@ -42,7 +42,7 @@ onnxruntime onnxruntime_genai
 # What lib/ touches of other packages beside their public names: {test file that fails first where
 # it changes: {module that has it: its names}}. `test_private_names_are_listed` finds others.
 PRIVATE = {
-    "tests/test_equivalence.py": {
+    "tests/test_matrix.py": {
         "transformers.modeling_utils": "_get_dtype_plan _keep_in_fp32_modules_strict",
     },
     "tests/model/test_access.py": {"transformers.configuration_utils": "_commit_hash"},
@@ -92,7 +92,7 @@ PRIVATE = {
         "gguf.constants": "MODEL_ARCH_NAMES",
         "gguf.tensor_mapping": "get_tensor_name_map",
     },
-    "tests/gguf/test_q4_0.py": {
+    "tests/gguf/test_grids.py": {
         "conversion.base": "tensor_force_quant",
         "gguf.gguf_writer": "add_file_type",
     },
