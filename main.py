@@ -53,13 +53,13 @@ def run(job: Job) -> dict[str, Any]:
             reference = steps.dense_reference(job, dense)
             del dense  # a teacher takes the memory of a whole model
         untouched = steps.first_logits(job, runner) if plan.fake_quantizes else None
-        reached = steps.prune(job, runner)
+        sparsity = steps.prune(job, runner)
         unrounded = steps.first_logits(job, runner) if plan.quantizes and plan.packs else None
-        starts = steps.quantize(job, runner, reached) if plan.quantizes else {}
+        master_weights = steps.quantize(job, runner, sparsity) if plan.quantizes else {}
         scales = None
         if plan.tokens:
-            scales = steps.recover(job, runner, teacher, reached, starts, reference)
-        del teacher, starts
+            scales = steps.recover(job, runner, teacher, sparsity, master_weights, reference)
+        del teacher, master_weights
         if plan.fake_quantizes:
             steps.check_quantized(job, runner, untouched)
         if plan.packs:

@@ -14,12 +14,12 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent.parent))
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from measure import decoding_speeds
 from stages import Stage, do
 
-from lib.commands.compress_measure import disk_size
+from lib.commands.compress.measure import disk_size
 from lib.model.pretrained import pick_device
 from lib.run.flags import build_parser
 from lib.run.results import read_results

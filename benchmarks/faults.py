@@ -61,7 +61,7 @@ def started(*argv: str) -> multiprocessing.Process:
     """Start `python -m ARGV...`; it writes to the files said.out and said.err."""
     context = multiprocessing.get_context("forkserver")
     heavy = ["datasets", "pandas", "matplotlib.figure", "transformers.models.llama.modeling_llama"]
-    context.set_forkserver_preload([*heavy, "lib.run.steps", "lib.commands.report"])
+    context.set_forkserver_preload([*heavy, "lib.run.steps", "lib.commands.report.__main__"])
     Path("said.out").unlink(missing_ok=True)
     process = context.Process(target=work, args=(os.getcwd(), *argv))
     process.start()

@@ -74,15 +74,17 @@ def walk(folder: Path, clock: bool, way: str) -> list[str]:
         seconds = sum(after[2:4]) - sum(before[2:4])
     text = (folder / "log.txt").read_text("utf-8", errors="replace")
     planned = re.findall(r"test windows, about (\d+ \w+)", text)[-1:]
-    lines = (work / "small-compress" / "compressed.md").read_text("utf-8").splitlines()[2:]
+    (kept,) = (work / "small-compress").iterdir()
+    tests = next(kept.glob("tests/*.jsonl"))
+    lines = (kept / "compressed.md").read_text("utf-8").splitlines()[2:]
     cells = [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines]
     rows = {name: figures for name, *figures in cells}
     sizes, speeds = rows["on disk, MB"], rows["tokens/s"]
-    bits = next(cells for row, cells in rows.items() if row.startswith("bits"))
+    bits = rows[f"{tests.stem}, bits per byte"]
     row = [name, f"`langprune compress {shlex.join(typed)}`", minutes, *planned]
     row += [f"{seconds / 60:.1f} min", sizes[0], sizes[-1], *bits[:2], speeds[0]]
     if (work / "small.gguf").exists():
-        row += continued(work / "small.gguf", next((work / "small-compress/tests").glob("*.jsonl")))
+        row += continued(work / "small.gguf", tests)
     return row
 
 

@@ -17,7 +17,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from lib.commands import compress  # noqa: E402
+from lib.commands.compress import __main__ as compress  # noqa: E402
 from lib.run.flags import build_parser  # noqa: E402
 from lib.util.command import make_parser, run  # noqa: E402
 from lib.util.errors import UserError  # noqa: E402

@@ -11,9 +11,9 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent.parent))
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from lib.commands.report import DENSE, TASK, load_runs, tables
+from lib.commands.report.table import DENSE, TASK, load_runs, tables
 from lib.util.command import run
 from lib.util.markdown import padded_table
 

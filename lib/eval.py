@@ -61,19 +61,19 @@ def perplexities(
     """
     dist, tests = runner.dist, [as_windows(test) for test in tests]
     counted = [test.counted for test in tests]
-    shares = [list(range(len(test))[dist.share(len(test))]) for test in tests]
+    shards = [list(range(len(test))[dist.shard(len(test))]) for test in tests]
     chosen = [slice(None) for _ in tests]
     if only_compared:
-        shares = [local_windows(len(test), dist) for test in tests]
+        shards = [local_windows(len(test), dist) for test in tests]
         chosen = [compared_windows(len(test)) for test in tests]
     figures = [
         torch.zeros(len(FIGURES), len(test), dtype=torch.float64, device=runner.device)
         for test in tests
     ]
-    local = [test[share] for test, share in zip(tests, shares, strict=True)]
+    local = [test[shard] for test, shard in zip(tests, shards, strict=True)]
     for number, start, states in runner.iter_final_states(local, on_progress):
         for batch in states.batches:
-            which = shares[number][start + batch.start : start + batch.stop]
+            which = shards[number][start + batch.start : start + batch.stop]
             compare = reference and partial(reference.logits, number, which)
             weights = counted[number][which, :-1]
             figures[number][:, which] = _figures(runner, states, batch, weights, compare).double()
@@ -91,10 +91,8 @@ def _means(
     losses, dense, *divergences = by_window
     mean = losses.mean().item()
     if not math.isfinite(mean):
-        raise UserError(
-            f"{runner.named}: activations are not finite. Use --dtype float32, or download the "
-            "model again."
-        )
+        fix = "Use --dtype float32, or download the model again"
+        raise UserError(runner.named, "activations are not finite", fix)
     value = exp(mean)
     means = {
         "perplexity": value,

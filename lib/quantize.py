@@ -13,21 +13,22 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .methods.gptq import GPTQ, Start
+from .methods.gptq import GPTQ, MasterWeights
 from .model.blocks import BlockRunner
 from .model.matrix import PrunableLinear, SaveDtypes
 from .model.run_folder import QUANTIZED, START, of_block
 from .packed.formats import Grid, Int4
 from .packed.linear import why_dense
-from .prune import UNREACHED, Pruner
-from .pruning.allocation import Allocation
+from .prune import UNREACHED, BlockWalker
 from .pruning.inputs import Group
-from .pruning.ordered import OrderedBlock
-from .sharded import is_sharded, part_of_start, shared_along
+from .sharded import is_sharded, shard_of_masters, sharded_dims
 from .util.errors import UserError, first_of
 
-NOTHING = "--replace_sparse_layers: packing makes no linear layer smaller. Add --prune_method."
-NO_BLOCKS = "--quantize {}: no linear layer has rows of a multiple of 32. Leave the flag out."
+NOTHING_PACKED = (
+    "--replace_sparse_layers",
+    "packing makes no linear layer smaller",
+    "Add --prune_method",
+)
 
 
 def takes(fmt: Int4, linear: PrunableLinear) -> bool:
@@ -41,10 +42,10 @@ def check_quantized(runner: BlockRunner, fmt: Int4) -> dict[str, Any]:
     """Return the record of a quantized model. UserError if storing as `fmt` changes a value."""
     tensors: dict[str, bool] = {}  # whether they are on the grid
     for linear in runner.each_linear():
-        tensors[linear.stage] = takes(fmt, linear)
-        if tensors[linear.stage] and not fmt.holds(linear.matrix()):
-            problem = f"{linear.name} is not on the grid. Please report this."
-            raise UserError(f"--quantize {fmt.name}: {problem}")
+        tensors[linear.parameter_name] = takes(fmt, linear)
+        if tensors[linear.parameter_name] and not fmt.holds(linear.matrix()):
+            problem = f"{linear.name} is not on the grid"
+            raise UserError(f"--quantize {fmt.name}", problem, "Please report this")
     left = [name for name, on_grid in tensors.items() if not on_grid]
     return {"format": fmt.name, "tensors": len(tensors) - len(left), "left": left}
 
@@ -58,38 +59,89 @@ def quantize(
 ) -> Quantizer:
     """Quantize the linear layers that `fmt` takes, in place, with windows (n, tokens).
 
-    The returned quantizer reports the results. With `master_dtype`, its `starts` are where training
-    continues. `on_progress(1)` is called after each block.
+    The returned quantizer reports the results. With `master_dtype`, training continues from its
+    `master_weights`. `on_progress(1)` is called after each block.
     """
     return Quantizer(runner, fmt, master_dtype).run(windows, on_progress)
 
 
-class Quantizer(Pruner):
+class Quantizer(BlockWalker):
     """Quantizes the linear layers that `fmt` takes, in place.
 
     Layers without tokens, and experts with fewer tokens than inputs, are rounded to nearest. If the
-    model will be trained, `starts` maps each parameter's name to its masters (`master_dtype`) and
-    grid. If ranks share the training, it holds this rank's part of them.
+    model will be trained, `master_weights` maps each parameter's name to its masters
+    (`master_dtype`) and grid. If ranks share the training, it holds this rank's shard of them.
     """
 
-    stage = QUANTIZED
+    checkpoint_prefix = QUANTIZED
     fallback = "nearest"
 
     def __init__(
         self, runner: BlockRunner, fmt: Int4, master_dtype: torch.dtype | None = None
     ) -> None:
-        super().__init__(runner, GPTQ, Allocation({}))
+        super().__init__(runner, GPTQ)
         self.fmt, self.master_dtype = fmt, master_dtype
-        self.starts: dict[str, tuple[Tensor, Grid]] = {}
-        # a parameter that blocks share has several names, but one start
+        self.master_weights: dict[str, tuple[Tensor, Grid]] = {}
+        # a parameter that blocks share has several names, but one master
         first: dict[int, str] = {}
         every = runner.model.named_parameters(remove_duplicate=False)
         self.names = {name: first.setdefault(id(each), name) for name, each in every}
         self.saved = SaveDtypes()  # integers times scales are kept exactly
         if not any(takes(fmt, linear) for linear in runner.each_linear()):
-            raise UserError(NOTHING if fmt.packs else NO_BLOCKS.format(fmt.name))
+            if fmt.packs:
+                raise UserError(*NOTHING_PACKED)
+            problem = "no linear layer has rows of a multiple of 32"
+            raise UserError(f"--quantize {fmt.name}", problem, "Leave the flag out")
+
+    def takes(self, linear: PrunableLinear) -> bool:
+        return takes(self.fmt, linear)
+
+    def solve(self, group: Group, matrices: list[Tensor]) -> None:
+        if group.fallback:
+            every = [self._nearest_(matrix) for matrix in matrices]
+        else:
+            every = group.method.quantize_(matrices, self.fmt)
+        for linear, masters in zip(group.linears, every, strict=True):
+            self._keep_masters(linear, masters)
+
+    def exchange_(self, group: Group, owner: int) -> None:
+        super().exchange_(group, owner)
+        for linear in group.linears if self.master_dtype else ():
+            for view in self._masters(linear):
+                view.copy_(self.dist.broadcast_(view, owner))
+
+    def finish_(self) -> None:
+        """Also round layers without tokens to nearest, and store the masters for --resume."""
+        for linear in self.linears:
+            if linear.name not in self.written:
+                matrix = linear.matrix()
+                self._keep_masters(linear, self._nearest_(matrix))
+                linear.set_weight_(matrix)
+        if self.master_dtype and (finished := self.runner.weights.finished):
+            named = {
+                f"{field} of {linear.name}": tensor
+                for linear in self.linears
+                for field, tensor in self._masters(linear)._asdict().items()
+            }
+            finished.write(of_block(START, self.index), named, {})
+        self._shard_masters()
+        super().finish_()
+
+    def restore_(self) -> bool:
+        stored = None
+        if self.master_dtype:
+            stored = self.runner.weights.read_kept(of_block(START, self.index))
+        if (self.master_dtype and not stored) or not super().restore_():
+            return False
+        tensors = dict(stored[0]) if stored else {}
+        for linear in self.linears if stored else ():
+            fields = (tensors[f"{field} of {linear.name}"] for field in MasterWeights._fields)
+            self._keep_masters(linear, MasterWeights(*fields))
+        self._shard_masters()
+        return True
 
     def summary(self) -> list[str]:
+        """Return lines for the user, which name every layer that was only rounded."""
         few = [name for notes in self.notes for name in sum(notes.fallbacks.values(), [])]
         in_few = sum(len(names.split(", ")) for names in few)
         count, bits = len(self.pruned) - in_few, self.fmt.bits
@@ -102,88 +154,38 @@ class Quantizer(Pruner):
             lines.append(f"quantized to nearest, {UNREACHED}: {first_of(left)}")
         return lines + self.all_warnings()
 
-    def _linears(self, index: int) -> list[PrunableLinear]:
-        return [linear for linear in super()._linears(index) if takes(self.fmt, linear)]
-
-    def _prune_(
-        self, index: int, linears: list[PrunableLinear], ordered: OrderedBlock | None
-    ) -> dict[str, Tensor]:
-        """As `Pruner._prune_`, but also quantize layers without tokens, and keep the starts."""
-        written = super()._prune_(index, linears, ordered)
-        for linear in linears:
-            if linear.name not in written:
-                matrix = linear.matrix()
-                self._keep(linear, self._nearest_(matrix))
-                linear.set_weight_(matrix)
-        if self.master_dtype and (finished := self.runner.weights.finished):
-            named = {
-                f"{part} of {linear.name}": tensor
-                for linear in linears
-                for part, tensor in self._start(linear)._asdict().items()
-            }
-            finished.write(of_block(START, index), named, {})
-        self._share(index, linears)
-        return written
-
-    def _solve_(self, groups: list[Group]) -> dict[str, Tensor]:
-        """As `Pruner._solve_`, and send masters and scales to all processes."""
-        written = super()._solve_(groups)
-        owners = self.dist.assign_owners([group.cost for group in groups])
-        for group, owner in zip(groups, owners, strict=True):
-            for linear in group.linears if self.master_dtype and self.dist.size > 1 else ():
-                for part in self._start(linear):
-                    part.copy_(self.dist.broadcast_(part, owner))
-        return written
-
-    def _change_(self, group: Group, matrices: list[Tensor]) -> None:
-        if group.fallback:
-            starts = [self._nearest_(matrix) for matrix in matrices]
-        else:
-            starts = group.method.quantize_(matrices, self.fmt)
-        for linear, start in zip(group.linears, starts, strict=True):
-            self._keep(linear, start)
-
-    def _nearest_(self, matrix: Tensor) -> Start:
+    def _nearest_(self, matrix: Tensor) -> MasterWeights:
         """Round a matrix (out, in) to nearest, in place."""
-        start = Start(matrix.clone(), self.fmt.fit_scales(matrix).float())
-        matrix.copy_(self.fmt.round_to(matrix, start.scales))
-        return start
+        masters = MasterWeights(matrix.clone(), self.fmt.fit_scales(matrix).float())
+        matrix.copy_(self.fmt.round_to(matrix, masters.scales))
+        return masters
 
-    def _restore_(self, index: int, linears: list[PrunableLinear]) -> bool:
-        kept = self.runner.weights.read_kept(of_block(START, index)) if self.master_dtype else None
-        if (self.master_dtype and not kept) or not super()._restore_(index, linears):
-            return False
-        tensors = dict(kept[0]) if kept else {}
-        for linear in linears if kept else ():
-            self._keep(linear, Start(*(tensors[f"{p} of {linear.name}"] for p in Start._fields)))
-        self._share(index, linears)
-        return True
-
-    def _keep(self, linear: PrunableLinear, start: Start) -> None:
-        """Keep where the training of a layer starts, if the model will be trained."""
+    def _keep_masters(self, linear: PrunableLinear, masters: MasterWeights) -> None:
+        """Keep what the training of a layer begins with, if the model will be trained."""
         if self.master_dtype:
-            for part, value in zip(self._start(linear), start, strict=True):
-                part.copy_(value)
+            for view, value in zip(self._masters(linear), masters, strict=True):
+                view.copy_(value)
 
-    def _share(self, index: int, linears: list[PrunableLinear]) -> None:
-        """Keep only this rank's part of a block's starts if ranks will share the training."""
+    def _shard_masters(self) -> None:
+        """Keep only this rank's shard of a block's masters if ranks will share the training."""
         if not (self.master_dtype and is_sharded(self.runner)):
             return
-        along = shared_along(self.runner.blocks[index], self.dist.size)
-        prefix = f"{self.runner.name}.{index}."
-        for name in {self.names[linear.stage] for linear in linears}:
-            dim = along[name.removeprefix(prefix)]
-            self.starts[name] = part_of_start(*self.starts[name], dim, self.dist)
+        dims = sharded_dims(self.runner.blocks[self.index], self.dist.size)
+        prefix = f"{self.runner.name}.{self.index}."
+        for name in {self.names[linear.parameter_name] for linear in self.linears}:
+            dim = dims[name.removeprefix(prefix)]
+            self.master_weights[name] = shard_of_masters(*self.master_weights[name], dim, self.dist)
 
-    def _start(self, linear: PrunableLinear) -> Start:
+    def _masters(self, linear: PrunableLinear) -> MasterWeights:
         """Return views of a layer's masters and scales, which may be in a stack of experts."""
-        parameter, name = getattr(linear.module, linear.parameter), self.names[linear.stage]
+        parameter = getattr(linear.module, linear.parameter)
+        name = self.names[linear.parameter_name]
         (rows, columns), experts = linear.shape, 1 if linear.expert is None else len(parameter)
-        if name not in self.starts:
+        if name not in self.master_weights:
             sizes = experts * rows, self.fmt.n_groups(columns)
             grid = Grid(self.fmt, linear.transposed, torch.ones(sizes, device=parameter.device))
-            self.starts[name] = parameter.data.to(self.master_dtype, copy=True), grid
-        masters, grid = self.starts[name]
+            self.master_weights[name] = parameter.data.to(self.master_dtype, copy=True), grid
+        masters, grid = self.master_weights[name]
         masters = masters if linear.expert is None else masters[linear.expert]
         scales = grid.scales.view(experts, rows, -1)[linear.expert or 0]
-        return Start(masters.T if linear.transposed else masters, scales)
+        return MasterWeights(masters.T if linear.transposed else masters, scales)

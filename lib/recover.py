@@ -35,18 +35,9 @@ from .distributed.context import DistContext
 from .eval import perplexities
 from .model.blocks import BlockRunner, iter_logits, run_block
 from .model.reference import DenseReference, dense_states, tail_of
-from .model.run_folder import RECOVERY, RunFolder
 from .packed.errors import PackedError
 from .packed.formats import Grid
-from .sharded import (
-    ShardedStore,
-    answered,
-    is_sharded,
-    local,
-    part_of,
-    read_state,
-    write_state,
-)
+from .sharded import ShardedWeights, WholeWeights, answered, local, shard_of, training_weights
 from .util import progress
 from .util.deterministic import deterministic
 from .util.errors import UserError
@@ -129,10 +120,10 @@ def default_rate(
 class FullRank:
     """Trains every weight of a parameter; in a matrix only the weights that are not zero.
 
-    If ranks share the parameter along `dim`, all tensors here are this rank's part, except leaves
-    that are `replicated`. `dtype` is the save dtype. For a quantized parameter, `start` is (master
-    weights, grid), and the parameter holds the masters rounded to the grid. The masters are not
-    copied, since memory would not suffice.
+    If the parameter is sharded along `dim`, all tensors here are this rank's shard, except leaves
+    that are `replicated`. `dtype` is the save dtype. For a quantized parameter, `quantized` is
+    (master weights, grid), and the parameter holds the masters rounded to the grid. The masters are
+    not copied, since memory would not suffice.
     """
 
     def __init__(
@@ -140,14 +131,14 @@ class FullRank:
         parameter: nn.Parameter,
         is_matrix: bool,
         dtype: torch.dtype,
-        start: tuple[Tensor, Grid] | None = None,
+        quantized: tuple[Tensor, Grid] | None = None,
         dim: int | None = None,
     ) -> None:
         self.parameter, self.is_matrix, self.dtype, self.grid = parameter, is_matrix, dtype, None
-        self.dim = dim  # ranks share the parameter out along it
+        self.dim = dim
         masters = held = local(parameter)
-        if start:
-            masters, self.grid = start
+        if quantized:
+            masters, self.grid = quantized
             rounded = self.grid.rounded(masters)
             masters.copy_(torch.where(rounded == held, masters, held.to(masters.dtype)))
         self.leaves = self.begin(masters)  # trained tensors, float32
@@ -193,14 +184,14 @@ class LowRank(FullRank):
         self,
         parameter: nn.Parameter,
         dtype: torch.dtype,
-        start: tuple[Tensor, Grid] | None,
+        quantized: tuple[Tensor, Grid] | None,
         rank: int,
         generator: torch.Generator,
         dim: int | None,
         dist: DistContext,
     ) -> None:
         self.rank, self.generator, self.dist = rank, generator, dist
-        super().__init__(parameter, True, dtype, start, dim)
+        super().__init__(parameter, True, dtype, quantized, dim)
 
     @property
     def replicated(self) -> set[str]:
@@ -215,7 +206,7 @@ class LowRank(FullRank):
         *stack, rows, columns = masters.shape
         down = torch.randn(*shape[:-2], rank, shape[-1], generator=self.generator) / rank**0.5
         if len(shape) > 2 or self.dim == 1:
-            down = part_of(down, self.dim, self.dist).clone()
+            down = shard_of(down, self.dim, self.dist).clone()
         self.down = down.to(device)  # A
         self.up = torch.zeros(*stack, rows, rank, device=device)  # B
         return {"up": self.up, "down": self.down}
@@ -234,49 +225,52 @@ class LowRank(FullRank):
 def trained_parts(
     runner: BlockRunner,
     whole: bool = False,
-    starts: dict[str, tuple[Tensor, Grid]] | None = None,
+    master_weights: dict[str, tuple[Tensor, Grid]] | None = None,
     rank: int | None = None,
     seed: int = 0,
+    weights: WholeWeights | ShardedWeights | None = None,
 ) -> dict[str, FullRank]:
     """Return the trained parts by the parameters' names; parameters with two names once.
 
     These are the linear layers with zeros, all of them if `whole`, and the norms and biases of the
     blocks. Parameters shared with embeddings or head are not trained. Quantized weights are trained
-    from their `starts` (see `Recoverer`), which are taken out. With `rank`, matrices get updates of
-    this rank.
+    from their `master_weights` (see `Recoverer`), which are taken out. With `rank`, matrices get
+    updates of this rank. `weights`: if not those of the model itself.
     """
-    model, inside, linears, sharded = runner.model, f"{runner.name}.", set(), is_sharded(runner)
+    model, inside, linears = runner.model, f"{runner.name}.", set()
+    weights = weights or WholeWeights(runner)
     for linear in runner.each_linear():
         if whole or bool((linear.raw_weight == 0).any()):
-            linears.add(linear.stage)
+            linears.add(linear.parameter_name)
     every = model.named_parameters(remove_duplicate=False)
     outside = {id(parameter) for name, parameter in every if not name.startswith(inside)}
     generator = torch.Generator().manual_seed(seed)
     parts = {}
-    blocks = runner.weights.twins if sharded else runner.blocks
-    for path, parameter in blocks.named_parameters():
+    for path, parameter in weights.blocks.named_parameters():
         name, is_matrix = inside + path, inside + path in linears
         vector = parameter.dim() == 1 or name.endswith("bias")
-        dim = runner.weights.dim(path) if sharded else None
+        dim = weights.dim(path)
         if id(parameter) in outside or not parameter.is_floating_point():
             continue
         if is_matrix or vector:
             dtype = runner.weights.saved.of(name, parameter)
-            start = starts.pop(name, None) if starts else None
+            quantized = master_weights.pop(name, None) if master_weights else None
             if is_matrix and rank:
-                parts[name] = LowRank(parameter, dtype, start, rank, generator, dim, runner.dist)
+                more = rank, generator, dim, runner.dist
+                parts[name] = LowRank(parameter, dtype, quantized, *more)
             else:
-                parts[name] = FullRank(parameter, is_matrix, dtype, start, dim)
+                parts[name] = FullRank(parameter, is_matrix, dtype, quantized, dim)
     return parts
 
 
 class Recoverer:
     """Trains the model of `runner` in place to predict as `teacher` does.
 
-    `whole`: all linear layers of the blocks are trained, not only those with zeros. `starts`: the
-    masters and grids of the quantized ones, by their parameters' names, emptied as they are taken
-    over. Keeps the weights with the lowest held-out loss. `curve` holds all measurements, `best`
-    the index of the lowest.
+    `whole`: all linear layers of the blocks are trained, not only those with zeros.
+    `master_weights`: masters and grids of the quantized ones, by their parameters' names, emptied
+    as they are taken over. Keeps the weights with the lowest held-out loss. `curve` holds all
+    measurements, `best` the index of the lowest; `scales` those of the grids, after a run, by every
+    name of a parameter.
     """
 
     def __init__(
@@ -287,33 +281,33 @@ class Recoverer:
         text: TrainingText,
         *,
         whole: bool = False,
-        starts: dict[str, tuple[Tensor, Grid]] | None = None,
+        master_weights: dict[str, tuple[Tensor, Grid]] | None = None,
     ) -> None:
         self.runner, self.teacher, self.text = runner, teacher, text
         self.reference = DenseReference(tail_of(teacher), dense_states(teacher, [text.held_out]))
-        self.sharded = is_sharded(runner)
-        for one in (runner, teacher):
-            if is_sharded(one):
-                one.weights = ShardedStore(one.weights)
-        self.parts = trained_parts(runner, whole, starts, schedule.rank, schedule.seed)
+        self.weights = training_weights(runner, teacher)
+        self.parts = trained_parts(
+            runner, whole, master_weights, schedule.rank, schedule.seed, self.weights
+        )
         self.grids = {name: part.grid for name, part in self.parts.items() if part.grid}
         schedule = replace(schedule, cosine_decay=not self.grids)
         if schedule.rate is None:
             width = runner.model.config.get_text_config(decoder=True).hidden_size
-            counted = [part for part in self.parts.values() if part.is_matrix]
-            if self.sharded and not runner.dist.is_main:  # whole parts count in the main rank
-                counted = [part for part in counted if part.dim is not None]
-            matrices = (local(part.parameter) for part in counted)
-            dist = runner.dist if self.sharded else None
-            rate = default_rate(matrices, width, len(runner.blocks), dist)
+            matrices = (
+                local(part.parameter)
+                for part in self.parts.values()
+                # what each rank has whole counts in the main rank
+                if part.is_matrix and (part.dim is not None or runner.dist.is_main)
+            )
+            rate = default_rate(matrices, width, len(runner.blocks), runner.dist)
             schedule = replace(schedule, rate=rate * (1 if schedule.pruned else QUANTIZED_RATE))
         self.schedule = schedule
         self.trained = sum(part.parameter.numel() for part in self.parts.values())
-        # off once an operation is not deterministic; sharded ranks cannot repeat a step
-        self.strict = not self.sharded
+        self.strict = self.weights.can_repeat  # off once an operation is not deterministic
         self.curve: list[dict[str, float]] = []  # tokens, held-out figures, mean loss of the steps
         self.best = 0  # index in the curve
         self.tokens, self.seconds = 0, 0.0  # set by `run`
+        self.scales: dict[str, Tensor] = {}
 
     def summary(self) -> list[str]:
         """Return lines on what will be trained, and on each text that is read several times."""
@@ -332,7 +326,9 @@ class Recoverer:
                 f"since {schedule.ranks} ranks share it; the learning rate stays the same"
                 for _ in range(schedule.windows > schedule.windows_alone)
             ),
-            *self._shared_out(),
+            *self.weights.summary(
+                [part.parameter.numel() for part in self.parts.values() if part.dim is None]
+            ),
             *(
                 f"recovery: {source['passes']} passes over {source['windows']} windows of "
                 f"{source['name']}"
@@ -340,24 +336,6 @@ class Recoverer:
                 if source["passes"] > 1
             ),
         ]
-
-    def _shared_out(self) -> list[str]:
-        size = self.runner.dist.size
-        if not self.sharded:
-            line = f"recovery: blocks share weights, so each of {size} ranks holds all weights"
-            return [line] * (size > 1)
-        whole = [part.parameter.numel() for part in self.parts.values() if part.dim is None]
-        but = f", except {len(whole)} tensors with {sum(whole):,} weights"
-        return [f"recovery: {size} ranks share the trained weights{but * bool(whole)}"]
-
-    @property
-    def scales(self) -> dict[str, Tensor]:
-        """Scales of the grids, by every name of a parameter."""
-        if self.sharded:  # no two names have one parameter
-            return self.whole_scales
-        scales = {id(self.parts[name].parameter): grid.scales for name, grid in self.grids.items()}
-        parameters = self.runner.model.named_parameters(remove_duplicate=False)
-        return {name: scales[id(one)] for name, one in parameters if id(one) in scales}
 
     def line(self) -> str:
         """Return the line that reports the training."""
@@ -395,49 +373,34 @@ class Recoverer:
         """
         began = time.perf_counter()
         steps, tokens = self.schedule.steps, self.schedule.windows * self.schedule.seqlen
-        weights = self.runner.weights
-        finished = weights.finished_by_all() if self.sharded else weights.finished
-        self._begin()
-        state = self._resumed(finished if self.sharded else None)
-        if not state:
-            self._write_()
-            self._note(0, None)
-            state = {"step": 0, "losses": [], "seconds": 0.0}
-        first, losses, before = state["step"], state["losses"], state["seconds"]
-        on_progress(first * tokens)
-        kept = time.monotonic()
-        with self._gradients(), deterministic(self.runner.device, strict=False):
-            for step in range(first, steps):
-                loss = self._step(step)
-                losses.append(loss)
-                measured = step + 1 in self.schedule.measured
-                if measured:
-                    self._note((step + 1) * tokens, sum(losses) / len(losses))
-                    losses = []
-                late = time.monotonic() - kept > CHECKPOINT_SECONDS
-                if self.sharded and finished:  # by the main rank's clock
-                    late = self.runner.dist.all_gather_object(late)[0]
-                if finished and (measured or late):
-                    seconds = before + time.perf_counter() - began
-                    state = {"step": step + 1, "losses": losses, "seconds": seconds}
-                    state |= {"curve": self.curve, "best": self.best}
-                    progress.on_step("save training", 0)
-                    if self.sharded:
-                        write_state(finished, self.runner.dist, self._state(), state)
-                    else:
-                        finished.write(RECOVERY, self._state(), state)
-                    progress.on_step("save training", 1)
-                    kept = time.monotonic()
-                on_progress(tokens, f"loss {loss:.4f}")
-        for part, best in zip(self.parts.values(), self.best_values, strict=True):
-            local(part.parameter).copy_(best)
-        if self.sharded:
-            prefix = f"{self.runner.name}."
-            self.whole_scales = {
-                name: weights.whole_scales(name.removeprefix(prefix), grid)
-                for name, grid in self.grids.items()
-            }
-            self.runner.weights = weights.restored()
+        with self.weights:
+            self._begin()
+            state = self._resumed()
+            if not state:
+                self._write_()
+                self._note(0, None)
+                state = {"step": 0, "losses": [], "seconds": 0.0}
+            first, losses, before = state["step"], state["losses"], state["seconds"]
+            on_progress(first * tokens)
+            kept = time.monotonic()
+            with self._gradients(), deterministic(self.runner.device, strict=False):
+                for step in range(first, steps):
+                    loss = self._step(step)
+                    losses.append(loss)
+                    measured = step + 1 in self.schedule.measured
+                    if measured:
+                        self._note((step + 1) * tokens, sum(losses) / len(losses))
+                        losses = []
+                    late = self.weights.agree(time.monotonic() - kept > CHECKPOINT_SECONDS)
+                    if self.weights.folder and (measured or late):
+                        seconds = before + time.perf_counter() - began
+                        state = {"step": step + 1, "losses": losses, "seconds": seconds}
+                        self._save(state | {"curve": self.curve, "best": self.best})
+                        kept = time.monotonic()
+                    on_progress(tokens, f"loss {loss:.4f}")
+            for part, best in zip(self.parts.values(), self.best_values, strict=True):
+                local(part.parameter).copy_(best)
+            self.scales = self.weights.scales(self.grids)
         self.tokens = steps * tokens
         self.seconds = round(before + time.perf_counter() - began, 3)
 
@@ -492,14 +455,9 @@ class Recoverer:
             reason = str(error).partition(",")[0]
             print(f"recovery: it is not reproducible, since {reason}", flush=True)
             loss = self._accumulate_(step)
-        sharded, replicated = self.gradient[: self.n_sharded], self.gradient[self.n_sharded :]
-        squares = sharded.square().sum()
-        self.runner.dist.sum_([replicated, loss, squares])
+        norm = self.weights.sum_gradients_(self.gradient, self.n_sharded, loss)
         if not math.isfinite(loss.item()):
             raise self._diverged(step, "the loss is")
-        norm = replicated.norm()
-        if self.sharded:
-            norm = (squares + norm.square()).sqrt()
         self.gradient *= (schedule.clip / (norm + 1e-6)).clamp(max=1.0)
         for group in self.optimizer.param_groups:
             group["lr"] = schedule.rate_at(step)
@@ -517,11 +475,9 @@ class Recoverer:
         return loss.item()
 
     def _diverged(self, step: int, what: str) -> UserError:
-        rate, steps = self.schedule.rate, self.schedule.steps
-        return UserError(
-            f"--recover_lr {rate:.2g}: in step {step + 1} of {steps} {what} not finite. Use "
-            "a smaller rate, or --dtype float32."
-        )
+        problem = f"in step {step + 1} of {self.schedule.steps} {what} not finite"
+        fix = "Use a smaller rate, or --dtype float32"
+        return UserError(f"--recover_lr {self.schedule.rate:.2g}", problem, fix)
 
     def _write_(self) -> None:
         for part in self.parts.values():
@@ -532,9 +488,8 @@ class Recoverer:
         runner, windows = self.runner, self.schedule.windows
         places = self.text.order[step * windows : (step + 1) * windows]
         every = as_windows(self.text.windows)[places]
-        local_windows, tokens = every[runner.dist.share(len(places))], int(every.counted.sum())
-        idle = -(-len(places) // runner.dist.size) - len(local_windows) if self.sharded else 0
-        if idle:  # all ranks must make as many calls: a masked window that does not count
+        local_windows, tokens = every[runner.dist.shard(len(places))], int(every.counted.sum())
+        if self.weights.needs_one_more(len(places), len(local_windows)):
             mask = torch.zeros_like(every.ids[:1]).bool()
             local_windows = join_rows(local_windows, replace(every[:1], mask=mask))
         for part in self.parts.values():
@@ -551,8 +506,7 @@ class Recoverer:
         (teacher_states,) = teacher.run_blocks([windows], state_device=runner.device)
         states = runner.capture(windows, len(ids), runner.device)
         hidden = states.hidden  # (n, tokens, hidden)
-        blocks = runner.weights.twins if self.sharded else runner.blocks
-        for block, ((args, kwargs),) in zip(blocks, states.block_args, strict=True):
+        for block, ((args, kwargs),) in zip(self.weights.blocks, states.block_args, strict=True):
             if runner.checkpointed:
                 hidden = checkpoint(run_block, block, hidden, args, kwargs, use_reentrant=False)
             else:
@@ -601,15 +555,15 @@ class Recoverer:
             state[f"best of {name}"] = best
         return state
 
-    def _resumed(self, folder: RunFolder | None) -> dict[str, Any] | None:
-        """Load the state of an interrupted run, and return its facts; None if there is none.
+    def _save(self, facts: dict[str, Any]) -> None:
+        """Write a checkpoint."""
+        progress.on_step("save training", 0)
+        self.weights.write_state(self._state(), facts)
+        progress.on_step("save training", 1)
 
-        `folder`: holds the part of every rank, if ranks share the weights.
-        """
-        if not self.sharded:
-            kept = self.runner.weights.read_kept(RECOVERY)
-        else:
-            kept = folder and read_state(folder, self.runner.dist)
+    def _resumed(self) -> dict[str, Any] | None:
+        """Load the state of an interrupted run, and return its facts; None if there is none."""
+        kept = self.weights.read_state()
         if kept is None:
             return None
         tensors, facts = kept

@@ -13,10 +13,10 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from functools import partial
-from typing import Any, Self
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -26,8 +26,7 @@ from .methods.sparsity import NEURONS
 from .model.blocks import BlockRunner, Stop, run_block
 from .model.matrix import PrunableLinear
 from .model.parts import PartLayout, get_tensor, keep_parts_
-from .prune import UNREACHED, Pruner
-from .pruning.allocation import Allocation
+from .prune import UNREACHED, BlockWalker
 from .pruning.inputs import Group
 from .util.errors import UserError
 from .util.host import malloc_trim
@@ -46,21 +45,23 @@ def remove(
     left: int,
     seed: int = 0,
     on_progress: Callable[[int], Any] = lambda blocks: None,
-) -> PartPruner:
-    """Remove neurons or experts in place until `left` remain in each block; return the pruner.
+) -> PartRemover:
+    """Remove neurons or experts in place until `left` remain in each block; return the remover.
 
     Arguments are as for `prune` (lib/prune.py); `layout` locates the parts, and `seed` is for
     random choices. Raises UserError also if none can be removed without other changes.
     """
-    kind = NeuronPruner if layout.kind == NEURONS else ExpertPruner
-    return kind(runner, method, layout, left, seed).run(windows, on_progress)
+    kind = NeuronRemover if layout.kind == NEURONS else ExpertRemover
+    remover = kind(runner, method, layout, left, seed).run(windows, on_progress)
+    remover.set_config_()
+    return remover
 
 
-class PartPruner(Pruner):
-    """Removes neurons or experts, until `left` remain in each block, and sets the config's field.
+class PartRemover(BlockWalker):
+    """Removes neurons or experts, until `left` remain in each block.
 
-    `layout` locates them; `seed` is for random choices. A subclass notes the remaining parts of a
-    block before `_cut_`.
+    `layout` locates them; `seed` is for random choices. `solve` of a subclass notes the remaining
+    parts of a block, and `finish_` cuts the others off.
     """
 
     def __init__(
@@ -71,23 +72,32 @@ class PartPruner(Pruner):
         left: int,
         seed: int = 0,
     ) -> None:
-        super().__init__(runner, method, Allocation({}))
+        super().__init__(runner, method)
         self.layout, self.left, self.seed = layout, left, seed
+        self.shared.clear()  # once it is smaller, a shared weight is another parameter
         self.cache_inputs = False  # inputs would have the wrong width once neurons are removed
         self.weights_before = self._count_weights()
 
-    def run(
-        self, windows: Tensor | None, on_progress: Callable[[int], Any] = lambda blocks: None
-    ) -> Self:
-        super().run(windows, on_progress)
+    def set_config_(self) -> None:
+        """Set the config's field, and the modules' own numbers, to those of the smaller model."""
         text = self.runner.model.config.get_text_config(decoder=True)
         setattr(text, self.layout.field, self.left)
         for path, attribute, entries in self.layout.counters:  # those inside blocks are set already
             setattr(self.runner.model.get_submodule(path), attribute, entries * self.left)
         self.weights_after = self._count_weights()
-        return self
+
+    def restore_(self) -> bool:
+        restored = super().restore_()
+        if restored:
+            self._cut_()
+        return restored
+
+    def finish_(self) -> None:
+        super().finish_()
+        self._cut_()
 
     def summary(self) -> list[str]:
+        """Return lines for the user."""
         count, cut = self.layout.count, sum(bool(notes.kept) for notes in self.notes)
         share = 1 - self.weights_after / self.weights_before
         return [
@@ -111,17 +121,16 @@ class PartPruner(Pruner):
     def _count_weights(self) -> int:
         return sum(p.numel() for block in self.runner.blocks for p in block.parameters())
 
-    def _restore_(self, index: int, linears: list[PrunableLinear]) -> bool:
-        restored = super()._restore_(index, linears)
-        if restored:
-            self._cut_(index)
-        return restored
+    @property
+    def _module_name(self) -> str:
+        """Full name of the down projection, or of the module of experts, of the current block."""
+        return f"{self.runner.name}.{self.index}.{self.layout.modules[self.index]}"
 
-    def _cut_(self, index: int) -> None:
-        """Make the block smaller, in all processes."""
+    def _cut_(self) -> None:
+        """Make the block smaller, in all ranks."""
         if kept := self.notes[-1].kept:
-            block, name = self.runner.blocks[index], f"{self.runner.name}.{index}"
-            keep_parts_(block, self.layout, index, name, torch.tensor(kept))
+            block, name = self.runner.blocks[self.index], f"{self.runner.name}.{self.index}"
+            keep_parts_(block, self.layout, self.index, name, torch.tensor(kept))
             malloc_trim()  # freed weights are in heaps of reader threads, which nothing else reuses
 
 
@@ -138,23 +147,19 @@ def neurons_left(layout: PartLayout, ratio: float) -> int:
     width, multiple = layout.count, multiple_of(layout.count)
     left = max(1, round((1 - ratio) * width / multiple)) * multiple
     if left >= width:
-        raise UserError(
-            f"--sparsity_ratio {ratio:g}: it removes none of the {width} neurons per block, which "
-            f"must stay a multiple of {multiple}. Use a higher ratio."
-        )
+        must = f"must stay a multiple of {multiple}"
+        problem = f"it removes none of the {width} neurons per block, which {must}"
+        raise UserError(f"--sparsity_ratio {ratio:g}", problem, "Use a higher ratio")
     return left
 
 
-class NeuronPruner(PartPruner):
+class NeuronRemover(PartRemover):
     """Makes the MLPs of a runner's model narrower, in place."""
 
-    def _linears(self, index: int) -> list[PrunableLinear]:
-        """Return only the down projection."""
-        self.index = index
-        name = f"{self.runner.name}.{index}.{self.layout.modules[index]}"
-        return [linear for linear in self.runner.linears(index) if linear.name == name]
+    def takes(self, linear: PrunableLinear) -> bool:
+        return linear.name == self._module_name
 
-    def _change_(self, group: Group, matrices: list[Tensor]) -> None:
+    def solve(self, group: Group, matrices: list[Tensor]) -> None:
         """Choose neurons, also by gains: the product of the norms of the rows that make each."""
         gains: Tensor | float = 1.0
         down = f"{self.layout.modules[self.index]}.weight"
@@ -166,24 +171,23 @@ class NeuronPruner(PartPruner):
         kept = group.method.remove_neurons_(matrices[0], gains, self.left)
         self.notes[-1].kept = kept.tolist()
 
-    def _finish_(self, index: int) -> None:
-        """Make the block smaller in all processes; check that a batch's outputs do not change."""
-        super()._finish_(index)
-        runner, states, kept = self.runner, self.states, self.notes[index].kept
-        if not kept:
-            name = f"{runner.name}.{index}.{self.layout.modules[index]}"
-            raise UserError(f"{name}: {UNREACHED}. Use --sparsity_type unstructured.")
+    def finish_(self) -> None:
+        """Make the block smaller in all ranks, and check that a batch's outputs do not change."""
+        runner, states = self.runner, self.states
         if states is None:  # no calibration text
             ids = torch.arange(CHECKED, device=runner.device)[None]
             states = runner.capture(ids, 1, runner.device)
-        _, run = next(runner.iter_batches(states, index))
+        _, run = next(runner.iter_batches(states, self.index))
         expected = run().float()  # removed neurons have zero columns in down
-        self._cut_(index)
+        super().finish_()
+        if not self.notes[-1].kept:
+            raise UserError(self._module_name, UNREACHED, "Use --sparsity_type unstructured")
         tolerance = max(TOLERANCE, 4 * torch.finfo(runner.model.dtype).eps)
         if (run().float() - expected).norm() > tolerance * expected.norm():
             raise UserError(
-                f"--sparsity_type neurons: {runner.name}.{index}: its MLP does not only multiply "
-                "by neurons, so none can be removed. Use --sparsity_type unstructured."
+                f"--sparsity_type neurons: {runner.name}.{self.index}",
+                "its MLP does not only multiply by neurons, so none can be removed",
+                "Use --sparsity_type unstructured",
             )
 
 
@@ -217,40 +221,41 @@ def experts_left(layout: PartLayout, ratio: float) -> int:
     else:
         problem = f"it would remove {removed * layout.groups} {experts}"
         fix = f"{1 / each:.3g} to {most / each:.3g}"
-    raise UserError(f"--sparsity_ratio {ratio:g}: {problem}. Use {fix}.")
+    raise UserError(f"--sparsity_ratio {ratio:g}", problem, f"Use {fix}")
 
 
-class ExpertPruner(PartPruner):
+class ExpertRemover(PartRemover):
     """Removes experts of a runner's model, in place."""
 
     checked: frozenset[type] = frozenset()  # checked classes of blocks
 
-    def _linears(self, index: int) -> list[PrunableLinear]:
-        return []  # no layer is changed by itself
+    def takes(self, linear: PrunableLinear) -> bool:
+        return False  # no layer is changed by itself
 
-    def _prune_(self, index: int, linears: list[PrunableLinear], ordered: None) -> dict:
+    def groups(self) -> Iterator[list[Group]]:
+        """Yield one group without layers: all experts of the block."""
+        if self.layout.modules[self.index]:
+            self._check_once()
+            method = self.method(self.layout.count, self.runner.device)
+            self._observe(method.observe)
+            self.dist.sum_(method.statistics(), self.idle)
+            yield [Group([], method, name=self._module_name)]
+
+    def solve(self, group: Group, matrices: list[Tensor]) -> None:
         """Score the block's experts, and note which of them remain."""
-        if not self.layout.modules[index]:
-            return {}
-        self._check_once(index)
-        method = self.method(self.layout.count, self.runner.device)
-        self._observe(index, method.observe)
-        self.dist.sum_(method.statistics(), self.idle)
-        if self.dist.is_main:
-            notes, groups = self.notes[-1], self.layout.groups
-            scores = method.scores(self.seed + index).cpu().view(groups, -1)
-            best = scores.sort(dim=1, descending=True, stable=True).indices
-            best = best[:, : self.left // groups].sort(dim=1).values
-            kept = best + torch.arange(groups)[:, None] * scores.shape[1]
-            notes.kept = kept.flatten().tolist()
-            shares = method.counts / method.counts.sum().clamp(min=1)
-            notes.routed = [round(share, 6) for share in shares.tolist()]
-        return {}
+        notes, method, groups = self.notes[-1], group.method, self.layout.groups
+        scores = method.scores(self.seed + self.index).cpu().view(groups, -1)
+        best = scores.sort(dim=1, descending=True, stable=True).indices
+        best = best[:, : self.left // groups].sort(dim=1).values
+        kept = best + torch.arange(groups)[:, None] * scores.shape[1]
+        notes.kept = kept.flatten().tolist()
+        shares = method.counts / method.counts.sum().clamp(min=1)
+        notes.routed = [round(share, 6) for share in shares.tolist()]
 
-    def _observe(self, index: int, observe: Callable[[int, Tensor, Tensor], None]) -> None:
+    def _observe(self, observe: Callable[[int, Tensor, Tensor], None]) -> None:
         """Call `observe(expert, gates, outputs)` for the tokens that are routed to each expert."""
-        name = f"{self.runner.name}.{index}.{self.layout.modules[index]}"
-        experts = self.runner.blocks[index].get_submodule(self.layout.modules[index])
+        name = self._module_name
+        experts = self.runner.blocks[self.index].get_submodule(self.layout.modules[self.index])
 
         def see(_: nn.Module, args: tuple, kwargs: dict) -> None:
             hidden, chosen, gates = _routing([*args, *kwargs.values()], name)
@@ -264,13 +269,14 @@ class ExpertPruner(PartPruner):
             raise Stop
 
         with experts.register_forward_pre_hook(see, with_kwargs=True):
-            for _, run in self.runner.iter_batches(self.states, index):
+            for _, run in self.runner.iter_batches(self.states, self.index):
                 with suppress(Stop):
                     run()
 
-    def _check_once(self, index: int) -> None:
+    def _check_once(self) -> None:
         """Check for each class of blocks that the order of its experts does not change outputs."""
-        block, groups = self.runner.blocks[index], self.layout.groups
+        index, groups = self.index, self.layout.groups
+        block = self.runner.blocks[index]
         if type(block) in self.checked:
             return
         self.checked |= {type(block)}
@@ -285,13 +291,10 @@ class ExpertPruner(PartPruner):
         tolerance = max(TOLERANCE, 4 * torch.finfo(dtype).eps)
         if not (out - expected).norm() <= tolerance * expected.norm():
             raise UserError(
-                f"--sparsity_type experts: {name}: its outputs depend on the order of its experts, "
-                "so none can be removed. Use --sparsity_type unstructured."
+                f"--sparsity_type experts: {name}",
+                "its outputs depend on the order of its experts, so none can be removed",
+                "Use --sparsity_type unstructured",
             )
-
-    def _finish_(self, index: int) -> None:
-        super()._finish_(index)
-        self._cut_(index)
 
 
 def _routing(values: list[Any], name: str) -> tuple[Tensor, Tensor, Tensor]:
@@ -303,6 +306,7 @@ def _routing(values: list[Any], name: str) -> tuple[Tensor, Tensor, Tensor]:
         if is_routing and chosen.shape == gates.shape and len(hidden) == len(chosen):
             return hidden, chosen, gates
     raise UserError(
-        f"--sparsity_type experts: {name} is not called with tokens, chosen experts and gates. "
-        "Use --sparsity_type unstructured."
+        "--sparsity_type experts",
+        f"{name} is not called with tokens, chosen experts and gates",
+        "Use --sparsity_type unstructured",
     )

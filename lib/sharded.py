@@ -1,9 +1,11 @@
-"""Blocks sharded over the ranks for training; only this file uses torch's FSDP.
+"""The weights in training, whole in each rank or sharded over all; only this file uses FSDP.
 
-Each rank holds its rows of every parameter: some outputs of a matrix, some experts of a stack.
-`fully_shard` treats each block as a group: forward and backward passes gather the block whole and
-sum its gradients. Parameters that ranks cannot share evenly stay whole on each rank. Training
-begins and ends with blocks in files; nothing of FSDP is left afterwards.
+`WholeWeights` and `ShardedWeights` have the same methods, which `Recoverer` in lib/recover.py
+calls. Where blocks are sharded, each rank holds its rows of every parameter: some outputs of a
+matrix, some experts of a stack. `fully_shard` treats each block as a group: forward and backward
+passes gather the block whole and sum its gradients. Parameters that ranks cannot share evenly stay
+whole on each rank. Training begins and ends with blocks in files; nothing of FSDP is left
+afterwards.
 """
 
 from __future__ import annotations
@@ -12,7 +14,7 @@ import copy
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Self
 
 import torch
 import torch.distributed as torch_dist
@@ -46,15 +48,14 @@ def check_rows(blocks: nn.Module, name: str, ranks: int) -> None:
             one = getattr(linear.module, linear.parameter)
             rows = linear.shape[0] if linear.expert is None else len(one)
             if rows < ranks:
-                what = "rows" if linear.expert is None else "experts"
-                raise UserError(
-                    f"WORLD_SIZE {ranks}: {linear.stage} has {rows} {what}, fewer than the ranks "
-                    f"that would share them out for --recover. Start at most {rows}."
-                )
+                what = f"{rows} rows" if linear.expert is None else f"{rows} experts"
+                fewer = "fewer than the ranks that would share them out for --recover"
+                problem = f"{linear.parameter_name} has {what}, {fewer}"
+                raise UserError(f"WORLD_SIZE {ranks}", problem, f"Start at most {rows}")
 
 
-def shared_along(block: nn.Module, ranks: int) -> dict[str, int | None]:
-    """Return {path of a parameter: dimension that ranks share out}; None: it stays whole.
+def sharded_dims(block: nn.Module, ranks: int) -> dict[str, int | None]:
+    """Return {path of a parameter: dimension that is sharded}; None: it stays whole.
 
     FSDP accepts parameters of one dtype, and pads only the first dimension.
     """
@@ -63,17 +64,17 @@ def shared_along(block: nn.Module, ranks: int) -> dict[str, int | None]:
     sizes: Counter[torch.dtype] = Counter()
     for parameter in block.parameters():
         sizes[parameter.dtype] += parameter.numel() * parameter.is_floating_point()
-    dtype, along = max(sizes, key=sizes.__getitem__), {}
+    dtype, dims = max(sizes, key=sizes.__getitem__), {}
     for path, one in block.named_parameters():
         owner = block.get_submodule(path.rpartition(".")[0])
         dim = int(id(owner) in columns and one.dim() == 2)
         fits = one.dtype == dtype and one.dim() > dim and one.shape[dim] >= ranks
-        along[path] = dim if fits and (dim == 0 or one.shape[dim] % ranks == 0) else None
-    return along
+        dims[path] = dim if fits and (dim == 0 or one.shape[dim] % ranks == 0) else None
+    return dims
 
 
-def part_of(tensor: Tensor, dim: int | None, dist: DistContext) -> Tensor:
-    """Return a view of this rank's part of a tensor, divided as in FSDP; `dim` None: all of it."""
+def shard_of(tensor: Tensor, dim: int | None, dist: DistContext) -> Tensor:
+    """Return a view of this rank's shard of a tensor, as in FSDP; `dim` None: all of it."""
     if dim is None:
         return tensor
     count = tensor.shape[dim]
@@ -82,49 +83,21 @@ def part_of(tensor: Tensor, dim: int | None, dist: DistContext) -> Tensor:
     return tensor.narrow(dim, start, min(step, count - start))
 
 
-def part_of_start(
+def shard_of_masters(
     masters: Tensor, grid: Grid, dim: int | None, dist: DistContext
 ) -> tuple[Tensor, Grid]:
-    """Return copies of this rank's part of the masters of a parameter, and of their grid."""
+    """Return copies of this rank's shard of the masters of a parameter, and of their grid."""
     if dim is None:
         return masters, grid
     scales = grid.scales.view(masters.shape[dim], -1, grid.scales.shape[-1])
-    scales = part_of(scales, 0, dist).flatten(0, 1).clone()
-    return part_of(masters, dim, dist).clone(), Grid(grid.form, grid.transposed, scales)
+    scales = shard_of(scales, 0, dist).flatten(0, 1).clone()
+    return shard_of(masters, dim, dist).clone(), Grid(grid.form, grid.transposed, scales)
 
 
 def local(tensor: Tensor) -> Tensor:
-    """Return this rank's part of a parameter or gradient, a view; all of a plain tensor."""
+    """Return this rank's shard of a parameter or gradient, a view; all of a plain tensor."""
     tensor = tensor.detach()
     return tensor.to_local() if hasattr(tensor, "to_local") else tensor
-
-
-def _state(dist: DistContext) -> str:
-    return f"{RECOVERY}-{dist.rank:05d}-of-{dist.size:05d}"
-
-
-def write_state(
-    folder: RunFolder, dist: DistContext, tensors: dict[str, Tensor], facts: dict[str, Any]
-) -> None:
-    """Write each rank's checkpoint after `facts["step"]` steps, then remove the one before."""
-    file = folder.write(f"{_state(dist)}-{facts['step']}", tensors, facts)
-    dist.barrier()  # until all are written, the ones before are the complete state
-    for each in folder.path.glob(f"{_state(dist)}-*.safetensors"):
-        if each != file:
-            each.unlink()
-
-
-def read_state(
-    folder: RunFolder, dist: DistContext
-) -> tuple[Iterator[tuple[str, Tensor]], dict[str, Any]] | None:
-    """Return this rank's part of the last checkpoint that all ranks have, and its facts."""
-    files = folder.path.glob(f"{_state(dist)}-*.safetensors")
-    steps = {int(file.stem.rpartition("-")[2]) for file in files}
-    steps = set.intersection(*dist.all_gather_object(steps))
-    kept = folder.read(f"{_state(dist)}-{max(steps)}") if steps else None
-    if not all(dist.all_gather_object(kept is not None)):
-        return None
-    return iter(kept[0].items()), kept[1]
 
 
 def ranks_of_state(folder: RunFolder) -> set[int]:
@@ -146,6 +119,167 @@ def answered(dist: DistContext) -> Iterator[None]:
         raise
 
 
+State = tuple[Iterator[tuple[str, Tensor]], dict[str, Any]]  # tensors by name, and facts
+
+
+def training_weights(runner: BlockRunner, teacher: BlockRunner) -> WholeWeights | ShardedWeights:
+    """Return the weights of `runner` for a training with `teacher`."""
+    return ShardedWeights(runner, teacher) if is_sharded(runner) else WholeWeights(runner)
+
+
+class WholeWeights:
+    """Weights that each rank holds whole; ranks sum the gradients of their windows.
+
+    Training takes place inside this context.
+    """
+
+    can_repeat = True  # a step that failed can be taken again
+
+    def __init__(self, runner: BlockRunner) -> None:
+        self.runner, self.dist = runner, runner.dist
+        self.blocks = runner.blocks  # those that are trained
+        self.folder = runner.weights.finished  # for checkpoints; None in other ranks than the main
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        pass
+
+    def dim(self, path: str) -> int | None:
+        """Return the dimension of a parameter of `blocks` that is sharded; None: it is whole."""
+        return None
+
+    def needs_one_more(self, total: int, own: int) -> bool:
+        """Return whether a rank with `own` of a step's windows must run one that does not count."""
+        return False
+
+    def sum_gradients_(self, gradient: Tensor, n_sharded: int, loss: Tensor) -> Tensor:
+        """Sum a buffer of gradients and the loss over ranks in place; return the gradient's norm.
+
+        The first `n_sharded` gradients are of shards, and no sums.
+        """
+        self.dist.sum_([gradient, loss])
+        return gradient.norm()
+
+    def agree(self, late: bool) -> bool:
+        """Return whether it is time for a checkpoint, where ranks must write it together."""
+        return late
+
+    def write_state(self, tensors: dict[str, Tensor], facts: dict[str, Any]) -> None:
+        """Write a checkpoint to `folder`, after `facts["step"]` steps."""
+        self.folder.write(RECOVERY, tensors, facts)
+
+    def read_state(self) -> State | None:
+        """Return the last checkpoint of an interrupted run. Every rank must call this."""
+        return self.runner.weights.read_kept(RECOVERY)
+
+    def scales(self, grids: dict[str, Grid]) -> dict[str, Tensor]:
+        """Return whole scales (rows, groups) of grids, by every name of a parameter."""
+        parameters = dict(self.runner.model.named_parameters(remove_duplicate=False))
+        scales = {id(parameters[name]): grid.scales for name, grid in grids.items()}
+        return {name: scales[id(one)] for name, one in parameters.items() if id(one) in scales}
+
+    def summary(self, whole: list[int]) -> list[str]:
+        """Return lines for the user; `whole` are the sizes of tensors that are not sharded."""
+        size = self.dist.size
+        line = f"recovery: blocks share weights, so each of {size} ranks holds all weights"
+        return [line] * (size > 1)
+
+
+class ShardedWeights:
+    """Weights of which each rank holds a shard: methods are as in `WholeWeights`.
+
+    Inside this context the blocks of the runner and of its teacher are sharded. If no error ends
+    it, the trained blocks are written to files.
+    """
+
+    can_repeat = False
+
+    def __init__(self, runner: BlockRunner, teacher: BlockRunner) -> None:
+        self.runner, self.dist = runner, runner.dist
+        self.stores = [(one, ShardedStore(one.weights)) for one in (runner, teacher)]
+        self.store = self.stores[0][1]
+        self.blocks = self.store.twins
+
+    def __enter__(self) -> Self:
+        for runner, store in self.stores:
+            runner.weights = store
+        self.folder = self._folder_of_all()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *error: object) -> None:
+        for runner, store in self.stores:
+            runner.weights = store.files
+            store.close(write_back=runner is self.runner and kind is None)
+
+    def dim(self, path: str) -> int | None:
+        index, _, inner = path.partition(".")
+        return self.store.dims[int(index)][inner]
+
+    def needs_one_more(self, total: int, own: int) -> bool:
+        return own < -(-total // self.dist.size)  # all ranks must make as many calls
+
+    def sum_gradients_(self, gradient: Tensor, n_sharded: int, loss: Tensor) -> Tensor:
+        replicated, squares = gradient[n_sharded:], gradient[:n_sharded].square().sum()
+        self.dist.sum_([replicated, loss, squares])
+        return (squares + replicated.norm().square()).sqrt()
+
+    def agree(self, late: bool) -> bool:
+        return self.dist.all_gather_object(late)[0] if self.folder else late
+
+    def write_state(self, tensors: dict[str, Tensor], facts: dict[str, Any]) -> None:
+        """Write each rank's checkpoint, then remove the one before."""
+        file = self.folder.write(f"{self._state}-{facts['step']}", tensors, facts)
+        self.dist.barrier()  # until all are written, the ones before are the complete state
+        for each in self.folder.path.glob(f"{self._state}-*.safetensors"):
+            if each != file:
+                each.unlink()
+
+    def read_state(self) -> State | None:
+        """Return this rank's shard of the last checkpoint that all ranks have, and its facts."""
+        if not self.folder:
+            return None
+        files = self.folder.path.glob(f"{self._state}-*.safetensors")
+        steps = {int(file.stem.rpartition("-")[2]) for file in files}
+        steps = set.intersection(*self.dist.all_gather_object(steps))
+        kept = self.folder.read(f"{self._state}-{max(steps)}") if steps else None
+        if not all(self.dist.all_gather_object(kept is not None)):
+            return None
+        return iter(kept[0].items()), kept[1]
+
+    def scales(self, grids: dict[str, Grid]) -> dict[str, Tensor]:
+        prefix = f"{self.runner.name}."  # no two names have one parameter
+        return {name: self._whole(name.removeprefix(prefix), one) for name, one in grids.items()}
+
+    def summary(self, whole: list[int]) -> list[str]:
+        but = f", except {len(whole)} tensors with {sum(whole):,} weights"
+        return [f"recovery: {self.dist.size} ranks share the trained weights{but * bool(whole)}"]
+
+    @property
+    def _state(self) -> str:
+        return f"{RECOVERY}-{self.dist.rank:05d}-of-{self.dist.size:05d}"
+
+    def _folder_of_all(self) -> RunFolder | None:
+        """Return the folder of finished blocks, where each rank writes its checkpoints."""
+        folder, known = self.store.finished, None
+        if folder:
+            known = folder.label, str(folder.path.absolute()), folder.digest
+        known = self.dist.all_gather_object(known)[0]
+        return folder or (RunFolder.joined(*known) if known else None)
+
+    def _whole(self, path: str, grid: Grid) -> Tensor:
+        """Gather the scales (rows, groups) of a parameter's grid."""
+        dim, shape = self.dim(path), self.blocks.get_parameter(path).shape
+        if dim is None:
+            return grid.scales
+        rows = 1 if len(shape) == 2 else shape[1 + grid.transposed]  # rows per index of `dim`
+        whole = grid.scales.new_zeros(shape[dim], rows, grid.scales.shape[-1])
+        shard_of(whole, 0, self.dist).copy_(grid.scales.view(-1, *whole.shape[1:]))
+        self.dist.sum_([whole])
+        return whole.flatten(0, 1)
+
+
 class ShardedStore(FileBlockStore):
     """The blocks of a store of files, sharded over the ranks.
 
@@ -158,9 +292,9 @@ class ShardedStore(FileBlockStore):
     together = True
 
     def __init__(self, files: FileBlockStore) -> None:
-        vars(self).update(vars(files))  # shares the list `places`, which `restored` writes
+        vars(self).update(vars(files))  # shares the list `places`, which `close` writes
         self.files = files
-        self.along = [shared_along(block, self.dist.size) for block in self.blocks]
+        self.dims = [sharded_dims(block, self.dist.size) for block in self.blocks]
         self.twins = nn.ModuleList(self._twin(index) for index in range(len(self.blocks)))
 
     def fetch(self, index: int) -> None:
@@ -174,49 +308,26 @@ class ShardedStore(FileBlockStore):
         super().evict(index)
         self.twins[index].reshard()
 
-    def restored(self) -> FileBlockStore:
-        """Return the store of files, with the trained blocks written to it."""
+    def close(self, write_back: bool) -> None:
+        """Let the model fetch its blocks from the files; `write_back`: as they are here."""
         for index, block in enumerate(self.blocks):
-            with self.on_device(index, write_back=True):
-                for parameter in block.parameters():  # FSDP cannot free what numpy has seen
-                    parameter.data = parameter.data.clone()
+            if write_back:
+                with self.on_device(index, write_back=True):
+                    for parameter in block.parameters():  # FSDP cannot free what numpy has seen
+                        parameter.data = parameter.data.clone()
             remove_hook_from_module(block)
             add_hook_to_module(block, FetchHook(self.files, index))
-        return self.files
-
-    def finished_by_all(self) -> RunFolder | None:
-        """Return the folder of finished blocks, where each rank writes its checkpoints."""
-        folder, known = self.finished, None
-        if folder:
-            known = folder.label, str(folder.path.absolute()), folder.digest
-        known = self.dist.all_gather_object(known)[0]
-        return folder or (RunFolder.joined(*known) if known else None)
-
-    def dim(self, name: str) -> int | None:
-        """Return the dimension that ranks share out of a parameter, named as in `twins`."""
-        index, _, path = name.partition(".")
-        return self.along[int(index)][path]
-
-    def whole_scales(self, name: str, grid: Grid) -> Tensor:
-        """Gather the scales (rows, groups) of a parameter's grid, named as in `twins`."""
-        dim, shape = self.dim(name), self.twins.get_parameter(name).shape
-        if dim is None:
-            return grid.scales
-        rows = 1 if len(shape) == 2 else shape[1 + grid.transposed]  # rows per index of `dim`
-        whole = grid.scales.new_zeros(shape[dim], rows, grid.scales.shape[-1])
-        part_of(whole, 0, self.dist).copy_(grid.scales.view(-1, *whole.shape[1:]))
-        self.dist.sum_([whole])
-        return whole.flatten(0, 1)
 
     def _twin(self, index: int) -> nn.Module:
-        """Return a copy of a block, sharded by FSDP; only this rank's part of it is read."""
+        """Return a copy of a block, sharded by FSDP; only this rank's shard of it is read."""
         from torch.distributed.device_mesh import DeviceMesh
         from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
         from torch.distributed.tensor import Shard
 
-        twin, along = copy.deepcopy(self.blocks[index]), self.along[index]  # without weights
+        twin = copy.deepcopy(self.blocks[index])  # without weights
         remove_hook(twin)
-        dims = {one: along[path] for path, one in twin.named_parameters()}
+        dim_of = self.dims[index]
+        dims = {one: dim_of[path] for path, one in twin.named_parameters()}
         fully_shard(
             twin,
             mesh=DeviceMesh.from_group(torch_dist.group.WORLD, self.device.type),
@@ -227,9 +338,9 @@ class ShardedStore(FileBlockStore):
         )
         twin._apply(lambda one: torch.empty_like(one, device=self.device) if one.is_meta else one)
         own = {path: local(one) for path, one in twin.named_parameters()}
-        parts = self.files.each(index, lambda path, one: part_of(one, along[path], self.dist))
-        for path, _, part in parts:
-            own[path].copy_(part)
+        shards = self.files.each(index, lambda path, one: shard_of(one, dim_of[path], self.dist))
+        for path, _, shard in shards:
+            own[path].copy_(shard)
         twin.set_gradient_divide_factor(1.0)  # gradients are sums
         twin.set_force_sum_reduction_for_comms(True)
         if hasattr(twin, "set_reduce_scatter_unused_params"):  # newer than the oldest torch allowed

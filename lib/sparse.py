@@ -24,7 +24,7 @@ from .packed.checkpoint import mark_packed_, pack_embeddings_
 from .packed.errors import PackedError
 from .packed.formats import PACKED, Int4, Values
 from .packed.linear import FORWARDS, OWN_FORWARD, SparseLinear, multiplying, why_dense
-from .quantize import NOTHING
+from .quantize import NOTHING_PACKED
 from .util.errors import UserError
 from .util.host import gib
 
@@ -36,10 +36,9 @@ def check_packable(skeleton: PreTrainedModel, blocks_name: str) -> None:
     classes = {type(module) for module in modules if isinstance(module, nn.Linear | Conv1D)}
     if not any(cls.forward in FORWARDS for cls in classes):
         names = " and ".join(sorted(cls.__name__ for cls in classes)) or "none"
-        raise UserError(
-            f"--replace_sparse_layers: no linear layer of {type(skeleton).__name__} can be packed: "
-            f"their class ({names}) {OWN_FORWARD}. Leave the flag out."
-        )
+        none = f"no linear layer of {type(skeleton).__name__} can be packed"
+        problem = f"{none}: their class ({names}) {OWN_FORWARD}"
+        raise UserError("--replace_sparse_layers", problem, "Leave the flag out")
 
 
 @torch.no_grad()
@@ -121,7 +120,7 @@ def swap_linears_(
             experts = (one for one in find_linears(block, name)[0] if one.expert is not None)
             paths |= {one.name: "left dense (experts in one tensor)" for one in experts}
     if all("left dense" in path for path in paths.values()):
-        raise UserError(NOTHING)
+        raise UserError(*NOTHING_PACKED)
     mark_packed_(runner.model)
     return paths
 
@@ -136,21 +135,20 @@ def relative_difference(before: Tensor, after: Tensor) -> float:
 def check_same_outputs(
     before: Tensor,
     after: Tensor,
-    what: str = "--replace_sparse_layers: packed and dense",
+    flag: str = "--replace_sparse_layers",
+    which: str = "packed and dense",
     least: float = 1e-4,
 ) -> float:
     """Return the relative difference of the outputs of a model before and after a change.
 
-    Raises UserError, starting with `what`, if it exceeds rounding: both 8 epsilons of the dtype and
-    `least`.
+    Raises UserError naming `flag` and `which` outputs if it exceeds rounding: both 8 epsilons of
+    the dtype and `least`.
     """
     ratio = relative_difference(before, after)
     limit = max(8 * torch.finfo(before.dtype).eps, least)
     if not ratio <= limit:
-        raise UserError(
-            f"{what} outputs differ by {ratio:.2g} (rounding explains {limit:.2g}). Run without "
-            "the flag."
-        )
+        problem = f"{which} outputs differ by {ratio:.2g} (rounding explains {limit:.2g})"
+        raise UserError(flag, problem, "Run without the flag")
     return ratio
 
 
@@ -213,11 +211,12 @@ def _packed(name: str, linear: nn.Module, fmt: Values, scales: Tensor | None) ->
     try:
         sparse = SparseLinear.from_linear(linear, fmt, scales)
     except PackedError as error:
-        raise UserError(f"--quantize {fmt.name}: {name}: {error}") from None
+        problem = f"{name}: {error}"
+        raise UserError(f"--quantize {fmt.name}", problem, "Run without the flag") from None
     if isinstance(fmt, Int4):
         weight = (linear.weight.T if isinstance(linear, Conv1D) else linear.weight).float()
         expected = fmt.round_to(weight, sparse.scale) if scales is None else weight
         if not torch.equal(sparse.dense(torch.float32), expected):
-            flag = f"--quantize {fmt.name}"
-            raise UserError(f"{flag}: {name} differs once it is packed. Run without the flag.")
+            problem = f"{name} differs once it is packed"
+            raise UserError(f"--quantize {fmt.name}", problem, "Run without the flag")
     return sparse

@@ -46,6 +46,7 @@ from .distributed.context import DistContext
 from .model.access import Checkpoint
 from .util.errors import UserError
 from .util.progress import progress
+from .util.quirks import MISLEADING_ROWS
 
 RISE = 0.003  # rise in tokens of held-out text above which the text is too small
 GOAL = 0.001  # rise below which the kept likely tokens are enough
@@ -59,8 +60,6 @@ HUB_CHARACTERS = 100_000_000  # counted in a Hub dataset; local text is counted 
 BATCH_CHARACTERS = 4_000_000  # tokenized at a time, on all cores
 COMMON_LETTER = 1e-4  # least share of the texts' tokens with a letter for the letter to be common
 MULTIPLE = 64  # granularity of rows, for fast matrix products on GPUs
-# llama.cpp's converter mistakes a LLaMA with these numbers of rows for CodeLlama or Granite
-MISLEADING_ROWS = frozenset({32016, 49152})
 # scripts and signs that are rare in texts, some beyond the first 65,536
 RARE_SIGNS = "🦉🏳️‍🌈 漢字の書き方 한국어 ไทย ꙮ𝔘𐍈 ﷽ ⅷ\u200b\ufeff\t\r\n  \x00¤"
 PROOF_TOKENS = 256  # tokens of a test window whose logits are compared
@@ -100,8 +99,9 @@ class TrimmedVocabulary:
         _, damaged = self._compare(texts)
         if damaged:
             raise UserError(
-                f"{FLAG}: {texts[damaged - 1]!r} decodes differently with the trimmed tokenizer. "
-                "Leave the flag out."
+                FLAG,
+                f"{texts[damaged - 1]!r} decodes differently with the trimmed tokenizer",
+                "Leave the flag out",
             )
         lines, self.record["tests"] = [], []
         for source in sources:
@@ -240,9 +240,10 @@ def trim_vocabulary(
     used = [i for i in counts.nonzero().flatten().tolist() if i in tokens.id_to_token]
     if used and used[-1] >= rows:
         raise UserError(
-            f"{FLAG}: the texts use token {tokens.id_to_token[used[-1]]!r} with the id {used[-1]}, "
-            f"but the embedding of {checkpoint} has {rows} rows. Resize it to the tokenizer, or "
-            "remove the added tokens."
+            FLAG,
+            f"the texts use token {tokens.id_to_token[used[-1]]!r} with the id {used[-1]}, "
+            f"but the embedding of {checkpoint} has {rows} rows",
+            "Resize it to the tokenizer, or remove the added tokens",
         )
     options = dict(
         reserved=reserved | {i for i in tokens.id_to_token if i >= rows}, n_unnamed=len(unnamed)

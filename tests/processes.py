@@ -65,13 +65,11 @@ def together(
     agent: bool = True,
     each: int | None = None,
     program: str = "main",
-    folders: dict[int, Path] | None = None,
 ) -> list[Worker]:
     """`size` processes on the same jobs, started as torchrun does, which holds their store.
 
     `faults`: {rank: fault}. `own`: {rank: more flags}. Without an `agent` the first process holds
-    the store, as where they are started by hand. `each`: so many on a machine (all). `folders`:
-    {rank: where it runs}, if not in `folder`.
+    the store, as where they are started by hand. `each`: so many on a machine (all).
     """
     if agent:
         held = [torch_dist.TCPStore("127.0.0.1", 0, is_master=True) for _ in commands]
@@ -88,8 +86,7 @@ def together(
         settings = [place | dict(MASTER_PORT=str(port)) for port in ports]
         lines = [[*argv, *(own or {}).get(rank, [])] for argv in commands]
         fault = (faults or {}).get(rank, "")
-        where = (folders or {}).get(rank, folder)
-        workers.append(Worker(lines, where, fault, settings, held, program))
+        workers.append(Worker(lines, folder, fault, settings, held, program))
     return workers
 
 

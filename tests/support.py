@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
+import pytest
 import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
@@ -37,6 +38,7 @@ from lib.model.linears import find_linears
 from lib.model.matrix import PrunableLinear
 from lib.model.parts import PartLayout, find_parts
 from lib.model.pretrained import auto_class, decoder_blocks, skeleton
+from lib.packed import kernels
 from lib.packed.formats import FORMATS, PACKED  # noqa: F401  for tests
 from lib.packed.linear import SparseLinear
 from lib.prune import Pruner
@@ -70,6 +72,13 @@ class Done:
         usage = next((i for i, line in enumerate(lines) if line.startswith("usage:")), len(lines))
         said = lines[:usage] + [line for line in lines[usage + 1 :] if not line.startswith(" ")]
         return [line for line in said if line.strip() and not PROGRESS.search(line)]
+
+
+def needs_kernels() -> None:
+    """Skip a test where the kernels cannot be built; fail where building them fails."""
+    if why := kernels.why_not():
+        there = why != kernels.NO_PROCESSOR and not why.endswith(kernels.NO_COMPILER)
+        (pytest.fail if there else pytest.skip)(f"needs the kernels: {why}")
 
 
 def call(*argv: object, program: Callable = main.main) -> Done:
@@ -280,7 +289,7 @@ def linears_of(runner: BlockRunner, index: int = 0) -> list[PrunableLinear]:
 def linears_on(runner: BlockRunner, form) -> dict[str, bool]:
     """{weight's name: whether it is (in, out)} of all that a 4-bit format can hold."""
     linears = runner.each_linear()
-    return {one.stage: one.transposed for one in linears if form.takes(one.shape[1])}
+    return {one.parameter_name: one.transposed for one in linears if form.takes(one.shape[1])}
 
 
 def packed_weights(runner: BlockRunner) -> dict[str, bool]:

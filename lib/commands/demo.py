@@ -27,7 +27,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..methods.registry import METHODS
-from ..util import command
+from ..util.cli import make_parser, typed
 from ..util.files import check_new_folder
 from ..util.progress import progress, quiet
 from .sweep import build_sweep_parser, plan, run_all
@@ -92,7 +92,7 @@ def demo(folder: Path, size: Size, debug: bool = False) -> None:
     flags += ["--calibration", *tests, "--eval_data", *tests]
     run_flags = ["--device", "cpu", "--nsamples", str(size.nsamples)]
     recover = ["--recover", str(size.recover)]
-    print(f"3. Runs:\n   {command.typed('sweep')} {shlex.join([*flags, '--', *run_flags])}")
+    print(f"3. Runs:\n   {typed('sweep')} {shlex.join([*flags, '--', *run_flags])}")
     print(f"   and once more with {' '.join(recover)}: {', '.join(RECOVERED)}", flush=True)
     runs = plan(build_sweep_parser().parse_args([*flags, *["--debug"] * debug]), run_flags)
     for name, of_run in list(runs.items()):
@@ -178,7 +178,7 @@ def train(tokenizer: PreTrainedTokenizerFast, texts: Texts, size: Size) -> Llama
 
 
 def main(argv: list[str]) -> None:
-    parser = command.make_parser("demo", __doc__)
+    parser = make_parser("demo", __doc__)
     parser.add_argument("--folder", default="demo", help="folder for all files (default: demo)")
     args = parser.parse_args(argv)
     os.environ |= {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}  # for the runs

@@ -20,26 +20,20 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from itertools import islice
 from pathlib import Path
-from typing import Any
-
-import torch
-from transformers import PreTrainedTokenizerBase
+from typing import TYPE_CHECKING, Any
 
 from ..data.chats import Dialogue
 from ..data.documents import check_source, pieces_of, read_documents
 from ..data.languages import script_of
 from ..data.sources import Source, parse_sources
-from ..data.templates import prompt_of
-from ..data.windows import shuffle_stream
-from ..model import pretrained
-from ..model.access import Checkpoint
-from ..run.completions import continue_rows, decode
-from ..run.fingerprint import model_digest
 from ..run.flags import POSITIVE
-from ..util.command import make_parser
+from ..util.cli import make_parser
 from ..util.errors import UserError
 from ..util.files import check_writable, write_text
 from ..util.progress import progress, quiet
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 TRIED = 8  # first answers, at least half of which must end
 MORE = 4  # maximum number of prompts per wanted dialogue
@@ -51,27 +45,34 @@ ENDLESS = "do not end"
 
 def main(argv: list[str]) -> None:
     args, began = _parser().parse_args(argv), time.monotonic()
-    quiet()
     out = Path(args.out)
     if out.suffix != ".jsonl":
-        raise UserError(f"OUT {out}: the name does not end with .jsonl. Give one that does.")
+        raise UserError(f"OUT {out}", "the name does not end with .jsonl", "Give one that does")
     check_writable("OUT", str(out.absolute().parent))
     sources = parse_sources(args.data, "--data", column=args.column)
     for source in sources:
         check_source(source, "train")
+    # heavy, and not needed for a wrong flag
+    import torch
+
+    from ..model.access import Checkpoint
+    from ..model.device import pick_device, pick_dtype
+    from ..model.pretrained import load_config, load_model, load_tokenizer, window_length
+    from ..run.completions import continue_rows, decode
+
+    quiet()
     checkpoint = Checkpoint(
         args.model, "MODEL", cache_dir=args.cache_dir, trust_remote_code=args.trust_remote_code
     )
-    device, config = pretrained.pick_device(args.device), pretrained.load_config(checkpoint)
-    tokenizer = pretrained.load_tokenizer(checkpoint)
-    window = pretrained.window_length(config, None)
+    device, config = pick_device(args.device), load_config(checkpoint)
+    tokenizer = load_tokenizer(checkpoint)
+    window = window_length(config, None)
     args.tokens = min(args.tokens, window // 2)
     limit = window - args.tokens
     asked = list(islice(_prompts(sources, tokenizer, limit, args.seed), MORE * args.count))
     if not asked:
-        raise UserError(
-            f"--data {' '.join(args.data)}: no prompt has 1 to {limit} tokens. Add some."
-        )
+        problem = f"no prompt has 1 to {limit} tokens"
+        raise UserError(f"--data {' '.join(args.data)}", problem, "Add some")
     writer = _writer(args, config, [messages for messages, _ in asked[:IDENTIFYING]])
     count = len(answered := _answered(out, writer))
     places = (place for place, (messages, _) in enumerate(asked) if messages in answered)
@@ -79,8 +80,8 @@ def main(argv: list[str]) -> None:
     left_out: Counter[str | None] = Counter()
     if left:
         script = script_of(" ".join(messages[-1]["content"] for messages, _ in asked))
-        dtype = pretrained.pick_dtype("auto", config, device)
-        model = pretrained.load_model(checkpoint, config, dtype=dtype, device_map={"": device})
+        dtype = pick_dtype("auto", config, device)
+        model = load_model(checkpoint, config, dtype=dtype, device_map={"": device})
         out.parent.mkdir(parents=True, exist_ok=True)
         shown = progress(args.count - count, "answering", "dialogue")
         with shown as bar, out.open("a", encoding="utf-8") as file:
@@ -108,6 +109,8 @@ def main(argv: list[str]) -> None:
 
 def _writer(args: argparse.Namespace, config: Any, prompts: list[Any]) -> dict[str, Any]:
     """Return the settings that determine the answers, for each row of OUT.jsonl."""
+    from ..run.fingerprint import model_digest
+
     name = Path(args.model).resolve().name if Path(args.model).exists() else args.model
     return {
         "model": name,
@@ -133,13 +136,16 @@ def _check_ends(args: argparse.Namespace, left_out: Counter[str | None], new: in
     ended = tried - left_out[ENDLESS]
     if tried - new < TRIED <= tried and 2 * ended < tried:
         problem = f"only {ended} of {tried} answers end within {args.tokens} tokens"
-        raise UserError(f"MODEL {args.model}: {problem}. Use a chat model, or more --tokens.")
+        raise UserError(f"MODEL {args.model}", problem, "Use a chat model, or more --tokens")
 
 
 def _prompts(
     sources: Sequence[Source], tokenizer: PreTrainedTokenizerBase, limit: int, seed: int
 ) -> Iterator[tuple[list[dict[str, Any]], list[int]]]:
     """Yield messages and tokens of distinct prompts, one source after another."""
+    from ..data.templates import prompt_of
+    from ..data.windows import shuffle_stream
+
     seen = set()
     for source in sources:
         for document in shuffle_stream(read_documents(source, "train")[0], random.Random(seed)):
@@ -195,10 +201,9 @@ def _answered(out: Path, writer: dict[str, Any]) -> list[list[dict[str, Any]]]:
         before = json.loads(line).get(WRITER, writer) if line.strip() else writer
         if before != writer:
             name = next(key for key in writer if before.get(key) != writer[key])
-            raise UserError(
-                f"OUT {out}: line {number} was written with {name} {before.get(name)!r}, not "
-                f"{writer[name]!r}. Give the same model, prompts and flags, or name a new file."
-            )
+            problem = f"line {number} was written with {name} {before.get(name)!r}, not "
+            fix = "Give the same model, prompts and flags, or name a new file"
+            raise UserError(f"OUT {out}", f"{problem}{writer[name]!r}", fix)
     return prompts
 
 

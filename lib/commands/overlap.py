@@ -3,11 +3,12 @@ For researchers who ask where languages differ in a model.
 
     bash launch.sh overlap RUN_A RUN_B [RUN ...] [--noise RUN_A2 ...] [--out FOLDER]
 
-A RUN is the folder of a saved, pruned model, or the `--save` folder of a run that saved one. The
-tables show, for each pruned matrix, the share of kept weights that both masks keep, and the share
-expected by chance. If neurons or experts were removed, and RUN is a `--save` folder, they show the
-same for each block. `--noise` names prunings that differ from RUN_A, RUN_B, ... (in this order)
-only in the seed: a difference is due to the language only if it is larger than theirs.
+A RUN is the folder of a saved, pruned model, the `--save` folder of a run that saved one, or a file
+of `--save_masks` (then all are). The tables show, for each pruned matrix, the share of kept weights
+that both masks keep, and the share expected by chance. If neurons or experts were removed, and RUN
+is a `--save` folder, they show the same for each block. `--noise` names prunings that differ from
+RUN_A, RUN_B, ... (in this order) only in the seed: a difference is due to the language only if it
+is larger than theirs.
 """
 
 from __future__ import annotations
@@ -25,12 +26,12 @@ from typing import TYPE_CHECKING
 
 from ..methods.sparsity import SMALLER
 from ..run.results import NONE, RESULTS, read_results
-from ..util import command
+from ..util.cli import make_parser
 from ..util.errors import UserError
 from ..util.files import check_writable, write_text
 from ..util.markdown import padded_table
 from ..util.progress import progress
-from .report_pictures import heat_map
+from .report.pictures import heat_map
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -65,10 +66,18 @@ def block_and_linear(name: str) -> tuple[int, str] | None:
     return int(match[1]), re.sub(r"(?<![^.])\d+(?![^.])", "*", path).removesuffix(".*")
 
 
-def read_masks(path: Path) -> Masks:
+def masks_of(path: Path) -> Masks:
     """Return the masks of a RUN. Raises UserError if none can be read."""
+    if path.is_file():
+        from ..pruning.masks import read_packed
+
+        packed = read_packed(path)
+        shapes = {name: shape for name, (shape, _) in packed.items()}
+        read = {name: partial(_unpacked, name, bits) for name, bits in packed.items()}
+        return Masks(path, path.name, None, shapes, read)
     if not path.is_dir():
-        raise UserError(f"RUN {path}: no such folder exists. Name that of a saved model.")
+        problem = "no such folder or file exists"
+        raise UserError(f"RUN {path}", problem, "Name that of a saved model")
     folder, label, calibration = path, path.name, None
     if (path / RESULTS).is_file() and not any(path.glob("*.safetensors")):
         results = read_results(path)
@@ -84,12 +93,19 @@ def read_masks(path: Path) -> Masks:
             return Masks(path, label, calibration, shapes, read)
         saved = results.get("flags", {}).get("save_model")
         if not saved:
-            raise UserError(f"RUN {path}: it saved no model. Run it again with --save_model.")
+            raise UserError(f"RUN {path}", "it saved no model", "Run it again with --save_model")
         name = Path(saved).name
         folder = next(filter(Path.is_dir, [Path(saved), path / name, path.parent / name]), None)
         if folder is None:
-            raise UserError(f"RUN {path}: its model {saved} does not exist. Run it again.")
+            raise UserError(f"RUN {path}", f"its model {saved} does not exist", "Run it again")
     return Masks(path, label, calibration, *_saved(path, folder))
+
+
+def _unpacked(name: str, bits: tuple[tuple[int, int], Tensor]) -> Tensor:
+    """Return the mask of kept weights from the bits of pruned ones."""
+    from ..pruning.masks import unpacked
+
+    return ~unpacked({name: bits})[name]
 
 
 def _stay(before: int, removed: list[int]) -> Tensor:
@@ -113,9 +129,9 @@ def _saved(path: Path, folder: Path) -> tuple[dict, dict]:
                 for name in file.keys():
                     files[name] = shard, tuple(file.get_slice(name).get_shape())
     except (SafetensorError, OSError, ValueError) as error:
-        raise UserError(f"RUN {path}: it cannot be read ({error}). Save it again.") from error
+        raise UserError(f"RUN {path}", f"it cannot be read ({error})", "Save it again") from error
     if not files:
-        raise UserError(f"RUN {path}: no *.safetensors are there. Name a saved model.")
+        raise UserError(f"RUN {path}", "no *.safetensors are there", "Name a saved model")
     for name, (shard, shape) in files.items():
         linear, _, part = name.rpartition(".")
         if block_and_linear(name) is None:
@@ -151,22 +167,21 @@ def compare_masks(runs: Sequence[str | Path], noise: Sequence[str | Path] = ()) 
     import pandas
 
     if len(runs) < 2:
-        raise UserError(f"RUN {runs[0]}: a comparison takes two prunings. Name two or more.")
+        raise UserError(f"RUN {runs[0]}", "a comparison takes two prunings", "Name two or more")
     if len(noise) > len(runs):
-        raise UserError(
-            f"--noise: {len(noise)} folders for {len(runs)} RUNs are given. Give one each."
-        )
-    masks = [read_masks(Path(path)) for path in (*runs, *noise)]
+        problem = f"{len(noise)} folders for {len(runs)} RUNs are given"
+        raise UserError("--noise", problem, "Give one each")
+    masks = [masks_of(Path(path)) for path in (*runs, *noise)]
     seeds = [(k, len(runs) + k) for k in range(len(noise))]
     for run, other in ((masks[i], masks[j]) for i, j in seeds):
         if run.calibration and other.calibration and run.calibration != other.calibration:
-            raise UserError(
-                f"--noise {other.path}: calibrated on {other.calibration}, but {run.path} is on "
-                f"{run.calibration}. Give the RUNs with another seed, in the same order."
-            )
+            problem = f"calibrated on {other.calibration}, but {run.path} is on {run.calibration}"
+            fix = "Give the RUNs with another seed, in the same order"
+            raise UserError(f"--noise {other.path}", problem, fix)
         same_seed = run.calibration and run.label == other.label
         if same_seed or run.path.resolve() == other.path.resolve():
-            raise UserError(f"--noise {other.path}: its seed is that of {run.path}. Give another.")
+            problem = f"its seed is that of {run.path}"
+            raise UserError(f"--noise {other.path}", problem, "Give another")
     labels = [each.label for each in masks]
     if len(set(labels)) < len(labels):
         labels = [str(each.path) for each in masks]
@@ -181,10 +196,8 @@ def compare_masks(runs: Sequence[str | Path], noise: Sequence[str | Path] = ()) 
             line["chance"] = line["kept_a"] * line["kept_b"] / line["weights"]
             lines.append(line)
     if not lines:
-        raise UserError(
-            f"RUN {runs[0]}: no matrix has zeros in all RUNs. Name pruned models, or the --save "
-            "folders of runs that removed neurons or experts."
-        )
+        fix = "Name pruned models, or the --save folders of runs that removed neurons or experts"
+        raise UserError(f"RUN {runs[0]}", "no matrix has zeros in all RUNs", fix)
     keys = ["seeds", "a", "b", "block", "linear"]  # experts of one linear are added up
     return pandas.DataFrame(lines).groupby(keys, sort=False)[COUNTS].sum().reset_index()
 
@@ -196,10 +209,8 @@ def _pruned_matrices(masks: Sequence[Masks]) -> Iterator[tuple[str, list[Tensor]
         if differing := first.shapes.items() ^ run.shapes.items():
             name = min(differing)[0]
             here, there = (each.shapes.get(name, "missing") for each in (run, first))
-            raise UserError(
-                f"RUN {run.path}: tensor {name} is {here} here but {there} in {first.path}. "
-                "Compare prunings of one model."
-            )
+            problem = f"tensor {name} is {here} here but {there} in {first.path}"
+            raise UserError(f"RUN {run.path}", problem, "Compare prunings of one model")
     with progress(len(first.read), "comparing", "matrix") as advance:
         for name in sorted(first.read, key=lambda name: (block_and_linear(name)[0], name)):
             kept = [each.read[name]() for each in masks]
@@ -286,9 +297,14 @@ def draw(counts: DataFrame) -> Figure:
 
 
 def main(argv: list[str]) -> None:
-    parser = command.make_parser("overlap", __doc__)
+    parser = make_parser("overlap", __doc__)
     parser.add_argument("--out", default="overlap", help="folder for the files (default: overlap)")
-    parser.add_argument("runs", nargs="+", metavar="RUN", help="pruned model, or folder of its run")
+    parser.add_argument(
+        "runs",
+        nargs="+",
+        metavar="RUN",
+        help="pruned model, folder of its run, or file of its masks",
+    )
     parser.add_argument(
         "--noise", nargs="+", default=[], metavar="RUN", help="the RUNs with another seed, in order"
     )

@@ -4,10 +4,12 @@ For researchers who compare methods, calibration texts or settings.
     bash launch.sh sweep --models MODEL --calibration uk en uk=0.5,en=0.5 --seeds 0 1 2
         --vary nsamples=8,32,128 --out runs -- --device cpu
 
-Flags after `--` go to every run of main.py. Each value of a `--vary` gives separate runs, also of
-the dense model if its figures depend on that flag. Each run is a process with a folder in `--out`
-(see sweep_run.py). Finished runs are kept, so the same command continues after an interruption and
-retries failed runs. A report on all runs ends the sweep.
+Flags after `--` go to every run of main.py that they concern. A place that is written, such as
+--save_masks runs/masks.safetensors, becomes one for each run, runs/MODEL/RUN/masks.safetensors.
+Each value of a `--vary` gives separate runs, also of the dense model if its figures depend on that
+flag. Each run is a process with a folder in `--out` (see sweep_run.py). Finished runs are kept, so
+the same command continues after an interruption and retries failed runs. A report on all runs ends
+the sweep.
 """
 
 from __future__ import annotations
@@ -26,26 +28,16 @@ from tqdm import tqdm
 from ..data.sources import mixture_name, parse_sources
 from ..methods.registry import METHODS, WITHOUT_NEURONS, label
 from ..methods.sparsity import NEURONS, SMALLER, TYPES
-from ..run.flags import METHOD, build_parser, check_flags
+from ..run.flags import FLAGS, METHOD, build_parser, check_flags, named, without
 from ..run.plan import Plan
 from ..run.results import RESULTS
-from ..run.texts import default_tests
 from ..util import command
 from ..util.command import call
 from ..util.errors import UserError
 from ..util.files import check_writable, write_text
 
-OWN_FLAGS = {  # flags of main.py that the sweep sets
-    *("--model", "--seed", "--calibration_data", "--prune_on_c4", "--eval_data", "--eval_only"),
-    *("--prune_method", "--sparsity_ratio", "--sparsity_type", "--save", "--save_model"),
-}
-RECOVERY_FLAGS = ("recover", "recover_rank", "recover_optimizer", "recover_lr", "recover_ce_weight")
-PRUNING_FLAGS = (  # flags of main.py that are left out for the dense model
-    *("allocation", "use_variant", "replace_sparse_layers", "quantize"),
-    *(*RECOVERY_FLAGS, "resume"),
-)
-DRAWING_FLAGS = ("nsamples",)  # without effect if no calibration text is read
 SHARED = ".dense-states"  # folder in --out: the dense models' states, for all runs
+SET_BY_SWEEP = "sweep sets this flag", "Use the flags of sweep"  # problem and fix
 DATE = "date.txt"  # file in --out: the date for chat templates, also if continued later
 
 
@@ -77,10 +69,12 @@ def build_sweep_parser() -> argparse.ArgumentParser:
 
 def plan(args: argparse.Namespace, passed_on: Sequence[str]) -> dict[str, list[str]]:
     """Return {name of a run: its flags of main.py}, model by model; all flags are checked."""
+    from ..run.texts import default_tests  # imports torch, which a wrong flag does not need
+
     parser = build_parser()
     for flag in (word.split("=")[0] for word in passed_on):
-        if flag in OWN_FLAGS:
-            parser.error(f"{flag} after '--': sweep sets this flag. Use the flags of sweep.")
+        if flag.removeprefix("--") in named(set_by="sweep"):
+            parser.error(str(UserError(f"{flag} after '--'", *SET_BY_SWEEP)))
     varied = [_values(given, passed_on) for given in args.vary]
     check_writable("--out", args.out)
     mixtures = [[one] if Path(one).exists() else one.split(",") for one in args.calibration]
@@ -97,27 +91,27 @@ def plan(args: argparse.Namespace, passed_on: Sequence[str]) -> dict[str, list[s
         for short, point in _points(args, calibrations, passed_on, varied):
             name = f"{parent}/{short}"
             if name in runs:
-                raise UserError(f"--out {args.out}: two runs would be {name}. Give no value twice.")
+                fix = "Give no value twice"
+                raise UserError(f"--out {args.out}", f"two runs would be {name}", fix)
             folder = str(Path(args.out, name))
             flags = ["--model", model, *point, "--eval_data", *tests, "--save", folder]
-            if args.save_models and "--eval_only" not in point:
-                flags += ["--save_model", f"{folder}/model"]
             of_run = parser.parse_args(flags)
             if of_run.trim_vocabulary and not of_run.vocabulary_data:  # the same tokens in all runs
                 flags += ["--vocabulary_data", *dict.fromkeys(source.text for source in sources)]
-            if of_run.resume:  # a folder for each run
-                flags += ["--resume", str(Path(of_run.resume, name))]
+            for output in named(output=True):
+                if place := getattr(of_run, output):
+                    flags += [f"--{output}", _place_of_run(output, Path(place), name)]
+            if args.save_models and not of_run.eval_only:
+                flags += ["--save_model", f"{folder}/model"]
             check_flags(parser, parser.parse_args(flags))
             runs[name] = flags
     return runs
 
 
-def without(passed_on: Sequence[str], names: Sequence[str] = PRUNING_FLAGS) -> list[str]:
-    """Return flags of main.py without `names`, by default those of pruning."""
-    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    for name in names:
-        parser.add_argument(f"--{name}", nargs="*")
-    return parser.parse_known_args(passed_on)[1]
+def _place_of_run(output: str, place: Path, name: str) -> str:
+    """Return a run's own place: FOLDER/NAME, or FOLDER/NAME/FILE of a flag that names a file."""
+    is_file = next(flag.metavar for flag in FLAGS if flag.name == output) == "FILE"
+    return str(place.parent / name / place.name if is_file else place / name)
 
 
 def _values(given: str, passed_on: Sequence[str]) -> list[tuple[str, str, list[str]]]:
@@ -127,21 +121,21 @@ def _values(given: str, passed_on: Sequence[str]) -> list[tuple[str, str, list[s
     option, defaults = f"--{name}", vars(build_parser().parse_args(["--model", "m"]))
     is_switch, problem = defaults.get(name) is False, None
     if name not in defaults or not values:
-        problem = "it is not a flag of main.py with values. Give one, such as nsamples=8,32."
-    elif option in OWN_FLAGS:
-        problem = "sweep sets this flag. Use the flags of sweep."
+        problem, fix = "it is not a flag of main.py with values", "Give one, such as nsamples=8,32"
+    elif name in named(set_by="sweep"):
+        problem, fix = SET_BY_SWEEP
     elif option in (word.split("=")[0] for word in passed_on):
-        problem = f"{option} is also given after '--'. Leave it out there."
+        problem, fix = f"{option} is also given after '--'", "Leave it out there"
     elif is_switch and not {*values.split(",")} <= {"on", "off"}:
-        problem = f"it is a switch. Give {name}=on,off."
+        problem, fix = "it is a switch", f"Give {name}=on,off"
     if problem:
-        raise UserError(f"--vary {given}: {problem}")
+        raise UserError(f"--vary {given}", problem, fix)
     words = {value: [option, value] for value in values.split(",")}
     if is_switch:
         words = {value: [option] * (value == "on") for value in values.split(",")}
     texts = [f"{name}={value}" for value in words]
-    named = zip(_names(texts, texts), words.values(), strict=True)
-    return [(name, f"-{part}", each) for part, each in named]
+    parts = _names(texts, texts)
+    return [(name, f"-{part}", each) for part, each in zip(parts, words.values(), strict=True)]
 
 
 def _points(
@@ -150,12 +144,17 @@ def _points(
     passed_on: Sequence[str],
     varied: Sequence[Sequence[tuple[str, str, list[str]]]],
 ) -> Iterator[tuple[str, list[str]]]:
-    """Yield the dense runs, then every pruning: its name, and its flags besides the model."""
-    of_dense = [v for v in varied if v[0][0] not in (*PRUNING_FLAGS, *DRAWING_FLAGS)]
+    """Yield the dense runs, then every pruning: its name, and its flags besides the model.
+
+    A dense run has no flag that changes the blocks, nor a value for each that only draws windows.
+    """
+    changing, drawing = named(changes=True), named(step="draw")
+    of_dense = [v for v in varied if v[0][0] not in (*changing, *drawing)]
     for values in product(*of_dense):
         more, words = _joined(values)
-        yield f"dense{more}", ["--eval_only", *without(passed_on), *words]
+        yield f"dense{more}", ["--eval_only", *without(passed_on, changing), *words]
     parser = build_parser()
+    saved = ["--save_model", "saved"] * args.save_models  # for flags that require it
     names = dict(zip(args.methods, _names(args.methods, [*map(label, args.methods)]), strict=True))
     for method, kind in product(args.methods, args.types):
         if kind == NEURONS and method in WITHOUT_NEURONS:
@@ -168,10 +167,11 @@ def _points(
             flags += ["--sparsity_ratio", str(ratio), *passed_on]
             textless: set[str] = set()  # values without effect would repeat a run
             for values in product(*varied):
-                of_point = parser.parse_args(["--model", "any", *flags, *_joined(values)[1]])
+                words = [*flags, *_joined(values)[1], *saved]
+                of_point = parser.parse_args(["--model", "any", *words])
                 check_flags(parser, of_point)
                 reads = Plan.of(of_point).reads_train
-                more, words = _joined([v for v in values if reads or v[0] not in DRAWING_FLAGS])
+                more, words = _joined([v for v in values if reads or v[0] not in drawing])
                 if not reads:  # no calibration text, no seed
                     if more not in textless:
                         yield f"{name}{more}", [*flags, *words]
@@ -231,11 +231,12 @@ def run_all(runs: Mapping[str, Sequence[str]], out: str, report: str | None = No
     status = call("commands.report", out, "--out", report or out)
     if failed:
         raise UserError(
-            f"{len(failed)} of {len(runs)} runs failed: {', '.join(failed)}. The same command "
-            "tries them again."
+            f"{len(failed)} of {len(runs)} runs failed",
+            ", ".join(failed),
+            "The same command tries them again",
         )
     if status:
-        raise UserError(f"--out {out}: the error above stopped the report. All runs are kept.")
+        raise UserError(f"--out {out}", "the error above stopped the report", "All runs are kept")
 
 
 def main(argv: list[str]) -> None:

@@ -14,7 +14,7 @@ from contextlib import redirect_stdout
 from dataclasses import replace
 from pathlib import Path
 
-from ..run.flags import build_parser
+from ..run.flags import build_parser, named
 from ..run.results import RESULTS, read_results
 from ..util import command
 from ..util.files import partial_of
@@ -28,7 +28,7 @@ def run(args: argparse.Namespace, shared: Path) -> None:
 
     folder, printed = Path(args.save), io.StringIO()
     # the check must not touch finished files
-    outputs = dict(save_model=None, resume=None, offload_folder=None)
+    outputs = dict.fromkeys(named(output=True))
     with redirect_stdout(printed):
         job = check(argparse.Namespace(**vars(args) | outputs), shared)
     if (folder / RESULTS).is_file():
@@ -60,6 +60,8 @@ def _reason_to_run_again(args: argparse.Namespace, now: dict[str, dict]) -> str 
             return "{} was {!r}, is {!r}".format(*changed)
     if args.save_model and not Path(args.save_model, "config.json").is_file():
         return "its model is missing"
+    if args.save_masks and not Path(args.save_masks).is_file():
+        return "its masks are missing"
     return None
 
 

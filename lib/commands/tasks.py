@@ -33,7 +33,7 @@ from ..data.chats import Document
 from ..data.documents import are_dialogues, read_documents
 from ..data.languages import script
 from ..data.sources import parse_source
-from ..util import command
+from ..util.cli import make_parser
 from ..util.errors import UserError
 from ..util.files import check_writable, write_text
 
@@ -127,16 +127,16 @@ def read_pairs(path: str, seed: int) -> list[dict[str, Any]]:
 
     Every text gets a line break at its end; otherwise a truncated text would be likelier.
     """
-    draw, form = random.Random(seed), "Give every row two different texts, good and bad."
+    draw, form = random.Random(seed), "Give every row two different texts, good and bad"
     sources = [replace(parse_source(path, "--pairs", key), as_text=True) for key in ("good", "bad")]
     try:
         columns = [read_documents(source, "train")[0] for source in sources]
     except UserError as error:
-        problem = str(error).partition(". ")[0]
-        raise UserError(f"{problem}. {form}") from None
+        raise UserError(error.what, error.problem, form) from None
     pairs = [[text.strip() + "\n" for text in pair] for pair in zip(*columns, strict=False)]
     if len({*map(len, columns)}) > 1 or any(a == b or "\n" in (a, b) for a, b in pairs):
-        raise sources[0].error(f"a text is missing or empty, or both are equal. {form}")
+        problem = "a text is missing or empty, or both are equal"
+        raise UserError(f"--pairs {path}", problem, form)
     return [_options(good, [bad], draw) for good, bad in pairs]
 
 
@@ -162,7 +162,7 @@ def write_task(folder: Path, name: str, questions: Sequence[Any], form: dict[str
 
 
 def main(argv: list[str]) -> None:
-    parser = command.make_parser("tasks", __doc__)
+    parser = make_parser("tasks", __doc__)
     add = parser.add_argument
     add("data", metavar="DATA", help="folder with test*.jsonl, or another source of text")
     add("out", metavar="OUT", help="folder for the tasks")
@@ -180,13 +180,13 @@ def main(argv: list[str]) -> None:
     tokenizer = load_tokenizer(Checkpoint(args.model)) if args.model else None
     documents = read_documents(source, "test")[0]
     if args.model and not are_dialogues(documents):
-        raise UserError(f"--model {args.model}: DATA {args.data} has no dialogues. Leave it out.")
+        problem = f"DATA {args.data} has no dialogues"
+        raise UserError(f"--model {args.model}", problem, "Leave it out")
     questions = last_words(documents, args.seed, tokenizer)
     if not questions:
-        raise source.error(
-            "it has no sentence whose last word can be asked for. Give more text, in a language "
-            "that separates words by spaces."
-        )
+        problem = "it has no sentence whose last word can be asked for"
+        fix = "Give more text, in a language that separates words by spaces"
+        raise UserError(f"DATA {args.data}", problem, fix)
     name = args.language or re.sub(r"\W+", "_", source.name)
     tasks = {f"{name}_last_word": (questions, CHOOSE), f"{name}_last_word_said": (questions, SAY)}
     if args.pairs:

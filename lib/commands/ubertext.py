@@ -20,7 +20,7 @@ from contextlib import contextmanager
 from itertools import chain, islice
 from pathlib import Path
 
-from ..util import command
+from ..util.cli import make_parser
 from ..util.errors import UserError, first_line
 from ..util.files import check_new_folder, staged_folder
 
@@ -38,10 +38,8 @@ def find_dumps(folder: Path) -> dict[str, Path]:
         files = [path for path in folder.glob("[!.]*") if genre in path.name.lower()]
         if len(files) != 1:
             number = "several files have" if files else "no file has"
-            raise UserError(
-                f"FOLDER_OF_DUMPS {folder}: {number} {genre!r} in its name. Give one for each of "
-                f"{', '.join(GENRES)}."
-            )
+            fix = f"Give one for each of {', '.join(GENRES)}"
+            raise UserError(f"FOLDER_OF_DUMPS {folder}", f"{number} {genre!r} in its name", fix)
         dumps[genre] = files[0]
     return dumps
 
@@ -76,9 +74,8 @@ def long_documents(dump: Path) -> Iterator[str]:
                 if len(document) > MIN_LENGTH:
                     yield " ".join(document.split())
     except (UnicodeDecodeError, EOFError, OSError) as error:
-        raise UserError(
-            f"{dump}: it is neither UTF-8 text nor complete bz2 ({error}). Download it again."
-        ) from error
+        problem = f"it is neither UTF-8 text nor complete bz2 ({error})"
+        raise UserError(str(dump), problem, "Download it again") from error
 
 
 def build(dumps: dict[str, Path], out: Path) -> None:
@@ -94,10 +91,9 @@ def build(dumps: dict[str, Path], out: Path) -> None:
         rows = ({"text": text, "genre": genre} for text in texts)
         lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in rows]
         if len(lines) < TRAIN + TEST:
-            raise UserError(
-                f"{dump}: {len(lines):,} documents are longer than {MIN_LENGTH:,} characters, and "
-                f"{TRAIN + TEST:,} are needed. Download the complete dump."
-            )
+            problem = f"{len(lines):,} documents are longer than {MIN_LENGTH:,} characters, and "
+            problem += f"{TRAIN + TEST:,} are needed"
+            raise UserError(str(dump), problem, "Download the complete dump")
         train += lines[:TRAIN]
         test += lines[TRAIN:]
         print(f"{dump.name}: {len(lines):,} documents", flush=True)
@@ -115,11 +111,11 @@ def _refused(name: str, advice: str) -> Iterator[None]:
     try:
         yield
     except (HTTPError, OSError, ValueError) as error:  # a missing token is an OSError
-        raise UserError(f"--push {name}: {first_line(error)}. {advice}") from error
+        raise UserError(f"--push {name}", first_line(error), advice) from error
 
 
 def main(argv: list[str]) -> None:
-    parser = command.make_parser("ubertext", __doc__)
+    parser = make_parser("ubertext", __doc__)
     parser.add_argument("dumps", metavar="FOLDER_OF_DUMPS", help="folder with a file per genre")
     parser.add_argument("out", metavar="OUT", help="new folder for train.jsonl and test.jsonl")
     parser.add_argument(
@@ -135,11 +131,11 @@ def main(argv: list[str]) -> None:
         from huggingface_hub import HfApi
 
         hub, kind = HfApi(), "dataset"
-        with _refused(name, "Nothing was built. Log in with `hf auth login`."):
+        with _refused(name, "Nothing was built. Log in with `hf auth login`"):
             hub.whoami()  # fails before an hour of work
     build(dumps, Path(args.out))
     if name:
-        with _refused(name, f"OUT is whole. Run hf upload {name} {args.out} --repo-type dataset."):
+        with _refused(name, f"OUT is whole. Run hf upload {name} {args.out} --repo-type dataset"):
             hub.create_repo(name, repo_type=kind, private=True, exist_ok=True)
             hub.upload_folder(repo_id=name, folder_path=args.out, repo_type=kind)
         print(f"uploaded: https://huggingface.co/datasets/{name}")

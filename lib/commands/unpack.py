@@ -8,7 +8,7 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
-from ..util.command import make_parser
+from ..util.cli import make_parser
 from ..util.errors import UserError
 from ..util.files import check_new_folder, staged_folder
 
@@ -21,12 +21,13 @@ def unpack_folder(source: str, target: str) -> None:
     """
     folder = Path(source)
     if not (folder / "config.json").is_file():
-        raise UserError(f"IN {source}: it is not a model folder (no config.json). Name one.")
+        problem = "it is not a model folder (no config.json)"
+        raise UserError(f"IN {source}", problem, "Name one")
     check_new_folder("OUT", target, staged=True)
 
     from transformers import AutoConfig
 
-    from ..model.pretrained import auto_class
+    from ..model.skeleton import auto_class
 
     # registers the format with transformers
     from ..packed.checkpoint import METHOD
@@ -36,7 +37,7 @@ def unpack_folder(source: str, target: str) -> None:
     config = AutoConfig.from_pretrained(folder)
     stored = getattr(config, "quantization_config", None) or {}
     if stored.get("quant_method") != METHOD:
-        raise UserError(f"IN {source}: it is not packed. Name a packed checkpoint.")
+        raise UserError(f"IN {source}", "it is not packed", "Name a packed checkpoint")
     model = auto_class(config).from_pretrained(folder, dtype="auto")
     if model.is_quantized:  # without kernels for this processor it is already dense
         model.dequantize()

@@ -76,7 +76,9 @@ def language_text(tag: str) -> tuple[str, str]:
     except (LookupError, ValueError):  # unknown or malformed tag
         code = None
     if code is None or language.language in (None, "und", "mul", "zxx"):
-        raise UserError(f"--language {tag}: it is not a language. Give a BCP 47 tag, such as uk.")
+        raise UserError(
+            f"--language {tag}", "it is not a language", "Give a BCP 47 tag, such as uk"
+        )
     if code == "eng":
         return "en", "fineweb"
     written = SCRIPTS.get(full.script, full.script)

@@ -83,7 +83,7 @@ class Template:
 
     def _error(self, problem: str) -> UserError:
         return UserError(
-            f"{self.name}: its chat template {problem}. Repair it, or add --no_chat_template."
+            self.name, f"its chat template {problem}", "Repair it, or add --no_chat_template"
         )
 
 
@@ -108,8 +108,9 @@ def template_of(tokenizer: PreTrainedTokenizerBase) -> Template:
         template = tokenizer.get_chat_template()
     except ValueError:
         raise UserError(
-            f"{name}: its tokenizer has no chat template, which dialogues require. Give plain "
-            "text, or add --no_chat_template."
+            name,
+            "its tokenizer has no chat template, which dialogues require",
+            "Give plain text, or add --no_chat_template",
         ) from None
     return _template(name, template, json.dumps(tokenizer.special_tokens_map))
 
@@ -175,7 +176,7 @@ def sample_of_dialogue(tokenizer: PreTrainedTokenizerBase, dialogue: Dialogue) -
     if not encoding.is_fast:
         name = f"--model {tokenizer.name_or_path}"
         problem = "its tokenizer has no tokenizer.json, which dialogues require"
-        raise UserError(f"{name}: {problem}. Add --no_chat_template.")
+        raise UserError(name, problem, "Add --no_chat_template")
     starts, ends = torch.tensor(encoding[0].offsets, dtype=torch.long).view(-1, 2).T
     mask = torch.zeros(len(starts), dtype=torch.bool)
     for start, end in spans:

@@ -75,7 +75,7 @@ def template_texts(tokenizer: PreTrainedTokenizerBase, name: str) -> list[str]:
 def _texts(template: str, name: str) -> list[str]:
     if len(template) > TEMPLATE:
         problem = f"its chat template has more than {TEMPLATE} characters"
-        raise UserError(f"{name}: {problem}. Shorten or remove it.")
+        raise UserError(name, problem, "Shorten or remove it")
     try:
         literals = list(JINJA.parse(GENERATION.sub("", template)).find_all(nodes.Literal))
     except (TemplateSyntaxError, RecursionError) as error:
@@ -278,16 +278,20 @@ class TrimmableTokenizer:
         wrong = sorted(expected.items() ^ trimmed.get_vocab().items(), key=lambda item: item[1])
         if wrong:
             raise UserError(
-                f"{FLAG}: {type(self.tokenizer).__name__}, saved and loaded again, has another "
-                f"token than {wrong[0][0]!r} at {wrong[0][1]}. Leave the flag out."
+                FLAG,
+                f"{type(self.tokenizer).__name__}, saved and loaded again, has another token "
+                f"than {wrong[0][0]!r} at {wrong[0][1]}",
+                "Leave the flag out",
             )
         return trimmed
 
 
 def _refused(name: str, what: str) -> UserError:
     return UserError(
-        f"{FLAG}: the tokenizer of {name} is {what}, and only fast BPE and Unigram tokenizers can "
-        "be trimmed. Leave the flag out."
+        FLAG,
+        f"the tokenizer of {name} is {what}, and only fast BPE and Unigram tokenizers "
+        "can be trimmed",
+        "Leave the flag out",
     )
 
 

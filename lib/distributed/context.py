@@ -2,7 +2,7 @@
 
     torchrun --nproc_per_node 2 main.py ...
 
-Each rank takes its share of the windows. Statistics are sums, so one all-reduce of each gives those
+Each rank takes its shard of the windows. Statistics are sums, so one all-reduce of each gives those
 of a single process. Then the layers are distributed by cost, each is solved by one rank, and the
 pruned weights are broadcast. One rank prints, logs and saves.
 
@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import os
 import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any
@@ -52,13 +52,13 @@ class DistContext:
         """Whether this is the main rank, which prints, logs and saves."""
         return self.rank == 0
 
-    def share(self, count: int) -> slice:
+    def shard(self, count: int) -> slice:
         """Return this rank's part of `count` windows; sizes differ by at most one."""
         return slice(count * self.rank // self.size, count * (self.rank + 1) // self.size)
 
     def count(self, total: int) -> int:
-        """Return the number of windows in `share`."""
-        return len(range(total)[self.share(total)])
+        """Return the number of windows in `shard`."""
+        return len(range(total)[self.shard(total)])
 
     def barrier(self) -> None:
         """Wait until all ranks have called this."""
@@ -108,16 +108,17 @@ class DistContext:
         for rank, other in enumerate(self.all_gather_object(values)):
             for name in {**values, **other}:
                 if other.get(name) != values.get(name):
-                    raise UserError(
-                        f"{name}: rank {self.rank} has {values.get(name)!r}, rank {rank} has "
-                        f"{other.get(name)!r}. Start all with the same flags, data and packages."
-                    )
+                    here, there = values.get(name), other.get(name)
+                    problem = f"rank {self.rank} has {here!r}, rank {rank} has {there!r}"
+                    fix = "Start all with the same flags, data and packages"
+                    raise UserError(name, problem, fix)
 
-    def fail_together(self, task: Callable[[], object]) -> None:
-        """Call `task`, and raise the error of any rank in all of them: the main rank reports it."""
+    @contextmanager
+    def fail_together(self) -> Iterator[None]:
+        """Raise an error of any rank inside in all of them: the main rank reports it."""
         error = None
         try:
-            task()
+            yield
         except Exception as failure:
             if self.size > 1:  # other ranks lack its traceback, which a defect should show
                 failure.add_note(traceback.format_exc())
@@ -149,8 +150,9 @@ class DistContext:
         except RuntimeError as error:
             who = f"rank {1 - self.rank}" if self.size == 2 else "another rank"
             raise UserError(
-                f"rank {self.rank} of {self.size}: {who} has ended or does not answer "
-                f"({_reason(error)}). All ranks stop; the first error printed is the cause."
+                f"rank {self.rank} of {self.size}",
+                f"{who} has ended or does not answer ({_reason(error)})",
+                "All ranks stop; the first error printed is the cause",
             ) from error
 
     def _join(self) -> None:
@@ -172,9 +174,10 @@ class DistContext:
             self.group = torch_dist.new_group(timeout=WAITING, backend="gloo") if gpu else None
         except (RuntimeError, ValueError) as error:
             host, port = os.environ.get("MASTER_ADDR"), os.environ.get("MASTER_PORT")
+            at = f"MASTER_ADDR {host}, MASTER_PORT {port} ({_reason(error)})"
+            problem = f"rank {self.rank} cannot reach the others at {at}"
             raise UserError(
-                f"WORLD_SIZE {self.size}: rank {self.rank} cannot reach the others at MASTER_ADDR "
-                f"{host}, MASTER_PORT {port} ({_reason(error)}). Start all with torchrun."
+                f"WORLD_SIZE {self.size}", problem, "Start all with torchrun"
             ) from error
 
 
@@ -195,8 +198,6 @@ def local_device(device: torch.device) -> torch.device:
         return device
     index = device.index + local
     if index >= count:
-        raise UserError(
-            f"--device {device}: this machine lacks {device.type}:{index}, which its rank {local} "
-            "needs. Start as many ranks as it has GPUs."
-        )
+        problem = f"this machine lacks {device.type}:{index}, which its rank {local} needs"
+        raise UserError(f"--device {device}", problem, "Start as many ranks as it has GPUs")
     return torch.device(device.type, index)

@@ -62,9 +62,11 @@ class Admm(LeastSquares):
             start *= weighting
             target *= weighting
         rho = self.rho * unexplained
-        solution, mask, settled = alternate(
-            start, target, hessian, rho, self.iterations, rows, sparsities
-        )
+        settled = alternate_(start, target, hessian, rho, self.iterations, rows, sparsities)
+        layers = zip(start.abs().split(rows, 1), sparsities, strict=True)
+        # masks with the exact counts
+        mask = torch.cat([each.mask(part.T, overall=True).T for part, each in layers], 1)
+        solution = start.masked_fill_(mask, 0)
         steps = round(self.refinements * SETTLED_STEPS) if settled else self.refinements
         conjugate_gradients_(solution, target, hessian, mask, steps)
         solution /= across
@@ -116,7 +118,7 @@ def masked(part: Tensor, sparsity: Sparsity) -> Tensor:
     return groups.masked_fill(mask, 0).movedim(0, 1).flatten(0, 1)
 
 
-def alternate(
+def alternate_(
     total: Tensor,
     target: Tensor,
     hessian: Tensor,
@@ -124,8 +126,8 @@ def alternate(
     iterations: int,
     rows: list[int],
     sparsities: Sequence[Sparsity],
-) -> tuple[Tensor, Tensor, bool]:
-    """From T = V = `total` (in, out), overwritten, find Z, its mask, and whether the masks settled.
+) -> bool:
+    """Take T = V = `total` (in, out) to the last T, in place; return whether its masks settled.
 
     `rows` are the numbers of outputs of the layers, side by side; all sparsities have one pattern.
     A phase has at most `iterations`. It ends when almost no mask entry changes. If the first phase
@@ -165,7 +167,4 @@ def alternate(
             total.addmm_(inverse, signed)
             if end:
                 break
-    # masks with the exact counts
-    masks = [sparsity.mask(part.T, overall=True).T for part, sparsity in parts(total.abs())]
-    mask = torch.cat(masks, 1)
-    return total.masked_fill_(mask, 0), mask, settled
+    return settled

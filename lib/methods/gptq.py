@@ -33,8 +33,8 @@ from .least_squares import LeastSquares, conjugate_gradients_
 from .sparsegpt import unit_inverse
 
 
-class Start(NamedTuple):
-    """The starting point for training a quantized matrix (out, in), on `scales` (out, groups).
+class MasterWeights(NamedTuple):
+    """What the training of a quantized matrix (out, in) begins with; `scales` (out, groups).
 
     `masters` (out, in), float32, are the values just before quantization. They have the same
     codes, and are near the codes that they may change to. Pruned weights are 0.
@@ -51,7 +51,7 @@ class GPTQ(LeastSquares):
     refinements: ClassVar[int] = 5  # steps of conjugate gradients
     sweeps: ClassVar[int] = 2  # passes of coordinate descent over all columns
 
-    def quantize_(self, weights: Sequence[Tensor], fmt: Int4) -> list[Start]:
+    def quantize_(self, weights: Sequence[Tensor], fmt: Int4) -> list[MasterWeights]:
         """Quantize float32 matrices (out_i, in) in place. UserError if A cannot be factored."""
         start, target, hessian, across, _ = self.problem(weights)
         mask = (start == 0) & fmt.zero
@@ -63,8 +63,8 @@ class GPTQ(LeastSquares):
         sizes = [len(weight) for weight in weights]
         for weight, part in zip(weights, grid.matrix(solution).split(sizes), strict=True):
             weight.copy_(part)
-        masters = unrounded.T.contiguous().split(sizes)
-        return [Start(*each) for each in zip(masters, grid.scales.split(sizes), strict=True)]
+        both = unrounded.T.contiguous().split(sizes), grid.scales.split(sizes)
+        return [MasterWeights(*each) for each in zip(*both, strict=True)]
 
 
 class SolverGrid(Grid):

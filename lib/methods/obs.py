@@ -39,7 +39,7 @@ def choose_rows(solution: Tensor, inverse: Tensor, count: int) -> Tensor:
         removed[rows] = True
         left -= len(rows)
     if not solution.isfinite().all():
-        raise UserError(UNFACTORED)
+        raise UserError(*UNFACTORED)
     return (~removed).nonzero().flatten()
 
 

@@ -6,7 +6,6 @@ in a user's file is named FILE.py:CLASS, and imports `langprune.methods.base`.
 
 from __future__ import annotations
 
-import ast
 import hashlib
 import sys
 from collections.abc import Mapping, Sequence
@@ -37,14 +36,18 @@ EXPERT_METHODS = {  # for --sparsity_type experts
 WITHOUT_NEURONS = ("ria",)  # its paper has no rule for them
 HOOKS = {NEURONS: "remove_neurons_", EXPERTS: "scores"}  # other types use prune_
 TRUTH = {"true": True, "false": False, "1": True, "0": False}
-PACKAGE = Path(__file__).resolve().parent.parent
-CODE = PACKAGE / "methods", PACKAGE / "pruning"
-ROOTS = __package__.partition(".")[0], "langprune"  # names of the package in imports
+PACKAGE = __package__.partition(".")[0]
 
 
 def is_file(name: str) -> bool:
     """Return whether a method's name is FILE.py:CLASS."""
     return ".py:" in name
+
+
+def split_file(name: str) -> tuple[str, str]:
+    """Return FILE.py and CLASS of FILE.py:CLASS."""
+    path, _, class_name = name.rpartition(":")
+    return path, class_name
 
 
 def label(name: str) -> str:
@@ -67,21 +70,19 @@ def method_of(
     if isinstance(name, type):
         method, name = name, name.__name__
     elif is_file(name):
-        path, _, class_name = name.rpartition(":")
+        path, class_name = split_file(name)
         method = _from_file(path, class_name, Path(path).exists() and Path(path).stat().st_mtime_ns)
     else:
         every = METHODS | EXPERT_METHODS
         if name not in every:
-            names = ", ".join(every)
-            raise UserError(f"method {name}: it does not exist. Name {names} or FILE.py:CLASS.")
+            fix = f"Name {', '.join(every)} or FILE.py:CLASS"
+            raise UserError(f"method {name}", "it does not exist", fix)
         module, class_name = every[name].split(":")
         method = getattr(import_module(f".{module}", __package__), class_name + "Variant" * variant)
     if kind and not _has(method, HOOKS.get(kind, "prune_")):
-        fix = "Define it." if is_file(name) else f"Use --sparsity_type {UNSTRUCTURED}."
-        raise UserError(
-            f"--sparsity_type {kind}: --prune_method {name} does not define "
-            f"{HOOKS.get(kind, 'prune_')}. {fix}"
-        )
+        fix = "Define it" if is_file(name) else f"Use --sparsity_type {UNSTRUCTURED}"
+        problem = f"--prune_method {name} does not define {HOOKS.get(kind, 'prune_')}"
+        raise UserError(f"--sparsity_type {kind}", problem, fix)
     if isinstance(arguments, Mapping):
         arguments = [f"{name}={value}" for name, value in arguments.items()]
     return _with_arguments(method, arguments or ())
@@ -105,13 +106,13 @@ def _from_file(path: str, class_name: str, changed: int) -> type[PruningMethod]:
     """Return a class of the user's file; `changed` is the file's time stamp, a key of the cache."""
     flag = f"--prune_method {path}:{class_name}"
     if changed is False:
-        raise UserError(f"{flag}: no such file exists. Give the path of a Python file.")
+        raise UserError(flag, "no such file exists", "Give the path of a Python file")
     # the user's file imports langprune, which in a checkout is lib
     for file in Path(__file__).parent.glob("*.py"):
         import_module(f".{file.stem}", __package__)
     for name, module in list(sys.modules.items()):
-        if name.partition(".")[0] == ROOTS[0]:
-            sys.modules.setdefault("langprune" + name[len(ROOTS[0]) :], module)
+        if name.partition(".")[0] == PACKAGE:
+            sys.modules.setdefault("langprune" + name[len(PACKAGE) :], module)
     place = hashlib.sha256(str(Path(path).resolve()).encode()).hexdigest()[:8]
     spec = util.spec_from_file_location(f"method_{Path(path).stem}_{place}", path)
     module = sys.modules[spec.name] = util.module_from_spec(spec)
@@ -119,7 +120,7 @@ def _from_file(path: str, class_name: str, changed: int) -> type[PruningMethod]:
         spec.loader.exec_module(module)
     except Exception as error:  # any error of the user's code
         line = f"{type(error).__name__}: {first_line(error)}"
-        raise UserError(f"{flag}: the file cannot be imported ({line}). Repair it.") from error
+        raise UserError(flag, f"the file cannot be imported ({line})", "Repair it") from error
     base = import_module(".base", __package__).PruningMethod
     classes = [
         name
@@ -129,8 +130,9 @@ def _from_file(path: str, class_name: str, changed: int) -> type[PruningMethod]:
     if class_name not in classes:
         has = ", ".join(classes) or "none"
         raise UserError(
-            f"{flag}: the file has no such class that extends PruningMethod of "
-            f"langprune.methods.base. Name one that it has: {has}."
+            flag,
+            "the file has no such class that extends PruningMethod of langprune.methods.base",
+            f"Name one that it has: {has}",
         )
     return getattr(module, class_name)
 
@@ -154,59 +156,14 @@ def _with_arguments(method: type[PruningMethod], given: Sequence[str]) -> type[P
         name, equals, text = each.partition("=")
         if not equals or name not in declared:
             has = ", ".join(f"{name}={value}" for name, value in declared.items()) or "none"
-            raise UserError(
-                f"--method_args {each}: {method.__name__} has no such parameter. Give NAME=VALUE "
-                f"of these: {has}."
-            )
+            problem = f"{method.__name__} has no such parameter"
+            raise UserError(f"--method_args {each}", problem, f"Give NAME=VALUE of these: {has}")
         kind = type(declared[name])
         try:
             values[name] = TRUTH[text.lower()] if kind is bool else kind(text)
         except (KeyError, ValueError) as error:
-            raise UserError(
-                f"--method_args {each}: its type is not {kind.__name__}. Give a value such as "
-                f"{name}={declared[name]}."
-            ) from error
+            fix = f"Give a value such as {name}={declared[name]}"
+            problem = f"its type is not {kind.__name__}"
+            raise UserError(f"--method_args {each}", problem, fix) from error
     module = {"__module__": method.__module__}
     return type(method.__name__, (method,), module | values) if values else method
-
-
-def source_digest(method: type[PruningMethod], *drivers: str) -> str:
-    """Return a method's revision, and a digest of all code that determines its results.
-
-    The digest covers its own file, the `drivers` (files of lib/ that run it), and their imports
-    from lib/methods and lib/pruning.
-    """
-    method_file = Path(sys.modules[method.__module__].__file__).resolve()
-    files: dict[Path, None] = {}
-    waiting = [method_file, *(PACKAGE / name for name in drivers)]
-    while waiting:
-        file = waiting.pop()
-        if file not in files:
-            files[file] = None
-            waiting += _imported(file, file.stat().st_mtime_ns)
-    hasher = hashlib.sha256()
-    for file in (method_file, *sorted(files.keys() - {method_file})):
-        hasher.update(file.name.encode() + b"\0" + file.read_bytes())
-    return f"revision {method.revision}, source {hasher.hexdigest()[:16]}"
-
-
-@cache  # parsing takes as long as a small run
-def _imported(file: Path, written: int) -> list[Path]:
-    """Return the files of lib/methods and lib/pruning that a file imports; `written`: its time."""
-    imported = []
-    for node in ast.walk(ast.parse(file.read_text("utf-8"))):
-        names = [alias.name for alias in getattr(node, "names", ()) if hasattr(alias, "name")]
-        if isinstance(node, ast.ImportFrom) and node.level:
-            folder = file.parents[node.level - 1]
-            paths = [node.module or "", *(f"{node.module or ''}.{name}" for name in names)]
-            paths = [path.strip(".") for path in paths]
-        elif isinstance(node, ast.ImportFrom | ast.Import):
-            module = getattr(node, "module", None)
-            paths = [module, *(f"{module}.{name}" for name in names)] if module else names
-            paths = [path.partition(".")[2] for path in paths if path.split(".")[0] in ROOTS]
-            folder = PACKAGE
-        else:
-            continue
-        files = (folder.joinpath(*path.split(".")).with_suffix(".py") for path in paths if path)
-        imported += [each for each in files if each.parent in CODE and each.is_file()]
-    return imported

@@ -9,6 +9,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from ..util.errors import UserError
+
 if TYPE_CHECKING:
     from torch import Tensor
 
@@ -33,27 +35,28 @@ class Sparsity:
 
     @classmethod
     def parse(cls, kind: str, ratio: float | None) -> Sparsity:
-        """Read a type and a ratio in [0, 1), None for that of N:M; ValueError if they disagree.
+        """Read a type and a ratio in [0, 1), None for that of N:M; UserError if they disagree.
 
         For `neurons` and `experts` it is their ratio, and does not apply to individual weights.
         """
         if ratio is None:
             if kind not in TYPES or kind in RATIO_TYPES:
                 patterns = " or ".join(name for name in TYPES if name not in RATIO_TYPES)
-                raise ValueError(f"sparsity {kind!r}: it has no share. Give one, or {patterns}.")
+                fix = f"Give one, or {patterns}"
+                raise UserError(f"sparsity {kind!r}", "it has no share", fix)
             ratio = int(kind[0]) / int(kind[2])
         if not 0 <= ratio < 1:  # also refuses nan
             meant = f", such as {ratio / 100:g} for {ratio:g}%" if 1 < ratio < 100 else ""
-            raise ValueError(
-                f"--sparsity_ratio {ratio}: it must be at least 0 and below 1. Give a share{meant}."
-            )
+            problem = "it must be at least 0 and below 1"
+            raise UserError(f"--sparsity_ratio {ratio}", problem, f"Give a share{meant}")
         if kind in RATIO_TYPES:
             return cls(ratio)
         n, m = map(int, kind.split(":"))
         if ratio != n / m:
-            raise ValueError(
-                f"--sparsity_ratio {ratio}: --sparsity_type {kind} drops {n} of every {m} weights. "
-                f"Use --sparsity_ratio {n / m} or --sparsity_type {UNSTRUCTURED}."
+            raise UserError(
+                f"--sparsity_ratio {ratio}",
+                f"--sparsity_type {kind} drops {n} of every {m} weights",
+                f"Use --sparsity_ratio {n / m} or --sparsity_type {UNSTRUCTURED}",
             )
         return cls(ratio, n, m)
 

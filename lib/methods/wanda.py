@@ -46,12 +46,11 @@ class Wanda(PruningMethod):
 
     def prune_(self, weights: Sequence[Tensor], sparsities: Sequence[Sparsity]) -> None:
         for weight, sparsity in zip(weights, sparsities, strict=True):
-            score = weight.abs() * self.square_sum.sqrt().float()
-            weight.masked_fill_(self.mask(score, sparsity), 0)
+            weight.masked_fill_(sparsity.mask(self.score(weight)), 0)
 
-    def mask(self, score: Tensor, sparsity: Sparsity) -> Tensor:
-        """Return the mask of the lowest scores (out, in)."""
-        return sparsity.mask(score)
+    def score(self, weight: Tensor) -> Tensor:
+        """Return the score of each weight (out, in)."""
+        return weight.abs() * self.square_sum.sqrt().float()
 
     def remove_neurons_(self, weight: Tensor, gains: Tensor, count: int) -> Tensor:
         """Score |W_j| |X_j|: neuron j's part of the outputs, if inputs are uncorrelated."""
@@ -62,20 +61,25 @@ class Wanda(PruningMethod):
 class WandaVariant(Wanda):
     """Wanda with an individual share of zeros per row, as with --use_variant."""
 
-    def mask(self, score: Tensor, sparsity: Sparsity) -> Tensor:
-        """Prune the smallest scores of each row while these sum to at most alpha of the row.
+    def prune_(self, weights: Sequence[Tensor], sparsities: Sequence[Sparsity]) -> None:
+        for weight, sparsity in zip(weights, sparsities, strict=True):
+            weight.masked_fill_(variant_mask(self.score(weight), sparsity.ratio), 0)
 
-        Bisects on alpha from 0.4 in [0, 0.8] until the sparsity of the whole matrix is within
-        0.001 of the ratio or the interval is below 0.001, as in the authors' code.
-        """
-        values, order = score.sort(dim=-1, stable=True)
-        share = values.cumsum(-1)  # (out, in), up to the row's sum
-        total = share[:, -1:].clone()
-        low, high, alpha = 0.0, 0.8, 0.4
-        while True:
-            mask = share <= alpha * total  # (out, in), in sorted order
-            off = mask.float().mean().item() - sparsity.ratio
-            if abs(off) <= VARIANT_TOLERANCE or high - low < VARIANT_TOLERANCE:
-                return torch.zeros_like(mask).scatter_(1, order, mask)
-            low, high = (low, alpha) if off > 0 else (alpha, high)
-            alpha = (low + high) / 2
+
+def variant_mask(score: Tensor, ratio: float) -> Tensor:
+    """Mask the smallest scores of each row (out, in) while these sum to at most alpha of the row.
+
+    Bisects on alpha from 0.4 in [0, 0.8] until the sparsity of the whole matrix is within 0.001 of
+    the ratio or the interval is below 0.001, as in the authors' code.
+    """
+    values, order = score.sort(dim=-1, stable=True)
+    share = values.cumsum(-1)  # (out, in), up to the row's sum
+    total = share[:, -1:].clone()
+    low, high, alpha = 0.0, 0.8, 0.4
+    while True:
+        mask = share <= alpha * total  # (out, in), in sorted order
+        off = mask.float().mean().item() - ratio
+        if abs(off) <= VARIANT_TOLERANCE or high - low < VARIANT_TOLERANCE:
+            return torch.zeros_like(mask).scatter_(1, order, mask)
+        low, high = (low, alpha) if off > 0 else (alpha, high)
+        alpha = (low + high) / 2

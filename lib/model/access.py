@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import logging
-import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -22,11 +21,11 @@ from safetensors import safe_open
 
 from ..packed.errors import PackedError
 from ..util.errors import UserError, first_line, hub_problem
+from ..util.quirks import LAYER_COUNT
 
 TIMEOUT = 10.0  # seconds for the Hub's answer
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 ADAPTER = "adapter_config.json"
-LAYERS = re.compile(rb'"(?:num_hidden_layers|num_layers|n_layers?)"\s*:\s*(\d{1,18})')
 log = logging.getLogger(__name__)
 
 
@@ -49,7 +48,7 @@ class Checkpoint:
 
     def options(self) -> dict[str, Any]:
         """Return keyword arguments for `from_pretrained`, besides the name."""
-        options = {"cache_dir": self.cache_dir, "trust_remote_code": self.trust_remote_code}
+        options = dict(cache_dir=self.cache_dir, trust_remote_code=self.trust_remote_code)
         options |= {"revision": self.revision} if self.revision else {}
         return options | {"local_files_only": local_only(self)}
 
@@ -61,16 +60,19 @@ def check_folder(checkpoint: Checkpoint) -> None:
         return
     if (folder / ADAPTER).is_file():
         raise UserError(
-            f"{checkpoint}: it holds an adapter ({ADAPTER}), which cannot be pruned. Merge it into "
-            "the model with peft's merge_and_unload, or move the file away."
+            str(checkpoint),
+            f"it holds an adapter ({ADAPTER}), which cannot be pruned",
+            "Merge it into the model with peft's merge_and_unload, or move the file away",
         )
     if not (folder / "config.json").is_file():
         raise UserError(
-            f"{checkpoint}: the folder holds no config.json. Name one that save_pretrained wrote."
+            str(checkpoint),
+            "the folder holds no config.json",
+            "Name one that save_pretrained wrote",
         )
     for file in (*folder.glob("*"), *folder.glob("*/*")):
         if file.exists() and not (file.is_file() or file.is_dir()):
-            raise UserError(f"{checkpoint}: {file} is a pipe or a device. Remove it.")
+            raise UserError(str(checkpoint), f"{file} is a pipe or a device", "Remove it")
     files = [WEIGHTS]
     if (folder / INDEX).is_file() and not (folder / WEIGHTS).is_file():
         with as_user_error(checkpoint, INDEX, "Download it again"):
@@ -82,16 +84,19 @@ def check_folder(checkpoint: Checkpoint) -> None:
     for file in files:
         if not (folder / file).is_file():
             raise UserError(
-                f"{checkpoint}: its weights lack {file}, and only safetensors are read. Download "
-                "or convert them."
+                str(checkpoint),
+                f"its weights lack {file}, and only safetensors are read",
+                "Download or convert them",
             )
         with as_user_error(checkpoint, file, "Download it again"):
             tensors += len(safe_open(folder / file, framework="pt").keys())
-    layers = LAYERS.findall((folder / "config.json").read_bytes())
+    layers = LAYER_COUNT.findall((folder / "config.json").read_bytes())
     if more := [number for number in map(int, layers) if number > tensors]:
         raise UserError(
-            f"{checkpoint}: config.json declares {more[0]} layers, but the weight files have only "
-            f"{tensors} tensors. Download the model again."
+            str(checkpoint),
+            f"config.json declares {more[0]} layers, but the weight files have only "
+            f"{tensors} tensors",
+            "Download the model again",
         )
 
 
@@ -108,8 +113,8 @@ def local_only(checkpoint: Checkpoint) -> bool:
         HfApi().model_info(checkpoint.name, timeout=TIMEOUT)
         return False
     except HFValidationError:
-        problem = "no such folder exists, and it is not a Hub id. Give owner/name or a folder."
-        raise UserError(f"{checkpoint}: {problem}") from None
+        problem = "no such folder exists, and it is not a Hub id"
+        raise UserError(str(checkpoint), problem, "Give owner/name or a folder") from None
     except Exception as error:
         cached = try_to_load_from_cache(checkpoint.name, "config.json", checkpoint.cache_dir)
         problem = hub_problem(error, "model")
@@ -153,7 +158,7 @@ def as_user_error(checkpoint: Checkpoint, what: str, fix: str) -> Iterator[None]
             what = f"{what}, which needs custom code,"
             fix = "Give --trust_remote_code to run that code, if you trust it"
         problem = f"{what} cannot be loaded ({first_line(error)})"
-        raise UserError(f"{checkpoint}: {problem}. {fix}.") from error
+        raise UserError(str(checkpoint), problem, fix) from error
 
 
 def check_complete(checkpoint: Checkpoint, info: dict) -> None:
@@ -164,14 +169,17 @@ def check_complete(checkpoint: Checkpoint, info: dict) -> None:
     missing, misfits = sorted(info["missing_keys"]), sorted(info["mismatched_keys"])
     if missing:
         raise UserError(
-            f"{checkpoint}: its weights lack {len(missing)} tensors, such as {missing[0]}. "
-            "Download it again, or correct its config.json."
+            str(checkpoint),
+            f"its weights lack {len(missing)} tensors, such as {missing[0]}",
+            "Download it again, or correct its config.json",
         )
     if misfits:
         tensor, stored, expected = misfits[0]
         raise UserError(
-            f"{checkpoint}: {tensor} is {list(stored)} in its weights, but {list(expected)} "
-            "according to config.json. Download the model again."
+            str(checkpoint),
+            f"{tensor} is {list(stored)} in its weights, but {list(expected)} according to "
+            "config.json",
+            "Download the model again",
         )
     unused = sorted(info["unexpected_keys"])
     if unused:

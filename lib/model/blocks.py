@@ -340,7 +340,9 @@ class BlockRunner:
 
     def _refused(self, what: str) -> UserError:
         kind = type(self.model).__name__
-        return UserError(f"{self.named} ({kind}): this architecture {what}. It cannot be pruned.")
+        return UserError(
+            f"{self.named} ({kind})", f"this architecture {what}", "It cannot be pruned"
+        )
 
     def _block_output(self, index: int, hidden: Tensor) -> Tensor | tuple:
         """Return hidden states in the form of block `index`'s output."""

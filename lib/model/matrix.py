@@ -17,6 +17,14 @@ from ..packed.layout import all_finite
 from ..util.errors import UserError
 
 
+def unread_of(model: nn.Module) -> frozenset[str]:
+    """Return the names of parameters and buffers that a text-only pass does not read.
+
+    They are known of every model that `skeleton` has built or `load_model` has loaded.
+    """
+    return getattr(model, "unread", frozenset())
+
+
 class SaveDtypes:
     """The dtype in which each parameter is saved, kept, fetched, sent and trained.
 
@@ -27,7 +35,7 @@ class SaveDtypes:
     def __init__(self, model: nn.Module | None = None, dtype: torch.dtype | None = None) -> None:
         self.dtype = dtype
         self.exact = frozenset(getattr(model, "_keep_in_fp32_modules_strict", None) or ())
-        self.unread = getattr(model, "unread", frozenset())
+        self.unread = unread_of(model)
 
     def of(self, name: str, parameter: Tensor) -> torch.dtype:
         """Return the dtype in which a parameter is saved; `name` is its name in the model."""
@@ -51,8 +59,8 @@ class PrunableLinear:
     is_quantized: ClassVar[bool] = False  # whether the weight holds codes instead of values
 
     @property
-    def stage(self) -> str:
-        """The parameter's name, which all of its experts share, since they are reached together."""
+    def parameter_name(self) -> str:
+        """The parameter's name in the model, which all of its experts share."""
         if self.expert is None:
             return f"{self.name}.{self.parameter}"
         return self.name.rpartition(".")[0]
@@ -74,7 +82,7 @@ class PrunableLinear:
         weight = self.raw_weight
         if weight.is_floating_point() and not all_finite(weight):
             problem = f"the weight of {self.name} holds nan or inf"
-            raise UserError(f"{model}: {problem}. Download the model again.")
+            raise UserError(model, problem, "Download the model again")
 
     def matrix(self) -> Tensor:
         """Return a contiguous float32 copy (out, in) on the weight's device."""

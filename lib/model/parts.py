@@ -21,16 +21,14 @@ from transformers.pytorch_utils import Conv1D
 
 from ..methods.sparsity import EXPERTS, NEURONS
 from ..util.errors import UserError
+from ..util.quirks import EXPERT_FIELDS, NEURON_FIELDS
 from .access import Checkpoint
 from .linears import find_linears
-from .pretrained import changed_shapes, skeleton_with
 from .quantized import stored_bits
+from .skeleton import changed_shapes, skeleton_with
 from .store import set_tensor
 
-FIELDS = {
-    NEURONS: ("intermediate_size", "n_inner", "ffn_dim", "ffn_hidden_size"),
-    EXPERTS: ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts"),
-}
+FIELDS = {NEURONS: NEURON_FIELDS, EXPERTS: EXPERT_FIELDS}
 NO_FIELD = {
     NEURONS: "no field of its config sets only the width of one MLP in each block",
     EXPERTS: "no field of its config sets the number of stacked experts in its blocks",
@@ -83,7 +81,7 @@ def find_parts(
             if layout := _layout(kind, field, config, checkpoint, model, name):
                 return layout
     raise UserError(
-        f"--sparsity_type {kind}: {checkpoint}: {why}. Use --sparsity_type unstructured."
+        f"--sparsity_type {kind}", f"{checkpoint}: {why}", "Use --sparsity_type unstructured"
     )
 
 

@@ -113,19 +113,20 @@ def check_format(
     if method == packed.METHOD:
         if changes or load_bit:
             problem = f"{changes or '--load_bit'} cannot change packed linear layers"
-            raise UserError(f"{checkpoint}: {problem}. First run {typed('unpack')} IN OUT.")
+            raise UserError(str(checkpoint), problem, f"First run {typed('unpack')} IN OUT")
         return
     if method not in FORMATS:
         raise UserError(
-            f"{checkpoint}: its weights are quantized by {method} and cannot be pruned. Name the "
-            "unquantized model; --load_bit quantizes it on loading."
+            str(checkpoint),
+            f"its weights are quantized by {method} and cannot be pruned",
+            "Name the unquantized model; --load_bit quantizes it on loading",
         )
     if load_bit:
         problem = f"{checkpoint.name} is already quantized"
-        raise UserError(f"--load_bit {load_bit}: {problem}. Leave the flag out.")
+        raise UserError(f"--load_bit {load_bit}", problem, "Leave the flag out")
     if offload:
         problem = f"{checkpoint.name} is quantized"
-        raise UserError(f"--offload_folder {offload}: {problem}. Leave the flag out.")
+        raise UserError(f"--offload_folder {offload}", problem, "Leave the flag out")
 
 
 def stored_bits(config) -> str | None:

@@ -22,7 +22,8 @@ from ..data.samples import spread
 from ..distributed.context import DistContext
 from ..util.files import PARTIAL
 from .blocks import BlockRunner
-from .pretrained import decoder_blocks, fresh_copy
+from .pretrained import fresh_copy
+from .skeleton import decoder_blocks
 
 COMPARED_WINDOWS = 64  # maximum per test set
 
@@ -36,7 +37,7 @@ def compared_windows(count: int) -> list[int]:
 
 def local_windows(count: int, dist: DistContext) -> list[int]:
     """Return the compared windows that belong to this rank."""
-    indices = range(count)[dist.share(count)]
+    indices = range(count)[dist.shard(count)]
     return [window for window in compared_windows(count) if window in indices]
 
 

@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from transformers import GenerationConfig, PretrainedConfig
 
 from ..util.errors import UserError
-from ..util.token_ids import NAMES, find_token_ids, map_token_ids
+from ..util.quirks import TOKEN_ID_FIELDS
+from ..util.token_ids import find_token_ids, map_token_ids
 from .access import Checkpoint
 from .blocks import Stop
 
@@ -72,8 +73,9 @@ def _vocabulary_sizes(config: Any) -> set[int]:
 
 def _refused(checkpoint: Checkpoint | str, what: str) -> UserError:
     return UserError(
-        f"--trim_vocabulary: {checkpoint} has {what}, so its vocabulary cannot be trimmed. Leave "
-        "the flag out."
+        "--trim_vocabulary",
+        f"{checkpoint} has {what}, so its vocabulary cannot be trimmed",
+        "Leave the flag out",
     )
 
 
@@ -113,8 +115,9 @@ def keep_rows_(model: nn.Module, rows: Tensor) -> None:
     for module, chosen in zip((embedding, *tables, head), (rows, *read, rows), strict=True):
         if not module.weight.is_floating_point():
             raise UserError(
-                f"--trim_vocabulary: the vocabulary's {type(module).__name__} is quantized to "
-                f"{module.weight.dtype}. Name the unquantized model."
+                "--trim_vocabulary",
+                f"the vocabulary's {type(module).__name__} is quantized to {module.weight.dtype}",
+                "Name the unquantized model",
             )
         for name, parameter in module.named_parameters(recurse=False):
             if tied and module is head and name == "weight":
@@ -173,7 +176,8 @@ def _renumber_(model: nn.Module, new_ids: Mapping[int, int], sizes: set[int], af
     for holder in holders.values():
         fields = {k: v for k, v in vars(holder).items() if not isinstance(v, PretrainedConfig)}
         if isinstance(holder, nn.Module):
-            fields = {k: v for k, v in fields.items() if NAMES.fullmatch(k) or "vocab_size" in k}
+            names = (k for k in fields if TOKEN_ID_FIELDS.fullmatch(k) or "vocab_size" in k)
+            fields = {name: fields[name] for name in names}
         changed = map_token_ids(fields, lambda index: new_ids.get(index, index))
         changed |= {k: after for k, v in fields.items() if "vocab_size" in k and v in sizes}
         for key, value in changed.items():

@@ -10,7 +10,7 @@ Only this file knows the contents of such a folder:
 
 The safetensors files are written to temporary names and renamed, with a digest of job.json. Only
 such files are ever read back or deleted. If blocks are fetched, the last file of each becomes a
-shard of the saved model through a second name (lib/model/pretrained.py), and the folder stays
+shard of the saved model through a second name (lib/model/saving.py), and the folder stays
 complete until `clear`. It may be OUT.partial itself: `hand_over` then leaves only the model in it.
 """
 
@@ -40,9 +40,9 @@ PRUNED, QUANTIZED, CHANGED, START = "block", "quantized", "changed", "start"  # 
 ALLOCATION, RECOVERY = "allocation", "recovery"
 
 
-def of_block(stage: str, index: int) -> str:
+def of_block(prefix: str, index: int) -> str:
     """Return the name of a block's file, without suffix."""
-    return f"{stage}-{index:05d}"
+    return f"{prefix}-{index:05d}"
 
 
 def begun_with(path: str | Path | None, name: str) -> Any:
@@ -68,11 +68,10 @@ class RunFolder:
         check_writable(flag, str(path))
         names = sorted(each.name for each in self.path.glob("*") if each.name != LOCK)
         if names and JOB not in names:
-            raise UserError(
-                f"{self.label}: it holds {names[0]}, but no {JOB}. Name another folder."
-            )
+            raise UserError(self.label, f"it holds {names[0]}, but no {JOB}", "Name another folder")
         self.path.mkdir(parents=True, exist_ok=True)
-        held = f"{self.label}: another run uses it. Name another folder, or wait for its end."
+        fix = "Name another folder, or wait for its end"
+        held = UserError(self.label, "another run uses it", fix)
         self._lock.enter_context(exclusive_lock(self.path / LOCK, held))
         self.begun: dict[str, Any] | None = None
         self.decided: dict[str, Any] = {}
@@ -83,7 +82,7 @@ class RunFolder:
             except (ValueError, TypeError) as error:
                 self._lock.close()
                 problem = f"{JOB} cannot be read ({first_line(error)})"
-                raise UserError(f"{self.label}: {problem}. Name another folder.") from error
+                raise UserError(self.label, problem, "Name another folder") from error
 
     @classmethod
     def joined(cls, label: str, path: str, digest: str) -> RunFolder:
@@ -118,8 +117,9 @@ class RunFolder:
             with suppress(OSError):
                 stage.unlink()
             raise UserError(
-                f"{self.label}: {file.name} cannot be written ({first_line(error)}). Make room, "
-                f"and continue with --resume {self.path}; earlier files are kept."
+                self.label,
+                f"{file.name} cannot be written ({first_line(error)})",
+                f"Make room, and continue with --resume {self.path}; earlier files are kept",
             ) from error
         return file
 

@@ -28,8 +28,8 @@ from ..packed.linear import SparseLinear
 from ..util.errors import UserError
 from .linears import find_linears
 from .matrix import SaveDtypes
-from .pretrained import decoder_blocks
 from .run_folder import CHANGED, PRUNED, RunFolder, of_block
+from .skeleton import decoder_blocks
 
 META = torch.device("meta")
 
@@ -71,24 +71,24 @@ class BlockStore:
         """
         yield
 
-    def get(self, index: int, stage: str = PRUNED) -> dict[str, Any] | None:
+    def get(self, index: int, prefix: str = PRUNED) -> dict[str, Any] | None:
         """Replace the block on the device by the one that an interrupted run finished.
 
         Returns its notes; None if it is not finished. Every rank must call this.
         """
-        file = of_block(stage, index)
+        file = of_block(prefix, index)
         kept = self.read_kept(file)
         if kept is None:
             return None
         tensors, notes = kept
-        block, prefix = self.blocks[index], self._prefix(index)
+        block, within = self.blocks[index], self._prefix(index)
         linears, _ = find_linears(block, f"{self.name}.{index}")
         quantized = {linear.name: linear for linear in linears if linear.is_quantized}
         for name, tensor in tensors:
             if name in quantized:
                 quantized[name].set_weight_(tensor)
             else:  # its shape may be smaller
-                parameter = block.get_parameter(name.removeprefix(prefix))
+                parameter = block.get_parameter(name.removeprefix(within))
                 parameter.data = tensor.to(parameter.device, parameter.dtype, copy=True)
         if self.finished:
             self._kept = self.finished.path / f"{file}.safetensors"
@@ -99,7 +99,7 @@ class BlockStore:
         index: int,
         notes: Mapping[str, Any],
         matrices: Mapping[str, Tensor] | None = None,
-        stage: str = PRUNED,
+        prefix: str = PRUNED,
     ) -> None:
         """Store block `index`, which is on the device, with its notes, if the run can be resumed.
 
@@ -109,11 +109,11 @@ class BlockStore:
         if not self.resumes:
             return
         if self.finished:
-            prefix, held = self._prefix(index), self._to_keep(index)
+            within, held = self._prefix(index), self._to_keep(index)
             for path, matrix in (matrices or {}).items():
-                held.pop(f"{prefix}{path}.weight")
-                held[prefix + path] = matrix
-            self._kept = self.finished.write(of_block(stage, index), held, notes)
+                held.pop(f"{within}{path}.weight")
+                held[within + path] = matrix
+            self._kept = self.finished.write(of_block(prefix, index), held, notes)
         self.dist.barrier()
 
     def read_kept(self, name: str) -> tuple[Iterator[tuple[str, Tensor]], dict[str, Any]] | None:
@@ -313,7 +313,7 @@ class FileBlockStore(BlockStore):
                     tensors |= {path: stored.get_tensor(name) for path, name in names.items()}
             except (OSError, SafetensorError) as error:
                 problem = f"block {index} cannot be read from {file} ({error})"
-                raise UserError(f"--model: {problem}. Check the disk.") from error
+                raise UserError("--model", problem, "Check the disk") from error
         return tensors
 
     def each(

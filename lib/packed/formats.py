@@ -126,7 +126,11 @@ class Int4(Values):
     stored = torch.uint8
     scaled = torch.bfloat16  # dtype of the scales
     lowest, highest = -8, 7
-    engines: tuple[str, ...] = ()  # for which `export` writes this format
+
+    @property
+    def bits_per_weight(self) -> float:
+        """Bits of a weight with its share of a scale."""
+        return self.bits + 8 * self.scaled.itemsize / self.group
 
     def tensors(self, out_features: int, in_features: int, nnz: int) -> Tensors:
         return super().tensors(out_features, in_features, nnz) | {
@@ -259,7 +263,6 @@ class Q4_0(Int4):
     title = "llama.cpp's q4_0"
     group = 32
     packs = False
-    engines = ("compressed-tensors", "mlx", "onnx")
     rule = True  # whether llama.cpp's own rule finds its scales and codes
     promise = "conversion by llama.cpp will change no value of"
 
@@ -320,7 +323,6 @@ class IQ4_NL(Q4_0):
     title = "llama.cpp's iq4_nl"
     scaled = torch.float16
     zero = False
-    engines = ()
     rule = False
     promise = "gguf --type iq4_nl will write the scales and codes of"
 

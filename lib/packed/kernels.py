@@ -3,14 +3,16 @@
 Building needs a C++ compiler and 15 to 60 seconds. The library is in a folder of the user inside
 torch's folder for extensions (TORCH_EXTENSIONS_DIR, by default ~/.cache/torch_extensions). Its name
 depends on the source and the version of torch. The processor selects AVX2 or AVX-512 at run time.
-If building fails, one line gives the reason, and the caller unpacks.
+Without the library the caller unpacks; `why_not` gives the reason, and a warning does if building
+failed.
 """
 
 from __future__ import annotations
 
 import hashlib
-import logging
 import os
+import shutil
+import subprocess
 import sys
 import tempfile
 import warnings
@@ -21,9 +23,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from .errors import PackedWarning
+from .errors import PackedError, PackedWarning
 
 SOURCE = Path(__file__).with_name("kernels.cpp")
+NO_PROCESSOR = "they are for x86-64 processors with AVX2"
+NO_COMPILER = "not found. Install a C++ compiler (g++)"
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 operator: Callable[..., Tensor]  # called by `linear`, once `ready()`, without any lookup by name
 
@@ -37,7 +41,7 @@ def supported() -> bool:
 @torch.compiler.assume_constant_result
 def ready() -> bool:
     """Return whether the kernels can be called; builds them on the first call on this machine."""
-    return _load()
+    return not why_not()
 
 
 def linear(
@@ -61,11 +65,14 @@ def linear(
 
 
 @cache
-def _load() -> bool:
-    """Register the operators with torch; return whether they exist."""
+def why_not() -> str:
+    """Register the operators with torch; return why they do not exist, or "" if they do.
+
+    The reason is NO_PROCESSOR, ends with NO_COMPILER, or is that of a build that failed.
+    """
     global operator
     if not supported():
-        return False
+        return NO_PROCESSOR
     try:  # compilers and loaders raise exceptions of all classes, none of which may end a run
         if not hasattr(torch.ops.packed_bitmask, "linear"):  # by this package under another name
             _load_or_build()
@@ -76,10 +83,12 @@ def _load() -> bool:
 
         operator = torch.ops.packed_bitmask.linear.default
     except Exception as error:
+        first = [*str(error).splitlines(), ""][0]
+        why = first if isinstance(error, PackedError) else f"{type(error).__name__}: {first}"
         line = "packed linear layers run unpacked, slowly, since their kernels cannot be built: "
-        warnings.warn(line + _compiler_error(error), PackedWarning, stacklevel=3)
-        return False
-    return True
+        warnings.warn(f"{line}{why}.", PackedWarning, stacklevel=3)
+        return why
+    return ""
 
 
 def _load_or_build() -> None:
@@ -94,26 +103,27 @@ def _load_or_build() -> None:
     try:
         return torch.ops.load_library(library)
     except OSError:  # missing or incomplete
-        from torch.utils.cpp_extension import load
-
+        compiler = (os.environ.get("CXX") or "c++").split()[0]
+    if not shutil.which(compiler):
+        raise PackedError(f"{compiler}: {NO_COMPILER}")
     print("building the kernels for packed weights, once (up to a minute)", file=sys.stderr)
-    logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)  # hides a long "not g++"
-    # finds the ninja of a virtual environment that is not activated
-    os.environ["PATH"] = os.pathsep.join(
-        [os.environ.get("PATH", ""), str(Path(sys.executable).parent)]
-    )
-    # only for the compiler: torch has OpenMP loaded; Apple's compiler has none
-    flags = ["-O2", *([] if sys.platform == "darwin" else ["-fopenmp"])]
     with tempfile.TemporaryDirectory(dir=folder, ignore_cleanup_errors=True) as work:
-        options = {"extra_cflags": flags, "build_directory": work, "is_python_module": False}
-        load(library.stem, str(SOURCE), **options)
+        _build(library.stem, work)
         os.replace(Path(work, library.name), library)
+    torch.ops.load_library(library)
 
 
-def _compiler_error(error: Exception) -> str:
-    """Return the cause, in one line, from a compiler's output without its command."""
-    first, *output = str(error).strip().splitlines() or [""]
-    wrong = [line.strip() for line in output if "error:" in line or "not found" in line]
-    if first.startswith("Error building extension") and wrong:
-        return f"{wrong[0]}. Install a C++ compiler (g++)."
-    return f"{type(error).__name__}: {first}" if first else type(error).__name__
+def _build(name: str, folder: str) -> None:
+    """Compile SOURCE to FOLDER/NAME.so, in a process of its own. Raises PackedError."""
+    # the torch that is loaded here, wherever this program has found it
+    path = [str(Path(torch.__file__).parents[1]), *filter(None, [os.environ.get("PYTHONPATH")])]
+    done = subprocess.run(
+        [sys.executable, "-P", SOURCE.with_name("build_kernels.py"), name, SOURCE, folder],
+        env=os.environ | {"PYTHONPATH": os.pathsep.join(path)},
+        capture_output=True,
+        text=True,
+        errors="replace",
+    )
+    if done.returncode:
+        lines = done.stderr.strip().splitlines() or [f"the compiler ended with {done.returncode}"]
+        raise PackedError(lines[-1])

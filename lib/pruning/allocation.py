@@ -188,27 +188,28 @@ def read_layers(
     try:
         shares = json.loads(Path(file).read_text("utf-8"))
     except (OSError, ValueError) as error:
-        raise UserError(f"{flag}: it is not JSON ({first_line(error)}). Name another.") from error
+        problem = f"it is not JSON ({first_line(error)})"
+        raise UserError(flag, problem, "Name another") from error
     linears = sum((find_linears(b, f"{blocks_name}.{i}")[0] for i, b in enumerate(blocks)), [])
     names, m = [linear.name for linear in linears], sparsity.m
     if not isinstance(shares, dict) or set(shares) != set(names):
         shares = shares if isinstance(shares, dict) else {}
         wrong = next((name for name in names if name not in shares), None)
         problem = f"lacks {wrong}" if wrong else f"names {next(iter(set(shares) - set(names)))}"
-        raise UserError(f"{flag}: it {problem}. Give {{layer: share of zeros}} of this model.")
+        raise UserError(flag, f"it {problem}", "Give {layer: share of zeros} of this model")
     for name, share in shares.items():
         number = isinstance(share, int | float) and not isinstance(share, bool)
         if not number or not 0 <= share < 1 or (m and share * m != int(share * m)):
             must = f"a multiple of 1/{m}" if m else "a number"
-            raise UserError(f"{flag}: {name} is {share!r}. Give {must} of at least 0 and below 1.")
+            fix = f"Give {must} of at least 0 and below 1"
+            raise UserError(flag, f"{name} is {share!r}", fix)
     sizes = {weight_key(one): (shares[one.name], prod(one.shape)) for one in reversed(linears)}
     total = sum(size for _, size in sizes.values())
     mean = sum(share * size for share, size in sizes.values()) / total
     if abs(mean - sparsity.ratio) > TOTAL_TOLERANCE:
-        raise UserError(
-            f"{flag}: it prunes {mean:.4g} of all weights, but --sparsity_ratio is "
-            f"{sparsity.ratio:g}. Make them equal."
-        )
+        asked = f"--sparsity_ratio is {sparsity.ratio:g}"
+        problem = f"it prunes {mean:.4g} of all weights, but {asked}"
+        raise UserError(flag, problem, "Make them equal")
     if m:
         return {name: Sparsity(share, int(share * m), m) for name, share in shares.items()}
     return {name: Sparsity(float(share)) for name, share in shares.items()}

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Container, Mapping
+from typing import Any
 
 from ..methods.sparsity import Sparsity
 from ..model.blocks import BlockRunner
 from ..util.errors import UserError
 
 
-class Measured:
+class SparsityCheck:
     """Numbers of zeros and of weights in every linear layer of the decoder blocks, by name.
 
     If `target` is given, each layer must have that sparsity; layers named in `left_dense` are only
@@ -37,28 +38,28 @@ class Measured:
                 if short := int((zeros < n).count_nonzero()):
                     groups = zero.numel() // m
                     problem = f"{short} of {groups} groups are not {n}:{m}"
-                    raise UserError(f"{name}: {problem}. Please report this.")
+                    raise UserError(name, problem, "Please report this")
             # methods round counts down, once per row or block of columns
             elif ratio * zero.numel() - self.zeros[name] > max(linear.shape):
-                raise UserError(
-                    f"{name}: only {zero.float().mean():.4f} of its weights are zero, but "
-                    f"{ratio:g} was requested. Please report this."
-                )
+                share = f"only {zero.float().mean():.4f} of its weights are zero"
+                problem = f"{share}, but {ratio:g} was requested"
+                raise UserError(name, problem, "Please report this")
 
     @property
     def overall(self) -> float:
         """Share of zeros among the weights of all linear layers."""
         return sum(self.zeros.values()) / max(1, sum(self.sizes.values()))
 
-    def shares(self) -> dict:
+    def record(self) -> dict[str, Any]:
+        """Return the shares of zeros, of all layers and of each, as in results.json."""
         shares = {name: round(self.zeros[name] / self.sizes[name], 6) for name in self.sizes}
         return {"overall": self.overall, "linears": shares}
 
-    def again(self, runner: BlockRunner) -> Measured:
+    def recheck(self, runner: BlockRunner) -> SparsityCheck:
         """Measure the current model. Raises UserError if a layer is less sparse than at first."""
-        now = Measured(runner, self.target, self.left_dense)
+        now = SparsityCheck(runner, self.target, self.left_dense)
         for name, zeros in self.zeros.items():
             if now.zeros[name] < zeros:
                 lost = zeros - now.zeros[name]
-                raise UserError(f"{name}: it has lost {lost} zeros. Please report this.")
+                raise UserError(name, f"it has lost {lost} zeros", "Please report this")
         return now

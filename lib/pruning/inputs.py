@@ -44,6 +44,7 @@ class Group:
 
     `sample`: this process's sample of tokens; `rows` (n, in): that of all processes.
     `output_squares`, if the method needs them: sums over outputs by layer (out,), float64.
+    `name`: of a module of experts, a group without linear layers.
     """
 
     linears: list[PrunableLinear]
@@ -51,6 +52,7 @@ class Group:
     sample: TokenSample = field(default_factory=TokenSample)
     rows: Tensor | None = None
     output_squares: dict[str, Tensor] = field(default_factory=dict)
+    name: str = ""
 
     def observe(self, x: Tensor, **target: Tensor) -> None:
         """Add x (tokens, in) to the sample and to the method's sums (lib/methods/base.py)."""
@@ -64,7 +66,7 @@ class Group:
 
     @property
     def names(self) -> str:
-        return ", ".join(linear.name for linear in self.linears)
+        return self.name or ", ".join(linear.name for linear in self.linears)
 
     @property
     def cost(self) -> float:
@@ -79,7 +81,7 @@ class Group:
         Without tokens: magnitude. With fewer tokens than inputs X^T X is singular, and its
         inverse mostly damping, so Wanda's score is used, from the diagonal of X^T X.
         """
-        if self.linears[0].expert is None:
+        if not self.linears or self.linears[0].expert is None:
             return None
         if self.method.tokens == 0:
             return "magnitude"
@@ -102,7 +104,7 @@ def rank_windows(windows: Tensor, dist: DistContext) -> tuple[Tensor, bool]:
 
     An idle process has no windows and runs a dummy window, whose statistics are not counted.
     """
-    local = windows[dist.share(len(windows))]
+    local = windows[dist.shard(len(windows))]
     idle = not len(local)
     return windows[:1] if idle else local, idle
 
@@ -177,8 +179,9 @@ def merge(
     experts = [linear.name for linear in stage if linear.expert is not None]
     if experts and not reached.intersection(experts):
         raise UserError(
-            f"{experts[0]} and all experts beside it: no calibration token was routed to them. "
-            "Use more or other text (--calibration_data, --nsamples)."
+            f"{experts[0]} and all experts beside it",
+            "no calibration token was routed to them",
+            "Use more or other text (--calibration_data, --nsamples)",
         )
     tokens.update({(name,): 0 for name in experts if name not in reached})
     merged = []
@@ -225,9 +228,9 @@ def check_widths(blocks: nn.ModuleList, blocks_name: str, sparsity: Sparsity) ->
         for linear in find_linears(block, f"{blocks_name}.{index}")[0]:
             if linear.shape[1] % sparsity.m:
                 raise UserError(
-                    f"--sparsity_type {sparsity.n}:{sparsity.m}: {linear.name} has "
-                    f"{linear.shape[1]} inputs, not a multiple of {sparsity.m}. Use "
-                    "--sparsity_type unstructured."
+                    f"--sparsity_type {sparsity.n}:{sparsity.m}",
+                    f"{linear.name} has {linear.shape[1]} inputs, not a multiple of {sparsity.m}",
+                    "Use --sparsity_type unstructured",
                 )
 
 

@@ -50,7 +50,8 @@ def unpacked(masks: Packed) -> dict[str, Tensor]:
 def check_new_file(flag: str, file: str) -> None:
     """Raise UserError if a file of masks could not be written."""
     if Path(file).is_dir():
-        raise UserError(f"{flag} {file}: it is a folder. Name a file, such as masks.safetensors.")
+        fix = "Name a file, such as masks.safetensors"
+        raise UserError(f"{flag} {file}", "it is a folder", fix)
     check_writable(flag, str(Path(file).parent))
 
 
@@ -58,24 +59,25 @@ def write_masks(file: str | Path, masks: Packed) -> None:
     """Write masks to a safetensors file atomically."""
     shapes = {name: list(shape) for name, (shape, _) in masks.items()}
     file = Path(file)
-    stage = file.with_name(f".{file.name}.partial")
-    stage.parent.mkdir(parents=True, exist_ok=True)
+    partial = file.with_name(f".{file.name}.partial")
+    partial.parent.mkdir(parents=True, exist_ok=True)
     tensors = {name: bits for name, (_, bits) in masks.items()}
-    save_file(tensors, stage, {SHAPES: json.dumps(shapes)})
-    stage.replace(file)
+    save_file(tensors, partial, {SHAPES: json.dumps(shapes)})
+    partial.replace(file)
 
 
 def read_masks(file: str | Path) -> dict[str, Tensor]:
-    """Return {layer: bool (out, in)} from a file of --save_masks, True where a weight is pruned.
+    """Return {layer: bool (out, in)} from a file of --save_masks, True where a weight is pruned."""
+    return unpacked(read_packed(file))
 
-    Raises UserError for any other file.
-    """
+
+def read_packed(file: str | Path) -> Packed:
+    """Return what `write_masks` wrote. Raises UserError for any other file."""
     try:
         with safe_open(str(file), "pt") as opened:
             shapes = json.loads((opened.metadata() or {})[SHAPES])
             masks = {name: (tuple(shapes[name]), opened.get_tensor(name)) for name in opened.keys()}
-        return unpacked(masks)
+        return masks
     except (OSError, SafetensorError, KeyError, ValueError) as error:
-        raise UserError(
-            f"{file}: --save_masks did not write it ({error}). Name another."
-        ) from error
+        problem = f"--save_masks did not write it ({error})"
+        raise UserError(str(file), problem, "Name another") from error

@@ -61,23 +61,23 @@ def find_order(
 
     Layers that the first batch does not reach form a stage at the end.
     """
-    reached: list[tuple[Tensor, list[str]]] = []  # an input, and `linear.stage` of its receivers
+    reached: list[tuple[Tensor, list[str]]] = []  # an input, and parameters that receive it
 
     def see(linear: PrunableLinear, x: Tensor) -> None:
-        if any(linear.stage in names for _, names in reached):
+        if any(linear.parameter_name in names for _, names in reached):
             return
         names = next((names for tensor, names in reached if same(tensor, x)), None)
         if names is None:
-            reached.append((x, [linear.stage]))
+            reached.append((x, [linear.parameter_name]))
         else:
-            names.append(linear.stage)
+            names.append(linear.parameter_name)
 
     _, run = next(runner.iter_batches(states, index))
     with watch_inputs(linears, see):
         run()
-    stages = [[linear for linear in linears if linear.stage in names] for _, names in reached]
+    stages = [[one for one in linears if one.parameter_name in names] for _, names in reached]
     placed = {name for _, names in reached for name in names}
-    if rest := [linear for linear in linears if linear.stage not in placed]:
+    if rest := [linear for linear in linears if linear.parameter_name not in placed]:
         stages.append(rest)
     order = []
     for place, stage in enumerate(stages):

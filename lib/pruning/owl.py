@@ -65,7 +65,8 @@ def by_outliers(
                 if index + 1 < len(runner.blocks):
                     runner.advance_(states, index)
             on_progress(1)
-    chosen = dict(zip(shares, spread([*shares.values()], [*sizes.values()], sparsity), strict=True))
+    each = owl_sparsities([*shares.values()], [*sizes.values()], sparsity)
+    chosen = dict(zip(shares, each, strict=True))
     return {name: chosen.get(block_of.get(name), sparsity) for name in first}
 
 
@@ -84,7 +85,7 @@ def outlier_share(scores: Callable[[], Iterable[Tensor]]) -> float:
     return float(above) / count
 
 
-def spread(shares: list[float], sizes: list[int], sparsity: Sparsity) -> list[Sparsity]:
+def owl_sparsities(shares: list[float], sizes: list[int], sparsity: Sparsity) -> list[Sparsity]:
     """Return the sparsity of blocks with these sizes (in weights) and shares of outliers."""
     low, high, total = min(shares), max(shares), sum(sizes)
     ratio, m = sparsity.ratio, sparsity.m

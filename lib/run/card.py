@@ -23,7 +23,7 @@ from ..packed.formats import GRIDS
 from ..util.command import one_line
 from ..util.errors import UserError, first_of
 from ..util.markdown import escape, padded_table
-from .flags import command_words
+from .flags import command_words, named
 from .flags import packed as packed_by
 from .plan import PRUNED_BEFORE
 from .results import is_trained
@@ -71,14 +71,14 @@ CONVERTED = """\
 FIGURES = {
     "bits_per_byte": ("bits per byte", ".4f"),
     "perplexity": ("perplexity", ".4f"),
-    "kl": ("KL from dense, nats per token", ".4f"),
+    "kl": ("KL from {}, nats per token", ".4f"),
     "top1_agreement": ("top-1 agreement", ".2%"),
-    "loss_change": ("loss over dense, nats per token", "+.4f"),  # paired by window
+    "loss_change": ("loss over {}, nats per token", "+.4f"),  # paired by window
 }
+# columns of its table; DENSE_COLUMN is the first if no vocabulary was trimmed
+FIRST_COLUMN, DENSE_COLUMN, TRIMMED_COLUMN = "original", "dense", "trimmed"
+EARLY_COLUMN, OWN_COLUMN = "before training", "this model"
 LANGUAGE_OF_SET = {"ubertext": "uk", "c4": "en", "fineweb": "en", "wikitext2": "en"}
-# flags that change neither weights nor figures, or that name a place on this machine
-NOT_SHOWN = set("save resume offload_folder cache_dir device debug".split())
-NOT_SHOWN |= {"completions", "tasks", "include_path"}
 
 
 def model_card(results: Mapping[str, Any], sources: Sequence[str], online: bool = False) -> str:
@@ -207,52 +207,68 @@ def _what_was_done(results: Mapping[str, Any]) -> str:
     return ", ".join(words for key, words in steps.items() if done[key]) or "saved as it was"
 
 
-def figures_table(results: Mapping[str, Any]) -> str:
-    """Return the table of figures: their names, the dense model's if known, and this model's.
+def figures_table(
+    results: Mapping[str, Any],
+    original: Mapping[str, Any] | None = None,
+    more: Mapping[str, Mapping[str, str]] | None = None,
+) -> str:
+    """Return the table of figures, with a column for each model: FIRST, or DENSE, to OWN_COLUMN.
 
-    If this run trimmed the vocabulary, the dense model is the trimmed one, and a column before it
-    has the original. If it did nothing else, the trimmed model is this one.
+    The dense model is the original, or the trimmed one if this run trimmed the vocabulary; it has a
+    column of its own then, unless nothing else was done. `original` are the results of a run on the
+    untrimmed model, `more` further rows: {row: {column: cell}}, also of other columns.
     """
-    rows, untrained = [], results.get("recovery", {}).get("before", {})
     trimmed = results.get("vocabulary") or {}
     costs = [trimmed.get(f"bits_per_byte_{name}") for name in ("original", "trimmed")]
-    is_all = costs[0] and not any("dense" in test for test in results["evaluation"])
+    first = FIRST_COLUMN if costs[0] or original else DENSE_COLUMN
+    compares = any("dense" in test for test in results["evaluation"])
+    dense = (TRIMMED_COLUMN if compares else OWN_COLUMN) if costs[0] else first
+    table: dict[str, dict[str, str]] = {}
+
+    def add(row: str, cells: Mapping[str, str]) -> None:
+        table.setdefault(row, {}).update({name: cell for name, cell in cells.items() if cell})
+
+    if costs[0]:
+        name = f"{escape(trimmed['measured_on']['name'])}, a sample, bits per byte"
+        add(name, {first: f"{costs[0]:.4f}", dense: f"{costs[1]:.4f}"})
+    untrained = results.get("recovery", {}).get("before", {}) if is_trained(results) else {}
+    of_original = {test["name"]: test for test in (original or {}).get("evaluation", [])}
     for test in results["evaluation"]:
-        dense, of = dict(test.get("dense") or {}), ""
+        name, reference = escape(test["name"]), dict(test.get("dense") or {})
+        before = dict(untrained.get(test["name"]) or {})
         if "compared_perplexity" in test:
-            pair = (dense.pop("perplexity"), test["compared_perplexity"])
-            of = f" on {test['compared_windows']} windows"
-            name = f"{escape(test['name'])}, perplexity{of}"
-            rows.append([name, *(f"{value:.4f}" for value in pair)])
+            row = f"{name}, perplexity on {test['compared_windows']} windows"
+            compared = {dense: reference.pop("perplexity")}
+            compared |= {EARLY_COLUMN: before.pop("perplexity", None)}
+            compared |= {OWN_COLUMN: test["compared_perplexity"]}
+            add(row, {each: f"{value:.4f}" for each, value in compared.items() if value})
+        models = {first: of_original.get(test["name"], {})}
+        models[dense] = models.get(dense, {}) | reference
+        models |= {EARLY_COLUMN: before, OWN_COLUMN: test}
         for key, (words, form) in FIGURES.items():
             if key in test:
-                pair = (_with_error(each, key, form) for each in (dense, test))
-                rows.append([f"{escape(test['name'])}, {words}", *pair])
-        if before := untrained.get(test["name"]):
-            name = f"{escape(test['name'])}, perplexity before training{of}"
-            rows.append([name, "", f"{before['perplexity']:.4f}"])
+                cells = {each: _with_error(one, key, form) for each, one in models.items()}
+                add(f"{name}, {words.format(dense)}", cells)
     for answers in results.get("answers", []):
         words = {"ended": "answers that end", "in_language": "answers in the language"}
         words |= {"tokens": f"tokens of an answer, at most {answers['limit']}"}
         for key, each in words.items():
-            pair = (answers.get(name, {}).get(key) for name in ("dense", "model"))
             of = f", of {answers['prompts']}" * (key != "tokens")
-            cells = ("" if value is None else f"{value:.0f}" for value in pair)
-            rows.append([f"{escape(answers['test'])}, {each}{of}", *cells])
+            models = {dense: answers.get("dense"), OWN_COLUMN: answers.get("model")}
+            cells = {name: f"{one[key]:.0f}" for name, one in models.items() if one}
+            add(f"{escape(answers['test'])}, {each}{of}", cells)
     if "saved_bytes" in results:
-        names = ("trimmed_bytes" if costs[0] and not is_all else "dense_bytes", "saved_bytes")
-        sizes = (results.get(name) for name in names)
-        rows.append(["MB", *(f"{size / 1e6:,.1f}" if size else "" for size in sizes)])
-    if not costs[0]:
-        return padded_table(["", "dense", "this model"], rows)
-    name = f"{escape(trimmed['measured_on']['name'])}, a sample, bits per byte"
-    first = [name, *(f"{cost:.4f}" for cost in costs)]
-    if is_all:
-        return padded_table(["", "original", "this model"], [first, *rows])
-    rows = [[row[0], "", *row[1:]] for row in rows]
-    if rows[-1][0] == "MB":
-        rows[-1][1] = f"{results['dense_bytes'] / 1e6:,.1f}" if results.get("dense_bytes") else ""
-    return padded_table(["", "original", "trimmed", "this model"], [[*first, ""], *rows])
+        columns = {first: "dense_bytes", OWN_COLUMN: "saved_bytes"}
+        columns |= {dense: "trimmed_bytes"} if dense == TRIMMED_COLUMN else {}
+        sizes = {name: results.get(key) for name, key in columns.items()}
+        add("MB", {name: f"{size / 1e6:,.1f}" for name, size in sizes.items() if size})
+    for row, cells in (more or {}).items():
+        add(row, cells)
+    used = {name for cells in table.values() for name in cells} | {first, OWN_COLUMN}
+    order = [name for name in (first, TRIMMED_COLUMN, EARLY_COLUMN, OWN_COLUMN) if name in used]
+    order += sorted(used - {*order})
+    body = [[row, *(cells.get(name, "") for name in order)] for row, cells in table.items()]
+    return padded_table(["", *order], body)
 
 
 def _with_error(figures: Mapping[str, Any], key: str, form: str) -> str:
@@ -286,7 +302,8 @@ def notes(results: Mapping[str, Any]) -> Iterator[str]:
 
 def _command(flags: Mapping[str, Any]) -> str:
     """Return the command line, without defaults and with names for paths."""
-    shown = {name: value for name, value in flags.items() if name not in NOT_SHOWN}
+    hidden = named(in_card=False)
+    shown = {name: value for name, value in flags.items() if name not in hidden}
     shown["save_model"] = shown.get("save_model") and Path(shown["save_model"]).name
     return one_line(shlex.join(map(_public, command_words(shown))))
 

@@ -40,8 +40,8 @@ from ..util.files import check_new_folder, check_writable, partial_of
 from ..util.host import gib
 from ..util.progress import quiet
 from ..vocabulary import TrimmedVocabulary, trim_vocabulary
-from .fingerprint import fingerprint, first_difference
-from .flags import shown
+from .fingerprint import EARLIER, fingerprint, first_difference
+from .flags import named, shown
 from .job import Job
 from .plan import Plan
 from .save import CARD
@@ -153,7 +153,7 @@ def _open_model(args: argparse.Namespace, plan: Plan, longest: int) -> Job:
     )
     config = pretrained.load_config(checkpoint)
     checkpoint = checkpoint.pinned(config)
-    changing = ("prune_method", "recover", "quantize", "replace_sparse_layers")
+    changing = named(changes_alone=True)
     check_format(
         checkpoint,
         config,
@@ -379,7 +379,7 @@ def _open_folder(job: Job, flag: str, path: str, pruning: dict[str, Any]) -> Job
     """Open a folder of finished blocks, in the main rank."""
     check_room(job, flag, path)
     store = RunFolder(flag, path)
-    changed, problem = store.begun and first_difference(store.begun, pruning), None
+    changed, problem = store.begun and first_difference(EARLIER | store.begun, pruning), None
     if store.begun is not None and flag != "--resume":
         problem = f"it holds the state of an unfinished run. Add --resume {path} to continue it, "
         problem += "or remove the folder."

@@ -10,6 +10,7 @@ import re
 import sys
 
 from ..util.command import CALLED, PACKAGE, Parser, main_of, run
+from ..util.errors import UserError
 
 LIST = """\
 NAME ..., where NAME is a command; NAME --help lists its flags
@@ -49,7 +50,8 @@ def start(argv: list[str]) -> None:
     elif name == "--version":
         print(f"langprune {__version__}")
     elif name not in NAMES:
-        Parser().error(f"{name}: no such command exists. List all with {called} --help.")
+        fix = f"List all with {called} --help"
+        Parser().error(str(UserError(name, "no such command exists", fix)))
     else:
         main_of(program(name))(argv)
 

@@ -2,10 +2,10 @@
 
 An interrupted run is resumed only with the same fingerprint, and all ranks of a job must have the
 same. A sweep skips a run that was finished with it. Flags that change the result count by value;
-models and texts count by content. Paths and the version of this program do not count. The code of
-the pruning method and of the quantizer counts, by revision and source. On one machine and with as
-many threads, the same fingerprint gives the same bytes; another processor or number of threads
-changes rounding.
+models and texts count by content, paths do not count. The version of this program counts, and the
+revision of the pruning method and of the quantizer; a method in a user's file counts by content. On
+one machine and with as many threads, the same fingerprint gives the same bytes; another processor
+or number of threads changes rounding.
 """
 
 from __future__ import annotations
@@ -20,19 +20,21 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from .. import __version__
 from ..methods.gptq import GPTQ
-from ..methods.registry import is_file, label, source_digest
+from ..methods.registry import is_file, label, split_file
 from ..methods.sparsity import ALLOCATIONS
 from ..model.pretrained import dtype_name
-from .flags import FIGURES, NO_RESULT
+from .flags import FIGURES, MODEL, named
 from .job import Job
 
 PACKAGES = "torch transformers tokenizers datasets accelerate numpy bitsandbytes".split()
 DECIDING = "torch", "transformers", "tokenizers", "numpy"  # versions that may change bytes
+VERSION = "version of langprune"
+EARLIER = {VERSION: "before 0.4"}  # which did not write it
 WEIGHTS = "*.safetensors"
 SETTINGS = "*.json", "*.jinja", "*.model", "*.txt", "*.tiktoken"  # tokenizer and generation
 SETTINGS_BYTES = 2**26  # limit of a settings file; larger files, such as logs, do not count
-CALIBRATION = "seed", "nsamples"
 
 
 def fingerprint(job: Job, weights: bool) -> dict[str, dict[str, Any]]:
@@ -43,15 +45,17 @@ def fingerprint(job: Job, weights: bool) -> dict[str, dict[str, Any]]:
     machine reads them. Every rank must call this.
     """
     args, plan, texts, dist = job.args, job.plan, job.texts, job.dist
-    read = {"--model": job.config, "--teacher": job.teacher_config}
-    read = {flag: (vars(args)[flag[2:]], config) for flag, config in read.items() if config}
+    read = {"--model": (args.model, job.config)}
+    if job.teacher_config:
+        read["--teacher"] = args.teacher, job.teacher_config
     digests = None
     if weights and dist.local_rank == 0:
         digests = {f"weights of {flag}": _content(*each, WEIGHTS) for flag, each in read.items()}
     digests = dist.of_machine(digests)
-    uncounted = [*NO_RESULT, *FIGURES, *(() if job.plan.calibrated else CALIBRATION)]
-    counted = {f"--{name}": value for name, value in vars(args).items() if name not in uncounted}
-    pruning = counted | {
+    uncounted = [] if job.plan.calibrated else named(step="draw")
+    counted = [name for name in named(decides=MODEL) if name not in uncounted]
+    pruning = {VERSION: __version__} | {f"--{name}": getattr(args, name) for name in counted}
+    pruning |= {
         "--seed": args.seed if job.plan.calibrated or texts.training else None,
         "--dtype": f"{dtype_name(job.dtype)}, saved as {dtype_name(job.save_dtype)}",
         "--seqlen": job.seqlen,
@@ -68,16 +72,17 @@ def fingerprint(job: Job, weights: bool) -> dict[str, dict[str, Any]]:
         if job.schedule.windows > job.schedule.windows_alone:  # more than one process takes
             pruning["windows of a step of --recover"] = job.schedule.windows
     if plan.method:
-        source = source_digest(plan.method_class, "prune.py", "remove.py")
-        pruning["source of --prune_method"] = source
+        pruning["revision of --prune_method"] = plan.method_class.revision
         if is_file(plan.method):
             pruning["--prune_method"] = label(plan.method)
+            file, _ = split_file(plan.method)
+            pruning["file of --prune_method"] = _digest([Path(file)], named=False)
         if plan.allocation not in ALLOCATIONS:
             pruning["--allocation"] = f"layers {_digest([Path(plan.allocation)], named=False)}"
     if plan.quantizes:
-        pruning["source of --quantize"] = source_digest(GPTQ, "prune.py", "quantize.py")
+        pruning["revision of --quantize"] = GPTQ.revision
     pruning |= {f"version of {name}": versions()[name] for name in DECIDING}
-    measuring = {f"--{name}": getattr(args, name) for name in FIGURES}
+    measuring = {f"--{name}": getattr(args, name) for name in named(decides=FIGURES)}
     measuring["--batch_size"] = job.batch_size  # changes the rounding of sums
     measuring["tokenizer of --model"] = _content(args.model, job.config, *SETTINGS)
     for test in texts.tests:

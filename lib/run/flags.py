@@ -1,14 +1,16 @@
 """The command line of main.py: its flags, and which of them contradict each other.
 
-A flag decides the result unless it is listed in NO_RESULT or FIGURES: --resume, the ranks of one
-job and a sweep rely on this through lib/run/fingerprint.py. This module imports neither torch nor
-transformers, so `--help` answers at once.
+A flag is one entry of GROUPS, with all that a run, a sweep, a report and a card must know of it;
+other modules ask `named` for the flags with a fact. `decides` is part of the promise that a run is
+resumed, and skipped by a sweep, only if its result is the same. This module imports neither torch
+nor transformers, so `--help` answers at once.
 """
 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from datetime import date
 from functools import cache
 from pathlib import Path
@@ -24,6 +26,7 @@ from ..methods.sparsity import (
     Sparsity,
 )
 from ..util.command import Parser, typed
+from ..util.errors import UserError
 
 DESCRIPTION = """\
 Prune and quantize a Hugging Face causal language model for one language, with text in that
@@ -39,14 +42,14 @@ examples:
     {0} --model MODEL --trim_vocabulary --quantize q4_0 --calibration_data TEXTS --save_model OUT
 """
 
-# flags left out of the fingerprint: models and texts are hashed by content, and device or batch
-# size change results only by rounding
-NO_RESULT = "model calibration_data column prune_on_c4 vocabulary_data teacher eval_data".split()
-NO_RESULT += (
-    "include_path cache_dir device batch_size offload_folder completions save save_model".split()
-)
-NO_RESULT += ["resume", "debug", "save_masks"]
-FIGURES = ["tasks", "eval_windows"]  # flags that change the evaluation, not the model
+# what a flag decides, and so how lib/run/fingerprint.py counts it
+MODEL = "model"  # by its value
+FIGURES = "figures"  # by its value, but for the figures alone
+CONTENT = "content"  # a text or model that is named: by its content
+NOTHING = "nothing"  # not; device and batch size change results only by rounding
+CHANGING = set("prune allocate quantize pack recover save continue".split())  # steps
+SWEEP, COMPRESS = ("sweep",), ("compress",)
+BOTH = SWEEP + COMPRESS
 
 FEWEST_ZEROS = 1 / 16  # packing pays for one bit per weight only above this share of zeros
 
@@ -84,6 +87,218 @@ def _one_of(names: tuple[str, ...], ends: str, more: str) -> Callable[[str], str
 METHOD = _one_of((*METHODS, *EXPERT_METHODS), ".py:", "FILE.py:CLASS")
 
 
+@dataclass(frozen=True)
+class Flag:
+    """A flag of main.py: how it is read, and what it means for a run, a sweep and the outputs."""
+
+    name: str
+    step: str  # of a run: "load", "read", "draw", "trim", "prune", ...; "execute" is all of them
+    about: str  # for --help, without the default
+    default: Any = None  # False: a switch
+    parse: Callable[[str], Any] | None = None
+    choices: tuple[str, ...] | None = None
+    metavar: str | None = None
+    several: bool = False  # takes one value or more
+    shown: str | None = None  # in --help instead of the default
+    required: bool = False
+    needs: tuple[str, ...] = ()  # flags of which one is required
+    excludes: Mapping[str, str] = field(default_factory=dict)  # {flag: why not both}
+    decides: str = MODEL
+    set_by: tuple[str, ...] = ()  # commands that set it, so that it cannot be passed on to them
+    doing: str = ""  # of the flag that asks for its step: what the run does then, in messages
+    smaller: tuple[Any, ...] = ()  # values with which its step takes less memory
+    folder: bool = False  # names a folder that must not be inside --save_model
+    output: bool = False  # names what the run writes besides --save; two runs cannot share it
+    in_card: bool = True  # in the command that the model card shows
+    has_column: bool = False  # a column of the report shows it, not a note
+
+    @property
+    def changes(self) -> bool:
+        """Whether it is of a step that a run without changes to the blocks does not have."""
+        return self.step in CHANGING
+
+    @property
+    def changes_alone(self) -> bool:
+        """Whether the blocks' weights change, or how they are saved, with this flag alone."""
+        return bool(self.doing) and not self.needs
+
+    def add_to(self, group: Any) -> None:
+        """Declare the flag in a group of an argparse parser."""
+        shown = self.default if self.shown is None else self.shown
+        if self.default is False:
+            options: dict[str, Any] = dict(action="store_true")
+        else:
+            options = dict(type=self.parse, nargs="+" if self.several else None)
+            options |= dict(choices=self.choices, metavar=self.metavar, required=self.required)
+        about = self.about
+        if shown is not None and shown is not False:
+            about += f" (default: {shown})"
+        group.add_argument(
+            f"--{self.name}", default=self.default, help=about.replace("%", "%%"), **options
+        )
+
+
+# fmt: off
+GROUPS: dict[str, list[Flag]] = {
+"model": [
+    Flag("model", "load", "Hub id (owner/name) or local folder", required=True,
+         decides=CONTENT, set_by=SWEEP, folder=True),
+    Flag("cache_dir", "load", "folder for weights from the Hub", metavar="FOLDER",
+         shown="the Hub's cache", decides=NOTHING, in_card=False),
+    Flag("load_bit", "load", "quantize on loading with bitsandbytes: 4 (NF4) or 8 (LLM.int8) bits "
+         "per weight", choices=("4", "8")),
+    Flag("text_only", "save", "save without vision and audio parts; requires --save_model", False,
+         needs=("save_model",),
+         excludes={"load_bit": "parts of a quantized model cannot be removed"}),
+    Flag("trust_remote_code", "load",
+         "run Python code that comes with the model, if you trust it", False),
+],
+"data": [
+    Flag("calibration_data", "draw", "ubertext, c4, a Hub dataset, a file or a folder; "
+         "SOURCE=WEIGHT mixes several", several=True, metavar="SOURCE", shown="ubertext",
+         decides=CONTENT, set_by=BOTH),
+    Flag("prune_on_c4", "draw", "calibrate on English C4; the test text stays UberText", False,
+         excludes={"calibration_data": "it is short for --calibration_data c4"},
+         decides=CONTENT, set_by=SWEEP, has_column=True),
+    Flag("nsamples", "draw", "number of calibration windows", 128, POSITIVE, metavar="N"),
+    Flag("seed", "draw", "seed of the random draw of the windows", 0, int,
+         set_by=SWEEP, has_column=True),
+    Flag("seqlen", "read", "tokens per calibration or test window", parse=WINDOW,
+         metavar="TOKENS", shown="the model's limit, at most 4096"),
+    Flag("column", "read", "column that holds the texts", "text", metavar="NAME",
+         decides=CONTENT),
+    Flag("bos", "read", "start windows with BOS; auto: if the dense model needs it; never: as "
+         "published", "auto", choices=("auto", "never")),
+    Flag("no_chat_template", "read", "read dialogues as plain text, without the chat template",
+         False),
+    Flag("date", "read", "date for chat templates that write one", metavar="YYYY-MM-DD",
+         parse=lambda text: str(date.fromisoformat(text)),
+         shown="today, or that of the resumed run"),
+],
+"pruning": [
+    Flag("prune_method", "prune", f"one of {', '.join(METHODS)}; for experts "
+         f"{', '.join(EXPERT_METHODS)}; or FILE.py:CLASS", parse=METHOD, metavar="METHOD",
+         set_by=SWEEP, doing="pruning", smaller=("sparsegpt", "wanda"), has_column=True),
+    Flag("sparsity_ratio", "prune", "share of weights, neurons or experts to prune, at least 0 "
+         "and below 1; N:M requires N/M", 0.5, float, metavar="SHARE",
+         set_by=SWEEP, has_column=True),
+    Flag("sparsity_type", "prune", "unstructured: any weights; N:M: N of every M; neurons, "
+         "experts: remove whole ones", UNSTRUCTURED, choices=TYPES,
+         set_by=SWEEP, has_column=True),
+    Flag("use_variant", "prune", "Wanda's variant, a share of zeros per row; requires wanda",
+         False, has_column=True),
+    Flag("method_args", "prune", "parameters of the method, such as alpha=0.5 for ria; requires "
+         "--prune_method", several=True, metavar="NAME=VALUE", needs=("prune_method",)),
+    Flag("allocation", "allocate", "sparsity per layer: uniform; error: by effect on outputs; "
+         "owl: by outliers; or FILE.json", "uniform", _one_of(ALLOCATIONS, ".json", "FILE.json"),
+         metavar="RULE", needs=("prune_method",), doing="measuring errors", smaller=("uniform",)),
+],
+"quantization and packing": [
+    Flag("quantize", "quantize", "4 bits with calibration text; q4_0: every engine; iq4_nl: only "
+         "llama.cpp; int4: packed", choices=("q4_0", "iq4_nl", "int4"),
+         excludes={"load_bit": "weights can be quantized only once"},
+         set_by=COMPRESS, doing="quantizing"),
+    Flag("replace_sparse_layers", "pack", "save sparse layers packed; fast as 2:4 on CUDA "
+         "(torch's kernels) and in any pattern on x86-64 CPUs", False,
+         excludes={"load_bit": "quantized weights cannot be packed"}, doing="packing"),
+],
+"vocabulary": [
+    Flag("trim_vocabulary", "trim", "remove tokens that the training text does not use", False,
+         set_by=COMPRESS),
+    Flag("vocabulary_data", "trim", "more text whose tokens are kept; requires "
+         "--trim_vocabulary", several=True, metavar="SOURCE",
+         needs=("trim_vocabulary",), decides=CONTENT),
+],
+"recovery training": [
+    Flag("recover", "recover", "train on this many tokens, with the dense model as teacher; "
+         "sparsity and 4 bits stay", parse=POSITIVE, metavar="TOKENS",
+         excludes={"eval_only": "--eval_only trains nothing",
+                   "load_bit": "quantized weights cannot be trained",
+                   "offload_folder": "blocks on disk cannot be trained"},
+         set_by=COMPRESS, doing="training"),
+    Flag("teacher", "dense", "dense model that MODEL was made from; requires --recover or "
+         "--eval_only", metavar="MODEL", needs=("recover", "eval_only"),
+         excludes={"offload_folder": "the whole teacher must be in memory",
+                   "prune_method": "the model before pruning is its teacher"},
+         decides=CONTENT, folder=True),
+    Flag("recover_rank", "recover", "train low-rank updates (as LoRA, merged at the end); "
+         "requires --recover", parse=POSITIVE, metavar="R", shown="all weights",
+         needs=("recover",), smaller=(16,)),
+    Flag("recover_optimizer", "recover", "adamw8bit saves 6 bytes of memory per weight, and is "
+         "slower on a CPU; requires --recover", "adamw", choices=("adamw", "adamw8bit"),
+         needs=("recover",), smaller=("adamw8bit",)),
+    Flag("recover_lr", "recover", "peak learning rate; requires --recover", parse=RATE,
+         metavar="RATE", shown="by the model's weights and size, see docs/recovery.md",
+         needs=("recover",)),
+    Flag("recover_ce_weight", "recover", "weight of cross-entropy with the text in the loss, 0: "
+         "teacher only; requires --recover", parse=SHARE, metavar="SHARE",
+         shown="0.2; 0 for dialogues", needs=("recover",)),
+],
+"evaluation": [
+    Flag("eval_only", "eval", "evaluate the model without pruning, quantizing to q4_0 or training "
+         "it", False, excludes={"prune_method": "it prunes nothing"},
+         set_by=BOTH, has_column=True),
+    Flag("eval_data", "eval", "test texts, in the form of --calibration_data; each is measured "
+         "separately", several=True, metavar="SOURCE",
+         shown="the test text of the data, or a held-out tenth", decides=CONTENT, set_by=SWEEP),
+    Flag("eval_windows", "eval", "number of windows per test text, evenly over its documents",
+         parse=POSITIVE, metavar="N", shown="all", decides=FIGURES),
+    Flag("completions", "eval", "prompts per test text that both models complete, for "
+         "results.json", 3, NATURAL, metavar="N", decides=NOTHING, in_card=False),
+    Flag("tasks", "tasks", "tasks of lm-eval to run at the end (Wanda: --eval_zero_shot); "
+         "requires lm-eval", parse=lambda names: names.split(","), metavar="NAME,...",
+         decides=FIGURES, in_card=False),
+    Flag("include_path", "tasks", "folder of your own lm-eval tasks; requires --tasks",
+         metavar="FOLDER", needs=("tasks",), decides=CONTENT, in_card=False),
+],
+"output": [
+    Flag("save", "record", "folder for results.json and log_METHOD.txt", metavar="FOLDER",
+         shown="out/MODEL-METHOD-TYPE-RATIO",
+         decides=NOTHING, set_by=BOTH, folder=True, in_card=False),
+    Flag("save_model", "save", "new folder for the model, tokenizer and model card",
+         metavar="FOLDER", decides=NOTHING, set_by=BOTH, output=True),
+    Flag("save_masks", "prune", "new safetensors file for masks; requires --prune_method",
+         metavar="FILE", needs=("prune_method",), decides=NOTHING, output=True),
+],
+"execution": [
+    Flag("device", "execute", "cuda:N, xpu:N or cpu", shown="the first GPU, else cpu",
+         decides=NOTHING, in_card=False),
+    Flag("dtype", "execute", "compute dtype; auto: the checkpoint's if the device supports it "
+         "natively, else float32", "auto", choices=("auto", "float32", "bfloat16", "float16")),
+    Flag("batch_size", "execute", "windows per forward pass; results differ only by rounding",
+         parse=POSITIVE, metavar="N", shown="by the device and the model's width",
+         decides=NOTHING),
+    Flag("offload_folder", "execute", "read blocks one at a time, and keep changed ones in this "
+         "folder until they are saved", metavar="FOLDER",
+         excludes={"load_bit": "blocks cannot be quantized while they are read from disk"},
+         decides=NOTHING, set_by=COMPRESS, folder=True, output=True, in_card=False),
+    Flag("resume", "continue", "folder for the state of the run; the same command continues it, "
+         "and success removes it", metavar="FOLDER",
+         decides=NOTHING, set_by=COMPRESS, folder=True, output=True, in_card=False),
+    Flag("debug", "execute", "show the full traceback of an error", False,
+         decides=NOTHING, in_card=False),
+],
+}
+# fmt: on
+FLAGS = [flag for flags in GROUPS.values() for flag in flags]
+
+
+def named(**facts: Any) -> list[str]:
+    """Return the names of the flags with all these facts, in the order of --help.
+
+    `step="prune"`: flags of that step. Of a fact with several values, such as `needs`, one counts.
+    """
+
+    def holds(own: Any, value: Any) -> bool:
+        return value in own if isinstance(own, tuple) else own == value
+
+    return [
+        flag.name
+        for flag in FLAGS
+        if all(holds(getattr(flag, fact), value) for fact, value in facts.items())
+    ]
+
+
 @cache
 def build_parser() -> argparse.ArgumentParser:
     """Build the parser of main.py."""
@@ -93,233 +308,10 @@ def build_parser() -> argparse.ArgumentParser:
         epilog=EXAMPLES.format(typed("prune")),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    group: Any = None
-
-    def section(name: str) -> None:
-        nonlocal group
-        group = parser.add_argument_group(name)
-
-    def flag(name: str, text: str, **options: Any) -> None:
-        shown = options.pop("shown", options.get("default"))
-        if options.get("action") != "store_true" and shown is not None:
-            text += f" (default: {shown})"
-        group.add_argument(f"--{name}", help=text.replace("%", "%%"), **options)
-
-    def switch(name: str, text: str) -> None:
-        flag(name, text, action="store_true")
-
-    section("model")
-    flag("model", "Hub id (owner/name) or local folder", required=True)
-    flag("cache_dir", "folder for weights from the Hub", metavar="FOLDER", shown="the Hub's cache")
-    flag(
-        "load_bit",
-        "quantize on loading with bitsandbytes: 4 (NF4) or 8 (LLM.int8) bits per weight",
-        choices=("4", "8"),
-    )
-    switch("text_only", "save without vision and audio parts; requires --save_model")
-    switch("trust_remote_code", "run Python code that comes with the model, if you trust it")
-
-    section("data")
-    flag(
-        "calibration_data",
-        "ubertext, c4, a Hub dataset, a file or a folder; SOURCE=WEIGHT mixes several",
-        nargs="+",
-        metavar="SOURCE",
-        shown="ubertext",
-    )
-    switch("prune_on_c4", "calibrate on English C4; the test text stays UberText")
-    flag("nsamples", "number of calibration windows", type=POSITIVE, default=128, metavar="N")
-    flag("seed", "seed of the random draw of the windows", type=int, default=0)
-    flag(
-        "seqlen",
-        "tokens per calibration or test window",
-        type=WINDOW,
-        metavar="TOKENS",
-        shown="the model's limit, at most 4096",
-    )
-    flag("column", "column that holds the texts", default="text", metavar="NAME")
-    flag(
-        "bos",
-        "start windows with BOS; auto: if the dense model needs it; never: as published",
-        default="auto",
-        choices=("auto", "never"),
-    )
-    switch("no_chat_template", "read dialogues as plain text, without the chat template")
-    flag(
-        "date",
-        "date for chat templates that write one",
-        type=lambda text: str(date.fromisoformat(text)),
-        metavar="YYYY-MM-DD",
-        shown="today, or that of the resumed run",
-    )
-
-    section("pruning")
-    flag(
-        "prune_method",
-        f"one of {', '.join(METHODS)}; for experts {', '.join(EXPERT_METHODS)}; or FILE.py:CLASS",
-        type=METHOD,
-        metavar="METHOD",
-    )
-    flag(
-        "sparsity_ratio",
-        "share of weights, neurons or experts to prune, at least 0 and below 1; N:M requires N/M",
-        type=float,
-        default=0.5,
-        metavar="SHARE",
-    )
-    flag(
-        "sparsity_type",
-        "unstructured: any weights; N:M: N of every M; neurons, experts: remove whole ones",
-        default=UNSTRUCTURED,
-        choices=TYPES,
-    )
-    switch("use_variant", "Wanda's variant, a share of zeros per row; requires wanda")
-    flag(
-        "method_args",
-        "parameters of the method, such as alpha=0.5 for ria; requires --prune_method",
-        nargs="+",
-        metavar="NAME=VALUE",
-    )
-    flag(
-        "allocation",
-        "sparsity per layer: uniform; error: by effect on outputs; owl: by outliers; or FILE.json",
-        default="uniform",
-        type=_one_of(ALLOCATIONS, ".json", "FILE.json"),
-        metavar="RULE",
-    )
-
-    section("quantization and packing")
-    flag(
-        "quantize",
-        "4 bits with calibration text; q4_0: every engine; iq4_nl: only llama.cpp; int4: packed",
-        choices=("q4_0", "iq4_nl", "int4"),
-    )
-    switch(
-        "replace_sparse_layers",
-        "save sparse layers packed; fast as 2:4 on CUDA (torch's kernels) and in any pattern on "
-        "x86-64 CPUs",
-    )
-
-    section("vocabulary")
-    switch("trim_vocabulary", "remove tokens that the training text does not use")
-    flag(
-        "vocabulary_data",
-        "more text whose tokens are kept; requires --trim_vocabulary",
-        nargs="+",
-        metavar="SOURCE",
-    )
-
-    section("recovery training")
-    flag(
-        "recover",
-        "train on this many tokens, with the dense model as teacher; sparsity and 4 bits stay",
-        type=POSITIVE,
-        metavar="TOKENS",
-    )
-    flag(
-        "teacher",
-        "dense model that MODEL was made from; requires --recover or --eval_only",
-        metavar="MODEL",
-    )
-    flag(
-        "recover_rank",
-        "train low-rank updates (as LoRA, merged at the end); requires --recover",
-        type=POSITIVE,
-        metavar="R",
-        shown="all weights",
-    )
-    flag(
-        "recover_optimizer",
-        "adamw8bit saves 6 bytes of memory per weight, and is slower on a CPU; requires --recover",
-        choices=("adamw", "adamw8bit"),
-        default="adamw",
-    )
-    flag(
-        "recover_lr",
-        "peak learning rate; requires --recover",
-        type=RATE,
-        metavar="RATE",
-        shown="by the model's weights and size, see docs/recovery.md",
-    )
-    flag(
-        "recover_ce_weight",
-        "weight of cross-entropy with the text in the loss, 0: teacher only; requires --recover",
-        type=SHARE,
-        metavar="SHARE",
-        shown="0.2; 0 for dialogues",
-    )
-
-    section("evaluation")
-    switch("eval_only", "evaluate the model without pruning, quantizing to q4_0 or training it")
-    flag(
-        "eval_data",
-        "test texts, in the form of --calibration_data; each is measured separately",
-        nargs="+",
-        metavar="SOURCE",
-        shown="the test text of the data, or a held-out tenth",
-    )
-    flag(
-        "eval_windows",
-        "number of windows per test text, evenly over its documents",
-        type=POSITIVE,
-        metavar="N",
-        shown="all",
-    )
-    flag(
-        "completions",
-        "prompts per test text that both models complete, for results.json",
-        type=NATURAL,
-        default=3,
-        metavar="N",
-    )
-    flag(
-        "tasks",
-        "tasks of lm-eval to run at the end (Wanda: --eval_zero_shot); requires lm-eval",
-        type=lambda names: names.split(","),
-        metavar="NAME,...",
-    )
-    flag("include_path", "folder of your own lm-eval tasks; requires --tasks", metavar="FOLDER")
-
-    section("output")
-    flag(
-        "save",
-        "folder for results.json and log_METHOD.txt",
-        metavar="FOLDER",
-        shown="out/MODEL-METHOD-TYPE-RATIO",
-    )
-    flag("save_model", "new folder for the model, tokenizer and model card", metavar="FOLDER")
-    flag("save_masks", "new safetensors file for masks; requires --prune_method", metavar="FILE")
-
-    section("execution")
-    flag(
-        "device",
-        "cuda:N, xpu:N or cpu",
-        shown="the first GPU, else cpu",
-    )
-    flag(
-        "dtype",
-        "compute dtype; auto: the checkpoint's if the device supports it natively, else float32",
-        default="auto",
-        choices=("auto", "float32", "bfloat16", "float16"),
-    )
-    flag(
-        "batch_size",
-        "windows per forward pass; results differ only by rounding",
-        type=POSITIVE,
-        metavar="N",
-        shown="by the device and the model's width",
-    )
-    flag(
-        "offload_folder",
-        "read blocks one at a time, and keep changed ones in this folder until they are saved",
-        metavar="FOLDER",
-    )
-    flag(
-        "resume",
-        "folder for the state of the run; the same command continues it, and success removes it",
-        metavar="FOLDER",
-    )
-    switch("debug", "show the full traceback of an error")
+    for title, flags in GROUPS.items():
+        group = parser.add_argument_group(title)
+        for flag in flags:
+            flag.add_to(group)
     return parser
 
 
@@ -355,105 +347,98 @@ def command_words(flags: Mapping[str, Any]) -> list[str]:
     return words
 
 
+def without(words: Sequence[str], names: Sequence[str]) -> list[str]:
+    """Return words of a command line without the flags `names` and their values."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    for name in names:
+        parser.add_argument(f"--{name}", nargs="*")
+    return parser.parse_known_args(words)[1]
+
+
 def check_flags(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
     """Exit through parser.error (status 2) if flags contradict each other or have no effect."""
     for mistake in mistakes(args):
-        parser.error(mistake)
+        parser.error(str(mistake))
 
 
-NEEDS = {  # {flag: flags of which one is required}
-    "vocabulary_data": ("trim_vocabulary",),
-    "teacher": ("recover", "eval_only"),
-    "recover_rank": ("recover",),
-    "recover_optimizer": ("recover",),
-    "recover_lr": ("recover",),
-    "recover_ce_weight": ("recover",),
-    "include_path": ("tasks",),
-    "allocation": ("prune_method",),
-    "method_args": ("prune_method",),
-    "save_masks": ("prune_method",),
-    "text_only": ("save_model",),
-}
-EXCLUDES = (  # two flags, and why they exclude each other
-    ("offload_folder", "load_bit", "blocks cannot be quantized while they are read from disk"),
-    ("text_only", "load_bit", "parts of a quantized model cannot be removed"),
-    ("prune_on_c4", "calibration_data", "it is short for --calibration_data c4"),
-    ("replace_sparse_layers", "load_bit", "quantized weights cannot be packed"),
-    ("quantize", "load_bit", "weights can be quantized only once"),
-    ("recover", "eval_only", "--eval_only trains nothing"),
-    ("recover", "load_bit", "quantized weights cannot be trained"),
-    ("recover", "offload_folder", "blocks on disk cannot be trained"),
-    ("teacher", "offload_folder", "the whole teacher must be in memory"),
-    ("teacher", "prune_method", "the model before pruning is its teacher"),
-    ("eval_only", "prune_method", "it prunes nothing"),
-)
-
-
-def mistakes(args: argparse.Namespace) -> Iterator[str]:
-    """Yield a line for each mistake in the flags: flag, value, problem and fix."""
+def mistakes(args: argparse.Namespace) -> Iterator[UserError]:
+    """Yield the mistakes in the flags, with the flag and its value as `what`."""
     for name, value in vars(args).items():
         if value == "" or (isinstance(value, list) and "" in value):
-            yield f"--{name} '': the value is empty. Give one, or leave the flag out."
-    for one, other, reason in EXCLUDES:
-        if given(args, one) and given(args, other):
-            yield f"{shown(args, one)}: {reason}. Leave out {shown(args, other)}."
+            yield UserError(f"--{name} ''", "the value is empty", "Give one, or leave the flag out")
+    used = [flag for flag in FLAGS if given(args, flag.name)]
+    for flag in used:
+        for other, reason in flag.excludes.items():
+            if given(args, other):
+                fix = f"Leave out {shown(args, other)}"
+                yield UserError(shown(args, flag.name), reason, fix)
     try:
         Sparsity.parse(args.sparsity_type, args.sparsity_ratio)
-    except ValueError as error:
-        yield str(error)
-    for name, needed in NEEDS.items():
-        if given(args, name) and not any(given(args, other) for other in needed):
-            names = " or ".join(f"--{other}" for other in needed)
-            yield f"{shown(args, name)}: it requires {names}. Add it, or leave the flag out."
+    except UserError as error:
+        yield error
+    for flag in used:
+        if flag.needs and not any(given(args, other) for other in flag.needs):
+            problem = f"it requires {' or '.join(f'--{other}' for other in flag.needs)}"
+            yield UserError(shown(args, flag.name), problem, "Add it, or leave the flag out")
     yield from _pruning_mistakes(args)
     if args.save_model:
         target, saved = Path(args.save_model).resolve(), shown(args, "save_model")
         if args.eval_only and not (packed(vars(args)) or args.trim_vocabulary or args.text_only):
-            yield f"{saved}: --eval_only leaves the model unchanged. Leave out one of them."
-        for name in ("save", "model", "offload_folder", "resume", "teacher"):
+            problem = "--eval_only leaves the model unchanged"
+            yield UserError(saved, problem, "Leave out one of them")
+        for name in named(folder=True):
             value = getattr(args, name)
             if value and Path(value).resolve().is_relative_to(target):
-                yield f"{saved}: --{name} {value} is inside this folder. Name a new folder."
+                problem = f"--{name} {value} is inside this folder"
+                yield UserError(saved, problem, "Name a new folder")
 
 
-def _pruning_mistakes(args: argparse.Namespace) -> Iterator[str]:
-    """Yield a line for each mistake in the flags of pruning, quantization and packing."""
+def _pruning_mistakes(args: argparse.Namespace) -> Iterator[UserError]:
+    """Yield the mistakes in the flags of pruning, quantization and packing."""
     method, kind, ratio = args.prune_method, args.sparsity_type, args.sparsity_ratio
     packs, form = packed(vars(args)), shown(args, "quantize")
-    in_llama_cpp = args.quantize and args.quantize != "int4"
-    if in_llama_cpp and packs:
-        yield f"{form}: llama.cpp cannot read packed weights. Leave out --replace_sparse_layers."
-    if in_llama_cpp and args.eval_only:
-        yield f"{form}: --eval_only does not quantize for llama.cpp. Leave out --eval_only."
+    without_packing = "Leave out --replace_sparse_layers"
+    if args.quantize and args.quantize != "int4":
+        if packs:
+            yield UserError(form, "llama.cpp cannot read packed weights", without_packing)
+        if args.eval_only:
+            problem = "--eval_only does not quantize for llama.cpp"
+            yield UserError(form, problem, "Leave out --eval_only")
     has_text = args.calibration_data or args.prune_on_c4
     rounds = args.quantize and (has_text or not packs)
     if not (method or args.eval_only or args.recover or args.trim_vocabulary or rounds):
-        yield f"--prune_method: none is given. Use {', '.join(METHODS)}, or give --eval_only."
+        fix = f"Use {', '.join(METHODS)}, or give --eval_only"
+        yield UserError("--prune_method", "none is given", fix)
     if args.use_variant and method != "wanda":
-        yield f"--use_variant: it requires wanda, not {method or 'no method'}. Leave the flag out."
+        problem = f"it requires wanda, not {method or 'no method'}"
+        yield UserError("--use_variant", problem, "Leave the flag out")
     everywhere = kind in SMALLER or args.allocation == "error"
     fixed = everywhere or (args.allocation == "owl" and kind == "2:4")  # excludes patterns
     for name in ("use_variant", *["allocation"] * fixed) if kind != UNSTRUCTURED else ():
         if given(args, name):
-            yield f"{shown(args, name)}: {kind} excludes it. Use --sparsity_type {UNSTRUCTURED}."
+            fix = f"Use --sparsity_type {UNSTRUCTURED}"
+            yield UserError(shown(args, name), f"{kind} excludes it", fix)
     if args.save_masks and kind in SMALLER:
-        yield f"{shown(args, 'save_masks')}: --sparsity_type {kind} leaves no zeros. Leave it out."
+        problem = f"--sparsity_type {kind} leaves no zeros"
+        yield UserError(shown(args, "save_masks"), problem, "Leave it out")
     if method and not is_file(method) and (kind == EXPERTS) != (method in EXPERT_METHODS):
-        names = ", ".join(EXPERT_METHODS if kind == EXPERTS else METHODS)
-        yield f"--prune_method {method}: it does not support {kind}. Use one of {names}."
+        fix = f"Use one of {', '.join(EXPERT_METHODS if kind == EXPERTS else METHODS)}"
+        yield UserError(f"--prune_method {method}", f"it does not support {kind}", fix)
     if method and kind in SMALLER:
         smaller = f"--sparsity_type {kind}"
         if ratio == 0:
-            yield f"--sparsity_ratio 0: it removes nothing with {smaller}. Use a value above 0."
+            problem = f"it removes nothing with {smaller}"
+            yield UserError("--sparsity_ratio 0", problem, "Use a value above 0")
         if args.load_bit:
-            yield f"{smaller}: quantized weights stay whole. Leave out --load_bit {args.load_bit}."
+            fix = f"Leave out --load_bit {args.load_bit}"
+            yield UserError(smaller, "quantized weights stay whole", fix)
         if packs:
-            yield f"{smaller}: it leaves nothing to pack. Leave out --replace_sparse_layers."
+            yield UserError(smaller, "it leaves nothing to pack", without_packing)
     if method and kind == UNSTRUCTURED:
         if args.recover and ratio == 0:
-            yield f"--recover {args.recover}: nothing is pruned. Use a --sparsity_ratio above 0."
+            fix = "Use a --sparsity_ratio above 0"
+            yield UserError(f"--recover {args.recover}", "nothing is pruned", fix)
         if packs and ratio <= FEWEST_ZEROS:
-            yield (
-                f"--replace_sparse_layers: packing saves nothing with --sparsity_ratio {ratio:g}. "
-                f"Give more than {FEWEST_ZEROS:g}, or leave the flag out."
-            )
+            problem = f"packing saves nothing with --sparsity_ratio {ratio:g}"
+            fix = f"Give more than {FEWEST_ZEROS:g}, or leave the flag out"
+            yield UserError("--replace_sparse_layers", problem, fix)

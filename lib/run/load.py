@@ -18,7 +18,7 @@ from ..model.blocks import BlockRunner
 from ..model.rows import keep_rows_
 from ..model.run_folder import RunFolder
 from ..model.store import BlockStore, FileBlockStore, device_map
-from ..pruning.check import Measured
+from ..pruning.check import SparsityCheck
 from ..sharded import is_sharded
 from ..util.errors import UserError
 from ..util.files import temporary_folder
@@ -94,7 +94,7 @@ def load_teacher(job: Job, runner: BlockRunner, cleanup: ExitStack) -> BlockRunn
             store = runner.weights.of_copy(model)
         return BlockRunner(model, job.device, store, **passes)
     needs_zeros = job.schedule and not (job.plan.fake_quantizes or job.smaller)
-    if needs_zeros and (zeros := Measured(runner).overall) < LEAST_ZEROS:
+    if needs_zeros and (zeros := SparsityCheck(runner).overall) < LEAST_ZEROS:
         raise UserError(
             f"{job.checkpoint}: {zeros:.1%} of its blocks' weights are zero, so there is "
             "nothing to recover. Prune it with --prune_method, without --teacher."
@@ -131,7 +131,8 @@ def plan_memory(job: Job) -> tuple[bool, dict[str, Any]]:
     Raises UserError if the run cannot fit in memory.
     """
     memory = Memory.of(job)
-    job.dist.fail_together(memory.check)  # another program may be on one rank's card
+    with job.dist.fail_together():  # another program may be on one rank's card
+        memory.check()
     job.print(memory.line())
     return memory.fetched, dict(
         dist=job.dist,

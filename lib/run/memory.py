@@ -42,7 +42,7 @@ from ..sharded import can_share
 from ..util import progress
 from ..util.errors import UserError
 from ..util.host import available, gib
-from .flags import build_parser, shown
+from .flags import FLAGS, Flag, build_parser, shown
 from .job import Job
 from .plan import Plan
 
@@ -71,19 +71,14 @@ CACHED = 8  # inputs of a block's linear layers, in hidden states (formula for L
 SHARD = 5 * 10**9  # largest file of a saved model, in bytes
 ROOM = 2  # blocks are fetched if this many times the weights exceed the free memory
 HIDDEN_ROOM = 4  # hidden states are on the host if this many times their size exceeds the rest
-FLAGS = {  # by stage: its flag, and its name in messages
-    "allocate": ("allocation", "measuring errors"),
-    "prune": ("prune_method", "pruning"),
-    "quantize": ("quantize", "quantizing"),
-    "train": ("recover", "training"),
-}
-SMALLER = {  # by stage: flags with which it takes less memory
-    "allocate": [("allocation", "uniform")],
-    "prune": [("prune_method", "sparsegpt"), ("prune_method", "wanda")],
-    "train": [("recover_optimizer", "adamw8bit"), ("recover_rank", 16)],
-}
 CARDS = 2, 4, 8, 16, 32, 64  # numbers of cards that can share the trained weights
 Table = dict[str, dict[str, int]]  # {stage: {term: bytes}}
+
+
+def flags_of(stage: str) -> list[Flag]:
+    """Return the flags of a stage's step of the run, the cheapest way to less memory first."""
+    step = "recover" if stage == "train" else stage
+    return [flag for flag in reversed(FLAGS) if flag.step == step]
 
 
 @dataclass(frozen=True, eq=False)
@@ -361,7 +356,7 @@ class Memory:
                 (rows, columns), module = linear.shape, linear.name.rpartition(".")[0]
                 if linear.expert is not None:
                     count = len(getattr(linear.module, linear.parameter))
-                    groups[(linear.stage,)] = columns, rows, count, False
+                    groups[(linear.parameter_name,)] = columns, rows, count, False
                     continue
                 key = module, columns, linear is last[module]
                 outputs = groups.get(key, (0, 0))[1]
@@ -532,7 +527,8 @@ class Memory:
         for stage in sorted(self.stages, key=lambda stage: stage != "train"):  # training first
             if self.fits(stage) or not (self.gpu or stage == "train"):
                 continue
-            flag, doing = FLAGS.get(stage, ("model", "the model"))
+            begun_by = {flag.name: flag.doing for flag in flags_of(stage) if flag.doing}
+            flag, doing = next(iter(begun_by.items()), ("model", "the model"))
             device, given = "card" if self.gpu else "machine", shown(self.args, flag)
             problem = (
                 f"{given}: {doing} needs {gib(self.total(stage))} of memory, and the {device} "
@@ -547,7 +543,7 @@ class Memory:
     def _ways(self, stage: str) -> Iterator[str]:
         """Yield flags with which a stage would fit, and the memory that it would need."""
         others = {"": self} if stage == "train" else {}
-        for name, value in SMALLER.get(stage, ()):
+        for name, value in ((flag.name, each) for flag in flags_of(stage) for each in flag.smaller):
             args, schedule = copy.copy(self.args), self.schedule
             if getattr(args, name) == value or (stage == "prune" and self.plan.removes):
                 continue

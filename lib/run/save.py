@@ -100,7 +100,7 @@ def _text_alone(job: Job, model: nn.Module) -> nn.Module:
         mark_packed_(alone)
     window = job.texts.tests[0].ids[:1, :COMPARED_POSITIONS].to(job.device)
     before, after = some_logits(model, window), some_logits(alone, window)
-    check_same_outputs(before, after, "--text_only: whole and text alone", least=1e-5)
+    check_same_outputs(before, after, "--text_only", "whole and text alone", least=1e-5)
     gone = {name: each for name, each in model.state_dict().items() if name in model.unread}
     parts = ", ".join(sorted({".".join(name.split(".")[:2]) for name in gone}))
     size = gib(sum(each.nbytes for each in gone.values()))

@@ -26,7 +26,7 @@ from ..packed.formats import FORMATS, Grid
 from ..prune import Pruner
 from ..pruning.allocation import Allocation, kept_allocation
 from ..pruning.allocation import allocate as choose_allocation
-from ..pruning.check import Measured
+from ..pruning.check import SparsityCheck
 from ..pruning.masks import packed_masks, write_masks
 from ..quantize import check_quantized as check_quantized_weights
 from ..quantize import quantize as quantize_linears
@@ -66,7 +66,6 @@ __all__ = [  # steps of main.run in other modules
 ALLOCATION = "allocation.json"  # in --save; an input of --allocation
 MOST_ZEROS = 0.25  # share that quantization of the original to 4 bits may have made
 BEFORE = "perplexity", "bits_per_byte", "kl", "top1_agreement"
-Starts = dict[str, tuple[Tensor, Grid]]  # see `Quantizer`
 
 
 def trim(job: Job, runner: BlockRunner) -> None:
@@ -81,8 +80,8 @@ def trim(job: Job, runner: BlockRunner) -> None:
         rows = vocabulary.rows.to(job.device)
         before = some_logits(model, rows[window]).index_select(-1, rows)
         keep_rows_(model, vocabulary.rows)
-        after, what = some_logits(model, window), "--trim_vocabulary: whole and trimmed"
-        difference = check_same_outputs(before, after, what, least=1e-5)
+        after, flag = some_logits(model, window), "--trim_vocabulary"
+        difference = check_same_outputs(before, after, flag, "whole and trimmed", least=1e-5)
         nats += [perplexities(runner, [each], bar)[0]["nats"] for each in held_out[1:]]
     saved = size - footprint(model)
     job.outcome.results["trimmed_bytes"] = parameter_bytes(model, runner.save_dtype)
@@ -110,11 +109,11 @@ def dense_reference(job: Job, dense: BlockRunner) -> DenseReference:
     return DenseReference(tail_of(dense), states)
 
 
-def prune(job: Job, runner: BlockRunner) -> Measured:
-    """Prune linear layers, or remove neurons or experts; return and check the sparsity reached."""
-    plan, args, sparsity = job.plan, job.args, None
+def prune(job: Job, runner: BlockRunner) -> SparsityCheck:
+    """Prune linear layers, or remove neurons or experts; return and check the sparsity."""
+    plan, args, target = job.plan, job.args, None
     if not plan.method:
-        return Measured(runner)
+        return SparsityCheck(runner)
     method, windows = plan.method_class, job.texts.windows
     size = parameter_bytes(runner.model, runner.save_dtype)
     allocation = None if plan.removes else allocate(job, runner)
@@ -124,10 +123,10 @@ def prune(job: Job, runner: BlockRunner) -> Measured:
         else:
             pruner = Pruner(runner, method, allocation).run(windows, bar)
             if not plan.variant:  # it meets the ratio only approximately
-                sparsity = allocation.sparsity
-        reached = Measured(runner, sparsity, pruner.left_dense)
+                target = allocation.sparsity
+        sparsity = SparsityCheck(runner, target, pruner.left_dense)
     job.print(*pruner.summary())
-    job.outcome.results |= {"notes": pruner.summary()[1:], "sparsity": reached.shares()}
+    job.outcome.results |= {"notes": pruner.summary()[1:], "sparsity": sparsity.record()}
     if errors := pruner.errors():
         job.outcome.results["errors"] = errors
     if args.save_masks:
@@ -140,7 +139,7 @@ def prune(job: Job, runner: BlockRunner) -> Measured:
             "bytes_before": size,
             "bytes_after": parameter_bytes(runner.model, runner.save_dtype),
         }
-    return reached
+    return sparsity
 
 
 def allocate(job: Job, runner: BlockRunner) -> Allocation:
@@ -165,7 +164,7 @@ def allocate(job: Job, runner: BlockRunner) -> Allocation:
 def check_zeros(job: Job, runner: BlockRunner) -> None:
     """Report zeros that become levels. Raises UserError if they must come from pruning."""
     form = FORMATS[job.plan.format]
-    if form.zero or not (share := Measured(runner).overall):
+    if form.zero or not (share := SparsityCheck(runner).overall):
         return
     if share > MOST_ZEROS:
         raise UserError(
@@ -175,14 +174,16 @@ def check_zeros(job: Job, runner: BlockRunner) -> None:
     job.print(f"{form.name} has no 0: the {share:.2%} of the weights that are 0 get a level")
 
 
-def shares(job: Job, runner: BlockRunner, reached: Measured) -> dict:
+def measure_sparsity(job: Job, runner: BlockRunner, sparsity: SparsityCheck) -> dict:
     """Measure the zeros again; none may be lost if the format has a 0."""
     keeps = FORMATS[job.plan.format].zero
-    return (reached.again(runner) if keeps else Measured(runner)).shares()
+    return (sparsity.recheck(runner) if keeps else SparsityCheck(runner)).record()
 
 
-def quantize(job: Job, runner: BlockRunner, reached: Measured) -> Starts:
-    """Quantize linear layers with calibration text; return the start of their training, if any."""
+def quantize(
+    job: Job, runner: BlockRunner, sparsity: SparsityCheck
+) -> dict[str, tuple[Tensor, Grid]]:
+    """Quantize linear layers with calibration text; return the master weights, if it is trained."""
     plan, masters = job.plan, None
     if plan.tokens:  # low-rank training has no memory for float32 masters
         masters = runner.save_dtype if job.schedule.rank else torch.float32
@@ -191,21 +192,21 @@ def quantize(job: Job, runner: BlockRunner, reached: Measured) -> Starts:
     job.print(*quantizer.summary())
     results = job.outcome.results
     results["notes"] = results.get("notes", []) + quantizer.summary()[1:]
-    results["sparsity"] = shares(job, runner, reached)
-    return quantizer.starts
+    results["sparsity"] = measure_sparsity(job, runner, sparsity)
+    return quantizer.master_weights
 
 
 def recover(
     job: Job,
     runner: BlockRunner,
     teacher: BlockRunner,
-    reached: Measured,
-    starts: Starts,
+    sparsity: SparsityCheck,
+    master_weights: dict[str, tuple[Tensor, Grid]],
     reference: DenseReference,
 ) -> dict[str, Tensor]:
     """Train the kept weights, check that every zero is still zero, and return the scales."""
     plan, schedule, text = job.plan, job.schedule, job.texts.training
-    tests = job.texts.tests if plan.method or plan.teacher or starts else []
+    tests = job.texts.tests if plan.method or plan.teacher or master_weights else []
     with job.timed("measure before", "measuring before", 1 + len(tests), "text") as bar:
         held_out = perplexity(teacher, text.held_out)
         bar(1)
@@ -213,14 +214,14 @@ def recover(
         figures = perplexities(runner, windows, reference=reference, only_compared=True)
         bar(len(tests))
     records = (evaluation_record(*pair, True) for pair in zip(tests, figures, strict=True))
-    whole = plan.trains_all or job.smaller
-    recoverer = Recoverer(runner, teacher, schedule, text, whole=whole, starts=starts)
+    trained = dict(whole=plan.trains_all or job.smaller, master_weights=master_weights)
+    recoverer = Recoverer(runner, teacher, schedule, text, **trained)
     tokens = schedule.steps * schedule.windows * schedule.seqlen
     job.print(*recoverer.summary())
     with job.timed("recover", "recovering", tokens, "token") as bar:
         recoverer.run(bar)
     job.print(recoverer.line())
-    job.outcome.results["sparsity"] = shares(job, runner, reached)
+    job.outcome.results["sparsity"] = measure_sparsity(job, runner, sparsity)
     job.outcome.results["recovery"] = recoverer.record() | {
         "teacher": job.args.teacher or job.args.model,
         "text": text.record,
@@ -275,7 +276,7 @@ def evaluate(job: Job, runner: BlockRunner, reference: DenseReference | None) ->
     results["evaluation"] = records
     results["perplexity"] = {each["name"]: each["perplexity"] for each in records}
     if "sparsity" not in results:
-        results["sparsity"] = Measured(runner).shares()
+        results["sparsity"] = SparsityCheck(runner).record()
 
 
 def record(job: Job, runner: BlockRunner) -> None:

@@ -2,6 +2,12 @@
 
 from __future__ import annotations
 
+import sys
+
+PACKAGE = __name__.partition(".")[0]
+OUT_OF_MEMORY = "can't allocate memory", "_STATUS_ALLOC_FAILED"  # in errors of torch and cuBLAS
+JOINERS = "\u200c\u200d"  # invisible, but needed for spelling in Persian and Indic scripts
+
 
 class UserError(ValueError):
     """A mistake of the user or a fault of the environment, reported in one line.
@@ -69,3 +75,25 @@ def hub_problem(error: Exception, kind: str) -> str | None:
             f"{local}."
         )
     return None
+
+
+def describe_error(error: BaseException) -> str | None:
+    """Return the message for a user; None if the error is a defect of the program."""
+    torch, packed = sys.modules.get("torch"), sys.modules.get(f"{PACKAGE}.packed.errors")
+    if isinstance(error, ModuleNotFoundError) and not str(error.name).startswith(PACKAGE):
+        return f"{error.name} is not installed. Run pip install -r requirements.txt."
+    if isinstance(error, UserError | OSError) or (packed and isinstance(error, packed.PackedError)):
+        return str(error)
+    lacking = (MemoryError, torch.OutOfMemoryError) if torch else (MemoryError,)
+    if isinstance(error, lacking) or any(word in str(error) for word in OUT_OF_MEMORY):
+        return (
+            f"out of memory ({first_line(error)}). Use --batch_size 1, a smaller --seqlen or "
+            "--nsamples, or --offload_folder FOLDER; with --recover, --recover_optimizer adamw8bit "
+            "or --recover_rank 16."
+        )
+    return None
+
+
+def one_line(text: str) -> str:
+    """Return a text on one line, without control, directional and invisible characters."""
+    return "".join(c for c in " ".join(text.split()) if c.isprintable() or c in JOINERS)

@@ -21,7 +21,7 @@ def check_writable(flag: str, path: str, beside: bool = False) -> None:
     """Raise UserError if a run could not write into folder `path`, or `beside` it."""
     folder = Path(path).absolute()
     if folder.exists() and not folder.is_dir():
-        raise UserError(f"{flag} {path}: it is a file. Name a folder.")
+        raise UserError(f"{flag} {path}", "it is a file", "Name a folder")
     folder = folder.parent if beside else folder
     while not folder.exists():
         folder = folder.parent
@@ -30,7 +30,7 @@ def check_writable(flag: str, path: str, beside: bool = False) -> None:
             pass
     except OSError as error:
         problem = f"it cannot be written ({error.strerror})"
-        raise UserError(f"{flag} {path}: {problem}. Name another folder.") from error
+        raise UserError(f"{flag} {path}", problem, "Name another folder") from error
 
 
 def check_new_folder(flag: str, path: str, staged: bool = False) -> None:
@@ -41,13 +41,13 @@ def check_new_folder(flag: str, path: str, staged: bool = False) -> None:
     check_writable(flag, path, beside=True)  # other ranks may look into the folder
     folder, stage = Path(path), partial_of(path)
     if folder.is_symlink():  # the folder beside it would be on another disk
-        raise UserError(f"{flag} {path}: it is a link. Name {folder.resolve()}.")
+        raise UserError(f"{flag} {path}", "it is a link", f"Name {folder.resolve()}")
     if staged and (stage.exists() or stage.is_symlink()):
-        raise UserError(f"{flag} {path}: {stage.name} exists. Remove it, or name a new folder.")
+        raise UserError(f"{flag} {path}", f"{stage.name} exists", "Remove it, or name a new folder")
     if folder.is_dir() and (first := next(folder.iterdir(), None)):
-        raise UserError(f"{flag} {path}: it holds {first.name}. Name a new folder.")
+        raise UserError(f"{flag} {path}", f"it holds {first.name}", "Name a new folder")
     if folder.is_mount():
-        raise UserError(f"{flag} {path}: a disk is mounted there. Name a new folder on it.")
+        raise UserError(f"{flag} {path}", "a disk is mounted there", "Name a new folder on it")
 
 
 def partial_of(path: str | Path) -> Path:
@@ -111,7 +111,7 @@ def write_text(path: Path, text: str | bytes) -> None:
     except OSError as error:
         stage.unlink(missing_ok=True)
         raise UserError(
-            f"{path}: it cannot be written ({error.strerror}). Make room on its disk."
+            str(path), f"it cannot be written ({error.strerror})", "Make room on its disk"
         ) from error
 
 
@@ -127,13 +127,13 @@ def sync(path: Path) -> None:
 
 
 @contextmanager
-def exclusive_lock(path: Path, held: str) -> Iterator[None]:
-    """Hold the lock file `path`; UserError `held` if another process holds it."""
+def exclusive_lock(path: Path, held: UserError) -> Iterator[None]:
+    """Hold the lock file `path`; raises `held` if another process holds it."""
     lock = FileLock(path, timeout=0)
     try:
         lock.acquire()
     except Timeout as error:
-        raise UserError(held) from error
+        raise held from error
     try:
         yield
     finally:

@@ -6,14 +6,10 @@ list of them, `image_token_index`, `suppress_tokens`, ...). All are updated when
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
-NAMES = re.compile(
-    r"(.*_)?tokens?_(ids?|index|indices)|(image|video|audio|slice)_(start|end|pad)_id|newline_id|(begin_)?suppress_tokens|(bad|force)_words_ids"
-    r"|sequence_bias|padding_idx"
-)
+from .quirks import TOKEN_ID_FIELDS
 
 
 def find_token_ids(fields: Mapping[str, Any]) -> set[int]:
@@ -29,7 +25,7 @@ def map_token_ids(fields: Mapping[str, Any], new_id: Callable[[int], Any]) -> di
 
 
 def _map_field(name: Any, value: Any, new_id: Callable[[int], Any]) -> Any:
-    if isinstance(name, str) and NAMES.fullmatch(name):
+    if isinstance(name, str) and TOKEN_ID_FIELDS.fullmatch(name):
         if name == "sequence_bias" and value:
             pairs = value.items() if isinstance(value, Mapping) else value
             moved = [(_map_ids(ids, new_id), bias) for ids, bias in pairs]

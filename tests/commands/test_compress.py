@@ -17,16 +17,31 @@ from huggingface_hub import metadata_load
 from processes import Worker
 from support import call_here, children, content, results, succeed, wait_until
 
-from lib.commands import compress, compress_plan, dialogues
+from lib.commands import dialogues
+from lib.commands.compress import __main__ as compress
+from lib.commands.compress import compression, size
+from lib.commands.compress import plan as compress_plan
+from lib.commands.compress import texts as compress_texts
 from lib.data.documents import read_documents
-from lib.run.flags import build_parser, check_flags
+from lib.run.card import figures_table
+from lib.run.flags import build_parser, check_flags, without
 from lib.run.plan import Plan
 from lib.run.texts import named_sources
+from lib.util import processes
 from lib.util.command import CALLED, call, run, typed
 from lib.util.errors import UserError
 from lib.util.files import exclusive_lock
 
 pytestmark = pytest.mark.usefixtures("elsewhere", "in_this_process")
+
+
+def interrupt(*_: object) -> None:
+    raise KeyboardInterrupt
+
+
+def work(out: str = "small") -> Path:
+    """The folder of the command that was begun last."""
+    return max(Path(f"{out}-compress").iterdir(), key=lambda each: each.stat().st_ctime_ns)
 
 
 @pytest.fixture(autouse=True)
@@ -46,7 +61,7 @@ def test_the_minutes_are_kept() -> None:
 
     def planned(seconds: float, passes: int = 0, **more: bool) -> compress_plan.Times:
         most, wall = dict(tests=100, rounding=32), 20 + spent.get("quantize", 0)
-        return compress.plan_time(rehearsal, wall, seconds, **most, passes=passes, **more)
+        return compress_plan.plan_time(rehearsal, wall, seconds, **most, passes=passes, **more)
 
     windows, rounding, tokens, seconds = planned(1800)
     assert 1800 - 0.6 < seconds <= 1800
@@ -66,14 +81,21 @@ def test_the_minutes_are_kept() -> None:
     assert planned(170).rounding < chat.rounding and chat.tokens == 0 and chat.seconds <= 170
 
 
+@pytest.mark.parametrize("names", [compress.NOT_MEASURED, compress.NOT_REHEARSED])
+def test_flags_of_a_method_do_not_reach_runs_that_have_none(names: list[str]) -> None:
+    """With --megabytes only the run that makes the model removes neurons by a method."""
+    words = ["--method_args", "passes=2", "--save_masks", "F", "--text_only", "--seed", "3"]
+    assert without(words, names) == ["--seed", "3"]
+
+
 @pytest.mark.parametrize("recovery", [[], ["--recover", "8192"]], ids=["pruned", "trained"])
-@pytest.mark.parametrize("target", [compress.ANY, compress.PACKED, *compress.SMALLER])
+@pytest.mark.parametrize("target", [compression.ANY, compression.PACKED, *compress_plan.SMALLER])
 def test_main_takes_the_flags_of_every_plan(target: str, recovery: list[str]) -> None:
     parser = build_parser()
     plan = "--quantize q4_0"
-    if target in compress.SMALLER:
-        plan += f" {compress.SMALLER[target]} 0.5"
-    plan = compress.PACKED_PLAN if target == compress.PACKED else plan
+    if target in compress_plan.SMALLER:
+        plan += f" {compress_plan.SMALLER[target]} 0.5"
+    plan = compression.PACKED_PLAN if target == compression.PACKED else plan
     argv = ["--model", "m", "--trim_vocabulary", "--calibration_data", "uk", *plan.split()]
     argv += recovery
     check_flags(parser, parser.parse_args(argv))
@@ -87,7 +109,7 @@ def test_a_model_is_compressed_though_it_was_interrupted(
     Path("uk/test.jsonl").unlink()  # a tenth is held apart
     argv = "dense small --data uk --language uk-UA --minutes 1 --device cpu".split()
     argv += ["--for", "compressed-tensors"]
-    call, plan, runs = compress.call, compress.plan_time, []
+    call, plan, runs = processes.call, compress_plan.plan_time, []
 
     def plan_little(*given: float, **most: int) -> compress_plan.Times:
         times = plan(*given, **most)
@@ -96,32 +118,36 @@ def test_a_model_is_compressed_though_it_was_interrupted(
 
     def once_interrupted(module: str, *flags: object) -> int:
         runs.append([str(flag) for flag in flags])
-        if len(runs) == 4:
+        if len(runs) == 3:
             raise KeyboardInterrupt
         return 1 if module == "commands.export" else call(module, *flags)
 
     monkeypatch.setattr("lib.commands.export.__main__.check_installed", lambda to: None)
-    monkeypatch.setattr(compress, "call", once_interrupted)
-    monkeypatch.setattr(compress, "plan_time", plan_little)
+    monkeypatch.setattr(processes, "call", once_interrupted)
+    monkeypatch.setattr(compress_plan, "plan_time", plan_little)
     assert run(compress.main, argv) == 130 and not Path("small").exists()
     said = capfd.readouterr()
     assert "the same command continues" in said.err
     plan_line = "about 10 min more, 1. min in all: the minimum; --minutes 1 is too short"
     assert re.search(plan_line, said.out)
-    assert run(compress.main, [*argv, "--megabytes", "9"]) == 1
-    assert "it was begun with megabytes None, not 9" in capfd.readouterr().err
+    begun = content(first := work())
+    with monkeypatch.context() as patched:
+        patched.setattr(processes, "call", interrupt)
+        assert run(compress.main, [*argv, "--megabytes", "9"]) == 130  # another command
+    assert content(first) == begun and work() != first
+    capfd.readouterr()
     assert run(compress.main, argv) == 1
     out, error = capfd.readouterr()
     assert error.endswith(
         "small-compressed-tensors: the error above stopped the conversion. "
         "The model is saved in small.\n"
     )
-    # trimming, a rehearsal, dense, small, one for an engine, and two to measure
-    assert runs[4] == runs[3] and len(runs) == 8
+    # a rehearsal, dense, small, one for an engine, and two to measure
+    assert runs[3] == runs[2] and len(runs) == 7 and work() == first
     assert compress.SAME_SOURCE in out
-    before, after = (results(f"small-compress/{name}") for name in ("dense", "compressed"))
+    before, after = (results(work() / name) for name in ("dense", "compressed"))
     assert before["method"] == "dense" and after["quantized"]["format"] == "q4_0"
-    lines = Path("small-compress/tests/uk.jsonl").read_text("utf-8").splitlines()
+    lines = (work() / "tests/uk.jsonl").read_text("utf-8").splitlines()
     tests = tuple(json.loads(line)["text"] for line in lines)
     args = SimpleNamespace(**after["flags"])
     (source,), _, _ = named_sources(args, Plan.of(args))  # what is measured is not trained on
@@ -132,14 +158,14 @@ def test_a_model_is_compressed_though_it_was_interrupted(
         test["windows"] for test in after["evaluation"]
     ]
     assert metadata_load("small/README.md")["language"] == ["uk"]
-    table = Path("small-compress/compressed.md").read_text("utf-8")
+    table = (work() / "compressed.md").read_text("utf-8")
     assert table in out and "hf upload YOUR_NAME/small small" in out
     rows = {
         cells[1].strip(): cells[2:6] for cells in (row.split("|") for row in table.splitlines())
     }
-    assert "quantized, not trained" in rows[""][2] and re.search(r"\d nats", str(rows))
-    assert re.match(r" *\d", rows["bits per byte, uk"].pop(2))
-    for name in ("on disk, MB", "tokens/s", "bits per byte, uk"):
+    assert [cell.strip() for cell in rows[""]][1:3] == ["trimmed", "before training"]
+    assert re.match(r" *\d", rows["uk, bits per byte"].pop(2))
+    for name in ("on disk, MB", "tokens/s", "uk, bits per byte"):
         assert all(re.match(r"\d", cell.strip()) for cell in (rows[name][0], rows[name][-1])), name
     assert rows["on disk, MB"][0] != rows["on disk, MB"][3]
 
@@ -155,20 +181,20 @@ def test_a_chat_model_is_compressed_on_what_it_says(
         return [encode(next(said)) if ends else tokens * [5] for _ in prompts]
 
     ends, encode = True, tiny.tiny_tokenizer(add_bos=False).encode
-    monkeypatch.setattr(dialogues, "continue_rows", answers)
+    monkeypatch.setattr("lib.run.completions.continue_rows", answers)
     monkeypatch.setattr(dialogues, "script_of", lambda text: "LATIN")
     tiny.write_texts("uk", [*tiny.sentences(80), *tiny.sentences(160, 2, words=3)], 8)
     argv = "dense small --data uk --language uk --recover 1024 --device cpu".split()
     assert run(compress.main, [*argv, "--dialogues", "40"]) == 0
     out, err = capfd.readouterr()
     assert "Chat model: it answers prompts" in out and "40 dialogues" in out, err
-    after = results("small-compress/compressed")
+    after = results(work() / "compressed")
     shares = {each["name"]: each["share"] for each in after["calibration"]["sources"]}
     assert shares == pytest.approx({"uk": 1 / 3, "dialogues": 2 / 3}, abs=0.05)
     assert after["recovery"]["cross_entropy"] == 0
     assert [test["name"] for test in after["evaluation"]] == ["uk", "dialogues"]
     assert after["answers"][0]["prompts"] == 10
-    assert "finished answers, of 10, dialogues" in Path("small-compress/compressed.md").read_text()
+    assert "dialogues, answers that end, of 10" in (work() / "compressed.md").read_text()
 
     shutil.rmtree("small-compress")
     shutil.rmtree("small")
@@ -176,7 +202,7 @@ def test_a_chat_model_is_compressed_on_what_it_says(
     assert run(compress.main, argv) == 0  # its answers do not end
     said = capfd.readouterr()
     assert "Use a chat model" in said.err and "plain text is used instead" in said.out
-    assert results("small-compress/compressed")["recovery"]["cross_entropy"] > 0
+    assert results(work() / "compressed")["recovery"]["cross_entropy"] > 0
 
 
 @pytest.mark.parametrize("how", ["OUT removed", "interrupted", "other weights"])
@@ -189,10 +215,7 @@ def test_a_model_is_not_made_small_on_the_answers_of_another(
         asked.append(model.name_or_path)
         return [encode(said[len(asked) + place]) for place in range(len(prompts))]
 
-    def interrupt(*_: object) -> None:
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(dialogues, "continue_rows", answers)
+    monkeypatch.setattr("lib.run.completions.continue_rows", answers)
     monkeypatch.setattr(dialogues, "script_of", lambda text: "LATIN")
     for name, seed in (("A", 0), ("B", 1)):
         model = tiny.tiny_llama()
@@ -202,7 +225,7 @@ def test_a_model_is_not_made_small_on_the_answers_of_another(
     tail = "--data uk --recover 0 --device cpu --dialogues 40".split()
     with monkeypatch.context() as patched:
         if how != "OUT removed":
-            patched.setattr(compress, "make_plan", interrupt)
+            patched.setattr(compress_plan, "make_plan", interrupt)
         assert run(compress.main, ["A", "small", *tail]) == (0 if how == "OUT removed" else 130)
     if how != "other weights":
         shutil.rmtree("small", ignore_errors=True)
@@ -211,13 +234,14 @@ def test_a_model_is_not_made_small_on_the_answers_of_another(
         shutil.rmtree("A")
         Path("B").rename(name := "A")
     assert set(asked) == {"A"}
-    answers_of_a = Path("small-compress/dialogues.jsonl").read_bytes()
+    answers_of_a, of_a = (work() / "dialogues.jsonl").read_bytes(), work()
     asked.clear()
     with monkeypatch.context() as patched:
-        patched.setattr(compress, "make_plan", interrupt)
+        patched.setattr(compress_plan, "make_plan", interrupt)
         assert run(compress.main, [name, "small", *tail]) == 130
         assert set(asked) == {name}, capfd.readouterr()
-        assert Path("small-compress/dialogues.jsonl").read_bytes() != answers_of_a
+        assert (work() / "dialogues.jsonl").read_bytes() != answers_of_a
+        assert (of_a / "dialogues.jsonl").read_bytes() == answers_of_a
         asked.clear()
         assert run(compress.main, [name, "small", *tail]) == 130
         assert not asked  # the same command continues
@@ -235,14 +259,11 @@ def test_a_line_separator_in_an_answer_ends_no_row(
         file.write_text("\n".join(lines), "utf-8")
         return 0
 
-    def stop(*_: object) -> None:
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(compress, "call", written)
-    monkeypatch.setattr(compress, "make_plan", stop)
+    monkeypatch.setattr(processes, "call", written)
+    monkeypatch.setattr(compress_plan, "make_plan", interrupt)
     assert run(compress.main, "dense small --data uk --device cpu".split()) == 130
     train, test = (
-        Path(f"small-compress/dialogues/{name}.jsonl").read_bytes().decode().split("\n")[:-1]
+        (work() / f"dialogues/{name}.jsonl").read_bytes().decode().split("\n")[:-1]
         for name in ("train", "test")
     )
     assert (len(train), len(test)) == (15, 5) and all(map(json.loads, [*train, *test]))
@@ -256,8 +277,8 @@ def test_flags_for_saving_alone_are_for_the_run_that_saves(
     argv = "dense small --data uk --device cpu --minutes 1 --text_only".split()
     assert run(compress.main, argv) == 0, capfd.readouterr().err
     assert json.loads(Path("small/config.json").read_text())["model_type"] == "gemma3_text"
-    assert results("small-compress/compressed")["flags"]["text_only"]
-    assert not results("small-compress/dense")["flags"]["text_only"]
+    assert results(work() / "compressed")["flags"]["text_only"]
+    assert not results(work() / "dense")["flags"]["text_only"]
 
 
 @pytest.mark.parametrize("why", ["memory", "disk"])
@@ -273,8 +294,8 @@ def test_without_room_for_training_it_is_planned_without(
     assert run(compress.main, "dense small --data uk --device cpu".split()) == 0
     line = next(each for each in capfd.readouterr().out.splitlines() if "without training" in each)
     assert "KiB" in line and ("memory" in line) == (why == "memory")
-    assert "recovery" not in results("small-compress/rehearsal")
-    assert "recovery" not in results("small-compress/compressed")
+    assert "recovery" not in results(work() / "rehearsal")
+    assert "recovery" not in results(work() / "compressed")
 
 
 def test_the_vocabulary_stays_whole_where_trimming_costs_much(
@@ -282,7 +303,7 @@ def test_the_vocabulary_stays_whole_where_trimming_costs_much(
 ) -> None:
     tiny.write_model("dense")
     tiny.write_texts("uk", tiny.sentences(200, words=4), 8)
-    read, cost = compress.read_results, 0.021
+    read, cost = compression.read_results, 0.021
 
     def costly(folder: Path) -> dict:
         found = read(folder)
@@ -291,7 +312,7 @@ def test_the_vocabulary_stays_whole_where_trimming_costs_much(
             found["vocabulary"] |= figures | {"measured_on": {"name": "uk", "bytes": 2**16}}
         return found
 
-    monkeypatch.setattr(compress, "read_results", costly)
+    monkeypatch.setattr(compression, "read_results", costly)
     argv = "dense small --data uk --recover 0 --device cpu".split()
     assert run(compress.main, argv) == 0
     out = capfd.readouterr().out
@@ -300,17 +321,17 @@ def test_the_vocabulary_stays_whole_where_trimming_costs_much(
         in out
     )
     assert "name the --language" in out and "all 320 rows of the vocabulary" in out
-    assert "vocabulary" not in results("small-compress/compressed")
-    assert "KL from the original model" in out
+    assert "vocabulary" not in results(work() / "compressed")
+    assert "uk, KL from original, nats per token" in out
     cost = 0.019
     assert run(compress.main, [argv[0], "other", *argv[2:]]) == 0
     out = capfd.readouterr().out
-    assert "is not trimmed" not in out and "vocabulary" in results("other-compress/compressed")
+    assert "is not trimmed" not in out and "vocabulary" in results(work("other") / "compressed")
     rows = {row.split("|")[1].strip(): row.split("|")[2:] for row in out.splitlines() if "|" in row}
     assert [cell.strip() for cell in rows[""]][:2] == ["original", "trimmed"]
-    row = rows["bits per byte, 65,536 bytes of uk"]
+    row = rows["uk, a sample, bits per byte"]
     assert [cell.strip() for cell in row][:2] == ["1.0000", "1.0190"]
-    assert "KL from the trimmed model; top-1 agreement, uk" in rows
+    assert "uk, KL from trimmed, nats per token" in rows
 
 
 def test_tokens_of_the_language_stay_beside_ones_own_text(
@@ -326,8 +347,8 @@ def test_tokens_of_the_language_stay_beside_ones_own_text(
     monkeypatch.setattr("lib.data.hub.keep_text", streamed)
     argv = "dense small --data own --language uk --recover 0 --device cpu".split()
     assert run(compress.main, argv) == 0, capfd.readouterr().err
-    small = results("small-compress/compressed")
-    assert small["flags"]["vocabulary_data"] == ["small-compress/uk"]
+    small = results(work() / "compressed")
+    assert small["flags"]["vocabulary_data"] == [str(work() / "uk")]
     assert [each["name"] for each in small["evaluation"]] == ["own"]
     assert [each["name"] for each in small["calibration"]["sources"]] == ["own"]
 
@@ -340,16 +361,16 @@ def test_a_file_is_never_larger_than_it_is_said_to_be() -> None:
     tiny.write_texts("uk", 40, 4)
     flags = ["--model", "dense", "--device", "cpu", "--seqlen", "32", "--calibration_data", "uk"]
     flags += ["--nsamples", "8", "--trim_vocabulary", "--quantize", "q4_0"]
-    job = compress.check_job(list(flags), recover=0)
-    outer = compress_plan.vocabulary_bytes(job)
+    job = compress_plan.check_job(list(flags), recover=0)
+    outer = size.vocabulary_bytes(job)
     succeed(*flags, "--completions", "0", "--save_model", "small")
     for kind in ("q4_0", "q8_0"):
         assert (
             call_here("commands.gguf", "small", f"{kind}.gguf", "--type", kind, "--data", "uk") == 0
         )
-        said = compress_plan.gguf_megabytes(job, job.skeleton, kind, outer)
-        size = Path(f"{kind}.gguf").stat().st_size / 1e6
-        assert size <= said <= size + 0.01
+        said = size.gguf_megabytes(job, job.skeleton, kind, outer)
+        file = Path(f"{kind}.gguf").stat().st_size / 1e6
+        assert file <= said <= file + 0.01
 
 
 @pytest.mark.parametrize("kind", ["short texts", "dialogues", "small enough", "iq4_nl"])
@@ -364,13 +385,13 @@ def test_main_takes_what_is_planned(kind: str, capfd: pytest.CaptureFixture) -> 
     data = ["said", "uk"] if chat else ["uk"]
     argv = ["dense", "small", "--data", *data, "--device", "cpu", *more.get(kind, [])]
     assert run(compress.main, argv) == 0, capfd.readouterr().err
-    assert "recovery" not in results("small-compress/compressed")
+    assert "recovery" not in results(work() / "compressed")
     if kind == "iq4_nl":
         assert re.search(r"nothing pruned, .* MB as iq4_nl", said := capfd.readouterr().out)
         assert re.search(r"linear layers as llama.cpp's +\|.*\| *iq4_nl \|", said)
         assert "--type iq4_nl" in said and kind in metadata_load("small/README.md")["tags"]
     elif kind != "short texts":
-        assert "recovery" not in results("small-compress/rehearsal")
+        assert "recovery" not in results(work() / "rehearsal")
 
 
 def test_texts_that_are_measured_are_not_trained_on_once_they_are_cut() -> None:
@@ -386,7 +407,7 @@ def test_texts_that_are_measured_are_not_trained_on_once_they_are_cut() -> None:
     test = SimpleNamespace(name="uk", record={"bytes": 40_000}, windows=range(100), dialogues=())
     texts = SimpleNamespace(tests=[test])
     job = SimpleNamespace(tests=tests, texts=texts, args=SimpleNamespace(column="text"))
-    cut = compress.cut_tests(job, Path("cut"), 1)  # two documents and pieces of a third
+    cut = compress_texts.cut_tests(job, Path("cut"), 1)  # two documents and pieces of a third
     (train,), _, (test,) = named(parser.parse_args([*data, "--eval_data", *cut]))
     measured, trained = read_documents(test, "test")[0], read_documents(train, "train")[0]
     assert len(measured) > 3 and len(trained) > 37
@@ -413,7 +434,7 @@ def test_killed_it_continues_to_the_same_bytes(trained: Path, tmp_path: Path) ->
             assert worker.end().status == -signal.SIGKILL, fault
         assert run(compress.main, argv) == 0
         assert content("small") == content("whole") and not Path("small.partial").exists()
-        whole, made = (results(f"{name}-compress/compressed") for name in ("whole", "small"))
+        whole, made = (results(work(name) / "compressed") for name in ("whole", "small"))
         for key in ("method", "flags", "quantized", "vocabulary", "evaluation", "completions"):
             assert made[key] == whole[key], key
         assert made["recovery"]["curve"] == whole["recovery"]["curve"]
@@ -445,17 +466,17 @@ def test_parts_are_removed_until_the_file_is_as_small(
     tiny.write_model("dense", tiny.ARCHITECTURES[name]())
     tiny.write_texts("uk", 40, 4)
     flags = ["--model", "dense", "--device", "cpu", "--seqlen", "32", "--calibration_data", "uk"]
-    flags += ["--nsamples", "8", "--trim_vocabulary", *compress.SMALLER[kind].split(), "0.5"]
-    job = compress.check_job([*flags, "--quantize", "q4_0"], recover=128)
-    type_, removed, what = compress.choose_size(job, None)
+    flags += ["--nsamples", "8", "--trim_vocabulary", *compress_plan.SMALLER[kind].split(), "0.5"]
+    job = compress_plan.check_job([*flags, "--quantize", "q4_0"], recover=128)
+    type_, removed, what = size.choose_size(job, None)
     assert (type_, removed) == ("q4_0", None) and "nothing pruned" in what
     whole = float(what.split("about ")[1].split()[0])
     sizes = [whole * share for share in shares]
-    ratios = [float(compress.choose_size(job, size)[1]) for size in sizes]
+    ratios = [float(size.choose_size(job, size)[1]) for size in sizes]
     assert 0 < ratios[0] <= ratios[1] <= ratios[2] < 1 and ratios[0] < ratios[2]
     with pytest.raises(UserError, match=f"the smallest file has .*{kind} in each block"):
-        compress.choose_size(job, 0.001)
-    type_, removed, what = compress.choose_size(job, 2 * whole)
+        size.choose_size(job, 0.001)
+    type_, removed, what = size.choose_size(job, 2 * whole)
     assert (type_, removed) == ("q8_0", None) and "as q8_0, small enough without 4 bits" in what
 
 
@@ -463,7 +484,7 @@ def test_windows_are_as_long_as_the_texts_allow() -> None:
     tiny.write_model("dense", tiny.tiny_llama(max_position_embeddings=1024))
     tiny.write_texts("uk", tiny.sentences(7, words=40), 8)
     flags = ["--model", "dense", "--device", "cpu", "--calibration_data", "uk", "--nsamples", "8"]
-    job = compress.check_job([*flags, "--quantize", "q4_0"], recover=2048)
+    job = compress_plan.check_job([*flags, "--quantize", "q4_0"], recover=2048)
     assert 128 <= job.seqlen < 512 and job.texts.training.windows.ids.shape[1] == job.seqlen
 
 
@@ -475,30 +496,31 @@ def test_commands_are_named_as_this_one_was_started(monkeypatch: pytest.MonkeyPa
 
 
 def test_a_failed_measurement_leaves_the_others(monkeypatch) -> None:
-    monkeypatch.setattr(compress, "call", lambda *_: 1)
-    nothing = {"evaluation": [], "sparsity_type": None}
-    monkeypatch.setattr(compress, "read_results", lambda _: nothing)
-    table = compress.comparison(["dense", "small"], Path("."), "")
-    assert "| on disk, MB | – | –" in " ".join(table.split())
+    tiny.write_model("small")
+    monkeypatch.setattr(processes, "call", lambda *_: 1)
+    args = SimpleNamespace(out="small")
+    run = SimpleNamespace(args=args, parsed=build_parser().parse_args(["--model", "m"]))
+    run.device, run.folder = "cpu", Path(".")
+    rows = compress.measured(run, {"original": "dense", "this model": "small"})
+    assert set(rows) == {"on disk, MB", "tokens/s"}
+    assert {cell for row in rows.values() for cell in row.values()} == {"–"}
 
 
-def test_what_was_not_measured_is_no_number(monkeypatch) -> None:
+def test_what_was_not_measured_is_no_number() -> None:
     """Of a test with more windows than are compared bits per byte are of no whole text."""
     test = {"name": "uk", "bits_per_byte": 0.9, "dense": {"perplexity": 3.0}}
     own = {"kl": 0.1, "top1_agreement": 0.9}
     before = {"uk": {"perplexity": 20.0, "bits_per_byte": None} | own}
     recovery = {"before": before, "kept": {"tokens": 1024}}
     found = {"evaluation": [test | own], "sparsity_type": None, "recovery": recovery}
-    monkeypatch.setattr(compress, "call", lambda *_: 1)
-    monkeypatch.setattr(compress, "read_results", lambda _: found)
-    table = compress.comparison(["dense", "small"], Path("."), "")
-    assert "nan" not in table and "quantized, not trained" in table
+    table = figures_table(found, {"evaluation": [test]})
+    assert "nan" not in table and "before training" in table
     recovery["kept"]["tokens"] = 0  # training has not helped
-    assert "not trained" not in compress.comparison(["dense", "small"], Path("."), "")
+    assert "before training" not in figures_table(found, {"evaluation": [test]})
 
 
 def test_sizes_are_numbers_to_read() -> None:
-    assert [compress_plan._megabytes(size) for size in (0.04567, 52.34, 1192.3)] == [
+    assert [size._megabytes(size) for size in (0.04567, 52.34, 1192.3)] == [
         "0.0457",
         "52.3",
         "1,192",
@@ -520,7 +542,6 @@ def test_commands_start_from_any_folder(capfd: pytest.CaptureFixture) -> None:
         (["--minutes", "0"], "--minutes: 0: must be at least 1"),
         (["--recover", "3"], "--recover 3: it is less than one step"),
         (["--work_dir", "mine/thesis.txt"], "--work_dir mine/thesis.txt: it is a file"),
-        (["--work_dir", "mine"], "--work_dir mine: it holds thesis.txt. Name a new folder."),
         (
             ["--megabytes", "1", "--for", "packed"],
             "--megabytes 1: no GGUF is made. Leave out --for packed.",
@@ -586,7 +607,7 @@ def test_what_another_command_or_the_disk_stands_against(monkeypatch, capfd) -> 
     monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=100_000))
     said = _refused([*argv, "--nsamples", "8"], capfd)
     assert "--work_dir small-compress: training needs up to" in said and "98 KiB are free" in said
-    with exclusive_lock(Path("small-compress.lock"), ""):
+    with exclusive_lock(Path("small-compress.lock"), UserError("held")):
         said = _refused(argv, capfd)
     assert "--work_dir small-compress: another command works there" in said
 

@@ -60,7 +60,7 @@ def test_what_is_left_out_is_counted(capsys, monkeypatch) -> None:
     tiny.write_texts("texts", texts, 1)  # passages of plain text
     encode = tiny.tiny_tokenizer(add_bos=False).encode
     answers = [encode("a quiet town"), encode("ріка"), 24 * [5], []]
-    monkeypatch.setattr(dialogues, "continue_rows", lambda *_: answers)
+    monkeypatch.setattr("lib.run.completions.continue_rows", lambda *_: answers)
     assert run(dialogues.main, [*BASE, "--data", "texts", "--batch_size", "4", *FLAGS]) == 0
     left_out = "12 that are in another script than the prompts, 12 that do not end, 12 that are"
     assert f"a.jsonl: 12 dialogues; left out: {left_out} empty" in capsys.readouterr().out
@@ -70,7 +70,9 @@ def test_what_is_left_out_is_counted(capsys, monkeypatch) -> None:
 
 def test_no_chat_model(capsys, monkeypatch) -> None:
     tiny.write_texts("texts", tiny.sentences(60, words=4), 1)
-    monkeypatch.setattr(dialogues, "continue_rows", lambda model, asked, _: len(asked) * [24 * [5]])
+    monkeypatch.setattr(
+        "lib.run.completions.continue_rows", lambda model, asked, _: len(asked) * [24 * [5]]
+    )
     assert run(dialogues.main, [*BASE, "--data", "texts", *FLAGS]) == 1
     assert "only 0 of 8 answers end within 24 tokens" in capsys.readouterr().err
 

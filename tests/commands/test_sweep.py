@@ -100,6 +100,25 @@ def test_flags_of_a_run(texts) -> None:
     assert dense.vocabulary_data == wanda.vocabulary_data == [str(uk), str(en)]
 
 
+def test_flags_of_prunings_alone_are_left_out_for_the_dense_model(texts) -> None:
+    """Each pruning writes a mask file of its own, whether the file is passed on or varied."""
+    argv = ["--models", "m", "--methods", "ria", "--types", "unstructured", "--calibration"]
+    argv += [texts[0], "--save_models", "--vary", "method_args=alpha=0.3,alpha=0.4"]
+    passed_on = ["--text_only", "--save_masks", "k/masks.safetensors", "--offload_folder", "away"]
+    dense, *pruned = map(build_parser().parse_args, planned(*argv, passed_on=passed_on).values())
+    assert dense.method_args is dense.save_masks is dense.save_model is None
+    assert not dense.text_only and dense.offload_folder == "away/m/dense"
+    assert [each.method_args for each in pruned] == [["alpha=0.3"], ["alpha=0.4"]]
+    names = [f"m/ria-50-method_args=alpha=0.{each}-uk-seed0" for each in (3, 4)]
+    assert [each.save_masks for each in pruned] == [f"k/{name}/masks.safetensors" for name in names]
+    assert all(each.text_only and each.save_model for each in pruned)
+    varied = [*argv[:-2], "--vary", "save_masks=a,b"]
+    runs = planned(*varied, passed_on=["--method_args", "alpha=0.3"])
+    parsed = [build_parser().parse_args(flags) for flags in runs.values()]
+    names = [f"m/ria-50-save_masks={each}-uk-seed0/{each}" for each in "ab"]
+    assert [each.save_masks for each in parsed] == [None, *names]
+
+
 def test_any_flag_is_varied(texts) -> None:
     """The dense model has runs for what its figures depend on; what decides nothing is left out."""
     argv = ["--models", "m", "--methods", "magnitude", "wanda", "--types", "unstructured"]
@@ -230,6 +249,9 @@ def test_a_run_is_done_again_where_what_stands_behind_a_flag_changed(texts, caps
     assert len(list(shared.iterdir())) == 4  # models of one shape do not share
     shutil.rmtree(folder / "model")
     assert "its model is missing" in said("--nsamples", "9")
+    masks = ["--save_masks", str(folder / "masks.safetensors")]
+    assert "its masks are missing" in said("--nsamples", "9", *masks)
+    assert "finished before" in said("--nsamples", "9", *masks)
 
 
 @pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="needs Linux")

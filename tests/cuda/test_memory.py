@@ -10,9 +10,9 @@ import tiny
 import torch
 from support import call, call_here, reloaded, results, succeed
 
-from lib.commands import compress
+from lib.commands.compress import __main__ as compress
 from lib.model import pretrained
-from lib.prune import Pruner
+from lib.prune import BlockWalker
 from lib.run import steps
 from lib.run.memory import Memory
 
@@ -78,7 +78,7 @@ class Watched:
         self.seen: dict[str, int] = {}
         self.peaks: dict[str, int] = {}
         self.before = torch.accelerator.memory_allocated(0)
-        own = {"check": Memory.check, "save": steps.save, "solve": Pruner._solve_}
+        own = {"check": Memory.check, "save": steps.save, "solve": BlockWalker.solve_all_}
         read = pretrained.load_model
 
         def check(memory: Memory) -> None:
@@ -89,12 +89,12 @@ class Watched:
             self.note("save")
             own["save"](*args)
 
-        def solve(pruner: Pruner, groups: list) -> dict:
+        def solve(walker: BlockWalker, groups: list) -> None:
             torch.accelerator.reset_peak_memory_stats(0)
-            written = own["solve"](pruner, groups)
+            own["solve"](walker, groups)
             peak = torch.accelerator.max_memory_allocated(0) - self.before
-            self.peaks[pruner.stage] = max(peak, self.peaks.get(pruner.stage, 0))
-            return written
+            prefix = walker.checkpoint_prefix
+            self.peaks[prefix] = max(peak, self.peaks.get(prefix, 0))
 
         def load_model(*args: Any, **options: Any) -> Any:
             model = read(*args, **options)
@@ -109,7 +109,7 @@ class Watched:
                 self.note(stage)
 
         monkeypatch.setattr(Memory, "check", check)
-        monkeypatch.setattr(Pruner, "_solve_", solve)
+        monkeypatch.setattr(BlockWalker, "solve_all_", solve)
         monkeypatch.setattr(steps, "save", save)
         monkeypatch.setattr(pretrained, "load_model", load_model)
         monkeypatch.setattr("lib.util.progress.on_step", on_step)
@@ -192,7 +192,7 @@ def test_compress_plans_without_training_where_only_the_weights_fit(
     device: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(compress, "call", call_here)
+    monkeypatch.setattr("lib.util.processes.call", call_here)
     monkeypatch.setattr(compress, "find_spec", lambda name: None)
     model = tiny.tiny_llama(num_hidden_layers=12, intermediate_size=256)
     tiny.write_model("deep", model)
@@ -204,7 +204,8 @@ def test_compress_plans_without_training_where_only_the_weights_fit(
     done = call(*argv, program=compress.main)
     assert done.status == 0, done.err
     assert "planned without training: training takes about" in done.out
-    assert "recovery" not in results("small-compress/compressed")
+    (work,) = Path("small-compress").iterdir()
+    assert "recovery" not in results(work / "compressed")
     assert not list(Path("small-compress").rglob("recovery*"))
-    measured = ["--seqlen", "64", "--eval_data", "small-compress/tests/uk.jsonl"]
-    reloaded("small", "small-compress/compressed", "--device", "cuda:0", *measured)
+    measured = ["--seqlen", "64", "--eval_data", str(work / "tests/uk.jsonl")]
+    reloaded("small", work / "compressed", "--device", "cuda:0", *measured)

@@ -80,20 +80,23 @@ def test_compress(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """On cards that hold all, that hold weights but no training, and blocks one at a time."""
-    from lib.commands import compress, compress_measure, compress_plan
+    from lib.commands.compress import __main__ as compress
+    from lib.commands.compress import measure
+    from lib.commands.compress import plan as compress_plan
 
     def plan(*_: Any, trains: bool, **most: int) -> compress_plan.Times:
         return compress_plan.Times(2, 4, 512 * trains, 9.0)
 
-    monkeypatch.setattr(compress, "plan_time", plan)
-    monkeypatch.setattr(compress, "call", call_here)
+    monkeypatch.setattr(compress_plan, "plan_time", plan)
+    monkeypatch.setattr("lib.util.processes.call", call_here)
     monkeypatch.setattr(compress, "find_spec", lambda name: None)
     for name in ("STEPS", "ROUNDS"):
-        monkeypatch.setattr(compress_measure, name, 1)
+        monkeypatch.setattr(measure, name, 1)
     device.set_limit(0, torch.accelerator.memory_allocated(0) + room)
-    out, run = tmp_path / "out", tmp_path / "out-compress"
+    out = tmp_path / "out"
     flags = "--seqlen 32 --batch_size 2 --completions 0 --device cuda:0".split()
     done = succeed(model, out, "--data", data, *flags, program=program_of("compress"))
+    (run,) = Path(f"{out}-compress").iterdir()
     trains = model == "large" and room == 10**8
     assert ("recovery" in results(run / "compressed")) == trains
     assert ("planned without training" in done.out) == (model == "large" and not trains)

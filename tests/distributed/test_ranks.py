@@ -119,7 +119,7 @@ def test_the_first_goes_on_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     first = DistContext(torch.device("cpu"), alone=True)
     first.size = first.local_size = 2
     first.close()
-    assert first.all_gather_object(5) == [5] and first.share(8) == slice(0, 8)
+    assert first.all_gather_object(5) == [5] and first.shard(8) == slice(0, 8)
 
 
 # --- what is continued
@@ -244,14 +244,13 @@ def test_what_one_can_not_hold_all_refuse(rank: int, place: Path, tmp_path: Path
 
 
 def test_a_folder_that_a_rank_does_not_see_is_refused(place: Path, tmp_path: Path) -> None:
-    """As on two machines without a disk of both: the second looks for it in its own folder."""
-    argv = [place / each if each in ("llama", "uk") else each for each in flags("wanda", tmp_path)]
-    (tmp_path / "second").mkdir()
-    folders = {1: tmp_path / "second"}
-    done = ended(together(2, [[*argv, "--resume", "kept"]], tmp_path, folders=folders, each=1))
+    """As on two machines without a disk of both."""
+    argv = [*flags("trained", tmp_path), "--resume", tmp_path / "kept"]
+    done = ended(together(2, [argv], place, {1: "at once 0:blind"}, each=1))
     assert done[0].status == FAILED
     [line] = complaints(done)
-    assert line.startswith("error: --resume kept: rank 1 ")
+    assert line.startswith(f"error: --resume {tmp_path / 'kept'}: rank 1 ")
+    assert not list(tmp_path.iterdir())
 
 
 def test_compress_is_one_process(place: Path) -> None:

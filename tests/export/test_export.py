@@ -15,9 +15,9 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from lib.commands.export import __main__ as command
-from lib.commands.export import engines
+from lib.commands.export import codes, engines
 from lib.commands.export.__main__ import main
-from lib.commands.export.engines import open_folder
+from lib.commands.model_folder import ModelFolder
 from lib.packed.checkpoint import METHOD
 from lib.packed.formats import FORMATS
 from lib.util.errors import UserError
@@ -58,7 +58,7 @@ def needs(engine: str) -> None:
 
 def matrices(folder: Path) -> list[Tensor]:
     """The linears of a folder, float32 (out, in)."""
-    source = open_folder(str(folder))
+    source = ModelFolder.open(str(folder), "OUT")
     named = ((source.tensors[name].float(), turned) for name, turned in source.linears.items())
     return [weight.T if turned else weight for weight, turned in named]
 
@@ -121,10 +121,6 @@ def test_no_number_changes(name: str, engine: str, folders, tmp_path, capsys) ->
         assert torch.equal(one, other)
 
 
-def test_a_format_names_its_engines() -> None:
-    assert list(GRID.engines) == list(engines.ENGINES)
-
-
 def refused(argv: list[object], words: str) -> None:
     """One line, before anything is written beside what was there."""
     new = Path(argv[1])
@@ -139,17 +135,17 @@ def test_what_differs_is_not_written(engine: str, folders, tmp_path, monkeypatch
     """A code that changes on its way, and a model that the engine computes otherwise."""
     needs(engine)
     argv = [folders["LLaMA"], tmp_path / "new", "--to", engine]
-    packed_bytes, copy = engines.packed_bytes, engines.GridFolder.copy_settings
+    packed_bytes, copy = codes.packed_bytes, ModelFolder.copy_settings
     with monkeypatch.context() as patch:
         if engine == "onnx":
             read = engines.Onnx.stored
             patch.setattr(engines.Onnx, "stored", lambda *new: [*read(*new)][1:])
         else:
-            patch.setattr(engines, "packed_bytes", lambda codes: packed_bytes(codes) ^ 1)
+            patch.setattr(codes, "packed_bytes", lambda codes: packed_bytes(codes) ^ 1)
         refused(argv, "NEW .*new: it is not written: [0-9]+ rows of codes or scales differ")
     wrong = dict(rope_parameters=dict(rope_type="default", rope_theta=1e4), rope_theta=1e4)
     monkeypatch.setattr(
-        engines.GridFolder, "copy_settings", lambda *to, **fields: copy(*to, **fields | wrong)
+        ModelFolder, "copy_settings", lambda *to, **fields: copy(*to, **fields | wrong)
     )
     if engine != "onnx":  # whose graph holds what the config says
         refused(
@@ -166,7 +162,7 @@ def test_one_line_for_each_mistake(folders, tmp_path, monkeypatch) -> None:
     (tmp_path / "ended.partial").mkdir()  # of a run that was killed
     refused([llama, tmp_path / "old", *to], "NEW .*old: it holds .*[.] Name a new folder")
     refused([llama, tmp_path / "ended", *to], "NEW .*: ended.partial exists")
-    refused([tmp_path / "none", new, *to], "OUT .*none: no such folder")
+    refused([tmp_path / "none", new, *to], "OUT .*none: it is not a model folder")
     refused([folders["GPT-2"], new, *to], "--to compressed-tensors: .* experts nor the")
     refused([folders["Mixtral"], new, *to], "--to compressed-tensors: .* experts nor the")
     broken = tiny.write_model(tmp_path / "broken")
@@ -207,7 +203,7 @@ def test_a_model_that_an_engine_does_not_know(engine, name, words, folders, tmp_
 def test_a_model_that_also_sees_is_run_whole(tmp_path: Path) -> None:
     model = tiny.VISION["Qwen3-VL"]()
     tiny.write_model(tmp_path / "out", model)
-    logits, _ = engines.load_transformers(tmp_path / "out")
+    logits, _ = codes.load_transformers(tmp_path / "out")
     ids = list(range(3, 40))
     with torch.no_grad():
         expected = model(input_ids=torch.tensor([ids]), use_cache=False).logits[0]

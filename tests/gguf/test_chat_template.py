@@ -9,13 +9,14 @@ import pytest
 import tiny
 import whole
 
+from lib.commands.gguf import convert
 from lib.commands.gguf.__main__ import main
-from lib.commands.gguf.source import ModelFolder
+from lib.commands.model_folder import ModelFolder
 from lib.util.errors import UserError
 
 pytest.importorskip("xllamacpp", reason="needs the package of requirements-gguf.txt")
 pytestmark = pytest.mark.usefixtures("quickly")
-whole_view = ModelFolder.view
+whole_view = convert.make_view
 
 
 @pytest.mark.parametrize("template", chats.MARKS, ids="llama gemma qwen mistral".split())
@@ -36,17 +37,17 @@ def test_another_template_and_another_end_are_told(tmp_path: Path, monkeypatch, 
     main([str(folder), str(tmp_path / "a.gguf"), "--type", "q8_0"])
     assert "not verified: " in (out := capsys.readouterr().out)
     assert "the end of an answer (llama.cpp does not stop at '<end>')" in out
-    monkeypatch.setattr(ModelFolder, "view", view_with_another_template)
+    monkeypatch.setattr(convert, "make_view", view_with_another_template)
     with pytest.raises(UserError, match="not written: chat template, several turns: at token"):
         main([str(folder), str(tmp_path / "b.gguf"), "--type", "q8_0"])
 
 
-def view_with_another_template(self, folder: Path, weights: Path) -> Path:
-    before, self.tokenizer.chat_template = self.tokenizer.chat_template, chats.QWEN_3
+def view_with_another_template(source: ModelFolder, folder: Path, weights: Path) -> Path:
+    before, source.tokenizer.chat_template = source.tokenizer.chat_template, chats.QWEN_3
     try:
-        return whole_view(self, folder, weights)
+        return whole_view(source, folder, weights)
     finally:
-        self.tokenizer.chat_template = before
+        source.tokenizer.chat_template = before
 
 
 def test_a_base_model_is_no_chat(tmp_path: Path, capsys) -> None:

@@ -19,10 +19,10 @@ from safetensors.torch import save_file
 from support import QUICK, content, succeed, weights
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from lib.commands.gguf import __main__ as command
+from lib.commands.gguf import convert as command
 from lib.commands.gguf import llama_cpp, verify
 from lib.commands.gguf.__main__ import main
-from lib.commands.gguf.source import open_folder
+from lib.commands.gguf.source import open_source
 from lib.commands.gguf.verify import (
     LIMITS,
     letter_of,
@@ -120,7 +120,7 @@ def test_the_plain_converter_takes_a_saved_folder(llama: Path, texts: Path, tmp_
 
 @pytest.fixture(scope="module")
 def files(llama: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    folder, source = tmp_path_factory.mktemp("files"), open_folder(str(llama))
+    folder, source = tmp_path_factory.mktemp("files"), open_source(str(llama))
     files = {name: folder / f"{name}.gguf" for name in LIMITS if name != "iq4_nl"}
     view = str(source.view(folder / "view", llama))
     llama_cpp.convert(view, "model", {name: str(file) for name, file in files.items()})
@@ -186,7 +186,7 @@ def test_one_other_row_of_embedding_or_head(
 
 def test_another_model_predicts_otherwise(files: dict, llama: Path, tmp_path: Path) -> None:
     windows = {"some": [torch.arange(5, 105)]}
-    letter = letter_of(open_folder(str(llama)).tokenizer)
+    letter = letter_of(open_source(str(llama)).tokenizer)
     proven = verify_predictions(llama, files, windows, letter)["distances"]
     assert proven["f32"] < 1e-4 < proven["f16"] < proven["q8_0"] < proven["q4_0"]
     for weight_type, change in (
@@ -201,7 +201,7 @@ def test_another_model_predicts_otherwise(files: dict, llama: Path, tmp_path: Pa
 
 
 def test_other_tokens(files: dict, llama: Path, tmp_path: Path) -> None:
-    tokenizer, texts = open_folder(str(llama)).tokenizer, {"uk": kinds.texts(kinds.UK, 3, 2)}
+    tokenizer, texts = open_source(str(llama)).tokenizer, {"uk": kinds.texts(kinds.UK, 3, 2)}
     verify_tokens(files["f16"], tokenizer, texts)
     add_bos = rewrite("tokenizer.ggml.add_bos_token", False)
     with pytest.raises(UserError, match="document 1 of uk: at token 1 llama"):

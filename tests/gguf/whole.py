@@ -20,8 +20,8 @@ import tiny
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
 from transformers import LlamaTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from lib.commands.gguf.source import PRE_TOKENIZERS
 from lib.data.tokenizer_model import CHECK, CHECK_TEXT, digest
+from lib.util.quirks import PRE_TOKENIZERS
 
 HOW = "pip install -r requirements-gguf.txt"
 FIRST = 6_000  # tokens
@@ -120,8 +120,7 @@ def mistral_file() -> Path:
 
 def mistral(folder: Path) -> PreTrainedTokenizerBase:
     """Mistral 7B's first tokenizer, read from the file that SentencePiece wrote."""
-    if find_spec("google.protobuf") is None:
-        pytest.skip(f"protobuf is not installed: {HOW}")
+    pytest.importorskip("google.protobuf", reason=f"protobuf is not installed: {HOW}")
     folder.mkdir()
     shutil.copy(mistral_file(), folder / "tokenizer.model")
     return LlamaTokenizer.from_pretrained(folder)

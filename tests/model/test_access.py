@@ -8,8 +8,9 @@ from pathlib import Path
 import pytest
 import tiny
 import torch
+from transformers import AutoModelForCausalLM
 
-from lib.model import access, pretrained
+from lib.model import access
 from lib.model.access import Checkpoint, check_folder
 from lib.model.pretrained import load_config, load_model
 from lib.util.errors import UserError
@@ -54,7 +55,7 @@ def test_weights_come_from_the_commit_of_the_config(
         asked.append(options["revision"])
         raise OSError("offline")
 
-    monkeypatch.setattr(pretrained.AutoModelForCausalLM, "from_pretrained", from_pretrained)
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", from_pretrained)
     monkeypatch.setattr(access, "local_only", lambda checkpoint: False)
     with pytest.raises(UserError, match="offline"):
         load_model(Checkpoint("owner/name"), config, dtype=torch.float32, device_map={"": "cpu"})

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import subprocess
 import sys
 import warnings
 from pathlib import Path
@@ -11,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from processes import forkserver
-from support import LIMIT
+from support import LIMIT, ROOT, needs_kernels
 
 from lib.packed import kernels
 from lib.packed.embedding import dense_rows, quantize_rows
@@ -27,8 +28,7 @@ PATHS = ["avx2", "avx512", "avx512_bf16", None]
 
 @pytest.fixture(scope="module", autouse=True)
 def _built():
-    if not kernels.ready():
-        pytest.skip("needs a C++ compiler")
+    needs_kernels()
 
 
 @pytest.fixture(params=PATHS)
@@ -218,3 +218,32 @@ def test_what_was_built_is_found_again_in_a_folder_of_ones_own(tmp_path):
     folder.chmod(0o777)  # whoever can write there could have put another library there
     *lines, ready = reported(tmp_path, CXX="/none")
     assert ready == "False False" and "others can write" in " ".join(lines)
+
+
+PROGRAM = """
+from importlib.util import find_spec
+assert find_spec("pip")  # setuptools hands out Python's own distutils from now on
+from lib.packed import kernels
+print(kernels.ready())
+"""
+
+
+@pytest.mark.full
+def test_a_program_that_has_imported_pip_builds_them(tmp_path: Path) -> None:
+    environment = os.environ | {"TORCH_EXTENSIONS_DIR": str(tmp_path), "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-c", PROGRAM]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=LIMIT)
+    assert done.stdout == "True\n", done.stderr
+
+
+def test_they_are_built_in_a_process_of_their_own(tmp_path: Path, monkeypatch) -> None:
+    """Whatever this one has imported: a small source is, from a program without torch's builder."""
+    source = tmp_path / "small.cpp"
+    source.write_text("int small() { return 0; }\n")
+    shutil.copy(kernels.SOURCE.with_name("build_kernels.py"), tmp_path)
+    monkeypatch.setattr(kernels, "SOURCE", source)
+    monkeypatch.setitem(sys.modules, "torch.utils.cpp_extension", None)  # importing it fails
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
+    kernels._load_or_build()
+    [built] = tmp_path.glob("packed_bitmask-*/*")
+    assert built.suffix == ".so"

@@ -5,12 +5,12 @@ import pickle
 
 import pytest
 import torch
+from support import needs_kernels
 from torch import nn
 from torch.nn import functional as F
 
 from lib.methods.sparsity import Sparsity
 from lib.model.pretrained import footprint
-from lib.packed import kernels
 from lib.packed import linear as packed_linear
 from lib.packed.formats import PACKED
 from lib.packed.linear import SparseLinear, multiplying
@@ -154,8 +154,7 @@ def test_torchs_error_is_the_reason(bits, monkeypatch):
 @pytest.mark.parametrize("bits", BITS)
 def test_by_the_kernels_where_they_can_be_used(bits, monkeypatch):
     monkeypatch.undo()
-    if not kernels.ready():
-        pytest.skip("no C++ compiler")
+    needs_kernels()
     dense = dense_linear()
     packed, x = from_linear(dense, bits), torch.randn(2, 3, 40)
     product = packed(x)

@@ -14,7 +14,7 @@ from lib.model.access import Checkpoint
 from lib.model.pretrained import load_config, load_model
 from lib.pruning import allocation as module
 from lib.pruning.allocation import Allocation, by_error, choose, costs, span
-from lib.pruning.check import Measured
+from lib.pruning.check import SparsityCheck
 from lib.pruning.fisher import FisherDiagonal
 
 
@@ -90,7 +90,7 @@ def test_architectures_reach_what_was_allocated(name: str) -> None:
     allocation = by_error(runner, windows(6), 0.6)
     done = prune_(runner, "admm", allocation, windows(6))
     target = allocation.sparsity
-    measured = Measured(runner, target, done.left_dense)
+    measured = SparsityCheck(runner, target, done.left_dense)
     asked = sum(target[name].ratio * size for name, size in measured.sizes.items())
     rows = {
         linear.name: linear.shape[0]

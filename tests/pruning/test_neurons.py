@@ -16,7 +16,7 @@ from lib.methods.registry import method_of
 from lib.methods.sparsity import NEURONS
 from lib.model.parts import PartLayout, get_tensor
 from lib.model.pretrained import decoder_blocks
-from lib.remove import NeuronPruner, neurons_left
+from lib.remove import PartRemover, neurons_left, remove
 from lib.util.errors import UserError
 
 NAMES = ["Llama", "Gemma 3", "GPT-2", "Phi", "GPT-NeoX", "Phi-3"]
@@ -24,13 +24,9 @@ NAMES += [name for name in tiny.VISION if "MoE" not in name]
 pytestmark = pytest.mark.filterwarnings("ignore")
 
 
-def pruned(
-    model: nn.Module, name: str, ids: Tensor, left: int, batch_size: int = 2
-) -> NeuronPruner:
+def pruned(model: nn.Module, name: str, ids: Tensor, left: int, batch_size: int = 2) -> PartRemover:
     runner = runner_of(model, batch_size)
-    pruner = NeuronPruner(runner, method_of(name), layout_of(NEURONS, model), left)
-    pruner.run(ids)
-    return pruner
+    return remove(runner, ids, method_of(name), layout_of(NEURONS, model), left)
 
 
 @torch.no_grad()

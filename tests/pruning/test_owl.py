@@ -13,8 +13,8 @@ from torch import nn
 
 from lib.methods.sparsity import Sparsity
 from lib.pruning.allocation import Allocation, allocate
-from lib.pruning.check import Measured
-from lib.pruning.owl import by_outliers, outlier_share, spread
+from lib.pruning.check import SparsityCheck
+from lib.pruning.owl import by_outliers, outlier_share, owl_sparsities
 
 
 def test_outliers_by_hand() -> None:
@@ -30,7 +30,7 @@ def test_the_formula_of_the_authors(ratio: float) -> None:
     low, high = min(shares), max(shares)
     scaled = [(share - low) * (1 / (high - low)) * 0.08 * 2 for share in shares]
     density = [one - sum(scaled) / 4 + (1 - ratio) for one in scaled]
-    found = [each.ratio for each in spread(shares, [10] * 4, Sparsity(ratio))]
+    found = [each.ratio for each in owl_sparsities(shares, [10] * 4, Sparsity(ratio))]
     assert found == pytest.approx([1 - each for each in density])
     assert sum(found) / 4 == pytest.approx(ratio)
 
@@ -38,18 +38,18 @@ def test_the_formula_of_the_authors(ratio: float) -> None:
 def test_any_total_is_kept() -> None:
     shares, sizes = [0.1, 0.3, 0.2], [30, 10, 20]
     for ratio in (0.0, 0.01, 0.5, 0.98):
-        found = [each.ratio for each in spread(shares, sizes, Sparsity(ratio))]
+        found = [each.ratio for each in owl_sparsities(shares, sizes, Sparsity(ratio))]
         assert all(0 <= each < 1 for each in found)
         total = sum(each * size for each, size in zip(found, sizes, strict=True))
         assert total == pytest.approx(ratio * 60)
-    assert {each.ratio for each in spread([0.1] * 3, sizes, Sparsity(0.6))} == {0.6}
+    assert {each.ratio for each in owl_sparsities([0.1] * 3, sizes, Sparsity(0.6))} == {0.6}
 
 
 @pytest.mark.parametrize("sizes", [[10] * 5, [10, 20, 30, 10, 30]])
 def test_whole_numbers_of_every_eight(sizes: list[int]) -> None:
     """No more go than by 4 everywhere, and fewer of a block's than another lets go are less."""
     shares = [0.1, 0.3, 0.2, 0.11, 0.29]
-    found = spread(shares, sizes, Sparsity(0.5, 4, 8))
+    found = owl_sparsities(shares, sizes, Sparsity(0.5, 4, 8))
     total = sum(each.n * size for each, size in zip(found, sizes, strict=True))
     left = 4 * sum(sizes) - total
     assert 0 <= left < min(sizes) and {each.m for each in found} == {8}
@@ -86,7 +86,7 @@ def test_the_blocks_of_a_model_as_by_hooks() -> None:
     runner = runner_of(model)
     shares = whole(model, ids)
     found = by_outliers(runner, ids, Sparsity(0.6))
-    expected = spread(shares, [1] * 4, Sparsity(0.6))
+    expected = owl_sparsities(shares, [1] * 4, Sparsity(0.6))
     for name, sparsity in found.items():
         assert sparsity.ratio == pytest.approx(expected[int(name.split(".")[2])].ratio, abs=1e-6)
 
@@ -96,7 +96,7 @@ def test_architectures_reach_what_was_allocated(name: str) -> None:
     runner = runner_of(tiny.ALL[name]().requires_grad_(False))
     allocation = allocate(runner, windows(12), Sparsity(0.6), "owl")
     done = prune_(runner, "sparsegpt", allocation, windows(12))
-    assert Measured(runner, allocation.sparsity, done.left_dense).overall == pytest.approx(
+    assert SparsityCheck(runner, allocation.sparsity, done.left_dense).overall == pytest.approx(
         0.6, abs=0.02
     )
 

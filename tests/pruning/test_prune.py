@@ -17,7 +17,7 @@ from lib.methods.wanda import Wanda
 from lib.model.blocks import BlockRunner
 from lib.model.run_folder import RunFolder
 from lib.model.store import BlockStore
-from lib.pruning.check import Measured
+from lib.pruning.check import SparsityCheck
 from lib.util.errors import RunWarning, UserError
 
 
@@ -60,21 +60,21 @@ def test_what_falls_short_is_named() -> None:
     done = prune_(runner, "magnitude", Sparsity(0.5, 2, 4))
     name = "model.layers.1.mlp.up_proj"
     target = dict.fromkeys(done.pruned, Sparsity(0.5, 2, 4))
-    assert Measured(runner, target).overall == 0.5
+    assert SparsityCheck(runner, target).overall == 0.5
     weight = runner.model.get_submodule(name).weight.data
     weight[0, :4] = 1
     with pytest.raises(UserError, match=f"{name}: 1 of 512 groups are not 2:4"):
-        Measured(runner, target)
+        SparsityCheck(runner, target)
     weight[:8] = 1
     with pytest.raises(
         UserError, match=f"{name}: only 0.4375 of its weights are zero, but 0.5 was"
     ):
-        Measured(runner, dict.fromkeys(done.pruned, HALF))
-    Measured(runner, target, [name])  # left dense: only counted
-    measured = Measured(runner, target, done.pruned)
+        SparsityCheck(runner, dict.fromkeys(done.pruned, HALF))
+    SparsityCheck(runner, target, [name])  # left dense: only counted
+    measured = SparsityCheck(runner, target, done.pruned)
     runner.model.get_submodule("model.layers.0.mlp.up_proj").weight.data.fill_(1)
     with pytest.raises(UserError, match="it has lost 1024 zeros"):
-        measured.again(runner)
+        measured.recheck(runner)
 
 
 # --- experts that few tokens, or none, are routed to

@@ -17,7 +17,7 @@ from lib.methods.registry import method_of
 from lib.methods.sparsity import EXPERTS
 from lib.model.parts import PartLayout
 from lib.model.pretrained import decoder_blocks
-from lib.remove import ExpertPruner, experts_left
+from lib.remove import PartRemover, experts_left, remove
 from lib.util.errors import UserError
 
 NAMES = ["Mixtral", "Qwen3-MoE", "OLMoE", "GPT-OSS", "DeepSeek-V3", "PhiMoE", "GraniteMoE", "Jamba"]
@@ -35,11 +35,9 @@ def mixture(name: str) -> nn.Module:
     return model
 
 
-def pruned(model: nn.Module, method: str, ids: Tensor, left: int) -> ExpertPruner:
+def pruned(model: nn.Module, method: str, ids: Tensor, left: int) -> PartRemover:
     layout = layout_of(EXPERTS, model)
-    pruner = ExpertPruner(runner_of(model, 2), method_of(method), layout, left)
-    pruner.run(ids)
-    return pruner
+    return remove(runner_of(model, 2), ids, method_of(method), layout, left)
 
 
 def forbid_(model: nn.Module, removed: list[list[int]]) -> None:

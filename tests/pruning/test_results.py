@@ -11,12 +11,11 @@ import torch
 from support import QUICK, call, prune_, results, runner_of, succeed, weights, windows
 from torch import Tensor
 
-import lib
-from lib import prune
 from lib.methods.sparsity import Sparsity
 from lib.methods.wanda import Wanda
+from lib.prune import prune
 from lib.pruning import errors
-from lib.pruning.check import Measured
+from lib.pruning.check import SparsityCheck
 from lib.pruning.errors import TokenSample, relative_error
 from lib.pruning.masks import packed_masks, read_masks, unpacked, write_masks
 from lib.util.errors import UserError
@@ -157,17 +156,16 @@ def test_a_run_keeps_masks_and_errors() -> None:
 def test_lost_zeros_are_told_to_the_user() -> None:
     runner = runner_of(tiny.tiny_llama().requires_grad_(False))
     prune_(runner, "magnitude", Sparsity(0.5, 2, 4))
-    reached = Measured(runner)
+    sparsity = SparsityCheck(runner)
     runner.model.model.layers[0].mlp.up_proj.weight.data[0] = 1
     with pytest.raises(UserError, match="model.layers.0.mlp.up_proj: it has lost 16 zeros"):
-        reached.again(runner)
+        sparsity.recheck(runner)
 
 
 # --- in memory
 
 
 def test_prune_in_memory_is_what_a_run_does() -> None:
-    assert callable(prune) and lib.prune is prune
     ids = windows(6)
     ours, theirs = tiny.tiny_llama(), tiny.tiny_llama()
     ours.train()

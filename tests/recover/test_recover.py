@@ -95,7 +95,7 @@ def trainer(
         teacher=teacher,
         schedule=more.pop("schedule", schedule(rank)),
         text=TrainingText(ids, torch.arange(2 * STEPS) % 4, ids[:2], {"sources": []}),
-        starts=starts,
+        master_weights=starts,
         **more,
     )
     one.measure = own

@@ -233,3 +233,20 @@ def test_whole_runs(kind: str, tmp_path: Path) -> None:
     done = call(*runs[:2], "--out", "shown", program=main)
     assert done.status == 0 and "| uk (seed 0) and en (seed 0)" in done.out
     assert f"### {kind.capitalize() if small else 'Weights'} that" in done.out
+
+
+@pytest.mark.usefixtures("elsewhere")
+def test_files_of_masks_are_compared_as_the_models_are() -> None:
+    tiny.write_model("model")
+    tiny.write_texts("uk")
+    run = ["--model", "model", "--calibration_data", "uk", *QUICK, "--prune_method"]
+    for method in ("wanda", "magnitude"):
+        kept = ["--save_model", method, "--save_masks", f"{method}.safetensors"]
+        succeed(*run, method, *kept, "--save", f"{method}-run")
+    of_models = compare_masks(["wanda", "magnitude"])
+    of_files = compare_masks(["wanda.safetensors", "magnitude.safetensors"])
+    figures = ["block", "linear", "weights", "kept_a", "kept_b", "both"]
+    assert of_files[figures].equals(of_models[figures])
+    with pytest.raises(UserError) as refused:
+        compare_masks(["wanda.safetensors", "uk/train.jsonl"])
+    assert refused.value.what == "uk/train.jsonl"

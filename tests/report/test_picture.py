@@ -9,8 +9,8 @@ from made_up import LANGUAGES, results
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from lib.commands.report import picture, tables
-from lib.commands.report_pictures import layer_errors
+from lib.commands.report.pictures import layer_errors, picture
+from lib.commands.report.table import tables
 
 KEYS = ["method", "type", "calibrated_on"]
 

@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
-from lib.run.flags import build_parser
+import ast
+from collections.abc import Iterator
+
+from support import ROOT
+
+from lib.run.flags import FLAGS, build_parser, mistakes, named, without
 
 PUBLISHED = """
 model seed nsamples sparsity_ratio sparsity_type prune_method cache_dir use_variant save save_model
@@ -38,3 +43,44 @@ def test_hyphens_are_as_good_as_underscores() -> None:
     ]
     args = build_parser().parse_args(argv)
     assert (args.model, args.prune_method, args.eval_data) == ("m-1", "wanda", ["a-b_c"])
+
+
+def literals(tree: ast.AST) -> Iterator[tuple[int, list[object]]]:
+    """Yield line and members of each literal list, tuple, set, mapping and string of words.
+
+    Members that are unpacked or computed are left out: what is written there counts.
+    """
+    for node in ast.walk(tree):
+        members = []
+        if isinstance(node, ast.List | ast.Tuple | ast.Set):
+            members = [each for each in node.elts if not isinstance(each, ast.Starred)]
+        elif isinstance(node, ast.Dict):
+            members = [each for each in node.keys if each]
+        if isinstance(node, ast.Constant) and isinstance(node.value, str):
+            yield node.lineno, node.value.split()
+        yield getattr(node, "lineno", 0), [getattr(each, "value", None) for each in members]
+
+
+def test_a_flag_is_one_entry() -> None:
+    """No module besides flags.py lists names of flags: it asks `named` for those with a fact.
+
+    A list that holds anything else, such as the value of a flag, is a command line.
+    """
+    names = {flag.name for flag in FLAGS}
+    words = {f"--{name}" for name in names}
+    lists = [
+        f"{file.relative_to(ROOT)}:{line} {members}"
+        for file in (ROOT / "main.py", *(ROOT / "lib").rglob("*.py"))
+        for line, members in literals(ast.parse(file.read_text("utf-8")))
+        if file.name != "flags.py" and len(members) > 1
+        if names.issuperset(members) or words.issuperset(members)
+    ]
+    assert not lists, "\n".join(lists)
+
+
+def test_a_dense_run_takes_the_rest_of_the_flags() -> None:
+    words = "--prune_method ria --method_args alpha=0.3 --allocation error --save_masks F"
+    words += " --resume R --save_model M --text_only --recover 9 --recover_rank 2 --seqlen 8"
+    left = without(words.split(), named(changes=True))
+    assert left == ["--seqlen", "8"]
+    assert not [*mistakes(build_parser().parse_args(["--model", "m", "--eval_only", *left]))]

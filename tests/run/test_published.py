@@ -122,17 +122,17 @@ def test_masks_and_weights_are_the_published_ones(
 # --- the four recipes of the published launch script, with its texts and the defaults
 
 RECIPES = {
-    "unstructured": "--prune_method sparsegpt --sparsity_ratio 0.5 --sparsity_type unstructured "
+    "sparsegpt": "--prune_method sparsegpt --sparsity_ratio 0.5 --sparsity_type unstructured "
     "--nsamples 64 --seed 0",
-    "semi-structured": "--prune_method sparsegpt --sparsity_ratio 0.5 --sparsity_type 2:4 "
+    "sparsegpt-2:4": "--prune_method sparsegpt --sparsity_ratio 0.5 --sparsity_type 2:4 "
     "--replace_sparse_layers --nsamples 64 --seed 0",
     "dense": "--eval_only --seed 0",
     "c4": "--prune_method sparsegpt --sparsity_ratio 0.5 --sparsity_type 2:4 --prune_on_c4 "
     "--nsamples 64 --seed 0",
 }
 LOGS = {  # without --save
-    "unstructured": "out/model-sparsegpt-unstructured-0.5/log_sparsegpt.txt",
-    "semi-structured": "out/model-sparsegpt-2of4/log_sparsegpt.txt",
+    "sparsegpt": "out/model-sparsegpt-unstructured-0.5/log_sparsegpt.txt",
+    "sparsegpt-2:4": "out/model-sparsegpt-2of4/log_sparsegpt.txt",
     "dense": "out/model-dense/log_dense.txt",
     "c4": "out/model-sparsegpt-2of4/log_sparsegpt.txt",
 }
@@ -147,6 +147,22 @@ for name, log, argv in json.loads(sys.argv[1]):
     shutil.copytree(log.rpartition("/")[0], name)
     shutil.rmtree("out")
 """
+
+
+def words_of(*argv: str) -> list[str]:
+    """Return the words with which launch.sh starts `prune`."""
+    words = launched(argv, ROOT, PYTHON="echo").split()
+    assert words[:4] == ["-P", "-m", "lib.run.console", "prune"]
+    return words[4:]
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_the_published_recipes_stay(name: str) -> None:
+    read = build_parser().parse_args
+    published = ["--model", "baffo32/decapoda-research-llama-7B-hf", *RECIPES[name].split()]
+    assert read(words_of(name)) == read(published)
+    assert read(words_of(name, "--model", "m", "--seed", "3")).seed == 3
+    assert f"\n  {name} " in launched([], ROOT)
 
 
 @pytest.fixture(scope="module")
@@ -164,10 +180,10 @@ def recipes(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "datasets/allenai/c4": {"en/c4-train.00000-of-01024.json.gz": shard},
     }
     runs = []
-    for name, flags in RECIPES.items():
-        argv = ["--model", "model", *flags.split(), "--device", "cpu"]
+    for name in RECIPES:
+        argv = ["--model", "model", "--device", "cpu"]
         argv += ["--save_model", f"pruned/{name}"] if name != "dense" else []
-        runs.append((name, LOGS[name], argv))
+        runs.append((name, LOGS[name], words_of(name, *argv)))
     with Hub(repositories) as hub:
         done = ended(python(IN_TURN, json.dumps(runs), folder=place, **hub.environment(place)))
     assert done.status == 0, done.err
@@ -189,11 +205,11 @@ def test_a_recipe_as_it_was_published(name: str, recipes: Path) -> None:
         assert windows.shape == (64, LENGTH) and (len({*rows}) < 64) == again
         digest = hashlib.sha256(windows.numpy().tobytes()).hexdigest()
         assert record["calibration"]["digest"] == digest
-        kind = "unstructured" if name == "unstructured" else "2:4"
+        kind = "unstructured" if name == "sparsegpt" else "2:4"
         solve = partial(sparsegpt, sparsity=Sparsity.parse(kind, 0.5))
         published_loop(model, model.model.layers, windows, solve)
         pruned = loaded(recipes / "pruned" / name)
-        if name == "semi-structured":
+        if name == "sparsegpt-2:4":
             assert record["packed"]["linears"] == 14
             pruned.dequantize()
         ours, theirs = pruned.state_dict(), model.state_dict()

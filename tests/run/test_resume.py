@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 
@@ -103,6 +104,14 @@ def test_another_source_of_the_method_is_refused(
     assert "--prune_method" in refused(tmp_path, begun)
 
 
+def test_a_folder_of_an_earlier_version_is_refused(begun: list, tmp_path: Path) -> None:
+    file = tmp_path / "kept/job.json"
+    job = json.loads(file.read_text("utf-8"))
+    del job["version of langprune"]
+    file.write_text(json.dumps(job))
+    assert "before 0.4" in refused(tmp_path, begun)
+
+
 def test_one_changed_byte_of_the_weights_is_refused(begun: list, tmp_path: Path) -> None:
     copied = shutil.copytree("model", tmp_path / "elsewhere")
     file = copied / "model.safetensors"
@@ -159,9 +168,10 @@ def test_only_a_runs_own_files_are_removed(begun: list, tmp_path: Path) -> None:
     for name in ("block-00001.partial", ".job.json.partial"):  # cut off while it was written
         (kept / name).write_text("half")
     (kept / "folder.partial").mkdir()
-    (kept / "block-00002.partial").mkdir()
+    (kept / "block-00009.partial").mkdir()
     succeed(*begun, "--seed", "0")
-    assert {path.name for path in kept.iterdir()} == {*mine, "folder.partial"}
+    left = {path.name for path in kept.iterdir()}
+    assert left == {*mine, "folder.partial", "block-00009.partial"}
 
 
 def test_folders_that_are_not_a_runs(argv: list, tmp_path: Path) -> None:
@@ -193,7 +203,8 @@ def test_what_the_dense_models_states_depend_on(tmp_path: Path) -> None:
         (["--dtype", "bfloat16"], 1),
         (["--eval_data", "en"], 1),
     ):
-        where = ["--save", tmp_path / str(len(more)), *more]
+        where = ["--save", tmp_path / str(kept), *more]
+        (tmp_path / str(kept)).mkdir(exist_ok=True)
         succeed(tmp_path / "shared", "--", *GIVEN, *where, program=program_of("sweep_run"))
         kept += new
         assert len(list((tmp_path / "shared").glob("dense-*"))) == kept, more

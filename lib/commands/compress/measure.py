@@ -1,6 +1,6 @@
 """Measure the size on disk and the tokens per second of a saved model or a GGUF file.
 
-    python -m lib.util.command commands.compress_measure MODEL FILE.json OPTIONS
+    python -m lib.util.command commands.compress.measure MODEL FILE.json OPTIONS
 
 OPTIONS, such as '["cpu", "bfloat16", {}]', are device, dtype, and arguments of from_pretrained.
 """
@@ -44,7 +44,7 @@ def decoding_speed(model: Any) -> float:
 
 def llama_cpp_speed(server: Any) -> float:
     """Return the tokens per second of llama.cpp's server."""
-    from .gguf.llama_cpp import ask
+    from ..gguf.llama_cpp import ask
 
     fields = {"prompt": [*range(1, 1 + PROMPT)], "n_predict": STEPS}
     answer = ask(server, "/completion", fields | {"ignore_eos": True, "temperature": 0})
@@ -55,7 +55,7 @@ def main(argv: list[str]) -> None:
     name, file, options = argv
     device, dtype, source = json.loads(options)
     if name.endswith(".gguf"):
-        from .gguf.llama_cpp import start
+        from ..gguf.llama_cpp import start
 
         size, speed = Path(name).stat().st_size, llama_cpp_speed
         model = start(name, 2 * (PROMPT + STEPS)) if find_spec("xllamacpp") else None
@@ -63,9 +63,9 @@ def main(argv: list[str]) -> None:
         from transformers import AutoConfig
         from transformers.utils import cached_file
 
-        from ..model.pretrained import auto_class
-        from ..packed import checkpoint  # noqa: F401  registers the packed form with transformers
-        from ..util.progress import quiet
+        from ...model.skeleton import auto_class
+        from ...packed import checkpoint  # noqa: F401  registers the packed form with transformers
+        from ...util.progress import quiet
 
         quiet()
         warnings.simplefilter("ignore", FutureWarning)  # names that transformers renames

@@ -10,14 +10,13 @@ from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..run.results import NONE
+from ...run.results import NONE
+from .table import DENSE, SETTING
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
     from pandas import DataFrame
 
-DENSE = "dense"  # the method and the type of a model that was not pruned
-SETTING = "setting "  # prefix of the columns of settings
 WIDEST = 13.0  # maximum width of a picture in inches
 BARS = "bars: 95% intervals of KL and of the loss over the dense model's, over documents and seeds"
 
@@ -99,7 +98,7 @@ def curves(table: DataFrame, keys: list[str]) -> dict[str, Figure]:
     """Draw perplexity and KL over each flag that has several numbers: {name of the flag: figure}.
 
     `keys`: the columns that tell rows apart; rows that differ in the flag alone are one line. Its
-    bars are those of `report.add_intervals`.
+    bars are those of `statistics.add_intervals`.
     """
     import pandas
     from matplotlib.figure import Figure

@@ -1,0 +1,128 @@
+"""A command of `compress`: its flags, its folder, and the plan that is kept there."""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import shlex
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ...run.flags import FLAGS, without
+from ...run.results import RESULTS, read_results
+from ...util import processes
+from ...util.cli import typed
+from ...util.files import write_text
+
+if TYPE_CHECKING:
+    from ...model.access import Checkpoint
+
+ANY, PACKED = "any", "packed"  # of --for, beside the formats of export
+PACKED_PLAN = "--prune_method admm --sparsity_ratio 0.5 --allocation error "
+PACKED_PLAN += "--replace_sparse_layers --quantize int4"
+# in the folder of a command: the plan, and folders with the results of main.py
+PLAN, DENSE, SMALL = "plan.json", "dense", "compressed"
+
+
+@dataclass
+class CompressionPlan:
+    """How to make and evaluate the model; decided once and kept in plan.json."""
+
+    common: list[str]  # flags of every run of main.py
+    made_by: list[str]  # flags of the run that makes the model
+    type: str  # type of the GGUF file
+    tests: list[str]
+    windows: int  # calibration windows
+    tokens: int  # training tokens
+
+
+@dataclass
+class Compression:
+    """A command, after all checks that need no weights; only `plan` is decided later."""
+
+    args: argparse.Namespace
+    passed_on: list[str]  # flags of main.py
+    parsed: argparse.Namespace  # the same, parsed
+    command: dict[str, Any]  # all flags, and the identity of the model
+    device: str
+    checkpoint: Checkpoint
+    config: Any
+    plan: CompressionPlan | None = None
+    began: float = 0.0  # by time.monotonic, less the time of earlier calls
+
+    def __post_init__(self) -> None:
+        self.began = time.monotonic()
+        if (self.folder / PLAN).is_file():
+            kept = json.loads((self.folder / PLAN).read_text("utf-8"))
+            if kept["plan"]:
+                self.plan = CompressionPlan(**kept["plan"])
+                self.began -= kept["seconds"]
+
+    @property
+    def folder(self) -> Path:
+        """The folder of this command in --work_dir; a changed command has another one."""
+        digest = hashlib.sha256(json.dumps(self.command, sort_keys=True).encode())
+        return Path(self.args.work_dir, digest.hexdigest()[:12])
+
+    @property
+    def gguf(self) -> str | None:
+        """OUT.gguf; None for --for packed."""
+        return None if PACKED in self.args.target else f"{self.args.out}.gguf"
+
+    @property
+    def exports(self) -> dict[str, str]:
+        """{folder: format} for each other engine."""
+        formats = (each for each in self.args.target if each not in (ANY, PACKED))
+        return {f"{self.args.out}-{each}": each for each in formats}
+
+    @property
+    def format(self) -> list[str]:
+        """The flags of main.py that quantize or prune the weights."""
+        return ["--quantize", self.args.quantize] if self.gguf else PACKED_PLAN.split()
+
+    @property
+    def on_cpu(self) -> bool:
+        return self.device == "cpu"
+
+    def keep(self) -> None:
+        """Write plan.json, with the time spent."""
+        kept = {"command": self.command, "seconds": time.monotonic() - self.began}
+        kept["plan"] = self.plan and asdict(self.plan)
+        self.folder.mkdir(parents=True, exist_ok=True)
+        write_text(self.folder / PLAN, json.dumps(kept, indent=1, ensure_ascii=False))
+
+    def has(self, name: str) -> bool:
+        """Return whether a run of main.py has finished."""
+        return (self.folder / name / RESULTS).exists()
+
+    def announce(self, what: str) -> float:
+        """Print the next step; return the seconds that are left."""
+        left = 60 * self.args.minutes - (time.monotonic() - self.began)
+        rest = f"; {in_words(left)} of {self.args.minutes} min left"
+        print(f"\n{what}{rest if self.args.recover is None else ''}", flush=True)
+        return left
+
+    def run_main(self, flags: list[str], name: str, left_out: Sequence[str] = ()) -> dict[str, Any]:
+        """Print the command of main.py, run it, and return its results, kept in folder `name`.
+
+        Flags that were passed on follow, except those in `left_out` and those that need another
+        flag than this run has.
+        """
+        flags = [*flags, *without(self.passed_on, left_out), "--save", str(self.folder / name)]
+        names = {word.partition("=")[0].removeprefix("--") for word in flags}
+        lacking = [each.name for each in FLAGS if each.needs and not names & {*each.needs}]
+        flags = without(flags, lacking)
+        print(f"{typed('prune')} {shlex.join(flags)}", flush=True)
+        if status := processes.call("main", *flags):  # main.py has printed why
+            raise SystemExit(status)
+        self.keep()
+        return read_results(self.folder / name)
+
+
+def in_words(seconds: float) -> str:
+    """Return a time in minutes or seconds."""
+    return f"{seconds / 60:.0f} min" if seconds >= 90 else f"{max(seconds, 0):.0f} s"

@@ -1,0 +1,157 @@
+"""The texts of `compress`: of the language, of the user, and dialogues that the model writes."""
+
+from __future__ import annotations
+
+import json
+import math
+import random
+import re
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from ...data.chats import Dialogue, row_of
+from ...data.documents import PIECE_CHARACTERS, are_dialogues, pieces_of, read_documents
+from ...data.languages import language_text
+from ...data.sources import PART, Source, parse_source, parse_sources
+from ...util import processes
+from ...util.errors import UserError
+from ...util.files import write_text
+from .compression import Compression
+
+if TYPE_CHECKING:
+    from ...run.job import Job
+
+FEW_DIALOGUES, TEST_DIALOGUES = 16, 32  # fewest to calibrate on; held-out ones
+CHARACTERS = {"test": 1_000_000, "train": 20_000_000}  # downloaded for --language
+DIALOGUES = "dialogues"  # folder in that of the command
+
+
+@dataclass(frozen=True)
+class TextNames:
+    """The texts of a compression, as flags of main.py name them."""
+
+    data: list[str]  # for --calibration_data
+    vocabulary: list[str]  # for --vocabulary_data
+    tests: list[str] | None  # None: those of the data
+    chat: bool = False  # the data has dialogues
+
+
+def fetch_text(run: Compression) -> TextNames:
+    """Return the texts of the flags; that of the language is downloaded into a folder of its name.
+
+    With --data, tokens of the language's text are kept too, if the Hub can be reached.
+    """
+    from ...data.hub import keep_text
+    from ...run.texts import default_tests
+
+    args, data = run.args, list(run.args.data or [])
+    texts = TextNames(data, list(run.parsed.vocabulary_data or []), args.eval_data)
+    if not args.language:
+        return texts
+    folder = run.folder / args.language
+    source = parse_source(language_text(args.language)[1], "--language")
+    try:
+        if not folder.exists():
+            keep_text(replace(source, text=args.language), folder, CHARACTERS)
+    except UserError as error:
+        if not data:
+            fix = f"{error.fix}. Or give texts with --data"
+            raise UserError(error.what, error.problem, fix) from error
+        print(f"{str(error).rstrip('.')}. Its tokens are not counted.", flush=True)
+        return texts
+    run.keep()
+    if not data:
+        return replace(texts, data=[str(folder)])
+    tests = texts.tests
+    if not tests:  # of the data, not of the language
+        column = run.parsed.column
+        read = parse_sources([*data, *texts.vocabulary], "--data", mixture=True, column=column)
+        tests = default_tests(read)
+    return replace(texts, vocabulary=[*texts.vocabulary, str(folder)], tests=tests)
+
+
+def answer_prompts(run: Compression, texts: TextNames) -> TextNames:
+    """Let a chat model write its calibration dialogues, if the data has none.
+
+    dialogues/ gets them, the last ones as a test set: two thirds of the calibration text.
+    """
+    from ...model.pretrained import load_tokenizer
+    from ...run.texts import default_tests
+
+    args, parsed, folder = run.args, run.parsed, run.folder / DIALOGUES
+    if parsed.no_chat_template:
+        return texts
+    sources = parse_sources(texts.data, "--data", mixture=True, column=parsed.column)
+    if not load_tokenizer(run.checkpoint).chat_template:
+        return texts
+    if any(are_dialogues(read_documents(source, "train")[0]) for source in sources):
+        return replace(texts, chat=True)
+    if not args.dialogues:
+        return texts
+    run.announce("Chat model: it answers prompts, and its answers become calibration text")
+    run.keep()
+    written = run.folder / f"{DIALOGUES}.jsonl"
+    flags = ["--count", args.dialogues, "--minutes", args.minutes / 5, "--device", run.device]
+    flags += ["--cache_dir", parsed.cache_dir] if parsed.cache_dir else []
+    flags += ["--trust_remote_code"] if parsed.trust_remote_code else []
+    of_people = [[f"aya:{args.language}"]] if args.language and not args.data else []
+    for prompts in [*of_people, [source.text for source in sources]]:
+        arguments = ["--data", *prompts, "--column", parsed.column, *flags]
+        if not processes.call("commands.dialogues", args.model, written, *arguments):
+            break
+    lines = written.read_text("utf-8").split("\n") if written.is_file() else []
+    rows = [f"{line}\n" for line in lines if line.strip()]
+    if len(rows) < FEW_DIALOGUES:
+        print(f"{len(rows)} dialogues are too few; plain text is used instead", flush=True)
+        return texts
+    folder.mkdir(exist_ok=True)
+    held_out = min(TEST_DIALOGUES, len(rows) // 4)
+    write_text(folder / "train.jsonl", "".join(rows[:-held_out]))
+    write_text(folder / "test.jsonl", "".join(rows[-held_out:]))
+    total = sum(source.weight or 1 for source in sources)
+    data = [f"{each.text}={(each.weight or 1) / total:.6g}" for each in sources]
+    tests = args.eval_data or [*(texts.tests or default_tests(sources)), str(folder)]
+    return replace(texts, data=[*data, f"{folder}=2"], tests=tests, chat=True)
+
+
+def without_tests(texts: TextNames, job: Job) -> TextNames:
+    """Return the texts without held-out documents, which become separate files."""
+
+    def trained(source: Source) -> str:
+        text = PART.sub("", source.text) + ":train" if source.parted else source.text
+        return text if source.weight is None else f"{text}={source.weight:.6g}"
+
+    more = [each for each in job.vocabulary_sources if each.text in texts.vocabulary]
+    return replace(texts, data=[*map(trained, job.sources)], vocabulary=[*map(trained, more)])
+
+
+def cut_tests(job: Job, folder: Path, share: float, rehearsed: bool = False) -> list[str]:
+    """Write a share of each test text, at least about two windows; return the files' names.
+
+    Dialogues are kept whole and, as each is answered, all of them. In a rehearsal they are cut too,
+    to two beside the first test text, on which the cost of trimming is measured.
+    """
+    from ...data.windows import test_documents
+
+    folder.mkdir(parents=True, exist_ok=True)
+    files = []
+    for source, test in zip(job.tests, job.texts.tests, strict=True):
+        texts = list(test_documents(source, read_documents(source, "test")[0]))
+        random.Random(0).shuffle(texts)
+        left = math.ceil(test.record["bytes"] * max(share, 2 / len(test.windows)))
+        if test.dialogues and not (rehearsed and share and not files):
+            texts, left = texts[: 2 if rehearsed else None], math.inf
+        files.append(str(folder / (re.sub(r"[^\w.-]+", "_", test.name) + ".jsonl")))
+        lines = []
+        while left > 0 and texts:
+            text = texts.pop()
+            whole = isinstance(text, Dialogue) or len(text) <= PIECE_CHARACTERS
+            if len(text.encode()) > left and not whole:
+                texts += reversed(pieces_of(text))  # training leaves them out piece by piece
+                continue
+            left -= len(text.encode())
+            row = row_of(text, job.args.column)  # read by gguf and main.py
+            lines.append(json.dumps(row, ensure_ascii=False) + "\n")
+        write_text(Path(files[-1]), "".join(lines))
+    return files

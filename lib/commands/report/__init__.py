@@ -1,0 +1,1 @@
+"""Tables, pictures and significance of finished runs."""

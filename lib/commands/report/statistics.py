@@ -1,0 +1,201 @@
+"""Which differences between runs are significant: intervals, paired by window, and Holm's rule."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from itertools import combinations, product
+from math import exp, nan
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
+
+import numpy as np
+from numpy import ndarray
+from scipy import stats
+
+from ...run.results import NONE
+from ...util.errors import first_of
+from ...util.markdown import EMPTY
+from .table import DENSE, row_keys
+
+if TYPE_CHECKING:
+    from pandas import DataFrame, Series
+
+Losses = Mapping[Path, Mapping[str, Mapping[str, ndarray]]]  # {folder: `read_losses`}
+LEVEL = 0.95
+LIMIT = 0.05  # of the corrected p; below it a difference is significant
+COMPARED = {"loss": "perplexity", "kl": "kl"}  # {figure by window: column of the table}
+
+
+class MeanInterval(NamedTuple):
+    """A mean, its interval, and the p-value for a mean of 0; nan if there is one document."""
+
+    mean: float
+    low: float
+    high: float
+    p: float
+    documents: int
+    seeds: int
+
+
+def mean_interval(values: ndarray, documents: ndarray) -> MeanInterval:
+    """Return the mean of values (seeds, windows) and its 95% interval, by Student's t.
+
+    `documents` (windows,) numbers the document of each window. Documents and seeds are samples, and
+    their variances are added:
+
+    - Documents, since windows of one document are alike: the cluster-robust variance of a mean
+      after averaging over seeds, G / (G - 1) * sum over documents of (sum of their windows'
+      residuals)^2 / windows^2. G = windows^2 / (sum over documents of their windows^2) is the
+      effective number of documents (Kish), with G - 1 degrees of freedom. For equally long
+      documents this is the variance of the mean of their means.
+    - Seeds: (variance of the means of each seed) / seeds, with seeds - 1 degrees of freedom. With a
+      single seed it is unknown, and the interval holds for that draw only.
+
+    Variation of single windows is in both, so the interval is rather too wide. The sum has the
+    degrees of freedom of Welch and Satterthwaite. A single document gives no interval.
+    """
+    seeds, windows = values.shape
+    mean = values.mean()
+    _, numbers, lengths = np.unique(documents, return_inverse=True, return_counts=True)
+    count = len(lengths)
+    if count < 2:
+        return MeanInterval(float(mean), nan, nan, nan, count, seeds)
+    effective = windows**2 / (lengths**2).sum()
+    sums = np.bincount(numbers, values.mean(0) - mean)  # (documents,)
+    parts = [(effective / (effective - 1) * (sums**2).sum() / windows**2, effective - 1)]
+    if seeds > 1:
+        parts.append((values.mean(1).var(ddof=1) / seeds, seeds - 1))
+    variance = sum(part for part, _ in parts)
+    if not variance:  # all values are equal
+        return MeanInterval(*[float(mean)] * 3, float(mean == 0), count, seeds)
+    freedom = variance**2 / sum(part**2 / degrees for part, degrees in parts)
+    student = stats.t(freedom, scale=variance**0.5)
+    half, p = student.ppf((1 + LEVEL) / 2), 2 * student.sf(abs(mean))
+    return MeanInterval(*map(float, (mean, mean - half, mean + half, p)), count, seeds)
+
+
+def holm(p: Sequence[float]) -> ndarray:
+    """Return the p-values corrected for the number of tests (Holm, 1979).
+
+    A nan is not a test, and stays.
+    """
+    p = np.asarray(p, float)
+    order = np.argsort(p)[: np.isfinite(p).sum()]  # nan is last
+    adjusted = np.full(len(p), nan)
+    steps = p[order] * np.arange(len(order), 0, -1)
+    adjusted[order] = np.maximum.accumulate(steps).clip(max=1)
+    return adjusted
+
+
+def paired(
+    one: Series, other: Series | None, losses: Losses, figure: str
+) -> tuple[ndarray, ndarray] | None:
+    """Return a figure of one line minus that of another on the same windows, and their documents.
+
+    Shapes: (seeds, windows), (windows,). Common seeds are paired; a model without a seed is paired
+    with each. Returns None without a common seed, or without figures by window.
+    """
+    kept, common = [], None
+    for line in (one,) if other is None else (one, other):
+        of_runs = {seed: losses[run].get(line["digest"], {}) for seed, run in line["runs"].items()}
+        kept.append({seed: of_run for seed, of_run in of_runs.items() if figure in of_run})
+        if line["calibrated_on"] != NONE or len(kept[-1]) != 1:  # depends on the seed
+            common = {*kept[-1]} if common is None else common & {*kept[-1]}
+    seeds = sorted({*kept[0]} if common is None else common)
+    if not seeds:
+        return None
+    each = [
+        np.stack([of.get(seed, next(iter(of.values())))[figure] for seed in seeds]).astype(float)
+        for of in kept
+    ]
+    values = each[0] - each[1] if len(each) > 1 else each[0]
+    measured = np.isfinite(values).all(0)
+    documents = next(iter(kept[0].values()))["document"]
+    return (values[:, measured], documents[measured]) if measured.any() else None
+
+
+def add_intervals(table: DataFrame, losses: Losses) -> None:
+    """Add 95% intervals to a table of `tables`: perplexity_low, perplexity_high, kl_low, kl_high.
+
+    That of a perplexity is of the loss minus the dense model's, if it is in the table: texts that
+    are hard for both models do not widen it.
+    """
+    of_dense = table[table["type"] == DENSE].drop_duplicates("measured_on")
+    dense = {line["measured_on"]: line for _, line in of_dense.iterrows()}
+    for index, line in table.iterrows():
+        over = dense.get(line["measured_on"]) if line["type"] != DENSE else None
+        for figure, name in COMPARED.items():
+            pair = paired(line, over if figure == "loss" else None, losses, figure)
+            if pair is None or name not in table:
+                continue
+            found = mean_interval(*pair)
+            for end in ("low", "high"):
+                away = getattr(found, end) - found.mean
+                value = line[name] * exp(away) if figure == "loss" else line[name] + away
+                table.loc[index, f"{name}_{end}"] = value
+
+
+def differences(
+    table: DataFrame, losses: Losses, against: str | None = None
+) -> tuple[DataFrame, list[str]]:
+    """Compare rows on the same test windows; return a line for each pair, and why others have none.
+
+    Rows that differ only in the calibration text are compared, and every row with that of
+    `against`: `dense`, or a run's folder. `difference` is a row's figure minus the other's, with
+    `low`, `high`, and `p` by Holm's rule over all lines. Adds columns perplexity_best and kl_best
+    to `table`: whether a cell is significantly below all rows that differ only in the calibration
+    text.
+    """
+    import pandas
+
+    keys, lines = row_keys(table), []
+    problems: dict[str, list[str]] = defaultdict(list)
+    by_row = table.reset_index().groupby(keys, sort=False)
+    rows = [row.set_index("measured_on") for _, row in by_row]
+    for one, other in combinations(rows, 2):
+        if is_named(one, against) > is_named(other, against):  # the named one is subtracted
+            one, other = other, one
+        apart = [key for key in keys if one[key].iloc[0] != other[key].iloc[0]]
+        texts = {one["calibrated_on"].iloc[0], other["calibrated_on"].iloc[0]}
+        by_text = apart == ["calibrated_on"] and NONE not in texts
+        if not by_text and is_named(one, against) == is_named(other, against):
+            continue
+        names = [row_name(row.iloc[0], keys) for row in (one, other)]
+        tests = [test for test in one.index if test in other.index]
+        problem = None if tests else "no common test windows"
+        for test, figure in product(tests, COMPARED):
+            first, second = one.loc[test], other.loc[test]
+            pair = paired(first, second, losses, figure)
+            line = {"one": first["index"], "other": second["index"], "by_text": by_text}
+            line |= {"measured_on": test, "figure": figure} | dict(first[keys])
+            line |= {"minus": second["calibrated_on"] if by_text else names[1]}
+            lines.append(line | (mean_interval(*pair)._asdict() if pair else {}))
+            if pair is None and figure == "loss":
+                problem = "no losses by window with a common seed"
+        if problem:
+            problems[problem].append(" minus ".join(names))
+    reasons = [f"not compared, {reason}: {first_of(of)}" for reason, of in problems.items()]
+    own = ["one", "other", "by_text"]
+    columns = [*own, "measured_on", "figure", *keys, "minus", *MeanInterval._fields]
+    frame = pandas.DataFrame(lines, columns=columns).rename(columns={"mean": "difference"})
+    frame["p"] = holm(frame["p"])
+    frame["significant"] = frame["p"] < LIMIT
+    for figure, name in COMPARED.items():
+        pairs = frame[frame["by_text"].astype(bool) & (frame["figure"] == figure)]
+        apart = pairs["difference"].where(pairs["significant"], 0)
+        beaten = {*pairs["one"][apart >= 0], *pairs["other"][apart <= 0]}
+        table[f"{name}_best"] = table.index.isin({*pairs["one"], *pairs["other"]} - beaten)
+    return frame.drop(columns=own).dropna(subset="difference"), reasons
+
+
+def row_name(row: Series, keys: Sequence[str]) -> str:
+    return " ".join(dict.fromkeys(row[key] for key in keys if row[key] not in (NONE, EMPTY)))
+
+
+def is_named(row: DataFrame, against: str | None) -> bool:
+    """Return whether a row is that of `against`: `dense`, or a run's folder."""
+    first = row.iloc[0]
+    if against in (None, DENSE):
+        return against == first["type"]
+    return Path(against).resolve() in {folder.resolve() for folder in first["runs"].values()}
