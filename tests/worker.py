@@ -43,8 +43,8 @@ def work(
 
     `fault`, as `prune 1:SIGKILL`, sends this process the signal when the step `prune` comes to its
     unit 1; after `late` it reads blocks slowly, after `at once 0:blind` it sees no folder of a run,
-    and another word than a signal's is raised as an error. With a fault, what a command starts runs in this process. What is said goes to the files
-    `out` and `err`.
+    and another word than a signal's is raised as an error. With a fault, what a command starts runs
+    in this process. What is said goes to the files `out` and `err`.
     """
     for path, stream in ((out, 1), (err, 2)):
         os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT), stream)
