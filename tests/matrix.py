@@ -91,6 +91,13 @@ ALIKE_ON_GRID = 0.9  # there a code that is rounded otherwise changes those afte
 STEPS = {"prune": "--prune_method", "quantize": "--quantize", "recover": "--recover"}
 REPORTED = "sparsity", "errors", "notes", "allocation", "quantized", "packed", "footprint"
 AGAIN = "loaded again"
+POINTS = (  # what a kind is there for
+    ("by error", "killed to prune"),
+    ("in 8 bits", "killed to prune"),
+    ("trained in vain", "killed to recover"),
+    ("one window", "by 3 ranks"),
+    ("int4, trained", "by 2 ranks"),
+)
 GRIDS = "q4_0", "iq4_nl"  # of which a matrix is made in blocks of 32 inputs
 
 
@@ -107,7 +114,7 @@ def features(kind: str) -> set[str]:
 
 def chosen(ways: Mapping[str, Iterable[str]], count: int) -> set[tuple[str, str]]:
     """So many (kind, way), of these {way: its kinds}, in which most features of a kind meet most
-    ways; every kind is once among them, before one comes a second time."""
+    ways; every kind is once among them, before one comes a second time. POINTS come first."""
     cases = [(kind, way) for way, kinds in ways.items() for kind in KINDS if kind in kinds]
     met: set[tuple[str, str]] = set()
     times: Counter[str] = Counter()  # of kinds and of ways
@@ -117,8 +124,9 @@ def chosen(ways: Mapping[str, Iterable[str]], count: int) -> set[tuple[str, str]
         new = {(feature, way) for feature in features(kind)} - met
         return -times[kind], len(new), -times[way]
 
-    for _ in range(count):
-        kind, way = best = max(cases, key=gain)
+    points = [case for case in POINTS if case in cases]
+    for place in range(count):
+        kind, way = best = points[place] if place < len(points) else max(cases, key=gain)
         cases.remove(best)
         met |= {(feature, way) for feature in features(kind)}
         times.update(best)

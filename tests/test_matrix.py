@@ -27,6 +27,7 @@ WAYS = {
 } | {
     matrix.AGAIN: set(KINDS),
     "offloaded": AWAY,
+    "kept where it is saved": AWAY,
     "in other batches": {kind for kind in STEADY if not has(kind, "--load_bit")},
     "by 2 ranks": STEADY,
     "by 3 ranks": {kind for kind in STEADY if has(kind, *UNEVEN)},
@@ -65,6 +66,9 @@ def test_the_same_model(
         compare(kind, plain, tmp_path)
     elif way == "offloaded":
         succeed(*argv, *away)
+        compare(kind, plain, tmp_path)
+    elif way == "kept where it is saved":  # files of every step, of which the last are the model's
+        succeed(*argv, *away, "--resume", tmp_path / "model.partial")
         compare(kind, plain, tmp_path)
     elif way == "in other batches":
         succeed(*argv, "--batch_size", 1)
