@@ -23,7 +23,7 @@ from torch import Tensor, equal
 from transformers import PreTrainedModel
 from vocabulary import kinds as tokenizers
 
-TRAIN = "--recover 512"  # two steps of eight windows
+TRAIN = "--recover 768"  # three steps of eight windows
 PACK, INT4 = "--replace_sparse_layers", "--replace_sparse_layers --quantize int4"
 HALF, NEURONS = "--sparsity_type 2:4", "--sparsity_type neurons"
 FEWER = "--sparsity_type experts --sparsity_ratio 0.25"

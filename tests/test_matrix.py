@@ -80,9 +80,9 @@ def test_the_same_model(
 
 
 def killed_and_resumed(step: str, argv: list, away: list, place: Place) -> None:
-    """A run that is killed in its second unit, and continued with blocks on the disk."""
+    """A run that is killed after a block, or two steps of training if there are more, goes on."""
     folder = Path(argv[-1]).parent
-    at = 2 if step == "recover" else 1
+    at = 1 if step != "recover" else 3 if matrix.TRAIN.split()[1] in argv else 2
     killed = processes.run([*argv, *away], place.folder, f"{step} {at}:SIGKILL")
     assert killed.status == -signal.SIGKILL, killed.err
     assert not (folder / "model").exists() and list((folder / "kept").glob("*.safetensors"))

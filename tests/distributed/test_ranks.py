@@ -256,7 +256,7 @@ def test_a_folder_that_a_rank_does_not_see_is_refused(place: Path, tmp_path: Pat
 def test_compress_is_one_process(place: Path) -> None:
     left = {path.name for path in place.iterdir()}
     argv = "llama small --data uk --device cpu".split()
-    done = ended(together(2, [argv], place, program="lib.commands.compress"))
+    done = ended(together(2, [argv], place, program="lib.commands.compress.__main__"))
     assert done[0].status == FAILED
     [line] = complaints(done)
     assert line.startswith("error: WORLD_SIZE 2: compress ")
