@@ -95,6 +95,8 @@ POINTS = (  # what a kind is there for
     ("by error", "killed to prune"),
     ("in 8 bits", "killed to prune"),
     ("trained in vain", "killed to recover"),
+    ("trained", AGAIN),  # in float32, saved in bfloat16
+    ("q4_0, odd rows", AGAIN),
     ("one window", "by 3 ranks"),
     ("int4, trained", "by 2 ranks"),
 )
