@@ -35,6 +35,9 @@ from lib.util.files import exclusive_lock
 pytestmark = pytest.mark.usefixtures("elsewhere", "in_this_process")
 
 
+PROGRAM = "lib.commands.compress.__main__"
+
+
 def interrupt(*_: object) -> None:
     raise KeyboardInterrupt
 
@@ -448,7 +451,7 @@ def test_what_it_has_started_ends_with_it(tmp_path: Path) -> None:
     tiny.write_model("dense")
     tiny.write_texts("uk", 120, 4)
     argv = "dense small --data uk --recover 128 --device cpu".split()
-    worker = Worker([argv], tmp_path, program="lib.commands.compress.__main__")
+    worker = Worker([argv], tmp_path, program=PROGRAM)
     wait_until(lambda: children(worker.process.pid))
     (run,) = children(worker.process.pid)
     os.kill(worker.process.pid, signal.SIGKILL)
