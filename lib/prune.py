@@ -132,19 +132,26 @@ class BlockWalker:
         return True
 
     def groups(self) -> Iterator[list[Group]]:
-        """Observe the block, and yield the groups of layers that can be solved at one time.
+        """Observe the block, and yield groups of layers that can be solved at one time.
 
-        With a dense stream that is stage by stage: a stage is observed when the one before is
-        solved.
+        With a dense stream each stage is observed when the one before is solved.
         """
         runner, method = self.runner, self.method
         if self.states is None:
             yield [Group([one], method(one.shape[1], runner.device)) for one in self.linears]
         elif self.dense and self.linears:
-            states, index = self.states, self.index
-            order = known_order(self.orders, runner, states, index, self.linears)
-            both, options = (states, self.dense_states), (self.cache_inputs, self._needs_outputs)
-            self.ordered = OrderedBlock(runner, method, index, order, self.dense, *both, *options)
+            order = known_order(self.orders, runner, self.states, self.index, self.linears)
+            self.ordered = OrderedBlock(
+                runner=runner,
+                method=method,
+                index=self.index,
+                order=order,
+                dense=self.dense,
+                states=self.states,
+                dense_states=self.dense_states,
+                cache_inputs=self.cache_inputs,
+                need_outputs=self.needs_outputs,
+            )
             for place, stage in enumerate(order):
                 yield merge(self.ordered.observe(place), stage.linears, method, runner, self.idle)
         else:
@@ -153,10 +160,7 @@ class BlockWalker:
             yield merge(groups, self.linears, method, runner, self.idle)
 
     def solve_all_(self, groups: list[Group]) -> None:
-        """Solve the groups that this rank owns, and write the matrices of all ranks.
-
-        The statistics are freed: `groups` is empty afterwards.
-        """
+        """Solve the groups that this rank owns, write the matrices of all ranks, empty the list."""
         owners = self.dist.assign_owners([group.cost for group in groups])
         for group in groups:
             if group.fallback:
@@ -169,11 +173,12 @@ class BlockWalker:
                     matrices = [linear.matrix() for linear in group.linears]
                     with self._reporting(group):
                         self.solve(group, matrices)
-                    self._write_own_(group.linears, matrices)
-        if self.dist.size > 1:
-            for group, owner in zip(groups, owners, strict=True):
-                self.exchange_(group, owner)
-        groups.clear()
+                    for linear in group.linears:
+                        _check_finite(matrices[:1], linear.name, "pruned weights are")
+                        self._write_(linear, matrices.pop(0).to(linear.saved_dtype(self.saved)))
+        for group, owner in zip(groups, owners, strict=True) if self.dist.size > 1 else ():
+            self.exchange_(group, owner)
+        groups.clear()  # frees the statistics
 
     def exchange_(self, group: Group, owner: int) -> None:
         """Send a group's matrices from the rank that solved it to all others."""
@@ -185,7 +190,6 @@ class BlockWalker:
             matrix = self.dist.broadcast_(matrix, owner)
             if owner != self.dist.rank:
                 self._write_(linear, matrix)
-            self.written[linear.name] = matrix
 
     def restore_(self) -> bool:
         """Load the block and its notes if an interrupted run finished it; return whether it did."""
@@ -215,13 +219,10 @@ class BlockWalker:
         """Return the relative squared error of each pruned layer's outputs, by name."""
         return {name: error for notes in self.notes for name, error in notes.errors.items()}
 
-    @property
-    def _needs_outputs(self) -> bool:
-        return self.states is not None and self.index + 1 < len(self.runner.blocks)
-
     def _open(self, index: int) -> None:
         """Begin a block: choose its layers that are still to be changed; report the others."""
         runner, self.index = self.runner, index
+        self.needs_outputs = self.states is not None and index + 1 < len(runner.blocks)
         self.dense = copy.deepcopy(runner.blocks[index]) if self.dense_states else None
         self.notes.append(BlockNotes())
         # resident blocks were checked when they were loaded
@@ -248,7 +249,7 @@ class BlockWalker:
         for linear in self.linears:
             if linear.name not in self.pruned:
                 self.left_dense[linear.name] = prod(linear.shape), UNREACHED
-        if self._needs_outputs:
+        if self.needs_outputs:
             if self.ordered:
                 self.ordered.advance_()
             else:
@@ -273,17 +274,9 @@ class BlockWalker:
             prefix = "" if issubclass(warning.category, RunWarning) else f"{group.names}: "
             self.notes[-1].warnings.append(f"{prefix}{warning.message}")
 
-    def _write_own_(self, linears: list[PrunableLinear], matrices: list[Tensor]) -> None:
-        """Write solved matrices as they are saved; empties the list, which frees them."""
-        for linear, matrix in zip(linears, matrices, strict=True):
-            _check_finite([matrix], linear.name, "pruned weights are")
-        for linear in linears:
-            matrix = matrices.pop(0).to(linear.saved_dtype(self.saved))
-            self._write_(linear, matrix)
-            self.written[linear.name] = matrix
-
     def _write_(self, linear: PrunableLinear, matrix: Tensor) -> None:
         linear.set_weight_(matrix)
+        self.written[linear.name] = matrix
         self._mark_pruned(linear)
 
     def _mark_pruned(self, linear: PrunableLinear) -> None:

@@ -37,7 +37,7 @@ from .model.blocks import BlockRunner, iter_logits, run_block
 from .model.reference import DenseReference, dense_states, tail_of
 from .packed.errors import PackedError
 from .packed.formats import Grid
-from .sharded import ShardedWeights, WholeWeights, answered, local, shard_of, training_weights
+from .sharded import ShardedWeights, WholeWeights, answered, is_sharded, local, shard_of
 from .util import progress
 from .util.deterministic import deterministic
 from .util.errors import UserError
@@ -249,7 +249,7 @@ def trained_parts(
     for path, parameter in weights.blocks.named_parameters():
         name, is_matrix = inside + path, inside + path in linears
         vector = parameter.dim() == 1 or name.endswith("bias")
-        dim = weights.dim(path)
+        dim = weights.dims.get(path)
         if id(parameter) in outside or not parameter.is_floating_point():
             continue
         if is_matrix or vector:
@@ -285,7 +285,7 @@ class Recoverer:
     ) -> None:
         self.runner, self.teacher, self.text = runner, teacher, text
         self.reference = DenseReference(tail_of(teacher), dense_states(teacher, [text.held_out]))
-        self.weights = training_weights(runner, teacher)
+        self.weights = (ShardedWeights if is_sharded(runner) else WholeWeights)(runner, teacher)
         self.parts = trained_parts(
             runner, whole, master_weights, schedule.rank, schedule.seed, self.weights
         )
@@ -303,7 +303,8 @@ class Recoverer:
             schedule = replace(schedule, rate=rate * (1 if schedule.pruned else QUANTIZED_RATE))
         self.schedule = schedule
         self.trained = sum(part.parameter.numel() for part in self.parts.values())
-        self.strict = self.weights.can_repeat  # off once an operation is not deterministic
+        # off once an operation is not deterministic; ranks in step cannot repeat one
+        self.strict = not self.weights.in_step
         self.curve: list[dict[str, float]] = []  # tokens, held-out figures, mean loss of the steps
         self.best = 0  # index in the curve
         self.tokens, self.seconds = 0, 0.0  # set by `run`
@@ -391,7 +392,9 @@ class Recoverer:
                     if measured:
                         self._note((step + 1) * tokens, sum(losses) / len(losses))
                         losses = []
-                    late = self.weights.agree(time.monotonic() - kept > CHECKPOINT_SECONDS)
+                    late = time.monotonic() - kept > CHECKPOINT_SECONDS
+                    if self.weights.in_step:  # by the main rank's clock
+                        late = self.runner.dist.all_gather_object(late)[0]
                     if self.weights.folder and (measured or late):
                         seconds = before + time.perf_counter() - began
                         state = {"step": step + 1, "losses": losses, "seconds": seconds}
@@ -489,7 +492,8 @@ class Recoverer:
         places = self.text.order[step * windows : (step + 1) * windows]
         every = as_windows(self.text.windows)[places]
         local_windows, tokens = every[runner.dist.shard(len(places))], int(every.counted.sum())
-        if self.weights.needs_one_more(len(places), len(local_windows)):
+        idle = len(local_windows) < -(-len(places) // runner.dist.size)
+        if idle and self.weights.in_step:  # runs a masked window that does not count
             mask = torch.zeros_like(every.ids[:1]).bool()
             local_windows = join_rows(local_windows, replace(every[:1], mask=mask))
         for part in self.parts.values():

@@ -122,37 +122,25 @@ def answered(dist: DistContext) -> Iterator[None]:
 State = tuple[Iterator[tuple[str, Tensor]], dict[str, Any]]  # tensors by name, and facts
 
 
-def training_weights(runner: BlockRunner, teacher: BlockRunner) -> WholeWeights | ShardedWeights:
-    """Return the weights of `runner` for a training with `teacher`."""
-    return ShardedWeights(runner, teacher) if is_sharded(runner) else WholeWeights(runner)
-
-
 class WholeWeights:
     """Weights that each rank holds whole; ranks sum the gradients of their windows.
 
-    Training takes place inside this context.
+    Training takes place inside this context. `blocks` are trained, and `dims` has the dimension
+    along which a parameter of theirs is sharded, if one is. `folder` is for checkpoints.
     """
 
-    can_repeat = True  # a step that failed can be taken again
+    in_step = False  # whether all ranks must make the same calls
 
-    def __init__(self, runner: BlockRunner) -> None:
-        self.runner, self.dist = runner, runner.dist
-        self.blocks = runner.blocks  # those that are trained
-        self.folder = runner.weights.finished  # for checkpoints; None in other ranks than the main
+    def __init__(self, runner: BlockRunner, teacher: BlockRunner | None = None) -> None:
+        self.runner, self.dist, self.blocks = runner, runner.dist, runner.blocks
+        self.dims: dict[str, int | None] = {}
+        self.folder = runner.weights.finished  # only in the main rank
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *error: object) -> None:
         pass
-
-    def dim(self, path: str) -> int | None:
-        """Return the dimension of a parameter of `blocks` that is sharded; None: it is whole."""
-        return None
-
-    def needs_one_more(self, total: int, own: int) -> bool:
-        """Return whether a rank with `own` of a step's windows must run one that does not count."""
-        return False
 
     def sum_gradients_(self, gradient: Tensor, n_sharded: int, loss: Tensor) -> Tensor:
         """Sum a buffer of gradients and the loss over ranks in place; return the gradient's norm.
@@ -161,10 +149,6 @@ class WholeWeights:
         """
         self.dist.sum_([gradient, loss])
         return gradient.norm()
-
-    def agree(self, late: bool) -> bool:
-        """Return whether it is time for a checkpoint, where ranks must write it together."""
-        return late
 
     def write_state(self, tensors: dict[str, Tensor], facts: dict[str, Any]) -> None:
         """Write a checkpoint to `folder`, after `facts["step"]` steps."""
@@ -194,18 +178,24 @@ class ShardedWeights:
     it, the trained blocks are written to files.
     """
 
-    can_repeat = False
+    in_step = True
 
     def __init__(self, runner: BlockRunner, teacher: BlockRunner) -> None:
         self.runner, self.dist = runner, runner.dist
         self.stores = [(one, ShardedStore(one.weights)) for one in (runner, teacher)]
-        self.store = self.stores[0][1]
-        self.blocks = self.store.twins
+        store = self.stores[0][1]
+        self.blocks, self.dims = store.twins, {}
+        for index, dims in enumerate(store.dims):
+            self.dims |= {f"{index}.{path}": dim for path, dim in dims.items()}
 
     def __enter__(self) -> Self:
+        known, self.folder = None, self.runner.weights.finished
+        if self.folder:
+            known = self.folder.label, str(self.folder.path.absolute()), self.folder.digest
+        if (known := self.dist.all_gather_object(known)[0]) and not self.folder:
+            self.folder = RunFolder.joined(*known)  # each rank writes its checkpoints there
         for runner, store in self.stores:
             runner.weights = store
-        self.folder = self._folder_of_all()
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *error: object) -> None:
@@ -213,20 +203,10 @@ class ShardedWeights:
             runner.weights = store.files
             store.close(write_back=runner is self.runner and kind is None)
 
-    def dim(self, path: str) -> int | None:
-        index, _, inner = path.partition(".")
-        return self.store.dims[int(index)][inner]
-
-    def needs_one_more(self, total: int, own: int) -> bool:
-        return own < -(-total // self.dist.size)  # all ranks must make as many calls
-
     def sum_gradients_(self, gradient: Tensor, n_sharded: int, loss: Tensor) -> Tensor:
         replicated, squares = gradient[n_sharded:], gradient[:n_sharded].square().sum()
         self.dist.sum_([replicated, loss, squares])
         return (squares + replicated.norm().square()).sqrt()
-
-    def agree(self, late: bool) -> bool:
-        return self.dist.all_gather_object(late)[0] if self.folder else late
 
     def write_state(self, tensors: dict[str, Tensor], facts: dict[str, Any]) -> None:
         """Write each rank's checkpoint, then remove the one before."""
@@ -260,17 +240,9 @@ class ShardedWeights:
     def _state(self) -> str:
         return f"{RECOVERY}-{self.dist.rank:05d}-of-{self.dist.size:05d}"
 
-    def _folder_of_all(self) -> RunFolder | None:
-        """Return the folder of finished blocks, where each rank writes its checkpoints."""
-        folder, known = self.store.finished, None
-        if folder:
-            known = folder.label, str(folder.path.absolute()), folder.digest
-        known = self.dist.all_gather_object(known)[0]
-        return folder or (RunFolder.joined(*known) if known else None)
-
     def _whole(self, path: str, grid: Grid) -> Tensor:
         """Gather the scales (rows, groups) of a parameter's grid."""
-        dim, shape = self.dim(path), self.blocks.get_parameter(path).shape
+        dim, shape = self.dims[path], self.blocks.get_parameter(path).shape
         if dim is None:
             return grid.scales
         rows = 1 if len(shape) == 2 else shape[1 + grid.transposed]  # rows per index of `dim`

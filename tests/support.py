@@ -14,7 +14,7 @@ import resource
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import ExitStack, contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,6 +28,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, PreTrainedModel
 
 import main
+from lib.data.samples import Windows
 from lib.distributed.context import DistContext
 from lib.methods.registry import method_of
 from lib.methods.sparsity import Sparsity
@@ -44,6 +45,8 @@ from lib.packed.linear import SparseLinear
 from lib.prune import Pruner
 from lib.pruning.allocation import Allocation, uniform
 from lib.quantize import Quantizer, check_quantized, takes  # noqa: F401  for tests
+from lib.run.flags import build_parser
+from lib.run.windows import named_corpora
 from lib.util import command
 from lib.util.errors import UserError
 
@@ -99,9 +102,23 @@ def succeed(*argv: object, program: Callable = main.main) -> Done:
     return done
 
 
-def mistake(*argv: object, program: Callable = main.main) -> UserError:
-    """The error in which a command ends: one line on stderr says it, and nothing else does."""
-    raised = []
+def refused(act: Callable, *args: Any, **options: Any) -> str:
+    """The one line of the mistake by which a call fails."""
+    with pytest.raises(UserError) as caught:
+        act(*args, **options)
+    line = str(caught.value)
+    assert "\n" not in line
+    return line
+
+
+def named(*argv: str) -> Any:
+    """The corpora of calibration, vocabulary and tests that flags of main.py name."""
+    return named_corpora(build_parser().parse_args(["--model", "m", *argv]))
+
+
+def attempt(*argv: object, program: Callable = main.main) -> tuple[Done, UserError | None]:
+    """`call`, and the error in which it ends, if it is a user's."""
+    raised: list[UserError | None] = [None]
 
     def watched(words: list[str]) -> None:
         try:
@@ -110,11 +127,15 @@ def mistake(*argv: object, program: Callable = main.main) -> UserError:
             raised.append(error)
             raise
 
-    done = call(*argv, program=watched)
-    assert raised, done
-    assert done.status == command.FAILED, done
-    assert done.complaints == [f"error: {command.one_line(str(raised[0]))}"], done.err
-    return raised[0]
+    return call(*argv, program=watched), raised[-1]
+
+
+def mistake(*argv: object, program: Callable = main.main) -> UserError:
+    """The error in which a command ends; nothing but its line is on stderr."""
+    done, error = attempt(*argv, program=program)
+    assert error and done.status == command.FAILED, done
+    assert done.complaints == [f"error: {command.one_line(str(error))}"], done.err
+    return error
 
 
 def program_of(name: str) -> Callable[[list[str]], None]:
@@ -279,6 +300,32 @@ def layout_of(kind: str, model: nn.Module) -> PartLayout:
 def runner_of(model: nn.Module, batch_size: int = 3) -> BlockRunner:
     """The model's decoder blocks, run on the CPU."""
     return BlockRunner(model, CPU, batch_size=batch_size)
+
+
+def patches(model: nn.Module) -> list[str]:
+    """Forwards and hooks of modules that are not as they were built."""
+    return [
+        name
+        for name, module in model.named_modules()
+        if "forward" in vars(module) or module._forward_pre_hooks or module._forward_hooks
+    ]
+
+
+def through(runner: BlockRunner, ids: Tensor | Windows, positions: Tensor) -> Tensor:
+    """Logits (n, positions, vocabulary) by way of the runner, in batches of three."""
+    states = runner.capture(ids, 3, CPU)
+    for index in range(len(runner.blocks)):
+        runner.advance_(states, index)
+    chunks = positions.split(13)
+    rows = [[runner.logits(states, batch)(chunk) for chunk in chunks] for batch in states.batches]
+    return torch.cat([torch.cat(row, dim=1) for row in rows])
+
+
+def representative(cases: Iterable[Any], quick: Collection[Any]) -> list[Any]:
+    """Cases of a test: those that are not among the quick ones run by `pytest -m full` only."""
+    values = [(case, case if isinstance(case, tuple) else (case,)) for case in cases]
+    full = pytest.mark.full
+    return [pytest.param(*v, marks=() if case in quick else full) for case, v in values]
 
 
 def linears_of(runner: BlockRunner, index: int = 0) -> list[PrunableLinear]:
