@@ -21,7 +21,7 @@ LOCK = FileLock(Path(tempfile.gettempdir(), "approved-words.lock"))  # workers o
 ENTRY = re.compile(r"^=== (.+)\n", re.MULTILINE)
 VOLATILE = {  # what differs from machine to machine, and from release to release
     r"(?:/\S*)?/pytest-of-[^/\s]+/pytest-\d+/(?:popen-\w+/)?[^/\s]+": "TMP",
-    r"\b[\d,.]+(?:e[-+]\d+)? (?=(?:[KMGT]i)?B\b)": "N ",
+    r"\b[\d,.]+(?:e[-+]\d+)? (?:[KMGT]i)?B\b": "N B",
     r"\b\d+(?:\.\d+)? (?=s\b|min\b|seconds\b)": "N ",
     r"(cannot be (?:reached|loaded|read|imported)) \(.*?\)(?=[.:] )": r"\1 (...)",  # a library's
     r"\b(langprune|torch|transformers) \d+\.\d+[\w.+]*": r"\1 VERSION",
@@ -38,10 +38,15 @@ def normalised(text: str) -> str:
 
 
 def without_numbers(text: str) -> str:
-    """For what a run says: which figures there are, and not which values they have."""
-    text = re.sub(r"(?<![\w.])[-+]?\d[\d,]*\.\d+(?:e[-+]\d+)?\b", "#", text)
-    text = re.sub(r"\b[0-9a-f]{40,64}\b", "DIGEST", text)
-    return re.sub(r" {2,}|-{3,}", lambda match: match[0][:3], text)  # as wide as its numbers
+    """For what a run says: which figures there are and not which values, so no widths either."""
+    text = re.sub(r"(?<![\w.])[-+]?\d[\d,]*\.\d+(?:e[-+]\d+)?\b", "#", normalised(text))
+    text = re.sub(r"(?m)^( *(?:dense|model): ).*", r"\1#", text)  # what a model continues
+    rows = text.splitlines()
+    return "\n".join(re.sub(r" +|-{3,}", _narrow, row) if "| " in row else row for row in rows)
+
+
+def _narrow(match: re.Match) -> str:
+    return match[0][: 3 if "-" in match[0] else 1]
 
 
 def entries(file: Path) -> dict[str, str]:
@@ -57,7 +62,7 @@ def entries(file: Path) -> dict[str, str]:
 def write(file: Path, approved: dict[str, str]) -> None:
     file.parent.mkdir(exist_ok=True)
     parts = (f"=== {name}\n{approved[name]}" for name in sorted(approved))
-    file.write_text("\n".join(parts), "utf-8")
+    file.write_text("".join(parts), "utf-8")
 
 
 class Words:

@@ -168,7 +168,6 @@ CASES = [
         --model short
         --sparsity_type 4:8 | --model narrow
         --model gptq
-        --load_bit 4 | --model four --prune_method sparsegpt
         --seqlen 129 | --model model
         --device nosuch | --model model
         --device mps | --model model

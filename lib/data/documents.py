@@ -29,8 +29,6 @@ TENTH = 10  # one document in this many is held out for evaluation
 FEW = 20  # fewer documents are first cut into pieces, at blank lines, line breaks or blanks
 PIECE_CHARACTERS = 4_000  # longest piece
 NAMED = 8  # files of a folder named in a message
-ENCODINGS = "utf_16 cp1251 koi8_u cp866 cp1253 cp1250 cp1252".split()  # encodings still in use
-AROUND = 2**15  # bytes around the first non-UTF-8 byte, from which the encoding is guessed
 PIECE = re.compile(r"(?s).{2000,4000}?\n\s*\n|.{2000,4000}?\n|.{2000,4000}?\s|.{1,4000}")
 SEPARATOR = re.compile(r"(?i)\"?sep=(.)\"?\s*")
 Documents = list[Document] | hub.HubTexts
@@ -38,7 +36,7 @@ log = logging.getLogger(__name__)
 
 
 class Corpus:
-    """The documents of a source. Local ones are read once, and stay in memory until `free`.
+    """The documents of a source, which are read once; local ones are in memory until `free`.
 
     `parted`: a tenth of them are held out for evaluation. Passages of the local test sets `tests`
     are left out of the training text.
@@ -47,7 +45,7 @@ class Corpus:
     def __init__(self, source: Source, parted: bool = False, tests: Sequence[Corpus] = ()) -> None:
         self.source, self.tests = source, tests
         self.parted = parted or source.parted
-        self._local: dict[str, list[Document]] = {}  # by split
+        self._splits: dict[str, tuple[Documents, str | None]] = {}  # documents and revision
 
     def documents(self, split: str) -> Documents:
         """Return the documents of a split (`train` or `test`).
@@ -55,19 +53,22 @@ class Corpus:
         They are a sequence of texts and dialogues; those of a streamed dataset can only be iterated
         over. Raises UserError for any problem with the data.
         """
-        if self.source.hub:
-            return hub.load(self.source, split)[0]
-        if split not in self._local:
-            self._local[split] = self._read(split)
-        return self._local[split]
+        return self._split(split)[0]
 
     def revision(self, split: str) -> str | None:
         """Return the commit of a split on the Hub, None for local files."""
-        return hub.load(self.source, split)[1] if self.source.hub else None
+        return self._split(split)[1]
 
     def free(self) -> None:
         """Free the memory; the documents can be read again."""
-        self._local.clear()
+        self._splits.clear()
+
+    def _split(self, split: str) -> tuple[Documents, str | None]:
+        if split not in self._splits:
+            source = self.source
+            read = hub.load(source, split) if source.hub else (self._read(split), None)
+            self._splits[split] = read
+        return self._splits[split]
 
     def joined(self) -> Corpus:
         """Return a corpus whose training documents are one text."""
@@ -199,8 +200,8 @@ def _read(source: Source, path: Path) -> Iterator[Document | None]:
     kinds = {".parquet": _parquet, ".csv": _csv, ".tsv": _csv} | dict.fromkeys(PLAIN, _plain_text)
     try:
         yield from kinds.get(path.suffix.lower(), _json_lines)(source, path)
-    except UnicodeDecodeError as error:
-        raise _not_utf8(source, path, error) from None
+    except UnicodeDecodeError:
+        raise _not_utf8(source, path) from None
     except (OSError, EOFError, zlib.error) as error:  # a damaged .gz raises any of these
         raise _damaged(source, path, error) from error
     except MemoryError:
@@ -212,24 +213,8 @@ def _damaged(source: Source, path: Path, error: Exception) -> UserError:
     return source.error(problem, "Replace it if it is damaged")
 
 
-def _not_utf8(source: Source, place: object, error: UnicodeDecodeError) -> UserError:
-    problem, fix = conversion(error)
-    return source.error(f"{place}: {problem}", fix)
-
-
-def conversion(error: UnicodeDecodeError) -> tuple[str, str]:
-    """Return what is wrong with bytes that could not be read as UTF-8, and the way out."""
-    from charset_normalizer import from_bytes
-
-    sample = error.object[max(0, error.start - AROUND) : error.start + AROUND]
-    pairs = sample[: len(sample) // 2 * 2]  # a line of UTF-16 may end inside a character
-    likely = from_bytes(pairs, cp_isolation=ENCODINGS).best()
-    if likely is None:
-        return "it is neither UTF-8 nor in another known encoding", "Save it as UTF-8"
-    name = likely.encoding.replace("_", "-")
-    seen = max(str(likely).split(), key=lambda word: not word.isascii(), default="")[:20]
-    problem = f"it is not UTF-8 but likely {name} ({seen!r})"
-    return problem, f"Run iconv -f {name} -t utf-8 OLD > NEW"
+def _not_utf8(source: Source, place: object) -> UserError:
+    return source.error(f"{place}: it is not UTF-8", "Save it as UTF-8")
 
 
 def _json_lines(source: Source, path: Path) -> Iterator[Document | None]:
@@ -244,8 +229,8 @@ def _json_lines(source: Source, path: Path) -> Iterator[Document | None]:
                 continue
             try:
                 row = json.loads(line)
-            except UnicodeDecodeError as error:
-                raise _not_utf8(source, place, error) from None
+            except UnicodeDecodeError:
+                raise _not_utf8(source, place) from None
             except (ValueError, RecursionError) as error:
                 problem = f"{place}: it is not JSON ({error})"
                 raise source.error(problem, 'Write {"text": ...} in each line') from None

@@ -56,12 +56,12 @@ class Admm(LeastSquares):
     def prune_(self, weights: Sequence[Tensor], sparsities: Sequence[Sparsity]) -> None:
         """Prune float32 matrices (out_i, in) in place. UserError if A cannot be factored."""
         rows = [len(weight) for weight in weights]
-        start, target, hessian, across, unexplained = self.problem(weights, drops_dead=True)
+        start, target, hessian, norms, residual_variance = self.problem(weights, drops_dead=True)
         weighting = error_weighting(self.output_costs, rows, start.device)  # (out,) or None
         if weighting is not None:
             start *= weighting
             target *= weighting
-        rho = self.rho * unexplained
+        rho = self.rho * residual_variance
         settled = alternate_(start, target, hessian, rho, self.iterations, rows, sparsities)
         layers = zip(start.abs().split(rows, 1), sparsities, strict=True)
         # masks with the exact counts
@@ -69,7 +69,7 @@ class Admm(LeastSquares):
         solution = start.masked_fill_(mask, 0)
         steps = round(self.refinements * SETTLED_STEPS) if settled else self.refinements
         conjugate_gradients_(solution, target, hessian, mask, steps)
-        solution /= across
+        solution /= norms
         if weighting is not None:
             solution /= weighting
         for weight, part in zip(weights, solution.split(rows, 1), strict=True):

@@ -54,13 +54,13 @@ class GPTQ(LeastSquares):
 
     def quantize_(self, weights: Sequence[Tensor], fmt: Int4) -> list[MasterWeights]:
         """Quantize float32 matrices (out_i, in) in place. UserError if A cannot be factored."""
-        start, target, hessian, across, _ = self.problem(weights)
+        start, target, hessian, norms, _ = self.problem(weights)
         mask = (start == 0) & fmt.zero
         conjugate_gradients_(start, target, hessian, mask, self.refinements)
-        grid = SolverGrid(fmt, across, keep=(~mask).float())
+        grid = SolverGrid(fmt, norms, keep=(~mask).float())
         solution, unrounded = round_in_order(start, hessian, grid)
         descend_(solution, target, hessian, grid, self.sweeps, unrounded)
-        unrounded.mul_(grid.keep).div_(across)
+        unrounded.mul_(grid.keep).div_(norms)
         sizes = [len(weight) for weight in weights]
         for weight, part in zip(weights, grid.matrix(solution).split(sizes), strict=True):
             weight.copy_(part)
@@ -71,22 +71,22 @@ class GPTQ(LeastSquares):
 class SolverGrid(Grid):
     """The grid of a solution (in, out): columns of integers times scales times input norms.
 
-    `across` (in, 1) are the norms; `keep` (in, out) is 1.0 where a weight is kept, else 0.0. Scales
+    `input_norms` is (in, 1); `keep` (in, out) is 1.0 where a weight is kept, else 0.0. Scales
     are 1 until they are fitted, group by group.
     """
 
-    def __init__(self, form: Int4, across: Tensor, keep: Tensor) -> None:
+    def __init__(self, form: Int4, input_norms: Tensor, keep: Tensor) -> None:
         scales = keep.new_ones(form.n_groups(len(keep)), keep.shape[1]).T  # a column is contiguous
         super().__init__(form, True, scales)
-        self.across, self.keep = across, keep
+        self.input_norms, self.keep = input_norms, keep
         starts = range(0, len(keep), form.group)
         self.groups = [slice(start, min(start + form.group, len(keep))) for start in starts]
 
     def fit_group_(self, values: Tensor, here: slice) -> None:
         """Fit the scales of a group of inputs to its values (inputs, out)."""
-        across = self.across[here]
-        matrix = values.mul(self.keep[here]).div_(across).T.contiguous()
-        scales = self.form.fit_scales(matrix, costs=across.flatten().square())
+        norms = self.input_norms[here]
+        matrix = values.mul(self.keep[here]).div_(norms).T.contiguous()
+        scales = self.form.fit_scales(matrix, costs=norms.flatten().square())
         self.scales[:, here.start // self.form.group] = scales.flatten()
 
     def round_group_(
@@ -102,7 +102,7 @@ class SolverGrid(Grid):
         Returns `before` minus the rounded values; `before` defaults to the values. Each row is
         first lowered by the differences of the rows above, weighted by its column of `coupling`.
         """
-        steps = self.scales[:, here.start // self.form.group] * self.across[here]
+        steps = self.scales[:, here.start // self.form.group] * self.input_norms[here]
         differences = torch.empty_like(values)
         before = values if before is None else before
         rows = steps, self.keep[here], values, solution[here], before, differences
@@ -117,7 +117,7 @@ class SolverGrid(Grid):
 
     def matrix(self, solution: Tensor) -> Tensor:
         """Return a solution (in, out) on the grid as the exact matrix (out, in) that is saved."""
-        return self.rounded(solution / self.across).T.contiguous()
+        return self.rounded(solution / self.input_norms).T.contiguous()
 
 
 def round_in_order(ideal: Tensor, hessian: Tensor, grid: SolverGrid) -> tuple[Tensor, Tensor]:

@@ -86,24 +86,24 @@ class LeastSquares(PruningMethod):
         hessian = self.hessian.clone()
         mirror_(hessian)
         dead = hessian.diagonal() == 0
-        across = hessian.diagonal().sqrt().masked_fill_(dead, 1)[:, None]
-        hessian /= across.T
-        hessian /= across
+        norms = hessian.diagonal().sqrt().masked_fill_(dead, 1)[:, None]
+        hessian /= norms.T
+        hessian /= norms
         inverse = inverse_(damped_cholesky_(hessian, FLOOR))
-        unexplained = (1 / inverse.diagonal()).mean().item()
+        residual_variance = (1 / inverse.diagonal()).mean().item()
         del inverse
         share = self.damping * len(hessian) / self.tokens
-        hessian.diagonal().add_(share * unexplained)
-        unexplained *= 1 + share  # share in the damped matrix
+        hessian.diagonal().add_(share * residual_variance)
+        residual_variance *= 1 + share  # share in the damped matrix
         start = torch.cat([weight.T for weight in weights], 1)
         if self.residual_error_gram is not None:
-            error = self.residual_error_gram.T / across
+            error = self.residual_error_gram.T / norms
         else:
-            error = (self.input_error_gram.T @ start).div_(across)
-        target = (hessian @ start.mul_(across)).add_(error)
+            error = (self.input_error_gram.T @ start).div_(norms)
+        target = (hessian @ start.mul_(norms)).add_(error)
         if drops_dead:
             start[dead] = target[dead] = 0
-        return start, target, hessian, across, unexplained
+        return start, target, hessian, norms, residual_variance
 
 
 def conjugate_gradients_(

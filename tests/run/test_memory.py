@@ -88,6 +88,32 @@ def test_blocks_are_fetched_where_weights_do_not_fit_twice() -> None:
     assert 8 * ranks.stages["prune"]["hidden states"] == two.stages["prune"]["hidden states"]
 
 
+@pytest.mark.usefixtures("elsewhere")
+def test_a_method_in_a_users_file_is_counted_by_what_it_says() -> None:
+    Path("mine.py").write_text("""
+from langprune.methods.base import PruningMethod
+from langprune.methods.sparsegpt import SparseGPT
+
+class Plain(PruningMethod):
+    def prune_(self, weights, sparsities):
+        pass
+
+class Heir(SparseGPT):
+    pass
+
+class Large(Plain):
+    workspace = [(0, 100, 0)]
+""")
+
+    def solver(method: str) -> int:
+        memory = memory_of(llama("8B"), f"--prune_method {method}", free=80e9)
+        return memory.stages["prune"]["solver"]
+
+    assert solver("mine.py:Plain") == solver("wanda") > 0
+    assert solver("mine.py:Heir") == solver("sparsegpt")
+    assert solver("mine.py:Large") > 40 * solver("wanda")
+
+
 GROUPS = {  # files of each group; what is left is 500, 300 of it cached
     "version 2": ("0::/user/job", "", ("max", "current", "stat"), "active_file 300"),
     "version 1": (
