@@ -19,7 +19,7 @@ for folder in (ROOT, ROOT / "tests"):
 import pytest  # noqa: E402  and not torch, which takes seconds that the controller of workers saves
 
 os.fsync = lambda _: None  # no test cuts the power, and hundreds of runs would wait for the disk
-LONGEST = "test_ranks", "test_equivalence", "test_install", "test_bare", "test_launch"  # files
+LONGEST = "test_matrix", "test_ranks", "test_install", "test_bare", "test_launch"  # files
 REQUIRED_ON_CI = "needs the kernels", "needs the package", "the pretended CUDA"
 
 
@@ -121,3 +121,34 @@ def at_place(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     """In the folder that a module's own fixture `place` fills, with a cache of the test's own."""
     monkeypatch.chdir(place)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+
+
+@pytest.fixture(scope="session")
+def runs():
+    """A process that runs llama.cpp, file after file; its crash leaves the tests alive."""
+    from concurrent.futures import ProcessPoolExecutor
+
+    from processes import forkserver
+
+    with ProcessPoolExecutor(1, forkserver()) as pool:
+        yield pool
+
+
+@pytest.fixture
+def quickly(runs, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The converter and the reader run here, where torch is imported already."""
+    from support import LIMIT
+
+    from lib.commands.gguf import convert, llama_cpp, verify
+    from lib.util.errors import UserError
+
+    def here(what: str, function, size: float = 0, **arguments):
+        try:
+            if function is llama_cpp.run:
+                return runs.submit(function, **arguments).result(LIMIT)
+            return function(**arguments)
+        except Exception as error:
+            raise UserError(f"{what}: {error}") from error
+
+    for caller in (convert, verify):
+        monkeypatch.setattr(caller, "run_child", here)

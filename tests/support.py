@@ -32,6 +32,7 @@ from lib.data.samples import Windows
 from lib.distributed.context import DistContext
 from lib.methods.registry import method_of
 from lib.methods.sparsity import Sparsity
+from lib.model import pretrained
 from lib.model.access import Checkpoint
 from lib.model.blocks import BlockRunner
 from lib.model.linears import find_linears
@@ -39,32 +40,24 @@ from lib.model.matrix import PrunableLinear
 from lib.model.parts import PartLayout, find_parts
 from lib.model.pretrained import auto_class, decoder_blocks, skeleton
 from lib.packed import kernels
-from lib.packed.formats import PACKED
+from lib.packed.formats import FORMATS, PACKED  # noqa: F401  for tests
+from lib.packed.linear import SparseLinear
 from lib.prune import Pruner
 from lib.pruning.allocation import Allocation, uniform
-from lib.quantize import takes
+from lib.quantize import Quantizer, check_quantized, takes  # noqa: F401  for tests
 from lib.run.flags import build_parser
 from lib.run.windows import named_corpora
 from lib.util import command
 from lib.util.errors import UserError
 
 ROOT = Path(__file__).resolve().parent.parent
+FAILED = command.FAILED
 CPU = torch.device("cpu")
 ALONE = DistContext(CPU, alone=True)
 HALF = Sparsity(0.5)
 LIMIT = 600  # seconds after which a process that a test waits for hangs, on a busy machine too
 PROGRESS = re.compile(r"\[\d+:\d\d[<,]")  # a line of a progress bar
 QUICK = ["--device", "cpu", "--seqlen", "32", "--nsamples", "8", "--completions", "0"]
-
-RUNS_OF_EVERY_KIND = {  # for the matrices by memory: a model's name, and flags
-    "q4_0 rounded": "llama --quantize q4_0",
-    "q4_0 trained": "llama --quantize q4_0 --recover 512",
-    "int4 packed": "llama --prune_method wanda --replace_sparse_layers --quantize int4",
-    "admm by error": "llama --prune_method admm --sparsity_ratio 0.6 --allocation error",
-    "2:4": "llama --prune_method sparsegpt --sparsity_type 2:4",
-    "neurons": "llama --prune_method sparsegpt --sparsity_type neurons",
-    "experts": "mixtral --prune_method contribution --sparsity_type experts",
-}
 
 
 @dataclass(frozen=True)
@@ -174,6 +167,40 @@ def raising(error: BaseException, what: str, number: int = 0):
         raise error
 
     return at(what, number, fail)
+
+
+@contextmanager
+def counted(what: str) -> Iterator[list[int]]:
+    """Inside, the list grows by the number of every unit that the step `what` comes to."""
+    reached: list[int] = []
+
+    def on_step(name: str, number: int) -> None:
+        if name == what:
+            reached.append(number)
+
+    with mock.patch("lib.util.progress.on_step", on_step):
+        yield reached
+
+
+@contextmanager
+def eager_experts() -> Iterator[None]:
+    """Inside, models that are loaded take experts one by one, without grouped products."""
+    load = pretrained.load_model
+
+    def load_model(*args: Any, **options: Any) -> Any:
+        model = load(*args, **options)
+        if hasattr(model.config, "num_local_experts"):
+            model.set_experts_implementation("eager")
+        return model
+
+    with mock.patch.object(pretrained, "load_model", load_model):
+        yield
+
+
+def packed_product(factor: float):
+    """Inside, a packed linear's product is wrong by a factor."""
+    own = SparseLinear.forward
+    return mock.patch.object(SparseLinear, "forward", lambda self, x: factor * own(self, x))
 
 
 @contextmanager
@@ -304,6 +331,12 @@ def representative(cases: Iterable[Any], quick: Collection[Any]) -> list[Any]:
 def linears_of(runner: BlockRunner, index: int = 0) -> list[PrunableLinear]:
     """What can be pruned in one block; names begin with the block's number."""
     return find_linears(runner.blocks[index], str(index))[0]
+
+
+def linears_on(runner: BlockRunner, form) -> dict[str, bool]:
+    """{weight's name: whether it is (in, out)} of all that a 4-bit format can hold."""
+    linears = runner.each_linear()
+    return {one.parameter_name: one.transposed for one in linears if form.takes(one.shape[1])}
 
 
 def packed_weights(runner: BlockRunner) -> dict[str, bool]:

@@ -71,14 +71,18 @@ def test_what_is_left_out_is_counted(monkeypatch: pytest.MonkeyPatch, words: Wor
     tiny.write_texts("texts", texts, 1)  # passages of plain text
     encode = tiny.tiny_tokenizer(add_bos=False).encode
     answers = [encode("a quiet town"), encode("ріка"), 24 * [5], []]
-    monkeypatch.setattr(dialogues, "continue_rows", lambda *_: answers)
+    monkeypatch.setattr("lib.run.completions.continue_rows", lambda *_: answers)
     words("on_the_way.txt", write(*BASE, "--batch_size", "4").out, "dialogues that are left out")
     for asked, answered in rows():
         assert asked["content"] in texts and answered["content"] == "a quiet town"
 
 
 def test_no_chat_model(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(dialogues, "continue_rows", lambda model, asked, _: len(asked) * [24 * [5]])
+
+    def endless(model: object, asked: list, tokens: int) -> list[list[int]]:
+        return len(asked) * [24 * [5]]
+
+    monkeypatch.setattr("lib.run.completions.continue_rows", endless)
     error = mistake(*BASE, *FLAGS, program=main)
     assert str(error).startswith("MODEL model: ") and "only 0 of 8 answers end" in str(error)
 

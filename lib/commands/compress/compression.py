@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
+import re
 import shlex
 import time
 from collections.abc import Sequence
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
 ANY, PACKED = "any", "packed"  # of --for, beside the formats of export
 PACKED_PLAN = "--prune_method admm --sparsity_ratio 0.5 --allocation error "
 PACKED_PLAN += "--replace_sparse_layers --quantize int4"
+FOLDER = re.compile("[0-9a-f]{12}")  # name of a command's folder in --work_dir
 # in the folder of a command: the plan, and folders with the results of main.py
 PLAN, DENSE, SMALL = "plan.json", "dense", "compressed"
 

@@ -15,8 +15,6 @@ from .size import Q8_0, choose_size
 from .texts import TextNames, cut_tests, without_tests
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
     from ...run.run import Run
 
 SMALLER = {  # flags that remove neurons or experts for --megabytes
@@ -63,8 +61,8 @@ def make_plan(run: Compression, texts: TextNames) -> CompressionPlan:
     for trims in (True, False):
         job = check_plan(run, texts, tokens, trims)
         if job.schedule and args.recover is not None:
-            check_room(job, "--work_dir", run.folder)
-        elif job.schedule and (problem := untrainable(job, run.folder)):
+            check_room(job, "--work_dir", run.args.work_dir)
+        elif job.schedule and (problem := untrainable(job, run.args.work_dir)):
             tokens = 0
             print(f"planned without training: {problem}", flush=True)
         plan, base, summary = choose_flags(run, texts, job, tokens or 0)
@@ -293,7 +291,7 @@ def plan_training(rehearsal: dict[str, Any], passed: float, left: float) -> tupl
     return windows, measured + windows * training
 
 
-def untrainable(job: Run, folder: Path) -> str | None:
+def untrainable(job: Run, folder: str) -> str | None:
     """Return why training would fail on this machine; None if memory and disk suffice."""
     from ...run.check import check_room
     from ...run.memory import local_memory
