@@ -95,10 +95,6 @@ class Memory:
         return self.run.model
 
     @property
-    def schedule(self) -> TrainSchedule | None:
-        return self.run.schedule
-
-    @property
     def gpu(self) -> bool:
         return self.run.device.type != "cpu"
 
@@ -113,12 +109,6 @@ class Memory:
         return self.run.dist.count(len(self.run.windows.calibration or ()))
 
     @property
-    def compared(self) -> int:
-        """This rank's test windows that are compared with the dense model."""
-        tests = self.run.windows.tests
-        return sum(len(local_windows(len(test.windows), self.run.dist)) for test in tests)
-
-    @property
     def rows(self) -> int | None:
         """Rows of a trimmed vocabulary."""
         return len(self.run.vocabulary.rows) if self.run.vocabulary else None
@@ -126,13 +116,13 @@ class Memory:
     @property
     def separable(self) -> bool:
         """Whether blocks can be offloaded; they cannot while a single rank trains."""
-        alone = self.schedule and self.ranks == 1
+        alone = self.run.schedule and self.ranks == 1
         quantized = self.flags.load_bit or self.is_stored
         return not quantized and not alone and can_share(self.model.blocks)
 
     def wants_offloading(self, local_size: int = 1) -> bool:
         """Whether blocks should be offloaded: if asked for, shared by ranks, or short of memory."""
-        needed = (self.schedule and self.ranks > 1) or (not self.gpu and local_size > 1)
+        needed = (self.run.schedule and self.ranks > 1) or (not self.gpu and local_size > 1)
         if self.gpu and not needed:
             most = ROOM * self.weights + self._teacher_at("measure")
             needed = not self.fits() or most > self.free
@@ -140,7 +130,7 @@ class Memory:
 
     def _shard(self, size: int) -> int:
         """Return a rank's shard of trained numbers or bytes."""
-        return -(-size // self.ranks) if self.schedule and self.offloaded else size
+        return -(-size // self.ranks) if self.run.schedule and self.offloaded else size
 
     @cached_property
     def weights(self) -> int:
@@ -196,7 +186,7 @@ class Memory:
         If ranks share the trained weights, its blocks are on the disk until training.
         """
         teacher = self.run.teacher
-        if stage in ("load", "save") or not (teacher or self.schedule):
+        if stage in ("load", "save") or not (teacher or self.run.schedule):
             return 0
         inside = sum(self._sizes(teacher.skeleton) if teacher else self._inside)
         if self.offloaded and self.ranks > 1:
@@ -263,7 +253,7 @@ class Memory:
     @cached_property
     def checkpointed(self) -> bool:
         """Whether training recomputes a block's activations."""
-        if not self.schedule:
+        if not self.run.schedule:
             return False
         kept = KEPT * len(self._inside) * self.stream(self.run.batch_size)
         return self.total("train") + kept > self.free
@@ -338,7 +328,7 @@ class Memory:
     @cached_property
     def _training(self) -> dict[str, int]:
         """Terms of training the parts that `trained_parts` of lib/recover.py returns."""
-        schedule, rank = self.schedule, self.schedule.rank
+        schedule, rank = self.run.schedule, self.run.schedule.rank
         outside = {id(one) for one in self.model.small.parameters()}
         blocks = self.model.small_blocks
         outside -= {id(one) for one in blocks.parameters()}
@@ -395,20 +385,21 @@ class Memory:
             "allocate": flags.prune_method and flags.allocation != "uniform",
             "prune": flags.prune_method,
             "quantize": flags.quantizes,
-            "train": self.schedule,
+            "train": self.run.schedule,
             "save": flags.save_model,
         }
         return [stage for stage, takes in taken.items() if takes]
 
     def _terms(self, stage: str) -> Iterator[tuple[str, int, bool]]:
         """Yield term, bytes, and whether it is on the device."""
+        dist, tests = self.run.dist, self.run.windows.tests
         yield "weights", self._weights_at(stage), True
         if teacher := self._teacher_at(stage):
             yield "teacher", teacher, True
         size = self._streams.get(stage, 0)
         if stage == "measure" and self.offloaded:  # otherwise each batch goes through all blocks
-            tests = sum(self.run.dist.count(len(each.windows)) for each in self.run.windows.tests)
-            size = self.stream(min(tests, self.tests_at_once))
+            windows = sum(dist.count(len(each.windows)) for each in tests)
+            size = self.stream(min(windows, self.tests_at_once))
         if size:
             yield "hidden states", size, self.hidden_on_device
         if stage in self._solved:
@@ -416,9 +407,9 @@ class Memory:
                 yield name, size, True
         if stage == "prune" and "allocate" in self._active:  # float64, by output
             yield "output costs", 8 * sum(linear.shape[0] for linear in self._linears), True
-        if self.flags.quantizes and self.schedule:  # the start of training
+        if self.flags.quantizes and self.run.schedule:  # the start of training
             numbers = self._quantized
-            each = self.model.save_dtype.itemsize if self.schedule.rank else FLOAT
+            each = self.model.save_dtype.itemsize if self.run.schedule.rank else FLOAT
             if stage == "quantize":
                 yield "masters", each * self._shard(numbers), True
             if stage in ("quantize", "train", "save"):
@@ -428,10 +419,11 @@ class Memory:
             for name, size in self._training.items():
                 yield name, size, True
             yield "best weights", self._shard(sum(self._sizes(self.model.small))), not self.gpu
-            held_out = local_windows(len(self.run.windows.training.held_out), self.run.dist)
+            held_out = local_windows(len(self.run.windows.training.held_out), dist)
             yield "held-out states", self.stream(len(held_out)), not self.gpu
-        if stage != "load" and self.compared and self.flags.has_dense:
-            yield "dense states", self.stream(self.compared), not self.gpu
+        if stage != "load" and self.flags.has_dense:
+            compared = sum(len(local_windows(len(each.windows), dist)) for each in tests)
+            yield "dense states", self.stream(compared), not self.gpu
         if stage == "save":  # one file at a time
             size = min(SHARD, self._weights_at("save"))
             yield "copies for the disk", size, not self.gpu
@@ -517,7 +509,7 @@ class Memory:
         """Yield flags with which a stage would fit, and the memory that it would need."""
         others = {"": self} if stage == "train" else {}
         for name, value in ((flag.name, each) for flag in flags_of(stage) for each in flag.smaller):
-            flags, schedule = copy.copy(self.flags), self.schedule
+            flags, schedule = copy.copy(self.flags), self.run.schedule
             if getattr(flags, name) == value or (stage == "prune" and flags.removes):
                 continue
             setattr(flags, name, value)
@@ -541,7 +533,7 @@ class Memory:
         """Return one line for the user: the largest terms, and where hidden states are."""
         weights = replace(self, offloaded=False).weights
         parts = [f"weights {gib(weights)}" + ", one block at a time" * self.offloaded]
-        if teacher := self._teacher_at("train" if self.schedule else "measure"):
+        if teacher := self._teacher_at("train" if self.run.schedule else "measure"):
             parts.append(f"teacher {gib(teacher)}")
         where = f" on the {'card' if self.hidden_on_device else 'host'}" * self.gpu
         every = [term for stage in self._active for term in self._terms(stage)]
@@ -549,7 +541,7 @@ class Memory:
         parts.append(f"hidden states {gib(hidden)}{where}")
         if self._solved:
             parts.append(f"solver {gib(max(map(self._solving, self._solved)))}")
-        if self.schedule:
+        if self.run.schedule:
             parts.append(f"training {gib(sum(self._training.values()))}")
         note = "; training recomputes activations" * self.checkpointed
         return f"memory: {', '.join(parts)}, of {gib(self.free)} free{note}"

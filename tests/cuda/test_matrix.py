@@ -16,7 +16,7 @@ import torch
 from matrix import KINDS, Place, compare, curve, has
 from support import call, eager_experts, mistake, raising, reloaded, results, succeed, weights
 
-CARD = "cuda:0"
+CARD, SMALL = "cuda:0", ["--nsamples", 4, "--batch_size", 2]
 # bytes: the first holds all, the second weights but no training, the third blocks one at a time
 CARDS = {"all": 10**8, "weights": 2_500_000, "a block": 1_080_000}
 LARGE = {"llama": "large", "bfloat16": "large", "mixture": "large mixture", "wide": "large"}
@@ -82,7 +82,7 @@ def test_the_same_model(
             card = way.removeprefix("with room for ")
             argv[1] = LARGE[argv[1]]
             device.set_limit(0, torch.accelerator.memory_allocated(0) + CARDS[card])
-            with_room(kind, card, [*argv, "--nsamples", 4, "--batch_size", 2], tmp_path)
+            with_room(kind, card, [*argv, *SMALL], tmp_path)
 
 
 def as_the_cpu(kind: str, place: Place) -> None:
@@ -111,4 +111,4 @@ def with_room(kind: str, card: str, argv: list, folder: Path) -> None:
         return
     done = succeed(*argv)
     assert ("one block at a time" in done.out) == (card == "a block")
-    reloaded(folder / "model", folder / "out", *matrix.BASE, "--device", CARD)
+    reloaded(folder / "model", folder / "out", *matrix.BASE, "--device", CARD, *SMALL)

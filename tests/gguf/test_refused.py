@@ -13,7 +13,8 @@ import whole
 from support import mistake
 
 from lib.commands.gguf import llama_cpp
-from lib.commands.gguf.__main__ import main, put_in_place
+from lib.commands.gguf.__main__ import main
+from lib.commands.gguf.convert import put_in_place
 from lib.commands.gguf.verify import changed_linears
 from lib.util.errors import UserError
 
