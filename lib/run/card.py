@@ -227,7 +227,7 @@ def figures_table(
     def add(row: str, cells: Mapping[str, str]) -> None:
         table.setdefault(row, {}).update({name: cell for name, cell in cells.items() if cell})
 
-    if sample := trimmed.get("measured_on"):
+    if costs[0] and (sample := trimmed.get("measured_on")):
         name = f"{escape(sample['name'])}, a sample of {sample['bytes']:,} bytes, bits per byte"
         add(name, {first: f"{costs[0]:.4f}", dense: f"{costs[1]:.4f}"})
     untrained = results.get("recovery", {}).get("before", {}) if is_trained(results) else {}

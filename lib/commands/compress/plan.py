@@ -112,10 +112,8 @@ def check_job(flags: list[str], recover: int | None, longest: int = CPU_SEQLEN) 
             return check(args, longest=longest)
     except UserError as error:
         parts = (error.what, error.problem, error.fix)
-        named_here = (("--calibration_data", "--data"), ("--save_model", "OUT"))
-        for before, here in named_here:
-            parts = (part.replace(before, here) for part in parts)
-        raise UserError(*parts) from error
+        parts = (part.replace("--calibration_data", "--data") for part in parts)
+        raise UserError(*(part.replace("--save_model", "OUT") for part in parts)) from error
 
 
 def model_flags(run: Compression, texts: TextNames, trims: bool) -> list[str]:
