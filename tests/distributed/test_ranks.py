@@ -190,7 +190,7 @@ def test_an_error_of_one_rank_is_reported_once(how: str, place: Path, tmp_path: 
     assert [one.status for one in done] == [FAILED, TERMINATED]
     assert not done[1].complaints
     if how == "defect":
-        assert "in solve_all_" in done[0].err and "RuntimeError: defect" in done[0].complaints[-1]
+        assert "Traceback" in done[0].err and "RuntimeError: defect" in done[0].complaints[-1]
     else:
         [line] = done[0].complaints
         assert re.fullmatch(r"error: model\.layers\.0\..*: no solution", line)
