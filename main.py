@@ -21,63 +21,65 @@ else:
     from lib.util import command
 
 if TYPE_CHECKING:
-    from lib.run.job import Job
+    from lib.run.run import Run
 
 
 def main(argv: list[str]) -> None:
     parser = build_parser()
-    args = parser.parse_args(argv)
-    check_flags(parser, args)
+    flags = parser.parse_args(argv)
+    check_flags(parser, flags)
     # imports torch and transformers, which --help does not need
-    run(command.part("run.check").check(args))
+    run(command.part("run.check").check(flags))
 
 
-def run(job: Job) -> dict[str, Any]:
-    """Run the job and return what results.json holds, in the main rank."""
-    steps = command.part("run.steps")
-    plan, results = job.plan, job.outcome.results
+def run(run: Run) -> dict[str, Any]:
+    """Do the run and return what results.json holds, in the main rank."""
+    names = ("completions", "load", "record", "save", "steps", "windows")
+    completions, load, record, save, steps, windows = (command.part(f"run.{n}") for n in names)
+    flags, results = run.flags, run.results
     with ExitStack() as cleanup:
-        cleanup.callback(steps.close_store, job)
-        runner = steps.load(job, cleanup, job.outcome.folder)
-        results |= steps.base_results(job, runner)
-        if plan.quantizes:
-            steps.check_zeros(job, runner)
-        if plan.trims:
-            steps.trim(job, runner)
-        teacher = steps.load_teacher(job, runner, cleanup) if plan.tokens or plan.teacher else None
-        job = steps.resolve_bos(job, teacher or runner)
-        completions, reference = steps.Completions(job, runner), None
-        if plan.has_dense:
-            dense = teacher if plan.teacher else runner
-            completions.generate("dense", dense.model)
-            reference = steps.dense_reference(job, dense)
+        cleanup.callback(save.close_folder, run)
+        runner = load.load(run, cleanup, run.folder)
+        results |= record.base_results(run, runner)
+        if flags.quantizes:
+            steps.check_zeros(run, runner)
+        if flags.trim_vocabulary:
+            steps.trim(run, runner)
+        has_teacher = flags.recover or flags.teacher
+        teacher = load.load_teacher(run, runner, cleanup) if has_teacher else None
+        run.windows = windows.resolve_bos(run, teacher or runner)
+        texts, reference = completions.Completions(run, runner), None
+        if flags.has_dense:
+            dense = teacher if flags.teacher else runner
+            texts.generate("dense", dense.model)
+            reference = steps.dense_reference(run, dense)
             del dense  # a teacher takes the memory of a whole model
-        untouched = steps.first_logits(job, runner) if plan.fake_quantizes else None
-        sparsity = steps.prune(job, runner)
-        unrounded = steps.first_logits(job, runner) if plan.quantizes and plan.packs else None
-        master_weights = steps.quantize(job, runner, sparsity) if plan.quantizes else {}
+        untouched = steps.first_logits(run, runner) if flags.fake_quantizes else None
+        sparsity = steps.prune(run, runner)
+        unrounded = steps.first_logits(run, runner) if flags.quantizes and flags.packs else None
+        master_weights = steps.quantize(run, runner, sparsity) if flags.quantizes else {}
         scales = None
-        if plan.tokens:
-            scales = steps.recover(job, runner, teacher, sparsity, master_weights, reference)
+        if flags.recover:
+            scales = steps.recover(run, runner, teacher, sparsity, master_weights, reference)
         del teacher, master_weights
-        if plan.fake_quantizes:
-            steps.check_quantized(job, runner, untouched)
-        if plan.packs:
-            steps.pack(job, runner, scales, unrounded)
-        if job.args.save_model:
-            steps.save(job, runner, cleanup)
-        steps.evaluate(job, runner, reference)
-        completions.generate("model", runner.model)
-        job.dist.close()
-        if not job.dist.is_main:
+        if flags.fake_quantizes:
+            steps.check_quantized(run, runner, untouched)
+        if flags.packs:
+            steps.pack(run, runner, scales, unrounded)
+        if flags.save_model:
+            save.save(run, runner, cleanup)
+        steps.evaluate(run, runner, reference)
+        texts.generate("model", runner.model)
+        run.dist.close()
+        if not run.dist.is_main:
             return {}
-        results["completions"] = completions.records()
-        if answers := completions.answers():
+        results["completions"] = texts.records()
+        if answers := texts.answers():
             results["answers"] = answers
-        steps.record(job, runner)
-        steps.print_summary(results)
-        if job.args.tasks:
-            steps.run_tasks(job, runner)
+        steps.record(run, runner)
+        record.print_summary(results)
+        if flags.tasks:
+            steps.run_tasks(run, runner)
     return results
 
 

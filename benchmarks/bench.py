@@ -147,9 +147,9 @@ def dump_windows(flags: list[str], folder: Path) -> Path:
     from lib.run import flags as main_flags
     from lib.run.check import check
 
-    job = check(main_flags.build_parser().parse_args(flags))
+    run = check(main_flags.build_parser().parse_args(flags))
     path = folder / "windows.safetensors"
-    save_file({"windows": job.texts.windows.contiguous()}, path)
+    save_file({"windows": run.windows.calibration.ids.contiguous()}, path)
     return path
 
 

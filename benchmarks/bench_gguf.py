@@ -26,7 +26,7 @@ sys.path.insert(0, str(ROOT))
 
 from lib.commands.gguf.__main__ import main as convert  # noqa: E402
 from lib.commands.gguf.llama_cpp import ask, start  # noqa: E402
-from lib.data.documents import read_documents  # noqa: E402
+from lib.data.documents import Corpus  # noqa: E402
 from lib.data.sources import parse_source  # noqa: E402
 
 BEGINNING = 24  # tokens
@@ -50,7 +50,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=32, help="that are written after each")
     parser.add_argument("--out", required=True, metavar="JSON")
     args = parser.parse_args()
-    documents, _ = read_documents(parse_source(args.data[0], "--data"), "test")
+    documents = Corpus(parse_source(args.data[0], "--data")).documents("test")
     texts = [documents[i] for i in range(args.beginnings)]
     files = []
     for entry in args.models:

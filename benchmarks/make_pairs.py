@@ -18,7 +18,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from lib.data.documents import read_documents
+from lib.data.documents import Corpus
 from lib.data.sources import parse_source
 from lib.util.command import run
 from lib.util.files import write_text
@@ -28,7 +28,7 @@ WORDS = range(5, 21)
 
 
 def swapped(data: str, draw: random.Random) -> Iterator[tuple[str, str]]:
-    texts = read_documents(parse_source(data, "DATA"), "test")[0]
+    texts = Corpus(parse_source(data, "DATA")).documents("test")
     found = {match[0] for text in texts for match in SENTENCE.finditer(text)}
     sentences = sorted(each for each in found if len(each.split()) in WORDS)
     for sentence in draw.sample(sentences, len(sentences)):

@@ -13,8 +13,8 @@ a config uses them. All other rows of the embedding and the head are removed, wh
 smaller in every engine.
 
     trimmed = trim_vocabulary(...)      reads no weights, returns the smaller tokenizer
-    trimmed.verify(sources)              checks that test texts decode to the same text
-    trimmed.hold_out(source, seqlen)    windows of a test text by both tokenizers, of equal bytes
+    trimmed.verify(tests)                checks that test texts decode to the same text
+    trimmed.hold_out(test, seqlen)      windows of a test text by both tokenizers, of equal bytes
     keep_rows_(model, trimmed.rows)     trims the model; check_same_outputs compares its logits
 """
 
@@ -36,9 +36,8 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from .data.chats import Document
-from .data.documents import pieces_of, read_documents
+from .data.documents import Corpus, pieces_of
 from .data.samples import Sample, Windows, join, packed
-from .data.sources import Source
 from .data.templates import document_text
 from .data.tokenizer import FLAG, TrimmableTokenizer
 from .data.windows import sample_of, test_documents
@@ -90,7 +89,7 @@ class TrimmedVocabulary:
         hasher.update(self.tokenizer.backend_tokenizer.to_str().encode())
         return hasher.hexdigest()[:16]
 
-    def verify(self, sources: Iterable[Source]) -> list[str]:
+    def verify(self, corpora: Iterable[Corpus]) -> list[str]:
         """Compare the tokenizers on the test texts, and return a line on each.
 
         Raises UserError if a text decodes differently.
@@ -104,14 +103,11 @@ class TrimmedVocabulary:
                 "Leave the flag out",
             )
         lines, self.record["tests"] = [], []
-        for source in sources:
-            texts = test_documents(source, read_documents(source, "test")[0])
-            test, damaged = self._compare(texts)
+        for corpus in corpora:
+            source, (test, damaged) = corpus.source, self._compare(test_documents(corpus))
             if damaged:
-                raise source.error(
-                    f"its test document {damaged} decodes differently with the trimmed tokenizer. "
-                    f"Leave {FLAG} out."
-                )
+                problem = f"its test document {damaged} decodes differently with the trimmed "
+                raise source.error(f"{problem}tokenizer", f"Leave {FLAG} out")
             self.record["tests"].append({"name": source.name} | test)
             lines.append(
                 f"{source.name}: all {test['documents']} test documents decode to the same text, "
@@ -119,14 +115,14 @@ class TrimmedVocabulary:
             )
         return lines
 
-    def hold_out(self, source: Source, seqlen: int) -> None:
+    def hold_out(self, corpus: Corpus, seqlen: int) -> None:
         """Set `held_out` to windows by both tokenizers: a test text, or the answers of dialogues.
 
         At most MEASURED_BYTES, spread over the documents. A text's first token is predicted too,
         from BOS or an end token, so that all its bytes count.
         """
         seqlen = min(seqlen, MEASURED_TOKENS)
-        documents = test_documents(source, read_documents(source, "test")[0])
+        documents = test_documents(corpus)
         piece = re.compile(rf"\S[\s\S]{{0,{seqlen}}}(?=\s|$)")  # rarely over seqlen tokens
         pieces: list[Document] = []
         for document in documents:
@@ -143,7 +139,7 @@ class TrimmedVocabulary:
                     cut.append(sample)
         if size:
             self.held_out = (*(join(list(packed(cut, seqlen))) for cut in cuts), size)
-            self.record["measured_on"] = {"name": source.name, "bytes": size}
+            self.record["measured_on"] = {"name": corpus.source.name, "bytes": size}
 
     @staticmethod
     def _sample(tokenizer: PreTrainedTokenizerBase, document: Document) -> Sample:
@@ -219,13 +215,13 @@ def trim_vocabulary(
     tokenizer: PreTrainedTokenizerBase,
     checkpoint: Checkpoint,
     config: Any,
-    sources: Sequence[Source],
+    corpora: Sequence[Corpus],
     dist: DistContext,
     *,
     rows: int,
     config_ids: set[int],
 ) -> TrimmedVocabulary:
-    """Count the train text of `sources`, choose the tokens, and make the smaller tokenizer.
+    """Count the train text of `corpora`, choose the tokens, and make the smaller tokenizer.
 
     `rows` is the number of rows of the model's embedding, `config_ids` are the ids in its configs.
     Raises UserError if the tokenizer cannot be trimmed.
@@ -236,7 +232,7 @@ def trim_vocabulary(
     reserved = tokens.reserved_ids() - required
     required = {part for index in required for part in tokens.merge_parts(index)}
     unnamed = sorted(i for i in config_ids if i < rows and i not in tokens.id_to_token)
-    counts, held = count_tokens(sources, tokenizer, dist)
+    counts, held = count_tokens(corpora, tokenizer, dist)
     used = [i for i in counts.nonzero().flatten().tolist() if i in tokens.id_to_token]
     if used and used[-1] >= rows:
         raise UserError(
@@ -264,7 +260,7 @@ def trim_vocabulary(
         "rise": rise,
         "likely": likely,
         "reserved": len(reserved - chosen),
-        "sources": [source.text for source in sources],
+        "sources": [corpus.source.text for corpus in corpora],
         "digest": trimmed.digest,
     }
     return trimmed
@@ -389,17 +385,17 @@ def _round_up(rows: int) -> int:
 
 
 def count_tokens(
-    sources: Sequence[Source], tokenizer: PreTrainedTokenizerBase, dist: DistContext
+    corpora: Sequence[Corpus], tokenizer: PreTrainedTokenizerBase, dist: DistContext
 ) -> tuple[Tensor, list[str]]:
-    """Return how often each token occurs in the sources' train text, (tokens,) int64, and a sample.
+    """Return how often each token occurs in the train text, (tokens,) int64, and a sample.
 
     The sample is every HELD_OUT-th text (a piece if texts are few), up to HELD_CHARACTERS. The
     processes of `dist` share the texts. Raises UserError for any problem with them.
     """
     n_tokens = max(tokenizer.get_vocab().values()) + 1
     counts, held, room = torch.zeros(n_tokens, dtype=torch.long), [], HELD_CHARACTERS
-    for source in sources:
-        documents, _ = read_documents(source, "train")
+    for corpus in corpora:
+        source, documents = corpus.source, corpus.documents("train")
         if not source.hub and len(documents) < HELD_OUT:
             documents = [piece for document in documents for piece in pieces_of(document)]
         total, limit = (None, HUB_CHARACTERS) if source.hub else (len(documents), math.inf)

@@ -19,7 +19,7 @@ for folder in (ROOT, ROOT / "tests"):
 import pytest  # noqa: E402  and not torch, which takes seconds that the controller of workers saves
 
 os.fsync = lambda _: None  # no test cuts the power, and hundreds of runs would wait for the disk
-LONGEST = "test_ranks", "test_equivalence", "test_install", "test_bare", "test_launch"  # files
+LONGEST = "test_matrix", "test_ranks", "test_install", "test_bare", "test_launch"  # files
 REQUIRED_ON_CI = "needs the kernels", "needs the package", "the pretended CUDA"
 
 
@@ -31,6 +31,11 @@ def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool 
     on_it = ROOT / "tests" / "cuda" in collection_path.parents
     asked = config.getoption("markexpr") == "cuda"
     return True if collection_path.suffix == ".py" and on_it != asked else None
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    text = "write what is said now into tests/words, to be read and committed"
+    parser.addoption("--approve", action="store_true", help=text)
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -83,6 +88,14 @@ def needs_bos(models: Path) -> Path:
 
 
 @pytest.fixture
+def words(request: pytest.FixtureRequest) -> object:
+    """Compares what is said with what was approved, see approval.py."""
+    from approval import Words
+
+    return Words(request.config.getoption("approve"))
+
+
+@pytest.fixture
 def no_weights(monkeypatch: pytest.MonkeyPatch) -> None:
     """A run that reads weights fails the test."""
     monkeypatch.setattr(
@@ -108,3 +121,34 @@ def at_place(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     """In the folder that a module's own fixture `place` fills, with a cache of the test's own."""
     monkeypatch.chdir(place)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+
+
+@pytest.fixture(scope="session")
+def runs():
+    """A process that runs llama.cpp, file after file; its crash leaves the tests alive."""
+    from concurrent.futures import ProcessPoolExecutor
+
+    from processes import forkserver
+
+    with ProcessPoolExecutor(1, forkserver()) as pool:
+        yield pool
+
+
+@pytest.fixture
+def quickly(runs, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The converter and the reader run here, where torch is imported already."""
+    from support import LIMIT
+
+    from lib.commands.gguf import convert, llama_cpp, verify
+    from lib.util.errors import UserError
+
+    def here(what: str, function, size: float = 0, **arguments):
+        try:
+            if function is llama_cpp.run:
+                return runs.submit(function, **arguments).result(LIMIT)
+            return function(**arguments)
+        except Exception as error:
+            raise UserError(f"{what}: {error}") from error
+
+    for caller in (convert, verify):
+        monkeypatch.setattr(caller, "run_child", here)

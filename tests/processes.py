@@ -9,7 +9,6 @@ import socket
 import sys
 import tempfile
 import time
-from collections.abc import Mapping
 from multiprocessing import forkserver as server
 from multiprocessing.connection import wait
 from pathlib import Path
@@ -18,13 +17,6 @@ from unittest import mock
 import torch.distributed as torch_dist
 import worker
 from support import LIMIT, Done
-
-
-def case_flags(cases: Mapping[str, str], base: list, case: str, where: Path | str) -> list:
-    """A case's command line, which saves its run and its model in a folder of the case's own."""
-    model, *rest = cases[case].split()
-    saved = ["--save", f"{where}/{case}/run", "--save_model", f"{where}/{case}/model"]
-    return ["--model", model, *base, *rest, *saved]
 
 
 class Worker:

@@ -14,7 +14,7 @@ import resource
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import ExitStack, contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,9 +28,11 @@ from torch import Tensor, nn
 from transformers import AutoConfig, PreTrainedModel
 
 import main
+from lib.data.samples import Windows
 from lib.distributed.context import DistContext
 from lib.methods.registry import method_of
 from lib.methods.sparsity import Sparsity
+from lib.model import pretrained
 from lib.model.access import Checkpoint
 from lib.model.blocks import BlockRunner
 from lib.model.linears import find_linears
@@ -38,29 +40,24 @@ from lib.model.matrix import PrunableLinear
 from lib.model.parts import PartLayout, find_parts
 from lib.model.pretrained import auto_class, decoder_blocks, skeleton
 from lib.packed import kernels
-from lib.packed.formats import PACKED
+from lib.packed.formats import FORMATS, PACKED  # noqa: F401  for tests
+from lib.packed.linear import SparseLinear
 from lib.prune import Pruner
 from lib.pruning.allocation import Allocation, uniform
-from lib.quantize import takes
+from lib.quantize import Quantizer, check_quantized, takes  # noqa: F401  for tests
+from lib.run.flags import build_parser
+from lib.run.windows import named_corpora
 from lib.util import command
+from lib.util.errors import UserError
 
 ROOT = Path(__file__).resolve().parent.parent
+FAILED = command.FAILED
 CPU = torch.device("cpu")
 ALONE = DistContext(CPU, alone=True)
 HALF = Sparsity(0.5)
 LIMIT = 600  # seconds after which a process that a test waits for hangs, on a busy machine too
 PROGRESS = re.compile(r"\[\d+:\d\d[<,]")  # a line of a progress bar
 QUICK = ["--device", "cpu", "--seqlen", "32", "--nsamples", "8", "--completions", "0"]
-
-RUNS_OF_EVERY_KIND = {  # for the matrices by memory: a model's name, and flags
-    "q4_0 rounded": "llama --quantize q4_0",
-    "q4_0 trained": "llama --quantize q4_0 --recover 512",
-    "int4 packed": "llama --prune_method wanda --replace_sparse_layers --quantize int4",
-    "admm by error": "llama --prune_method admm --sparsity_ratio 0.6 --allocation error",
-    "2:4": "llama --prune_method sparsegpt --sparsity_type 2:4",
-    "neurons": "llama --prune_method sparsegpt --sparsity_type neurons",
-    "experts": "mixtral --prune_method contribution --sparsity_type experts",
-}
 
 
 @dataclass(frozen=True)
@@ -105,6 +102,47 @@ def succeed(*argv: object, program: Callable = main.main) -> Done:
     return done
 
 
+def refused(act: Callable, *args: Any, **options: Any) -> str:
+    """The one line of the mistake by which a call fails."""
+    with pytest.raises(UserError) as caught:
+        act(*args, **options)
+    line = str(caught.value)
+    assert "\n" not in line
+    return line
+
+
+def named(*argv: str) -> Any:
+    """The corpora of calibration, vocabulary and tests that flags of main.py name."""
+    return named_corpora(build_parser().parse_args(["--model", "m", *argv]))
+
+
+def attempt(*argv: object, program: Callable = main.main) -> tuple[Done, UserError | None]:
+    """`call`, and the error in which it ends, if it is a user's."""
+    raised: list[UserError | None] = [None]
+
+    def watched(words: list[str]) -> None:
+        try:
+            program(words)
+        except UserError as error:
+            raised.append(error)
+            raise
+
+    return call(*argv, program=watched), raised[-1]
+
+
+def mistake(*argv: object, program: Callable = main.main) -> UserError:
+    """The error in which a command ends; nothing but its line is on stderr."""
+    done, error = attempt(*argv, program=program)
+    assert error and done.status == command.FAILED, done
+    assert done.complaints == [f"error: {command.one_line(str(error))}"], done.err
+    return error
+
+
+def program_of(name: str) -> Callable[[list[str]], None]:
+    """The `main` of a command by its name in the console's list, or of `main.py`."""
+    return main.main if name in ("main.py", "prune") else command.main_of(f"commands.{name}")
+
+
 def call_here(module: str, *argv: object) -> int:
     """As lib.util.command.call, but in this process, where torch is imported already."""
     return command.run(command.main_of(module), [str(each) for each in argv])
@@ -129,6 +167,40 @@ def raising(error: BaseException, what: str, number: int = 0):
         raise error
 
     return at(what, number, fail)
+
+
+@contextmanager
+def counted(what: str) -> Iterator[list[int]]:
+    """Inside, the list grows by the number of every unit that the step `what` comes to."""
+    reached: list[int] = []
+
+    def on_step(name: str, number: int) -> None:
+        if name == what:
+            reached.append(number)
+
+    with mock.patch("lib.util.progress.on_step", on_step):
+        yield reached
+
+
+@contextmanager
+def eager_experts() -> Iterator[None]:
+    """Inside, models that are loaded take experts one by one, without grouped products."""
+    load = pretrained.load_model
+
+    def load_model(*args: Any, **options: Any) -> Any:
+        model = load(*args, **options)
+        if hasattr(model.config, "num_local_experts"):
+            model.set_experts_implementation("eager")
+        return model
+
+    with mock.patch.object(pretrained, "load_model", load_model):
+        yield
+
+
+def packed_product(factor: float):
+    """Inside, a packed linear's product is wrong by a factor."""
+    own = SparseLinear.forward
+    return mock.patch.object(SparseLinear, "forward", lambda self, x: factor * own(self, x))
 
 
 @contextmanager
@@ -230,9 +302,41 @@ def runner_of(model: nn.Module, batch_size: int = 3) -> BlockRunner:
     return BlockRunner(model, CPU, batch_size=batch_size)
 
 
+def patches(model: nn.Module) -> list[str]:
+    """Forwards and hooks of modules that are not as they were built."""
+    return [
+        name
+        for name, module in model.named_modules()
+        if "forward" in vars(module) or module._forward_pre_hooks or module._forward_hooks
+    ]
+
+
+def through(runner: BlockRunner, ids: Tensor | Windows, positions: Tensor) -> Tensor:
+    """Logits (n, positions, vocabulary) by way of the runner, in batches of three."""
+    states = runner.capture(ids, 3, CPU)
+    for index in range(len(runner.blocks)):
+        runner.advance_(states, index)
+    chunks = positions.split(13)
+    rows = [[runner.logits(states, batch)(chunk) for chunk in chunks] for batch in states.batches]
+    return torch.cat([torch.cat(row, dim=1) for row in rows])
+
+
+def representative(cases: Iterable[Any], quick: Collection[Any]) -> list[Any]:
+    """Cases of a test: those that are not among the quick ones run by `pytest -m full` only."""
+    values = [(case, case if isinstance(case, tuple) else (case,)) for case in cases]
+    full = pytest.mark.full
+    return [pytest.param(*v, marks=() if case in quick else full) for case, v in values]
+
+
 def linears_of(runner: BlockRunner, index: int = 0) -> list[PrunableLinear]:
     """What can be pruned in one block; names begin with the block's number."""
     return find_linears(runner.blocks[index], str(index))[0]
+
+
+def linears_on(runner: BlockRunner, form) -> dict[str, bool]:
+    """{weight's name: whether it is (in, out)} of all that a 4-bit format can hold."""
+    linears = runner.each_linear()
+    return {one.parameter_name: one.transposed for one in linears if form.takes(one.shape[1])}
 
 
 def packed_weights(runner: BlockRunner) -> dict[str, bool]:

@@ -7,14 +7,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from support import ROOT
+from support import ROOT, representative
 
 sys.path.append(str(ROOT / "benchmarks/gpu"))
 
 import first_run  # noqa: E402
 
 
-@pytest.mark.parametrize("name", first_run.CHECKS)
+@pytest.mark.parametrize("name", representative(first_run.CHECKS, ["products", "load_bit"]))
 def test_a_check_in_small(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     report = first_run.report_of(name, torch.device("cpu"), small=True)

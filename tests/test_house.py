@@ -6,6 +6,7 @@ import ast
 import re
 import sys
 from collections.abc import Iterator
+from functools import cache
 from importlib import metadata
 from importlib.util import find_spec
 from pathlib import Path
@@ -32,6 +33,7 @@ FLOORS = [
     ["main"],
     ["commands"],
 ]
+EDGES = 81  # at most so many pairs of these, of which one imports from the other
 FLOOR_OF = {name: floor for floor, names in enumerate(FLOORS) for name in names}
 # packages for some uses, or in an environment of their own
 OPTIONAL = """
@@ -39,69 +41,48 @@ triton lm_eval llmcompressor conversion convert_hf_to_gguf gguf xllamacpp ua_gec
 onnxruntime onnxruntime_genai
 """.split()
 
-# What lib/ touches of other packages beside their public names: {test file that fails first where
-# it changes: {module that has it: its names}}. `test_private_names_are_listed` finds others.
-PRIVATE = {
-    "tests/test_equivalence.py": {
-        "transformers.modeling_utils": "_get_dtype_plan _keep_in_fp32_modules_strict",
-    },
-    "tests/model/test_access.py": {"transformers.configuration_utils": "_commit_hash"},
-    "tests/model/test_blocks.py": {"transformers.modeling_utils": "_no_split_modules"},
-    "tests/model/test_linears.py": {"torch.nn.modules.conv": "_ConvNd"},
-    "tests/model/test_quantized.py": {
-        "transformers.quantizers.base": "get_keys_to_not_convert",
-        "bitsandbytes.nn.modules": "support_avx512bf16_for_cpu",
-    },
-    "tests/model/test_store.py": {
-        "accelerate.big_modeling": "hf_device_map",
-        "accelerate.hooks": "_hf_hook weights_map ModelHook add_hook_to_module "
-        "remove_hook_from_module",
-        "accelerate.utils.offload": "dataset index",
-        "transformers.core_model_loading": "offload_weight revert_weight_conversion",
-        "transformers.integrations.accelerate": "safetensors_file weight_name",
-    },
-    "tests/run/test_vision.py": {
-        "torch._subclasses.fake_tensor": "FakeTensorMode",
-        "transformers.models.auto.auto_factory": "_model_mapping",
-        "transformers.utils.hub": "cached_file",
-    },
-    "tests/data/test_chats.py": {
-        "transformers.utils.chat_template_utils": "render_jinja_template",
-    },
-    "tests/data/test_dates.py": {
-        "transformers.utils.chat_template_utils": "_compile_jinja_template",
-    },
-    "tests/commands/test_demo.py": {
-        "transformers.tokenization_utils_tokenizers": "_tokenizer",
-    },
-    "tests/packed/test_checkpoint.py": {
-        "transformers.core_model_loading": "WeightConverter _weight_conversions",
-        "transformers.quantizers.auto": "AUTO_QUANTIZATION_CONFIG_MAPPING AUTO_QUANTIZER_MAPPING "
-        "register_quantization_config register_quantizer",
-        "transformers.quantizers.base": "HfQuantizer _process_model_before_weight_loading "
-        "_process_model_after_weight_loading _dequantize get_state_dict_and_metadata",
-        "transformers.utils.quantization_config": "QuantizationConfigMixin",
-    },
-    "tests/packed/test_linear.py": {
-        "torch.nn.modules.module": "_apply _buffers _load_from_state_dict _parameters",
-        "torch.utils._pytree": "tree_leaves tree_map",
-    },
-    "tests/gguf/test_llama_cpp.py": {
-        "conversion": "get_model_class",
-        "conversion.base": "get_model_architecture get_vocab_base_pre load_hparams modify_tensors",
-        "gguf.constants": "MODEL_ARCH_NAMES",
-        "gguf.tensor_mapping": "get_tensor_name_map",
-    },
-    "tests/gguf/test_q4_0.py": {
-        "conversion.base": "tensor_force_quant",
-        "gguf.gguf_writer": "add_file_type",
-    },
-    "tests/export/test_export.py": {
-        "onnxruntime.quantization.matmul_nbits_quantizer": "DefaultWeightOnlyQuantizer "
-        "get_initializer quantize_matmul",
-        "onnxruntime_genai.models.builder": "create_model parse_extra_options",
-    },
-}
+# What lib/ touches of other packages beside their public names, by the module that has it; a line
+# that begins with blanks goes on with the one before. `test_private_names_are_listed` finds others.
+PRIVATE = """
+accelerate.big_modeling: hf_device_map
+accelerate.hooks: _hf_hook weights_map ModelHook add_hook_to_module remove_hook_from_module
+accelerate.utils.offload: dataset index
+bitsandbytes.nn.modules: support_avx512bf16_for_cpu
+conversion: get_model_class
+conversion.base: get_model_architecture get_vocab_base_pre load_hparams modify_tensors
+  tensor_force_quant
+gguf.constants: MODEL_ARCH_NAMES
+gguf.gguf_writer: add_file_type
+gguf.tensor_mapping: get_tensor_name_map
+onnxruntime.quantization.matmul_nbits_quantizer: DefaultWeightOnlyQuantizer get_initializer
+  quantize_matmul
+onnxruntime_genai.models.builder: create_model parse_extra_options
+torch._subclasses.fake_tensor: FakeTensorMode
+torch.nn.modules.conv: _ConvNd
+torch.nn.modules.module: _apply _buffers _load_from_state_dict _parameters
+torch.utils._pytree: tree_leaves tree_map
+transformers.configuration_utils: _commit_hash
+transformers.core_model_loading: offload_weight revert_weight_conversion WeightConverter
+  _weight_conversions
+transformers.integrations.accelerate: safetensors_file weight_name
+transformers.modeling_utils: _get_dtype_plan _keep_in_fp32_modules_strict _no_split_modules
+transformers.models.auto.auto_factory: _model_mapping
+transformers.quantizers.auto: AUTO_QUANTIZATION_CONFIG_MAPPING AUTO_QUANTIZER_MAPPING
+  register_quantization_config register_quantizer
+transformers.quantizers.base: get_keys_to_not_convert HfQuantizer _dequantize
+  _process_model_before_weight_loading _process_model_after_weight_loading
+  get_state_dict_and_metadata
+transformers.tokenization_utils_tokenizers: _tokenizer
+transformers.utils.chat_template_utils: render_jinja_template _compile_jinja_template
+transformers.utils.hub: cached_file
+transformers.utils.quantization_config: QuantizationConfigMixin
+"""
+LISTED = [
+    (module, name)
+    for line in PRIVATE.replace("\n  ", " ").strip().splitlines()
+    for module, _, names in [line.partition(": ")]
+    for name in names.split()
+]
 GUARDED = "transformers accelerate gguf conversion onnxruntime onnxruntime_genai".split()
 NAMED_TUPLES = {"_asdict", "_fields"}  # public by Python's own documentation
 
@@ -110,51 +91,49 @@ def sources(*folders: str) -> list[Path]:
     return [ROOT / "main.py", *(path for name in folders for path in (ROOT / name).rglob("*.py"))]
 
 
-def imports(file: Path) -> Iterator[tuple[int, str]]:
-    """Line and module of every import, those inside functions and for the type checker too."""
-    for node in ast.walk(ast.parse(file.read_text("utf-8"), str(file))):
+@cache
+def nodes(file: Path) -> list[ast.AST]:
+    return [*ast.walk(ast.parse(file.read_text("utf-8"), str(file)))]
+
+
+def imports(file: Path) -> Iterator[tuple[int, str, bool]]:
+    """Line and module of every import, those inside functions and for the type checker too, and
+    whether it is relative."""
+    for node in nodes(file):
         if isinstance(node, ast.Import):
-            yield from ((node.lineno, name.name) for name in node.names)
+            yield from ((node.lineno, name.name, False) for name in node.names)
         elif isinstance(node, ast.ImportFrom):
-            module = node.module or ""
-            if node.level:
-                package = file.relative_to(ROOT).parts[: -node.level] or ("lib",)  # main.py's
-                module = ".".join([*package, *filter(None, [node.module])])
-            whole = module == "lib"  # from lib import prune
-            yield from ((node.lineno, f"lib.{n.name}" if whole else module) for n in node.names)
+            package = file.relative_to(ROOT).parts[: -node.level] or ("lib",) if node.level else ()
+            module = ".".join([*package, *filter(None, [node.module])])  # main.py's is lib
+            names = [f"lib.{n.name}" for n in node.names] if module == "lib" else [module]
+            yield from ((node.lineno, name, bool(node.level)) for name in names)
 
 
-def test_modules_of_lib_import_each_other_relatively() -> None:
+def test_modules_of_lib_import_each_other_relatively_and_downwards() -> None:
     """So that they work under any name: `lib` in a checkout, `langprune` once installed."""
-    wrong = []
-    for file in LIB.rglob("*.py"):
-        for node in ast.walk(ast.parse(file.read_text("utf-8"))):
-            names = [a.name for a in node.names] if isinstance(node, ast.Import) else []
-            if isinstance(node, ast.ImportFrom) and not node.level:
-                names = [node.module]
-            wrong += [f"{file}:{node.lineno}" for one in names if one.split(".")[0] == "lib"]
-    assert not wrong, wrong
-
-
-def test_imports_go_down() -> None:
-    wrong = []
+    wrong, edges = [], set()
     for file in sources("lib"):
         here = file.relative_to(LIB).parts[0].removesuffix(".py") if LIB in file.parents else "main"
-        for line, module in imports(file):
-            there = module.split(".")[1] if module.startswith("lib.") else module
-            if there != here and FLOOR_OF.get(here, -1) <= FLOOR_OF.get(there, -2):
+        for line, module, relative in imports(file):
+            own = module.startswith("lib.")
+            there = module.split(".")[1] if own else module
+            upwards = FLOOR_OF.get(here, -1) <= FLOOR_OF.get(there, -2)
+            if there != here and upwards or own and not relative and here != "main":
                 wrong.append(f"{file.relative_to(ROOT)}:{line} imports {module}")
+            edges |= {(here, there)} if own and there != here else set()
     assert not wrong, "\n".join(wrong)
+    assert len(edges) <= EDGES, sorted(edges)
 
 
 def test_what_is_imported_is_required() -> None:
     text = (ROOT / "requirements.txt").read_text("utf-8").lower().replace("_", "-")
     required = set(re.findall(r"(?m)^[\w.-]+", text))
     known = {"lib", "main", "tests", *OPTIONAL, *sys.stdlib_module_names}
-    known |= {file.stem for name in ("tests", "benchmarks") for file in (ROOT / name).rglob("*.py")}
+    own = [path for name in ("tests", "benchmarks") for path in (ROOT / name).rglob("*")]
+    known |= {path.stem for path in own if path.is_dir() or path.suffix == ".py"}
     owners, missing = metadata.packages_distributions(), set()
     for file in sources("lib", "tests", "benchmarks"):
-        for line, module in imports(file):
+        for line, module, _ in imports(file):
             top = module.partition(".")[0]
             names = {name.lower().replace("_", "-") for name in owners.get(top, [top])}
             if top not in known and not names & required:
@@ -162,16 +141,10 @@ def test_what_is_imported_is_required() -> None:
     assert not missing, "not in requirements.txt: " + "; ".join(sorted(missing))
 
 
-def listed() -> Iterator[tuple[str, str, str]]:
-    """Yield test file, module and name of all in PRIVATE."""
-    for test, modules in PRIVATE.items():
-        yield from ((test, module, n) for module, names in modules.items() for n in names.split())
-
-
 def test_private_names_are_listed() -> None:
     used, defined, deep = {}, set(NAMED_TUPLES), {}
     for file in sources("lib"):
-        for node in ast.walk(ast.parse(file.read_text("utf-8"))):
+        for node in nodes(file):
             names = []
             if isinstance(node, ast.Attribute):
                 stored = isinstance(node.ctx, ast.Store) and getattr(node.value, "id", "") == "self"
@@ -190,16 +163,16 @@ def test_private_names_are_listed() -> None:
                 defined.add(node.id)
             places = dict.fromkeys(map(str, names), f"{file}:{getattr(node, 'lineno', 0)}")
             used |= {name: at for name, at in places.items() if re.fullmatch(r"_[a-z]\w*", name)}
-    known = {name for _, _, name in listed()} | {m.rpartition(".")[2] for _, m, _ in listed()}
+    known = {name for module, name in LISTED} | {m.rpartition(".")[2] for m, _ in LISTED}
     wrong = {name: at for name, at in (used | deep).items() if name not in known | defined}
     assert not wrong, f"private names that PRIVATE does not list: {wrong}"
 
 
 def test_private_names_are_there() -> None:
-    """In the installed versions; otherwise the test named beside them tells what breaks."""
+    """In the installed versions."""
     text = "\n".join(file.read_text("utf-8") for file in sources("lib"))
-    for test, module, name in listed():
-        assert (ROOT / test).is_file() and re.search(rf"\b{name}\b", text), (test, name)
+    for module, name in LISTED:
+        assert re.search(rf"\b{name}\b", text), f"lib/ does not name {name} of {module} any more"
         package, *inside = module.split(".")
         found = find_spec(package)
         if not found or not found.origin:  # for some uses, or only a folder of tests (gguf)
@@ -207,7 +180,7 @@ def test_private_names_are_there() -> None:
         place = Path(found.origin).parent.joinpath(*inside)
         file = place / "__init__.py" if place.is_dir() else place.with_suffix(".py")
         there = file.is_file() and re.search(rf"\b{name}\b", file.read_text("utf-8"))
-        assert there, f"{module} has no {name} any more: see {test}"
+        assert there, f"{module} has no {name} any more"
 
 
 def slugs(page: Path) -> set[str]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import gzip
 import os
 import re
-import shutil
 import sys
 from collections.abc import Iterator
 from importlib.util import find_spec
@@ -24,9 +23,9 @@ pytestmark = pytest.mark.usefixtures("at_place")
 
 
 @pytest.fixture(scope="module")
-def place(trained: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("place")
-    shutil.copytree(trained, folder / "model")
+    tiny.write_model(folder / "model")
     tiny.write_texts(folder / "uk", train=30, test=4)
     english = tiny.sentences(30, seed=9)
     tiny.write_texts(folder / "en", train=english, test=english[:4])
@@ -89,6 +88,7 @@ def hub(place: Path) -> Iterator[Hub]:
         yield found
 
 
+@pytest.mark.full
 def test_a_model_and_texts_of_the_hub(hub: Hub, place: Path) -> None:
     argv = ["prune", "--model", "owner/name", "--prune_method", "wanda", "--prune_on_c4"]
     argv += ["--cache_dir", "weights", *QUICK, "--save", "out", "--save_model", "p"]
@@ -142,3 +142,28 @@ def test_waiting_threads_spin_for_a_while_unless_the_user_says_otherwise(
         done = ended(python(code, folder=place, **own))
     expected = {"GOMP_SPINCOUNT": "10000"} if not name else own
     assert done.out.split() == [str(expected.get(each)) for each in sorted(command.WAITING)]
+
+
+def test_commands_are_named_as_this_one_was_started(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv(command.CALLED, raising=False)
+    assert [command.typed(each) for each in ("gguf", "prune")] == [
+        "bash launch.sh gguf",
+        "python main.py",
+    ]
+    monkeypatch.setenv(command.CALLED, "langprune")
+    assert [command.typed(each) for each in ("gguf", "prune")] == [
+        "langprune gguf",
+        "langprune prune",
+    ]
+
+
+@pytest.mark.full
+def test_commands_start_from_any_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("lib").mkdir()  # a folder of the user's, which hides no module
+    Path("lib/__init__.py").touch()
+    assert command.call("commands.unpack", "--help") == 0
+    assert command.call("commands.unpack", "nowhere", "new") == 1
+    assert "nowhere" in capfd.readouterr().err

@@ -9,6 +9,7 @@ import time
 from contextlib import nullcontext
 from functools import partial
 from importlib import import_module
+from pathlib import Path
 
 import bitsandbytes  # noqa: F401  what is heavy is imported once, before processes fork off
 import datasets  # noqa: F401
@@ -41,9 +42,9 @@ def work(
     environment.
 
     `fault`, as `prune 1:SIGKILL`, sends this process the signal when the step `prune` comes to its
-    unit 1; after `late` it reads blocks slowly, and another word than a signal's is raised as an
-    error. With a fault, what a command starts runs in this process. What is said goes to the files
-    `out` and `err`.
+    unit 1; after `late` it reads blocks slowly, after `at once 0:blind` it sees no folder of a run,
+    and another word than a signal's is raised as an error. With a fault, what a command starts runs
+    in this process. What is said goes to the files `out` and `err`.
     """
     for path, stream in ((out, 1), (err, 2)):
         os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT), stream)
@@ -54,6 +55,8 @@ def work(
     module, fails = import_module(program), partial(_fail, how)
     if fault and hasattr(module, "call"):
         module.call = call_here
+    if label == "at once":
+        fails()
     with at(label, int(number), fails) if fault else nullcontext():
         for argv, variables in zip(commands, settings, strict=True):
             os.environ.update(variables)
@@ -64,6 +67,9 @@ def work(
 def _fail(how: str) -> None:
     if how in signal.Signals.__members__:
         os.kill(os.getpid(), signal.Signals[how])
+    elif how == "blind":  # to the folder of the run, as on another machine
+        own = Path.is_file
+        Path.is_file = lambda path: path.name != "job.json" and own(path)
     elif how == "late":
         own = FileBlockStore.fetch
         FileBlockStore.fetch = lambda self, index: time.sleep(0.15) or own(self, index)

@@ -23,9 +23,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..data.chats import Dialogue
-from ..data.documents import check_source, pieces_of, read_documents
+from ..data.documents import Corpus, check_corpus, pieces_of
 from ..data.languages import script_of
-from ..data.sources import Source, parse_sources
+from ..data.sources import parse_sources
 from ..run.flags import POSITIVE
 from ..util.cli import make_parser
 from ..util.errors import UserError
@@ -49,9 +49,9 @@ def main(argv: list[str]) -> None:
     if out.suffix != ".jsonl":
         raise UserError(f"OUT {out}", "the name does not end with .jsonl", "Give one that does")
     check_writable("OUT", str(out.absolute().parent))
-    sources = parse_sources(args.data, "--data", column=args.column)
-    for source in sources:
-        check_source(source, "train")
+    corpora = [Corpus(each) for each in parse_sources(args.data, "--data", column=args.column)]
+    for corpus in corpora:
+        check_corpus(corpus, "train")
     # heavy, and not needed for a wrong flag
     import torch
 
@@ -69,7 +69,7 @@ def main(argv: list[str]) -> None:
     window = window_length(config, None)
     args.tokens = min(args.tokens, window // 2)
     limit = window - args.tokens
-    asked = list(islice(_prompts(sources, tokenizer, limit, args.seed), MORE * args.count))
+    asked = list(islice(_prompts(corpora, tokenizer, limit, args.seed), MORE * args.count))
     if not asked:
         problem = f"no prompt has 1 to {limit} tokens"
         raise UserError(f"--data {' '.join(args.data)}", problem, "Add some")
@@ -140,15 +140,15 @@ def _check_ends(args: argparse.Namespace, left_out: Counter[str | None], new: in
 
 
 def _prompts(
-    sources: Sequence[Source], tokenizer: PreTrainedTokenizerBase, limit: int, seed: int
+    corpora: Sequence[Corpus], tokenizer: PreTrainedTokenizerBase, limit: int, seed: int
 ) -> Iterator[tuple[list[dict[str, Any]], list[int]]]:
     """Yield messages and tokens of distinct prompts, one source after another."""
     from ..data.templates import prompt_of
     from ..data.windows import shuffle_stream
 
     seen = set()
-    for source in sources:
-        for document in shuffle_stream(read_documents(source, "train")[0], random.Random(seed)):
+    for corpus in corpora:
+        for document in shuffle_stream(corpus.documents("train"), random.Random(seed)):
             if isinstance(document, Dialogue):
                 messages = document.prompt
             else:
@@ -195,8 +195,8 @@ def _answered(out: Path, writer: dict[str, Any]) -> list[list[dict[str, Any]]]:
         write_text(out, text)
     if not text.strip():
         return []
-    source = parse_sources([str(out)], "OUT")[0]
-    prompts = [document.prompt for document in read_documents(source, "train")[0]]
+    (source,) = parse_sources([str(out)], "OUT")
+    prompts = [document.prompt for document in Corpus(source).documents("train")]
     for number, line in enumerate(text.split(b"\n"), 1):
         before = json.loads(line).get(WRITER, writer) if line.strip() else writer
         if before != writer:

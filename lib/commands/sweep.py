@@ -29,7 +29,6 @@ from ..data.sources import mixture_name, parse_sources
 from ..methods.registry import METHODS, WITHOUT_NEURONS, label
 from ..methods.sparsity import NEURONS, SMALLER, TYPES
 from ..run.flags import FLAGS, METHOD, build_parser, check_flags, named, without
-from ..run.plan import Plan
 from ..run.results import RESULTS
 from ..util import command
 from ..util.command import call
@@ -69,7 +68,7 @@ def build_sweep_parser() -> argparse.ArgumentParser:
 
 def plan(args: argparse.Namespace, passed_on: Sequence[str]) -> dict[str, list[str]]:
     """Return {name of a run: its flags of main.py}, model by model; all flags are checked."""
-    from ..run.texts import default_tests  # imports torch, which a wrong flag does not need
+    from ..run.windows import default_tests  # imports torch, which a wrong flag does not need
 
     parser = build_parser()
     for flag in (word.split("=")[0] for word in passed_on):
@@ -170,7 +169,7 @@ def _points(
                 words = [*flags, *_joined(values)[1], *saved]
                 of_point = parser.parse_args(["--model", "any", *words])
                 check_flags(parser, of_point)
-                reads = Plan.of(of_point).reads_train
+                reads = of_point.reads_train
                 more, words = _joined([v for v in values if reads or v[0] not in drawing])
                 if not reads:  # no calibration text, no seed
                     if more not in textless:

@@ -7,14 +7,13 @@ FLAGS are those of main.py. In FOLDER the runs of a sweep share the dense model'
 
 from __future__ import annotations
 
-import argparse
 import io
 import shutil
 from contextlib import redirect_stdout
-from dataclasses import replace
 from pathlib import Path
 
 from ..run.flags import build_parser, named
+from ..run.plan import Flags
 from ..run.results import RESULTS, read_results
 from ..util import command
 from ..util.files import partial_of
@@ -22,49 +21,50 @@ from ..util.files import partial_of
 OUTPUT = "output.txt"  # output of main.py; marks a folder that a sweep has made
 
 
-def run(args: argparse.Namespace, shared: Path) -> None:
-    """Run main.py with `args`, unless it has finished; new results replace earlier ones."""
-    from ..run.check import check, check_outputs, open_store
+def run_unless_finished(flags: Flags, shared: Path) -> None:
+    """Run main.py with `flags`, unless it has finished; new results replace earlier ones."""
+    from ..run.check import check, check_outputs, open_folder
 
-    folder, printed = Path(args.save), io.StringIO()
+    folder, printed = Path(flags.save), io.StringIO()
     # the check must not touch finished files
     outputs = dict.fromkeys(named(output=True))
     with redirect_stdout(printed):
-        job = check(argparse.Namespace(**vars(args) | outputs), shared)
+        run = check(Flags(**vars(flags) | outputs), shared)
     if (folder / RESULTS).is_file():
-        reason = _reason_to_run_again(args, job.fingerprint)
+        reason = _reason_to_run_again(flags, run.fingerprint)
         if not reason:
             print(f"{folder}: finished before")
             return
         print(f"{folder}: {reason}; it is run again", flush=True)
-    if args.save_model and (folder / OUTPUT).is_file():
-        for earlier in (args.save_model, partial_of(args.save_model)):
+    if flags.save_model and (folder / OUTPUT).is_file():
+        for earlier in (flags.save_model, partial_of(flags.save_model)):
             shutil.rmtree(earlier, ignore_errors=True)
-    args.date = job.args.date
-    check_outputs(args)
-    job = open_store(replace(job, args=args))
+    flags.date = run.flags.date
+    check_outputs(flags)
+    run.flags = flags
+    run.folder = open_folder(run)
     with (folder / OUTPUT).open("w", encoding="utf-8") as file, redirect_stdout(file):
         file.write(printed.getvalue())
-        results = command.part("main").run(job)
+        results = command.part("main").run(run)
     figures = (f"{name} {value:.2f}" for name, value in results["perplexity"].items())
     print(f"{folder}: {', '.join(figures)}")
 
 
-def _reason_to_run_again(args: argparse.Namespace, now: dict[str, dict]) -> str | None:
+def _reason_to_run_again(flags: Flags, now: dict[str, dict]) -> str | None:
     """Return how the run differs from the finished one in its folder; None if it does not."""
     from ..run.fingerprint import first_difference
 
-    before = read_results(args.save).get("fingerprint", {})
+    before = read_results(flags.save).get("fingerprint", {})
     for section, facts in now.items():
         if changed := first_difference(before.get(section, {}), facts):
             return "{} was {!r}, is {!r}".format(*changed)
-    if args.save_model and not Path(args.save_model, "config.json").is_file():
+    if flags.save_model and not Path(flags.save_model, "config.json").is_file():
         return "its model is missing"
-    if args.save_masks and not Path(args.save_masks).is_file():
+    if flags.save_masks and not Path(flags.save_masks).is_file():
         return "its masks are missing"
     return None
 
 
 def main(argv: list[str]) -> None:
     (shared,), flags = command.split_argv(argv)
-    run(build_parser().parse_args(flags), Path(shared))
+    run_unless_finished(build_parser().parse_args(flags), Path(shared))

@@ -24,13 +24,12 @@ import random
 import re
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
-from dataclasses import replace
 from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..data.chats import Document
-from ..data.documents import are_dialogues, read_documents
+from ..data.documents import Corpus, are_dialogues
 from ..data.languages import script
 from ..data.sources import parse_source
 from ..util.cli import make_parser
@@ -128,15 +127,14 @@ def read_pairs(path: str, seed: int) -> list[dict[str, Any]]:
     Every text gets a line break at its end; otherwise a truncated text would be likelier.
     """
     draw, form = random.Random(seed), "Give every row two different texts, good and bad"
-    sources = [replace(parse_source(path, "--pairs", key), as_text=True) for key in ("good", "bad")]
+    sources = [parse_source(path, "--pairs", key, as_text=True) for key in ("good", "bad")]
     try:
-        columns = [read_documents(source, "train")[0] for source in sources]
+        columns = [Corpus(source).documents("train") for source in sources]
     except UserError as error:
         raise UserError(error.what, error.problem, form) from None
     pairs = [[text.strip() + "\n" for text in pair] for pair in zip(*columns, strict=False)]
     if len({*map(len, columns)}) > 1 or any(a == b or "\n" in (a, b) for a, b in pairs):
-        problem = "a text is missing or empty, or both are equal"
-        raise UserError(f"--pairs {path}", problem, form)
+        raise sources[0].error("a text is missing or empty, or both are equal", form)
     return [_options(good, [bad], draw) for good, bad in pairs]
 
 
@@ -176,17 +174,18 @@ def main(argv: list[str]) -> None:
     from ..model.pretrained import load_tokenizer
 
     check_writable("OUT", args.out)
-    source = replace(parse_source(args.data, "DATA", args.column), as_text=not args.model)
+    source = parse_source(args.data, "DATA", args.column, as_text=not args.model)
     tokenizer = load_tokenizer(Checkpoint(args.model)) if args.model else None
-    documents = read_documents(source, "test")[0]
+    documents = Corpus(source).documents("test")
     if args.model and not are_dialogues(documents):
         problem = f"DATA {args.data} has no dialogues"
         raise UserError(f"--model {args.model}", problem, "Leave it out")
     questions = last_words(documents, args.seed, tokenizer)
     if not questions:
-        problem = "it has no sentence whose last word can be asked for"
-        fix = "Give more text, in a language that separates words by spaces"
-        raise UserError(f"DATA {args.data}", problem, fix)
+        raise source.error(
+            "it has no sentence whose last word can be asked for",
+            "Give more text, in a language that separates words by spaces",
+        )
     name = args.language or re.sub(r"\W+", "_", source.name)
     tasks = {f"{name}_last_word": (questions, CHOOSE), f"{name}_last_word_said": (questions, SAY)}
     if args.pairs:

@@ -24,6 +24,14 @@ ROLES |= {"human": "user", "gpt": "assistant", "model": "assistant", "developer"
 KEPT = ("tool_calls", "tool_call_id", "name", "reasoning_content")  # optional fields of a message
 
 
+class DialogueError(ValueError):
+    """A message that no chat template could render, and how to repair it."""
+
+    def __init__(self, problem: str, fix: str) -> None:
+        super().__init__(problem, fix)
+        self.problem, self.fix = problem, fix
+
+
 @dataclass(frozen=True)
 class Dialogue:
     """Messages as a chat template takes them, in JSON; a document like a text."""
@@ -64,7 +72,7 @@ def row_of(document: Document, column: str = "text") -> dict[str, object]:
 def dialogue_of(row: Mapping[str, object], column: str) -> Dialogue | None:
     """Return a row's dialogue, or None if a message has no text.
 
-    Raises LookupError for a row without dialogue columns, ValueError for invalid content.
+    Raises LookupError for a row without dialogue columns, DialogueError for invalid content.
     """
     for name in (column, *LISTS):
         if isinstance(row.get(name), list):
@@ -87,16 +95,19 @@ def _dialogue(rows: list[Any]) -> Dialogue | None:
             row.get(a) or row.get(b) for a, b in (("role", "from"), ("content", "value"))
         )
         if not isinstance(role, str) or role not in ROLES:
-            raise ValueError(f"the role {role!r} is not one of {', '.join(ROLES)}. Rename it.")
+            raise DialogueError(f"the role {role!r} is not one of {', '.join(ROLES)}", "Rename it")
         if isinstance(content, list):  # parts such as text and images
             texts = [part.get("text") or "" if isinstance(part, dict) else None for part in content]
             if not all(isinstance(text, str) for text in texts):
-                fix = 'Write a text, or a list of {"type": "text", "text": ...}.'
-                raise ValueError(f"the content {str(content)[:80]} is not text. {fix}")
+                fix = 'Write a text, or a list of {"type": "text", "text": ...}'
+                raise DialogueError(f"the content {str(content)[:80]} is not text", fix)
             content = "".join(texts)
         more = {key: row[key] for key in KEPT if row.get(key)}
         if not (isinstance(content, str) and content.strip()) and "tool_calls" not in more:
             return None
-        (content or "").encode()  # raises ValueError for an unpaired surrogate
+        try:
+            (content or "").encode()
+        except UnicodeEncodeError:
+            raise DialogueError("the text has half of a surrogate pair", "Repair it") from None
         messages.append({"role": ROLES[role], "content": content or ""} | more)
     return Dialogue(json.dumps(messages, ensure_ascii=False)) if messages else None

@@ -12,13 +12,12 @@ import json
 import logging
 import re
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from itertools import chain
 from pathlib import Path
 
-from ..util.command import one_line
-from ..util.errors import first_line
+from ..util.errors import UserError, first_line, one_line
 from . import hub
 from .chats import COLUMNS, Dialogue, Document
 from .sources import FILES, JOINED, PLAIN, Source, folder_files, is_parted, text_of
@@ -30,26 +29,63 @@ TENTH = 10  # one document in this many is held out for evaluation
 FEW = 20  # fewer documents are first cut into pieces, at blank lines, line breaks or blanks
 PIECE_CHARACTERS = 4_000  # longest piece
 NAMED = 8  # files of a folder named in a message
-ENCODINGS = "utf_16 cp1251 koi8_u cp866 cp1253 cp1250 cp1252".split()  # encodings still in use
-AROUND = 2**15  # bytes around the first non-UTF-8 byte, from which the encoding is guessed
 PIECE = re.compile(r"(?s).{2000,4000}?\n\s*\n|.{2000,4000}?\n|.{2000,4000}?\s|.{1,4000}")
 SEPARATOR = re.compile(r"(?i)\"?sep=(.)\"?\s*")
 Documents = list[Document] | hub.HubTexts
 log = logging.getLogger(__name__)
 
 
-def read_documents(source: Source, split: str) -> tuple[Documents, str | None]:
-    """Return the documents of a split (`train` or `test`) and their revision (Hub commit or None).
+class Corpus:
+    """The documents of a source, which are read once; local ones are in memory until `free`.
 
-    The documents are a sequence of texts and dialogues; those of a streamed dataset can only be
-    iterated over. Raises UserError for any problem with the data.
+    `parted`: a tenth of them are held out for evaluation. Passages of the local test sets `tests`
+    are left out of the training text.
     """
-    if source.hub:
-        return hub.load(source, split)
-    if split not in source.read:
-        texts, nulls = [], 0
+
+    def __init__(self, source: Source, parted: bool = False, tests: Sequence[Corpus] = ()) -> None:
+        self.source, self.tests = source, tests
+        self.parted = parted or source.parted
+        self._splits: dict[str, tuple[Documents, str | None]] = {}  # documents and revision
+
+    def documents(self, split: str) -> Documents:
+        """Return the documents of a split (`train` or `test`).
+
+        They are a sequence of texts and dialogues; those of a streamed dataset can only be iterated
+        over. Raises UserError for any problem with the data.
+        """
+        return self._split(split)[0]
+
+    def revision(self, split: str) -> str | None:
+        """Return the commit of a split on the Hub, None for local files."""
+        return self._split(split)[1]
+
+    def free(self) -> None:
+        """Free the memory; the documents can be read again."""
+        self._splits.clear()
+
+    def _split(self, split: str) -> tuple[Documents, str | None]:
+        if split not in self._splits:
+            source = self.source
+            read = hub.load(source, split) if source.hub else (self._read(split), None)
+            self._splits[split] = read
+        return self._splits[split]
+
+    def joined(self) -> Corpus:
+        """Return a corpus whose training documents are one text."""
+        return Corpus(replace(self.source, draw=JOINED), self.parted, self.tests)
+
+    def is_parted(self, split: str) -> bool:
+        """Return whether a split is only a part of the documents in its files."""
+        return self.parted or is_parted(self.source, split)
+
+    def files(self, split: str) -> tuple[list[Path], list[Path]]:
+        """Return the files of a folder that a split reads, and those that it ignores."""
+        return folder_files(self.source.path, "train" if self.is_parted(split) else split)
+
+    def _read(self, split: str) -> list[Document]:
+        source, texts, nulls = self.source, [], 0
         limit = left = TEXT_CHARACTERS if source.draw == JOINED else ROWS_CHARACTERS
-        rows = ((path, text) for path in _files_of(source, split) for text in _read(source, path))
+        rows = ((path, text) for path in _files_of(self, split) for text in _read(source, path))
         for file, text in rows:
             nulls += text is None
             texts += [] if text is None else [text]
@@ -58,21 +94,26 @@ def read_documents(source: Source, split: str) -> tuple[Documents, str | None]:
                 log.warning("%s: no more than %d characters are read", file, limit)
                 break
         if nulls:
-            where = f"{source.flag} {source.text}"
-            log.warning("%s: %d rows without a %r are left out", where, nulls, source.column)
+            log.warning("%s: %d rows without a %r are left out", source, nulls, source.column)
         if not texts:
-            raise source.error("it holds no text. Give a source with at least one row.")
-        if is_parted(source, split):
-            texts = part(source, texts, split)
-        if source.tests and split == "train":
-            texts = list(_not_measured(source, texts)) or texts
-        if source.draw == JOINED and split == "train":
-            texts = ["\n\n".join(texts)]
-        source.read[split] = texts
-    return source.read[split], None
+            raise source.error("it holds no text", "Give a source with at least one row")
+        if self.is_parted(split):
+            texts = hold_out(source, texts, split)
+        if self.tests and split == "train":
+            texts = list(self._not_measured(texts)) or texts
+        return ["\n\n".join(texts)] if source.draw == JOINED and split == "train" else texts
+
+    def _not_measured(self, texts: list[Document]) -> Iterator[Document]:
+        """Yield the training texts with every passage that occurs in the test texts removed."""
+        tests = [text for test in self.tests for text in test.documents("test")]
+        measured = {text.strip() for text in tests}.union(*map(pieces_of, tests))
+        for text in texts:
+            pieces = pieces_of(text) if text.strip() not in measured else []
+            left = [piece for piece in pieces if piece not in measured]
+            yield from [text] if left == pieces != [] else left
 
 
-def part(source: Source, texts: list[Document], split: str) -> list[Document]:
+def hold_out(source: Source, texts: list[Document], split: str) -> list[Document]:
     """Return the held-out 10% of the documents (`test`), or the others (`train`).
 
     The held-out documents have the lowest digests, so that order and copies do not matter. Raises
@@ -84,8 +125,8 @@ def part(source: Source, texts: list[Document], split: str) -> list[Document]:
     distinct = sorted(set(digests))
     if len(distinct) < 2:
         raise source.error(
-            f"it has {sum(map(len, texts))} characters, too few to hold out a tenth for "
-            "evaluation. Give more text, or name a test text with --eval_data."
+            f"it has {sum(map(len, texts))} characters, too few to hold out a tenth for evaluation",
+            "Give more text, or name a test text with --eval_data",
         )
     last = distinct[(len(distinct) - 1) // TENTH]
     pairs = zip(texts, digests, strict=True)
@@ -104,37 +145,27 @@ def pieces_of(text: Document) -> list[Document]:
     return [piece.strip() for piece in PIECE.findall(text) if piece.strip()]
 
 
-def _not_measured(source: Source, texts: list[Document]) -> Iterator[Document]:
-    """Yield the training texts with every passage that occurs in the test texts removed."""
-    tests = [text for test in source.tests for text in read_documents(test, "test")[0]]
-    measured = {text.strip() for text in tests}.union(*map(pieces_of, tests))
-    for text in texts:
-        pieces = pieces_of(text) if text.strip() not in measured else []
-        left = [piece for piece in pieces if piece not in measured]
-        yield from [text] if left == pieces != [] else left
-
-
-def check_source(source: Source, split: str) -> None:
-    """Raise UserError if a source cannot be read; reads only the first row of a Hub dataset."""
-    documents, _ = read_documents(source, split)
-    if source.hub:
+def check_corpus(corpus: Corpus, split: str) -> None:
+    """Raise UserError if a corpus cannot be read; reads only the first row of a Hub dataset."""
+    documents = corpus.documents(split)
+    if corpus.source.hub:
         next(iter(replace(documents, first=0)))
 
 
-def locations(source: Source, split: str) -> set[object]:
+def locations(corpus: Corpus, split: str) -> set[object]:
     """Return the local documents of a split, or the split's location in a Hub dataset.
 
-    Two sources without common locations have no text in common.
+    Two corpora without common locations have no text in common.
     """
-    documents, _ = read_documents(source, split)
-    return {documents.location} if source.hub else {text.strip() for text in documents}
+    documents = corpus.documents(split)
+    return {documents.location} if corpus.source.hub else {text.strip() for text in documents}
 
 
-def read_line(source: Source, split: str) -> str:
+def read_line(corpus: Corpus, split: str) -> str:
     """Return a line on the files of a folder that a split reads, and those that it ignores."""
-    paths, left = folder_files(source.path, "train" if is_parted(source, split) else split)
-    size = sum(map(len, read_documents(source, split)[0]))
-    line = f"{source.flag} {source.text}: {len(paths)} file{'s' * (len(paths) > 1)}, "
+    paths, left = corpus.files(split)
+    size = sum(map(len, corpus.documents(split)))
+    line = f"{corpus.source}: {len(paths)} file{'s' * (len(paths) > 1)}, "
     line += f"{size:,} characters read" + f"; left out: {_names(left)}" * bool(left)
     return one_line(line)
 
@@ -146,19 +177,22 @@ def _names(paths: list[Path]) -> str:
     return ", ".join([*names[:NAMED], *[more] * (len(names) > NAMED)])
 
 
-def _files_of(source: Source, split: str) -> list[Path]:
+def _files_of(corpus: Corpus, split: str) -> list[Path]:
+    source = corpus.source
     if not source.path.is_dir():
         return [source.path]
-    paths, _ = folder_files(source.path, "train" if is_parted(source, split) else split)
+    paths, _ = corpus.files(split)
     if not paths:
         every = sorted(source.path.iterdir())
+        holds = f"(it holds: {_names(every) or 'nothing'})"
         subfolder = ", or name a subfolder" * any(path.is_dir() for path in every)
         raise source.error(
-            f"the folder has neither train*.jsonl nor other texts (it holds: "
-            f"{_names(every) or 'nothing'}). Add a file in {', '.join(FILES)}{subfolder}."
+            f"the folder has neither train*.jsonl nor other texts {holds}",
+            f"Add a file in {', '.join(FILES)}{subfolder}",
         )
     if others := [path for path in paths if not path.is_file()]:
-        raise source.error(f"{others[0]} is a pipe, a device or a broken link. Remove it.")
+        problem = f"{others[0]} is a pipe, a device or a broken link"
+        raise source.error(problem, "Remove it")
     return paths
 
 
@@ -166,32 +200,21 @@ def _read(source: Source, path: Path) -> Iterator[Document | None]:
     kinds = {".parquet": _parquet, ".csv": _csv, ".tsv": _csv} | dict.fromkeys(PLAIN, _plain_text)
     try:
         yield from kinds.get(path.suffix.lower(), _json_lines)(source, path)
-    except UnicodeDecodeError as error:
-        raise source.error(f"{path}: {conversion(error)}") from None
+    except UnicodeDecodeError:
+        raise _not_utf8(source, path) from None
     except (OSError, EOFError, zlib.error) as error:  # a damaged .gz raises any of these
         raise _damaged(source, path, error) from error
     except MemoryError:
-        raise source.error(f"{path} does not fit in memory. Give a smaller file.") from None
+        raise source.error(f"{path} does not fit in memory", "Give a smaller file") from None
 
 
-def _damaged(source: Source, path: Path, error: Exception) -> Exception:
-    return source.error(
-        f"{path} cannot be read ({first_line(error)}). Replace it if it is damaged."
-    )
+def _damaged(source: Source, path: Path, error: Exception) -> UserError:
+    problem = f"{path} cannot be read ({first_line(error)})"
+    return source.error(problem, "Replace it if it is damaged")
 
 
-def conversion(error: UnicodeDecodeError) -> str:
-    """Return advice for bytes that could not be read as UTF-8."""
-    from charset_normalizer import from_bytes
-
-    sample = error.object[max(0, error.start - AROUND) : error.start + AROUND]
-    pairs = sample[: len(sample) // 2 * 2]  # a line of UTF-16 may end inside a character
-    likely = from_bytes(pairs, cp_isolation=ENCODINGS).best()
-    if likely is None:
-        return "it is neither UTF-8 nor in another known encoding. Save it as UTF-8."
-    name = likely.encoding.replace("_", "-")
-    seen = max(str(likely).split(), key=lambda word: not word.isascii(), default="")[:20]
-    return f"it is not UTF-8 but likely {name} ({seen!r}). Run iconv -f {name} -t utf-8 OLD > NEW."
+def _not_utf8(source: Source, place: object) -> UserError:
+    return source.error(f"{place}: it is not UTF-8", "Save it as UTF-8")
 
 
 def _json_lines(source: Source, path: Path) -> Iterator[Document | None]:
@@ -200,18 +223,19 @@ def _json_lines(source: Source, path: Path) -> Iterator[Document | None]:
         for number, line in enumerate(iter(lambda: file.readline(ROWS_CHARACTERS), b""), start=1):
             place = f"{path}, line {number}"
             if len(line) == ROWS_CHARACTERS:
-                raise source.error(f"{place}: it has at least {len(line)} bytes. Cut it into rows.")
+                problem = f"{place}: it has at least {len(line)} bytes"
+                raise source.error(problem, "Cut it into rows")
             if not line.strip():
                 continue
             try:
                 row = json.loads(line)
-            except UnicodeDecodeError as error:
-                raise source.error(f"{place}: {conversion(error)}") from None
+            except UnicodeDecodeError:
+                raise _not_utf8(source, place) from None
             except (ValueError, RecursionError) as error:
                 problem = f"{place}: it is not JSON ({error})"
-                raise source.error(f'{problem}. Write {{"text": ...}} in each line.') from None
+                raise source.error(problem, 'Write {"text": ...} in each line') from None
             if not isinstance(row, dict):
-                raise source.error(f'{place}: it is not an object. Write {{"text": ...}}.')
+                raise source.error(f"{place}: it is not an object", 'Write {"text": ...}')
             yield text_of(source, row, place)
 
 
@@ -237,11 +261,12 @@ def _csv(source: Source, path: Path) -> Iterator[Document | None]:
                 if surplus:
                     fields = f"{len(row) + len(surplus)} fields, separated by {by!r}"
                     problem = f"{place}: it has {fields}, and the header has {len(row)}"
-                    raise source.error(f"{problem}. Quote the texts, or give .txt or .jsonl.")
+                    raise source.error(problem, "Quote the texts, or give .txt or .jsonl")
                 yield text
         except csv.Error as error:
             place = f"{path}, line {rows.line_num + 1 + bool(declared)}"
-            raise source.error(f"{place}: it is not CSV ({error}). Quote the texts.") from None
+            problem = f"{place}: it is not CSV ({error})"
+            raise source.error(problem, "Quote the texts") from None
 
 
 def _parquet(source: Source, path: Path) -> Iterator[Document | None]:

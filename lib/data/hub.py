@@ -53,9 +53,10 @@ class HubTexts:
                 if count > self.first:
                     yield text
         if count <= self.first:
+            split = f"{self.source.hub}:{self.source.config or ''}:SPLIT"
             raise self.source.error(
-                f"it holds {count} rows, and the first {self.first} are the test. Name another "
-                f"dataset, or a split as {self.source.hub}:{self.source.config or ''}:SPLIT."
+                f"it holds {count} rows, and the first {self.first} are the test",
+                f"Name another dataset, or a split as {split}",
             )
 
     def _text(self, row: dict, number: int) -> Document:
@@ -84,8 +85,8 @@ def load(source: Source, split: str) -> tuple[HubTexts, str | None]:
         name = next((name for name in names if name in sets), None)
         if name is None:
             raise source.error(
-                f"it has no split {names[0]!r}, only {', '.join(sets)}. Name one as "
-                f"{source.hub}:{source.config or ''}:SPLIT."
+                f"it has no split {names[0]!r}, only {', '.join(sets)}",
+                f"Name one as {source.hub}:{source.config or ''}:SPLIT",
             )
         rows = sets[name]
         if source.language:
@@ -98,7 +99,7 @@ def load(source: Source, split: str) -> tuple[HubTexts, str | None]:
         first = TEST_DOCUMENTS if source.stream and parted else 0
         location = (source.hub, source.config, options.get("data_files", {}).get(name), name, first)
         if not (source.stream or len(rows)):
-            raise source.error(f"the split {name!r} is empty. Name another.")
+            raise source.error(f"the split {name!r} is empty", "Name another")
         return HubTexts(source, rows, first, location), commit
 
 
@@ -156,9 +157,9 @@ def _as_user_error(source: Source) -> Iterator[None]:
         raise
     except (DatasetsError, HTTPError, OSError, ValueError, RuntimeError) as error:
         reason = " ".join(str(error).split())[:300]  # lists the configs if one is missing
-        fix = f"Name a config as {source.hub}:CONFIG." if "onfig" in reason else "Name another."
-        problem = hub_problem(error, "dataset")
-        problem = problem or f"it cannot be loaded ({reason.rstrip('.')}). {fix}"
+        fix = f"Name a config as {source.hub}:CONFIG" if "onfig" in reason else "Name another"
+        unknown = f"it cannot be loaded ({reason.rstrip('.')})", fix
+        problem, fix = hub_problem(error, "dataset") or unknown
         if source.config and f"'{source.config}' not found" in reason:
-            problem = f"{source.hub} has no {source.config}. Name another."
-        raise source.error(problem) from error
+            problem, fix = f"{source.hub} has no {source.config}", "Name another"
+        raise source.error(problem, fix) from error

@@ -16,12 +16,12 @@ import math
 import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from itertools import product
 from pathlib import Path
 
 from ..util.errors import UserError
-from .chats import SHAPES, Document, dialogue_of
+from .chats import SHAPES, DialogueError, Document, dialogue_of
 
 ONCE = "once"  # each document gives at most one window (UberText's rule)
 AGAIN = "again"  # a document may be drawn repeatedly (C4's rule)
@@ -62,12 +62,13 @@ class Source:
     separator: str = "\n\n"  # between documents of the test text
     parted: bool = False  # 10% of the local documents are the test, the others for training
     as_text: bool = False  # read dialogues as plain text
-    tests: tuple[Source, ...] = ()  # local test sets, whose text is excluded from training
-    read: dict = field(default_factory=dict, compare=False, repr=False)  # local texts, by split
 
-    def error(self, problem: str) -> UserError:
-        """Return an error that names flag and value of this source, then the problem."""
-        return UserError(f"{self.flag} {self.text}: {problem}")
+    def __str__(self) -> str:
+        return f"{self.flag} {self.text}"
+
+    def error(self, problem: str, fix: str) -> UserError:
+        """Return an error that names flag and value of this source."""
+        return UserError(str(self), problem, fix)
 
 
 STREAMED = dict(stream=True, sampled=True)
@@ -90,12 +91,12 @@ BUILT_IN: dict[str, dict] = {
 }
 
 
-def parse_source(text: str, flag: str, column: str = "text") -> Source:
+def parse_source(text: str, flag: str, column: str = "text", as_text: bool = False) -> Source:
     """Return the source that `text` names; `flag` is the flag that it was given to.
 
-    `column` holds the texts of local files and of Hub datasets that are not built in. The file
-    system decides whether a name is local; the network is not used. Raises UserError for an
-    unknown name and for an invalid weight.
+    `column` holds the texts of local files and of Hub datasets that are not built in. `as_text`:
+    dialogues are read as plain text. The file system decides whether a name is local; the network
+    is not used. Raises UserError for an unknown name and for an invalid weight.
     """
     if "=" in text and not Path(PART.sub("", text)).expanduser().exists():
         text, _, weight = text.rpartition("=")
@@ -104,41 +105,43 @@ def parse_source(text: str, flag: str, column: str = "text") -> Source:
         except ValueError:
             value = math.nan
         if not 0 < value < math.inf:
-            raise UserError(
-                f"{flag} {text}={weight}: the weight is not a finite number above 0. Give one, "
-                f"such as {text}=0.5."
-            )
-        return replace(parse_source(text, flag, column), weight=value)
+            problem = "the weight is not a finite number above 0"
+            raise UserError(f"{flag} {text}={weight}", problem, f"Give one, such as {text}=0.5")
+        return replace(parse_source(text, flag, column, as_text), weight=value)
     source = _built_in(text, flag) or _local(text, flag, column) or _on_hub(text, flag, column)
     if source:
-        return source
+        return replace(source, as_text=as_text)
     raise UserError(
-        f"{flag} {text}: no such name, folder or file exists. Give {', '.join(BUILT_IN)}, a Hub "
-        f"dataset owner/name[:config][:split][:column], or a file or folder ({', '.join(FILES)})."
+        f"{flag} {text}",
+        "no such name, folder or file exists",
+        f"Give {', '.join(BUILT_IN)}, a Hub dataset owner/name[:config][:split][:column], or a "
+        f"file or folder ({', '.join(FILES)})",
     )
 
 
 def parse_sources(
-    texts: Sequence[str], flag: str, mixture: bool = False, column: str = "text"
+    texts: Sequence[str],
+    flag: str,
+    mixture: bool = False,
+    column: str = "text",
+    as_text: bool = False,
 ) -> list[Source]:
     """Return all sources of one flag, with different names; `mixture` allows weights.
 
     Without weights all sources of a mix count equally. Raises UserError also for a source that
     is named twice, and if only some have a weight.
     """
-    sources = [parse_source(text, flag, column) for text in texts]
-    given = " ".join(texts)
+    sources = [parse_source(text, flag, column, as_text) for text in texts]
     for source in sources:
         if source.weight is not None and not mixture:
-            raise source.error(f"it takes no weight. Leave out ={source.weight:g}.")
+            raise source.error("it takes no weight", f"Leave out ={source.weight:g}")
     if any(s.weight is None for s in sources) and any(s.weight is not None for s in sources):
-        raise UserError(
-            f"{flag} {given}: only some sources have a weight. Give NAME=WEIGHT to all."
-        )
+        problem = "only some sources have a weight"
+        raise UserError(f"{flag} {' '.join(texts)}", problem, "Give NAME=WEIGHT to all")
     identities = [s.path.resolve() if s.path else s.text for s in sources]
     for source, identity in zip(sources, identities, strict=True):
         if identities.count(identity) > 1:
-            raise source.error("it is named twice. Name it once.")
+            raise source.error("it is named twice", "Name it once")
     return _with_unique_names(sources)
 
 
@@ -182,19 +185,20 @@ def text_of(source: Source, row: Mapping[str, object], place: object) -> Documen
         except LookupError:
             columns = ", ".join(map(str, row)) or "none"
             problem = f"{place}: there is no column {source.column!r}, only {columns}"
-            fix = f"Name one with --column, or give dialogues: {SHAPES}."
-            raise source.error(f"{problem}. {fix}") from None
-        except ValueError as error:
-            raise source.error(f"{place}: {error}") from None
+            fix = f"Name one with --column, or give dialogues: {SHAPES}"
+            raise source.error(problem, fix) from None
+        except DialogueError as error:
+            raise source.error(f"{place}: {error.problem}", error.fix) from None
     if text is None:
         return None
     if not isinstance(text, str):
         problem = f"{source.column!r} is of type {type(text).__name__}, not a string"
-        raise source.error(f"{place}: {problem}. Name a column of texts with --column.")
+        raise source.error(f"{place}: {problem}", "Name a column of texts with --column")
     try:
         text.encode()
     except UnicodeEncodeError:
-        raise source.error(f"{place}: the text has half of a surrogate pair. Repair it.") from None
+        problem = f"{place}: the text has half of a surrogate pair"
+        raise source.error(problem, "Repair it") from None
     return text
 
 
@@ -204,7 +208,7 @@ def has_test(source: Source) -> bool:
 
 
 def is_parted(source: Source, split: str) -> bool:
-    """Return whether a split of the source is only a part of the documents in its files."""
+    """Return whether a split of the source is by itself a part of the documents in its files."""
     is_folder = bool(source.path and source.path.is_dir())
     return source.parted or (split == "test" and is_folder and not has_test(source))
 
@@ -221,11 +225,12 @@ def _local(text: str, flag: str, column: str) -> Source | None:
     ending = next((e for e in FILES if path.name.lower().endswith(e)), None)
     if path.exists():
         if not path.is_file() or not ending:
-            raise UserError(f"{flag} {text}: its type is unknown. Give one of {', '.join(FILES)}.")
+            fix = f"Give one of {', '.join(FILES)}"
+            raise UserError(f"{flag} {text}", "its type is unknown", fix)
         name, draw = path.name[: -len(ending)], JOINED if ending in PLAIN else ONCE
         return Source(text, flag, name, path=path, column=column, draw=draw)
     if ending or text.startswith(("/", ".", "~")) or text.count("/") > 1:
-        raise UserError(f"{flag} {text}: no such file or folder exists. Check the path.")
+        raise UserError(f"{flag} {text}", "no such file or folder exists", "Check the path")
     return None
 
 

@@ -25,18 +25,18 @@ from ..util.errors import UserError
 from .chats import Dialogue
 from .samples import Sample
 
-ASKED, SAID = {"role": "user", "content": "a"}, {"role": "assistant", "content": "a"}
-TYPED = {"type": "string", "description": "a"}
-TAKES = {"type": "object", "properties": {"a": TYPED}, "required": ["a"]}
-FUNCTION = {"name": "a", "description": "a", "parameters": TAKES}
+QUESTION, ANSWER = {"role": "user", "content": "a"}, {"role": "assistant", "content": "a"}
+PARAMETER = {"type": "string", "description": "a"}
+PARAMETERS = {"type": "object", "properties": {"a": PARAMETER}, "required": ["a"]}
+FUNCTION = {"name": "a", "description": "a", "parameters": PARAMETERS}
 TOOLS = [{"type": "function", "function": FUNCTION}]
 CALL = {"id": "abcdefghi", "type": "function", "function": {"name": "a", "arguments": {"a": "a"}}}
 RESULT = {"role": "tool", "name": "a", "tool_call_id": CALL["id"], "content": "a"}
 EXAMPLES = {  # cover everything that templates write
-    "system": [{"role": "system", "content": "a"}, ASKED, SAID],
-    "several turns": [ASKED, SAID, ASKED, SAID],
-    "thinking": [ASKED, SAID | {"reasoning_content": "a"}],
-    "tool call": [ASKED, {"role": "assistant", "content": "", "tool_calls": [CALL]}, RESULT, SAID],
+    "system": [{"role": "system", "content": "a"}, QUESTION, ANSWER],
+    "several turns": [QUESTION, ANSWER, QUESTION, ANSWER],
+    "thinking": [QUESTION, ANSWER | {"reasoning_content": "a"}],
+    "tool call": [QUESTION, ANSWER | {"content": "", "tool_calls": [CALL]}, RESULT, ANSWER],
 }
 SECONDS = 20.0  # limit for one rendering, which usually takes milliseconds
 CLOCK = "strftime_now"  # the function with which templates ask for the date
@@ -120,10 +120,10 @@ def examples(
 ) -> Iterator[tuple[str, dict[str, Any], str]]:
     """Yield kind, messages with tools, and text of the EXAMPLES that the template accepts."""
     for kind, messages in EXAMPLES.items():
-        asked = messages[: -1 if follows else None]
+        prompt = messages[: -1 if follows else None]
         tools = TOOLS if kind == "tool call" else None
-        if rendering := template_of(tokenizer).render(asked, follows, tools):
-            yield kind, {"messages": asked, "tools": tools}, rendering[0]
+        if rendering := template_of(tokenizer).render(prompt, follows, tools):
+            yield kind, {"messages": prompt, "tools": tools}, rendering[0]
 
 
 def dated_texts(tokenizer: PreTrainedTokenizerBase) -> Iterator[str]:

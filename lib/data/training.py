@@ -17,9 +17,9 @@ from itertools import accumulate
 import torch
 from torch import Tensor
 
-from .documents import are_dialogues, read_documents
-from .samples import Sample, Windows, as_windows, join, windows_of
-from .sources import JOINED, Source, mixture_name
+from .documents import Corpus, are_dialogues
+from .samples import Sample, Windows, join, windows_of
+from .sources import JOINED, mixture_name
 from .windows import (
     TextTooShort,
     WindowSpec,
@@ -49,20 +49,21 @@ class TrainingText:
 
 
 def training_windows(
-    sources: Sequence[Source],
+    corpora: Sequence[Corpus],
     spec: WindowSpec,
     count: int,
-    tests: Sequence[Tensor | Windows] = (),
-    calibration: Tensor | Windows | None = None,
+    tests: Sequence[Windows] = (),
+    calibration: Windows | None = None,
 ) -> TrainingText:
     """Cut `count` training windows, and some held-out ones, from the sources' train text.
 
     Remainders of documents after their last whole window are dropped, and so are windows with a
-    passage of `tests`, windows (n, seqlen). Whole documents are held out, first short ones and ones
+    passage of `tests`. Whole documents are held out, first short ones and ones
     not in `calibration`; from a single document, a span. A source with too few windows repeats
     them in another order. The sources are mixed by weight, and `bos` begins each window, as for
     `calibration_windows`. Raises UserError if a source has fewer than two windows.
     """
+    sources = [corpus.source for corpus in corpora]
     weights = [source.weight or 1.0 for source in sources]
     held_out = min(max(HELD_OUT[0], int(HELD_OUT_SHARE * count)), HELD_OUT[1])
     shares, held_out_shares = apportion(weights, count), apportion(weights, held_out)
@@ -70,18 +71,18 @@ def training_windows(
     seen = OverlapFilter([] if calibration is None else [calibration], spec)
     # per source: windows, held-out windows, (share,) rows of the first in order, and the record
     drawn: list[tuple[Windows, Windows, Tensor, dict]] = []
-    for source, share, n_held in zip(sources, shares, held_out_shares, strict=True):
+    for corpus, share, n_held in zip(corpora, shares, held_out_shares, strict=True):
+        source = corpus.source
         if not share:
-            log.warning("%s %s: its weight is too small for a window", source.flag, source.text)
+            log.warning("%s: its weight is too small for a window", source)
             continue
-        cut, out, n_dropped, revision = _cut_windows(
-            source, spec, share, n_held, overlap=overlap, seen=seen
-        )
+        cut, out, n_dropped = _cut_windows(corpus, spec, share, n_held, overlap=overlap, seen=seen)
         size = len(cut)
         n_passes = -(-share // size)
         generator = torch.Generator().manual_seed(spec.seed)
         passes = [torch.randperm(size, generator=generator) for _ in range(n_passes)]
-        record = {"name": source.name, "source": source.text, "revision": revision}
+        record = {"name": source.name, "source": source.text}
+        record |= {"revision": corpus.revision("train")}
         record |= {"windows": size, "held_out": len(out), "passes": n_passes}
         record |= {"dropped": n_dropped, "share": share / count}
         drawn.append((cut, out, torch.cat(passes)[:share], record))
@@ -103,19 +104,19 @@ def training_windows(
 
 
 def _cut_windows(
-    source: Source,
+    corpus: Corpus,
     spec: WindowSpec,
     share: int,
     n_held: int,
     *,
     overlap: OverlapFilter,
     seen: OverlapFilter,
-) -> tuple[Windows, Windows, int, str | None]:
-    """Return about `share` windows, held-out ones, the number dropped, and the revision."""
+) -> tuple[Windows, Windows, int]:
+    """Return about `share` windows, held-out ones, and the number dropped."""
     rng, groups = random.Random(spec.seed), []  # windows of one document, or of several short ones
     lengths: list[int] = []  # text lengths in tokens
     n_dropped = n_windows = 0
-    documents, revision = read_documents(source, "train")
+    source, documents = corpus.source, corpus.documents("train")
     joined, chat = source.draw == JOINED, are_dialogues(documents)
     texts = [" ".join(documents)] if joined else shuffled(source, documents, rng)
     for cut in packed_dialogues(source, spec, texts) if chat else _cut_texts(spec, texts, lengths):
@@ -127,13 +128,15 @@ def _cut_windows(
             break
     if n_windows < 2:
         if n_dropped:
-            raise source.error("its training text is part of the test text. Give other texts.")
+            raise source.error("its training text is part of the test text", "Give other texts")
         if chat:
-            raise source.error(f"its dialogues fill {n_windows} of 2 training windows. Give more.")
+            problem = f"its dialogues fill {n_windows} of 2 training windows"
+            raise source.error(problem, "Give more")
         longest = max(lengths)
         problem = f"its text fills {n_windows} of 2 training windows of {spec.seqlen} tokens, and "
-        problem += f"the longest document has {longest}. Use a smaller --seqlen, or give more text."
-        raise TextTooShort(source, problem, max(longest // 2, sum(lengths) // 6))
+        problem += f"the longest document has {longest}"
+        fits = max(longest // 2, sum(lengths) // 6)
+        raise TextTooShort.of(corpus, problem, "Use a smaller --seqlen, or give more text", fits)
     wanted = n_held
     if n_windows < share + n_held:
         wanted = min(n_held, max(1, int(HELD_OUT_SHARE * n_windows)))
@@ -150,7 +153,7 @@ def _cut_windows(
     sums = [*accumulate(map(len, groups[:-1]), initial=0)]
     n_out = next((total for total in sums if total >= wanted), sums[-1])
     windows = join(groups)
-    return windows[n_out:][:share], windows[:n_out][:n_held], n_dropped, revision
+    return windows[n_out:][:share], windows[:n_out][:n_held], n_dropped
 
 
 def _cut_texts(spec: WindowSpec, texts: Iterable[str], lengths: list[int]) -> Iterator[Windows]:
@@ -172,13 +175,13 @@ class OverlapFilter:
     A passage is identified by a sum of its tokens times fixed random factors, modulo 2^64.
     """
 
-    def __init__(self, tests: Sequence[Tensor | Windows], spec: WindowSpec) -> None:
+    def __init__(self, tests: Sequence[Windows], spec: WindowSpec) -> None:
         self.length = min(PASSAGE, spec.seqlen // 2)
         generator = torch.Generator().manual_seed(0)
         self.factors = torch.randint(1, 2**62, (self.length,), generator=generator).tolist()
         first = 0 if spec.bos is None else 1
         sums = []
-        for test in map(as_windows, tests):
+        for test in tests:
             passages = self._sums(test.ids[:, first:])
             if test.mask is None:
                 sums.append(passages[:, :: self.length].flatten())

@@ -24,8 +24,8 @@ from transformers import BatchEncoding, PreTrainedTokenizerBase
 from ..util.errors import UserError
 from . import hub
 from .chats import Dialogue, Document
-from .documents import Documents, are_dialogues, read_documents
-from .samples import Sample, Windows, as_windows, join, packed, prepend, spread, windows_of
+from .documents import Corpus, Documents, are_dialogues
+from .samples import Sample, Windows, join, packed, prepend, spread, windows_of
 from .sources import AGAIN, JOINED, Source, mixture_name
 from .templates import document_text, sample_of_dialogue, template_of
 
@@ -43,9 +43,14 @@ log = logging.getLogger(__name__)
 class TextTooShort(UserError):
     """The texts are too short for the requested windows; windows of `fits` tokens would fit."""
 
-    def __init__(self, source: Source, problem: str, fits: int = 0) -> None:
-        super().__init__(str(source.error(problem)))
-        self.source, self.fits = source, fits
+    corpus: Corpus
+    fits = 0
+
+    @classmethod
+    def of(cls, corpus: Corpus, problem: str, fix: str, fits: int) -> TextTooShort:
+        error = cls(str(corpus.source), problem, fix)
+        error.corpus, error.fits = corpus, fits
+        return error
 
 
 @dataclass(frozen=True)
@@ -59,9 +64,9 @@ class WindowSpec:
 
 
 def calibration_windows(
-    sources: Sequence[Source], spec: WindowSpec, nsamples: int
-) -> tuple[Tensor | Windows, dict]:
-    """Draw windows (nsamples, seqlen), int64, and record where each was drawn from.
+    corpora: Sequence[Corpus], spec: WindowSpec, nsamples: int
+) -> tuple[Windows, dict]:
+    """Draw `nsamples` windows, and record where each was drawn from.
 
     Several sources are mixed by weight: apportioned by largest remainder and interleaved. Each
     source gives the first windows that it would give alone. With `bos` every window begins with
@@ -69,13 +74,14 @@ def calibration_windows(
     positions and a template's BOS. Raises UserError if the texts have too few windows.
     """
     assert nsamples > 0 and spec.seqlen > 1
-    counts = apportion([s.weight or 1.0 for s in sources], nsamples)
+    sources = [corpus.source for corpus in corpora]
+    counts = apportion([source.weight or 1.0 for source in sources], nsamples)
     cuts, drawn = [], []
-    for source, count in zip(sources, counts, strict=True):
+    for corpus, count in zip(corpora, counts, strict=True):
         if count == 0:
-            log.warning("%s %s: its weight is too small for a window", source.flag, source.text)
+            log.warning("%s: its weight is too small for a window", corpus.source)
             continue
-        cut, record = _draw_windows(source, spec, count)
+        cut, record = _draw_windows(corpus, spec, count)
         cuts.append(cut)
         drawn.append(record | {"share": count / nsamples})
     windows = join(cuts)[interleave(counts)]
@@ -83,7 +89,7 @@ def calibration_windows(
     record = {"name": mixture_name(sources), "sources": drawn, "windows": nsamples}
     record |= {"seqlen": spec.seqlen, "tokens": ids.numel(), "bos": spec.bos, "digest": digest(ids)}
     whole = bool((positions[:, 1:] > 0).all())
-    return ids if whole else Windows(ids, positions=positions), record
+    return Windows(ids, positions=None if whole else positions), record
 
 
 def apportion(weights: Sequence[float], total: int) -> list[int]:
@@ -104,7 +110,7 @@ def interleave(counts: Sequence[int]) -> list[int]:
     return [starts[i] + j for _, i, j in sorted(places)]
 
 
-def _draw_windows(source: Source, spec: WindowSpec, count: int) -> tuple[Windows, dict]:
+def _draw_windows(corpus: Corpus, spec: WindowSpec, count: int) -> tuple[Windows, dict]:
     """Draw windows (count, seqlen) from one source, and record where each was drawn from.
 
     The published loops search endlessly if too few texts are long enough. This one raises
@@ -112,8 +118,8 @@ def _draw_windows(source: Source, spec: WindowSpec, count: int) -> tuple[Windows
     """
     drawn: list[tuple[int, int, Windows]] = []  # row, offset in its text, window
     lengths: dict[int, int] = {}  # tokens of each text tried
-    rng, seqlen = random.Random(spec.seed), spec.seqlen
-    documents, revision = read_documents(source, "train")
+    rng, seqlen, source = random.Random(spec.seed), spec.seqlen, corpus.source
+    documents, revision = corpus.documents("train"), corpus.revision("train")
     record = {"name": source.name, "source": source.text, "revision": revision}
     if are_dialogues(documents):
         # each dialogue up to APART times, since it comes with different neighbors
@@ -121,8 +127,8 @@ def _draw_windows(source: Source, spec: WindowSpec, count: int) -> tuple[Windows
         cut = list(islice(packed_dialogues(source, spec, every), count))
         if len(cut) < count:
             problem = f"its dialogues fill {len(cut)} of {count} windows of {seqlen} tokens"
-            fix = f"Give more, or --nsamples {len(cut)}, or a smaller --seqlen."
-            raise source.error(f"{problem}. {fix}")
+            fix = f"Give more, or --nsamples {len(cut)}, or a smaller --seqlen"
+            raise source.error(problem, fix)
         return join(cut), record | {"windows": count}
     for row, ids in _drawn_texts(source, spec, documents, rng):
         lengths[row] = len(ids)
@@ -139,18 +145,18 @@ def _draw_windows(source: Source, spec: WindowSpec, count: int) -> tuple[Windows
         needed = 1 if source.draw in (AGAIN, JOINED) else count  # texts that a window must fit
         fits = longest[needed - 1] - 1 if len(longest) >= needed else 0
         fixes = [f"--seqlen {fits}"] * (fits > 1) + [f"--nsamples {len(drawn)}"] * bool(drawn)
-        fix = f"Use {' or '.join(fixes)}." if fixes else "Give longer texts."
+        fix = f"Use {' or '.join(fixes)}" if fixes else "Give longer texts"
         number = f"{len(longest)} text{'s' * (len(longest) > 1)}"
         problem = f"its {number} fill {len(drawn)} of {count} windows of {seqlen} tokens, and the "
-        problem += f"longest has {longest[0]} tokens. {fix}"
-        raise TextTooShort(source, problem, fits)
+        problem += f"longest has {longest[0]} tokens"
+        raise TextTooShort.of(corpus, problem, fix, fits)
     tokens = sum(lengths.values())
     needed = seqlen + (count - 1) * seqlen // APART
     if source.draw == JOINED and source.path and tokens < needed:  # windows would be nearly equal
         most, fits = APART * (tokens - seqlen) // seqlen + 1, APART * tokens // (count + APART - 1)
         problem = f"its {tokens} tokens are {needed - tokens} too few for {count} windows of "
-        problem += f"{seqlen}. Give more text, --nsamples {most} or --seqlen {max(fits, 2)}."
-        raise TextTooShort(source, problem, fits)
+        fix = f"Give more text, --nsamples {most} or --seqlen {max(fits, 2)}"
+        raise TextTooShort.of(corpus, problem + str(seqlen), fix, fits)
     rows, starts, cut = map(list, zip(*drawn, strict=True))
     return join(cut), record | {"windows": count, "rows": rows, "starts": starts}
 
@@ -174,8 +180,8 @@ def packed_dialogues(
 
     yield from packed(samples(), spec.seqlen)
     if left_out:
-        what = "%s %s: the chat template rejects %d dialogues, which are left out: %s"
-        log.warning(what, source.flag, source.text, len(left_out), next(iter(left_out.values())))
+        what = "%s: the chat template rejects %d dialogues, which are left out: %s"
+        log.warning(what, source, len(left_out), next(iter(left_out.values())))
 
 
 def _drawn_texts(
@@ -239,7 +245,7 @@ class TestSet:
 
     __test__ = False  # pytest must not collect this class
     name: str
-    windows: Tensor | Windows  # (windows, seqlen), int64
+    windows: Windows
     record: dict
     prompts: Sequence[Tensor] = ()  # (tokens,) each, int64
     dialogues: Sequence[Dialogue] = ()  # dialogues whose prompts are answered
@@ -247,11 +253,11 @@ class TestSet:
 
     @property
     def ids(self) -> Tensor:
-        return as_windows(self.windows).ids
+        return self.windows.ids
 
 
 def test_set(
-    source: Source, spec: WindowSpec, n_prompts: int = 0, most: int | None = None
+    corpus: Corpus, spec: WindowSpec, n_prompts: int = 0, most: int | None = None
 ) -> TestSet:
     """Cut the test text into windows: its documents are joined and tokenized as one text.
 
@@ -261,13 +267,12 @@ def test_set(
     are measured, and each window counts as a document. `most` limits the number of windows, which
     are evenly spaced. Raises UserError if the text is shorter than one window.
     """
-    documents, revision = read_documents(source, "test")
-    texts = test_documents(source, documents)
+    source, texts = corpus.source, test_documents(corpus)
     prompts, asked, more = [], [], {}
     if are_dialogues(texts):
         cut = list(packed_dialogues(source, spec, texts))
         if not cut:
-            raise source.error("the chat template rejects all test dialogues. Give others.")
+            raise source.error("the chat template rejects all test dialogues", "Give others")
         documents = torch.tensor(spread(count := len(cut), most))
         windows = join([cut[number] for number in documents])
         counted = windows.counted[:, :-1]
@@ -277,14 +282,14 @@ def test_set(
         more = {"dialogues": len(texts), "answer_tokens": int(counted.sum())}
         asked = list(islice((each for each in texts if isinstance(each, Dialogue)), ASKED))
     else:
-        windows, size, documents, count = _text_windows(source, spec, texts, most)
+        windows, size, documents, count = _text_windows(corpus, spec, texts, most)
         length = min(PROMPT, spec.seqlen // 2)
         prompts = list(islice(_prompts(texts, spec, length), n_prompts))
         if len(prompts) < n_prompts:  # few documents, such as one long one
-            starts = windows[:: max(1, len(windows) // n_prompts), :length]
+            starts = windows.ids[:: max(1, len(windows) // n_prompts), :length]
             prompts += [ids for ids in starts if not any(ids.equal(prompt) for prompt in prompts)]
-    ids = as_windows(windows).ids
-    record = {"name": source.name, "source": source.text, "revision": revision}
+    ids = windows.ids
+    record = {"name": source.name, "source": source.text, "revision": corpus.revision("test")}
     record |= {"windows": len(ids), "seqlen": spec.seqlen, "tokens": ids.numel(), "bytes": size}
     record |= {"bos": spec.bos, "digest": digest(ids)} | more
     record |= {"of_windows": count} if count > len(ids) else {}
@@ -292,10 +297,10 @@ def test_set(
 
 
 def _text_windows(
-    source: Source, spec: WindowSpec, texts: Sequence[str], most: int | None
-) -> tuple[Tensor, int, Tensor, int]:
-    """Return windows (n, seqlen) of test texts, bytes, documents (n,), and the windows in all."""
-    seqlen, bos = spec.seqlen, spec.bos
+    corpus: Corpus, spec: WindowSpec, texts: Sequence[str], most: int | None
+) -> tuple[Windows, int, Tensor, int]:
+    """Return windows of test texts, their bytes, documents (n,), and the number of all windows."""
+    source, seqlen, bos = corpus.source, spec.seqlen, spec.bos
     pieces = [document_text(spec.tokenizer, each) for each in texts]
     text = source.separator.join(pieces)
     if source.sampled:
@@ -308,8 +313,8 @@ def _text_windows(
     count = len(ids) // step
     if not count:
         problem = f"the test text has {len(ids)} tokens, less than one window of {step}"
-        fix = f"Use --seqlen {len(ids)} or less." if len(ids) > 1 else "Give a longer text."
-        raise TextTooShort(source, f"{problem}. {fix}", len(ids))
+        fix = f"Use --seqlen {len(ids)} or less" if len(ids) > 1 else "Give a longer text"
+        raise TextTooShort.of(corpus, problem, fix, len(ids))
     each_token = ids, sizes[first:], sizes.cumsum(0)[first:]
     cut = (each[: count * step].view(count, step) for each in each_token)
     windows, sizes, places = (each[spread(count, most)] for each in cut)
@@ -317,12 +322,13 @@ def _text_windows(
     ends = torch.tensor([len((piece + source.separator).encode()) for piece in pieces]).cumsum(0)
     documents = torch.searchsorted(ends, places[:, step // 2].contiguous())
     windows = windows if bos is None else prepend(windows, bos)
-    return windows, covered, documents, count
+    return Windows(windows), covered, documents, count
 
 
-def test_documents(source: Source, documents: Iterable[Document]) -> Sequence[Document]:
-    """Return the documents of an open test split to evaluate on: of a large set the first ones."""
-    if not source.sampled:
+def test_documents(corpus: Corpus) -> Sequence[Document]:
+    """Return the documents of the test split to evaluate on: of a large set the first ones."""
+    documents = corpus.documents("test")
+    if not corpus.source.sampled:
         return documents
     selected, length = [], 0
     for text in islice(documents, hub.TEST_DOCUMENTS):

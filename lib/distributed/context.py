@@ -52,6 +52,11 @@ class DistContext:
         """Whether this is the main rank, which prints, logs and saves."""
         return self.rank == 0
 
+    def print(self, *lines: str) -> None:
+        """Print lines in the main rank."""
+        if self.is_main and lines:
+            print(*lines, sep="\n", flush=True)
+
     def shard(self, count: int) -> slice:
         """Return this rank's part of `count` windows; sizes differ by at most one."""
         return slice(count * self.rank // self.size, count * (self.rank + 1) // self.size)

@@ -47,6 +47,7 @@ class MasterWeights(NamedTuple):
 class GPTQ(LeastSquares):
     """The sums of one input of a block, and the quantizer for its linear layers."""
 
+    workspace = [(3, 3.4, 0), (1, 9.4, 0)]
     damping = 18.0  # more than for pruning: 4-bit codes overfit few tokens more than zeros do
     refinements: ClassVar[int] = 5  # steps of conjugate gradients
     sweeps: ClassVar[int] = 2  # passes of coordinate descent over all columns

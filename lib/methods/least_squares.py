@@ -44,6 +44,8 @@ class LeastSquares(PruningMethod):
 
     dense_stream = True
     inverts_gram = True
+    workspace = [(3, 3.4, 0), (2, 8.1, 0)]
+    neuron_workspace = [(2, 0, 0), (1, 3.7, 0)]
     damping = 6.0
 
     def __init__(self, width: int, device: torch.device) -> None:

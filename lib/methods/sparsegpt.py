@@ -55,6 +55,8 @@ class SparseGPT(PruningMethod):
     """
 
     inverts_gram = True
+    workspace = [(2, 0, 0), (1, 2, 0), (1, 1, 640)]
+    neuron_workspace = [(2, 2.7, 0)]
     damping = 0.01
     block_size = 128
 

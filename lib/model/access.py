@@ -121,7 +121,7 @@ def local_only(checkpoint: Checkpoint) -> bool:
         if problem is None:
             raise
         if isinstance(error, RepositoryNotFoundError) or not isinstance(cached, str):
-            raise UserError(f"{checkpoint}: {problem}") from error
+            raise UserError(str(checkpoint), *problem) from error
         return True
 
 

@@ -18,7 +18,7 @@ from ..util.errors import UserError
 from .access import Checkpoint
 from .matrix import PrunableLinear
 
-FORMATS = ("bitsandbytes",)
+DEQUANTIZED = ("bitsandbytes",)
 
 
 class Quantized4bit(PrunableLinear):
@@ -115,7 +115,7 @@ def check_format(
             problem = f"{changes or '--load_bit'} cannot change packed linear layers"
             raise UserError(str(checkpoint), problem, f"First run {typed('unpack')} IN OUT")
         return
-    if method not in FORMATS:
+    if method not in DEQUANTIZED:
         raise UserError(
             str(checkpoint),
             f"its weights are quantized by {method} and cannot be pruned",
@@ -132,7 +132,7 @@ def check_format(
 def stored_bits(config) -> str | None:
     """Return `4` or `8` if bitsandbytes quantized the checkpoint, else None."""
     stored, method = _stored(config)
-    if method not in FORMATS:
+    if method not in DEQUANTIZED:
         return None
     return "4" if stored.get("load_in_4bit") else "8"
 

@@ -107,15 +107,15 @@ class RunFolder:
         The host holds a copy of one tensor at a time.
         """
         file = self.path / f"{name}.safetensors"
-        stage = file.with_suffix(PARTIAL)
+        partial_file = file.with_suffix(PARTIAL)
         header = {"format": "pt", "job": self.digest, "facts": json.dumps(facts)}
         try:
-            write_tensors(stage, tensors, header)
-            sync(stage)
-            stage.replace(file)
+            write_tensors(partial_file, tensors, header)
+            sync(partial_file)
+            partial_file.replace(file)
         except (SafetensorError, OSError) as error:
             with suppress(OSError):
-                stage.unlink()
+                partial_file.unlink()
             raise UserError(
                 self.label,
                 f"{file.name} cannot be written ({first_line(error)})",
@@ -147,7 +147,7 @@ class RunFolder:
 
     def files(self, ending: str = ".safetensors") -> list[Path]:
         """Return the files with work that a run would otherwise repeat."""
-        names = [f"{stage}-[0-9]*" for stage in (PRUNED, QUANTIZED, CHANGED, START)]
+        names = [f"{prefix}-[0-9]*" for prefix in (PRUNED, QUANTIZED, CHANGED, START)]
         names += [ALLOCATION, RECOVERY, f"{RECOVERY}-[0-9]*"]
         files = (file for name in names for file in self.path.glob(name + ending))
         return [file for file in files if file.is_file()]

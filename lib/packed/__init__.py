@@ -11,7 +11,9 @@ README.md beside this file describes the format, the kernels and their use.
 
 from .checkpoint import card_lines
 from .errors import PackedError, PackedWarning
-from .formats import FORMATS
+from .formats import PACKED
 from .linear import SparseLinear
+
+FORMATS = {fmt.name: fmt for fmt in PACKED.values()}
 
 __all__ = ["FORMATS", "PackedError", "PackedWarning", "SparseLinear", "card_lines"]

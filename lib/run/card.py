@@ -20,12 +20,11 @@ from ..data.sources import BUILT_IN, parse_source
 from ..methods.sparsity import SMALLER
 from ..packed.checkpoint import card_lines
 from ..packed.formats import GRIDS
-from ..util.command import one_line
-from ..util.errors import UserError, first_of
+from ..util.errors import UserError, first_of, one_line
 from ..util.markdown import escape, padded_table
 from .flags import command_words, named
-from .flags import packed as packed_by
 from .plan import PRUNED_BEFORE
+from .plan import packed as packed_by
 from .results import is_trained
 
 HEADING = "## How to load it"
@@ -228,8 +227,8 @@ def figures_table(
     def add(row: str, cells: Mapping[str, str]) -> None:
         table.setdefault(row, {}).update({name: cell for name, cell in cells.items() if cell})
 
-    if costs[0]:
-        name = f"{escape(trimmed['measured_on']['name'])}, a sample, bits per byte"
+    if sample := trimmed.get("measured_on"):
+        name = f"{escape(sample['name'])}, a sample of {sample['bytes']:,} bytes, bits per byte"
         add(name, {first: f"{costs[0]:.4f}", dense: f"{costs[1]:.4f}"})
     untrained = results.get("recovery", {}).get("before", {}) if is_trained(results) else {}
     of_original = {test["name"]: test for test in (original or {}).get("evaluation", [])}

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import argparse
 import copy
 import shutil
+from collections.abc import Iterator
 from dataclasses import replace
 from datetime import date
 from operator import le
@@ -14,25 +14,32 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..data.documents import are_dialogues, check_source, read_documents, read_line
-from ..data.samples import as_windows
-from ..data.sources import is_parted
+from ..data.documents import Corpus, are_dialogues, check_corpus, read_line
 from ..data.templates import set_date, writes_date
+from ..data.windows import WindowSpec
 from ..distributed.context import DistContext, local_device
-from ..methods.sparsity import ALLOCATIONS, EXPERTS
-from ..model import pretrained
+from ..methods.sparsity import ALLOCATIONS
 from ..model.access import Checkpoint
-from ..model.parts import find_parts
+from ..model.device import (
+    default_batch_size,
+    pick_device,
+    pick_dtype,
+    saved_dtype,
+    set_current_device,
+)
+from ..model.pretrained import LONGEST_WINDOW, load_config, load_tokenizer, window_length
 from ..model.processor import processor_ids
 from ..model.quantized import check_format, stored_bits
 from ..model.rows import config_token_ids, keep_rows_, trimmable_rows
 from ..model.run_folder import JOB, RunFolder, begun_with
+from ..model.saving import text_alone
+from ..model.skeleton import changed_shapes, decoder_blocks
+from ..model.skeleton import skeleton as build_skeleton
 from ..packed.formats import FORMATS
 from ..pruning.allocation import read_layers
 from ..pruning.inputs import check_widths
 from ..pruning.masks import check_new_file
 from ..recover import CROSS_ENTROPY, TrainSchedule
-from ..remove import experts_left, neurons_left
 from ..sharded import check_rows, ranks_of_state
 from ..sparse import check_packable
 from ..util.errors import UserError
@@ -42,388 +49,394 @@ from ..util.progress import quiet
 from ..vocabulary import TrimmedVocabulary, trim_vocabulary
 from .fingerprint import EARLIER, fingerprint, first_difference
 from .flags import named, shown
-from .job import Job
-from .plan import Plan
+from .plan import Flags
+from .run import Model, Run, Teacher, kept_parts, timed
 from .save import CARD
 from .tasks import check_tasks
-from .texts import named_sources, read_texts, same_texts
+from .windows import (
+    Corpora,
+    RunWindows,
+    draw_windows,
+    may_need_bos,
+    named_corpora,
+    same_texts,
+)
+
+OTHER_TEACHER = "Name the dense model that it was made from"
 
 
 def check(
-    args: argparse.Namespace,
+    flags: Flags,
     shared: Path | None = None,
-    longest: int = pretrained.LONGEST_WINDOW,
-) -> Job:
+    longest: int = LONGEST_WINDOW,
+) -> Run:
     """Check outputs, texts, device, config, tokenizer, vocabulary and windows, cheapest first.
 
     `shared` is the folder in which the runs of a sweep share the dense model's states. `longest` is
     the longest window, in tokens, without --seqlen. Raises UserError for a run that cannot succeed.
     """
-    plan = Plan.of(args)
-    check_outputs(args)
-    if args.load_bit or args.recover_optimizer == "adamw8bit":
+    check_outputs(flags)
+    if flags.load_bit or flags.recover_optimizer == "adamw8bit":
         import bitsandbytes  # noqa: F401 -- fails early if it is not installed
-    sources, vocabulary_sources, tests = named_sources(args, plan)
-    read = [(source, "train") for source in sources] if plan.reads_train else []
-    read += [(each, "train") for each in vocabulary_sources if (each, "train") not in read]
-    read += [(source, "test") for source in tests]
+    corpora = named_corpora(flags)
+    read = corpora.read_by(flags)
     _check_readable(read, hub=False)
-    job = _open_model(args, plan, longest)
-    _set_date(job)
-    job = replace(
-        job,
-        shared=shared,
-        sources=sources,
-        vocabulary_sources=vocabulary_sources,
-        tests=tests,
-    )
-    _check_readable(read, hub=True)
-    folders = [(one, split) for one, split in read if one.path and one.path.is_dir()]
-    job.print(*dict.fromkeys(read_line(one, split) for one, split in folders))
-    for test in tests:
-        if is_parted(test, "test"):
-            count = len(test.read["test"])
-            job.print(f"{test.text}: {count} documents, a tenth, are held out for evaluation")
-    job.print(*same_texts([source for source, split in read if split == "train"], tests))
-    if plan.tokens:
-        job = replace(job, schedule=_schedule(job))
-    if plan.trims:
-        vocabulary = _vocabulary(job)
-        job = replace(job, vocabulary=vocabulary, tokenizer=vocabulary.tokenizer)
-    if plan.teacher:
-        job = _with_teacher(job)
-    job = read_texts(job, None)
-    if job.schedule and args.recover < job.seqlen:
-        raise UserError(
-            f"{shown(args, 'recover')}: it is less than one step, a window of {job.seqlen} "
-            f"tokens. Give at least {job.seqlen}, or a smaller --seqlen."
-        )
-    width = job.config.get_text_config(decoder=True).hidden_size
-    size = args.batch_size or pretrained.default_batch_size(job.device, job.seqlen, width)
-    job = replace(job, batch_size=size)
-    _check_tokens(job)
-    if job.shares:
-        blocks = job.small_skeleton().get_submodule(job.blocks_name)
-        check_rows(blocks, job.blocks_name, job.dist.size)
-    return open_store(job)
-
-
-def check_outputs(args: argparse.Namespace) -> None:
-    """Raise UserError if the run cannot write its outputs."""
-    args.save = args.save or Plan.of(args).default_save(args.model)
-    check_writable("--save", args.save)
-    if args.save_masks:
-        check_new_file("--save_masks", args.save_masks)
-    if args.save_model:
-        check_new_folder("--save_model", args.save_model)
-        _check_unfinished(args, partial_of(args.save_model))
-    if args.tasks:
-        check_tasks(args.tasks, args.include_path)
-
-
-def _check_unfinished(args: argparse.Namespace, stage: Path) -> None:
-    """Raise UserError if OUT.partial is left by another run, and this run does not continue it."""
-    left = {each.name for each in stage.iterdir()} if stage.exists() else set()
-    problem, resumed = None, Path(args.resume) if args.resume else None
-    if CARD in left:
-        problem = f"is the complete model of a run that was killed. Rename it to {args.save_model}."
-    elif resumed and (resumed / JOB).exists() and JOB not in left and "config.json" in left:
-        return  # the run was killed while it saved, and saves again
-    elif left and not (resumed and resumed.resolve() == stage.resolve()):
-        can_resume = f"Continue it with --resume {stage}, or remove" if JOB in left else "Remove"
-        problem = f"holds the state of an unfinished run. {can_resume} the folder."
-    if problem:
-        raise UserError(f"--save_model {args.save_model}: {stage} {problem}")
-
-
-def _check_readable(sources: list[tuple[Any, str]], hub: bool) -> None:
-    for source, split in sources:
-        if bool(source.hub) == hub:
-            check_source(source, split)
-
-
-def _open_model(args: argparse.Namespace, plan: Plan, longest: int) -> Job:
-    """Read config and tokenizer, and check that the flags fit the model's shape."""
     quiet()
-    device = local_device(pretrained.pick_device(args.device))
-    pretrained.set_current_device(device)
-    dist = DistContext(device)
-    checkpoint = Checkpoint(
-        args.model, cache_dir=args.cache_dir, trust_remote_code=args.trust_remote_code
+    device = local_device(pick_device(flags.device))
+    set_current_device(device)
+    dist, seconds = DistContext(device), {}
+    model = open_model(flags, device, longest)
+    if flags.device is None:
+        dist.print(f"device: {device}")
+    _set_date(flags, model.tokenizer, dist)
+    _check_readable(read, hub=True)
+    dist.print(*_lines_on_texts(read))
+    schedule = _schedule(flags, model, corpora, dist) if flags.recover else None
+    vocabulary = None
+    if flags.trim_vocabulary:
+        vocabulary = _choose_tokens(model, corpora, dist, seconds)
+    tokenizer = vocabulary.tokenizer if vocabulary else model.tokenizer
+    teacher = _open_teacher(flags, model, vocabulary) if flags.teacher else None
+    spec = WindowSpec(tokenizer, model.window, seed=flags.seed)
+    windows = draw_windows(flags, corpora, spec, schedule, dist)
+    if not may_need_bos(flags, tokenizer):
+        corpora.free()
+    seqlen = windows.seqlen
+    if schedule and flags.recover < seqlen:
+        problem = f"it is less than one step, a window of {seqlen} tokens"
+        fix = f"Give at least {seqlen}, or a smaller --seqlen"
+        raise UserError(shown(flags, "recover"), problem, fix)
+    size = flags.batch_size or default_batch_size(device, seqlen, model.width)
+    _check_tokens(flags, model, tokenizer, windows)
+    run = Run(
+        flags=flags,
+        dist=dist,
+        model=model,
+        corpora=corpora,
+        windows=windows,
+        batch_size=size,
+        vocabulary=vocabulary,
+        schedule=schedule and replace(schedule, seqlen=seqlen),
+        teacher=teacher,
+        shared=shared,
+        seconds=seconds,
     )
-    config = pretrained.load_config(checkpoint)
+    if run.is_sharded:
+        check_rows(model.small_blocks, model.blocks_name, dist.size)
+    place = folder_of(flags)
+    run.fingerprint = fingerprint(run, bool(place and flags.changes) or shared is not None)
+    run.folder = open_folder(run)
+    return run
+
+
+def check_outputs(flags: Flags) -> None:
+    """Raise UserError if the run cannot write its outputs."""
+    flags.save = flags.save or flags.default_save
+    check_writable("--save", flags.save)
+    if flags.save_masks:
+        check_new_file("--save_masks", flags.save_masks)
+    if flags.save_model:
+        check_new_folder("--save_model", flags.save_model)
+        _check_unfinished(flags, partial_of(flags.save_model))
+    if flags.tasks:
+        check_tasks(flags.tasks, flags.include_path)
+
+
+def _check_unfinished(flags: Flags, partial: Path) -> None:
+    """Raise UserError if OUT.partial is left by another run, and this run does not continue it."""
+    left = {each.name for each in partial.iterdir()} if partial.exists() else set()
+    resumed, what = Path(flags.resume) if flags.resume else None, f"--save_model {flags.save_model}"
+    if CARD in left:
+        problem = f"{partial} is the complete model of a run that was killed"
+        raise UserError(what, problem, f"Rename it to {flags.save_model}")
+    if resumed and (resumed / JOB).exists() and JOB not in left and "config.json" in left:
+        return  # the run was killed while it saved, and saves again
+    if left and not (resumed and resumed.resolve() == partial.resolve()):
+        can_resume = f"Continue it with --resume {partial}, or remove" if JOB in left else "Remove"
+        problem = f"{partial} holds the state of an unfinished run"
+        raise UserError(what, problem, f"{can_resume} the folder")
+
+
+def _check_readable(read: list[tuple[Corpus, str]], hub: bool) -> None:
+    for corpus, split in read:
+        if bool(corpus.source.hub) == hub:
+            check_corpus(corpus, split)
+
+
+def _lines_on_texts(read: list[tuple[Corpus, str]]) -> Iterator[str]:
+    """Yield lines on folders, held-out documents, and tests that the training text overlaps."""
+    folders = [each for each in read if each[0].source.path and each[0].source.path.is_dir()]
+    yield from dict.fromkeys(read_line(*each) for each in folders)
+    train, tests = ([one for one, split in read if split == each] for each in ("train", "test"))
+    for test in tests:
+        if test.is_parted("test"):
+            count = len(test.documents("test"))
+            yield f"{test.source.text}: {count} documents, a tenth, are held out for evaluation"
+    yield from same_texts(train, tests)
+
+
+def open_model(flags: Flags, device: torch.device, longest: int) -> Model:
+    """Read config and tokenizer, and check that the flags fit the model's shape."""
+    checkpoint = Checkpoint(
+        flags.model, cache_dir=flags.cache_dir, trust_remote_code=flags.trust_remote_code
+    )
+    config = load_config(checkpoint)
     checkpoint = checkpoint.pinned(config)
     changing = named(changes_alone=True)
     check_format(
         checkpoint,
         config,
-        load_bit=args.load_bit,
-        changes=next((f"--{name}" for name in changing if getattr(args, name)), None),
-        offload=args.offload_folder,
+        load_bit=flags.load_bit,
+        changes=next((f"--{name}" for name in changing if getattr(flags, name)), None),
+        offload=flags.offload_folder,
     )
-    skeleton = pretrained.skeleton(config, checkpoint)
-    blocks_name, blocks = pretrained.decoder_blocks(skeleton)
+    skeleton = build_skeleton(config, checkpoint)
+    blocks_name, blocks = decoder_blocks(skeleton)
     layout = left = None
-    if plan.removes:
-        layout = find_parts(plan.removes, config, checkpoint, skeleton, blocks_name)
-        count_left = experts_left if plan.removes == EXPERTS else neurons_left
-        left = count_left(layout, plan.sparsity.ratio)
-    elif plan.method:
-        check_widths(blocks, blocks_name, plan.sparsity)
-        if plan.allocation not in ALLOCATIONS:
-            read_layers(plan.allocation, blocks, blocks_name, plan.sparsity)
-    if plan.method and not plan.removes and not FORMATS[plan.format].zero:
-        raise UserError(
-            f"{shown(args, 'quantize')}: it has no 0, as --prune_method {plan.method} needs. Use "
-            "--quantize q4_0, or --sparsity_type neurons or experts."
-        )
-    if args.text_only:
-        pretrained.text_alone(skeleton, checkpoint)  # raises if that is impossible
-    if plan.packs:
+    if flags.removes:
+        layout, left = kept_parts(flags, config, checkpoint, skeleton, blocks_name)
+    elif flags.prune_method:
+        check_widths(blocks, blocks_name, flags.sparsity)
+        if flags.allocation not in ALLOCATIONS:
+            read_layers(flags.allocation, blocks, blocks_name, flags.sparsity)
+    if flags.prune_method and not flags.removes and not FORMATS[flags.format].zero:
+        problem = f"it has no 0, as --prune_method {flags.prune_method} needs"
+        fix = "Use --quantize q4_0, or --sparsity_type neurons or experts"
+        raise UserError(shown(flags, "quantize"), problem, fix)
+    if flags.text_only:
+        text_alone(skeleton, checkpoint)  # raises if that is impossible
+    if flags.packs:
         check_packable(skeleton, blocks_name)
-    job = Job(
-        args=args,
-        plan=plan,
-        device=device,
-        dtype=pretrained.pick_dtype(args.dtype, config, device),
-        save_dtype=pretrained.saved_dtype(args.dtype, config, plan.fake_quantizes),
-        dist=dist,
+    return Model(
         checkpoint=checkpoint,
         config=config,
-        tokenizer=pretrained.load_tokenizer(checkpoint),
-        seqlen=pretrained.window_length(config, args.seqlen, longest),
+        dtype=pick_dtype(flags.dtype, config, device),
+        save_dtype=saved_dtype(flags.dtype, config, flags.fake_quantizes),
+        tokenizer=load_tokenizer(checkpoint),
+        window=window_length(config, flags.seqlen, longest),
         skeleton=skeleton,
         blocks_name=blocks_name,
         layout=layout,
         left=left,
     )
-    if args.device is None:
-        job.print(f"device: {device}")
-    return job
 
 
-def _set_date(job: Job) -> None:
+def _set_date(flags: Flags, tokenizer: Any, dist: DistContext) -> None:
     """Set --date, alike in all ranks, if the chat template writes one; else to None."""
-    args = job.args
-    day = args.date or begun_with(args.resume, "--date") or str(date.today())
-    asks = not args.no_chat_template and writes_date(job.tokenizer)
-    args.date = job.dist.all_gather_object(day if asks else None)[0]
-    if args.date:
-        set_date(args.date)
+    day = flags.date or begun_with(flags.resume, "--date") or str(date.today())
+    asks = not flags.no_chat_template and writes_date(tokenizer)
+    flags.date = dist.all_gather_object(day if asks else None)[0]
+    if flags.date:
+        set_date(flags.date)
 
 
-def _vocabulary(job: Job) -> TrimmedVocabulary:
+def _choose_tokens(
+    model: Model, corpora: Corpora, dist: DistContext, seconds: dict[str, float]
+) -> TrimmedVocabulary:
     """Choose the tokens to keep; the smaller tokenizer is checked on every test text.
 
     Raises UserError if the model or its tokenizer cannot be trimmed, or if a text would decode
     differently.
     """
-    rows = trimmable_rows(job.skeleton, job.checkpoint)
-    ids = config_token_ids(job.checkpoint, job.config)
-    if getattr(job.skeleton, "unread", None):
-        ids |= processor_ids(job.checkpoint, job.tokenizer)
-    with job.timed("vocabulary"):
+    rows = trimmable_rows(model.skeleton, model.checkpoint)
+    ids = config_token_ids(model.checkpoint, model.config)
+    if getattr(model.skeleton, "unread", None):
+        ids |= processor_ids(model.checkpoint, model.tokenizer)
+    with timed(seconds, dist, "vocabulary"):
         vocabulary = trim_vocabulary(
-            job.tokenizer,
-            job.checkpoint,
-            config=job.config,
-            sources=job.vocabulary_sources,
-            dist=job.dist,
+            model.tokenizer,
+            model.checkpoint,
+            config=model.config,
+            corpora=corpora.vocabulary,
+            dist=dist,
             rows=rows,
             config_ids=ids,
         )
-        lines = vocabulary.verify(job.tests)
-        vocabulary.hold_out(job.tests[0], job.seqlen)
-    job.print(vocabulary.summary(), *lines)
+        lines = vocabulary.verify(corpora.tests)
+        vocabulary.hold_out(corpora.tests[0], model.window)
+    dist.print(vocabulary.summary(), *lines)
     return vocabulary
 
 
-def _schedule(job: Job) -> TrainSchedule:
+def _schedule(flags: Flags, model: Model, corpora: Corpora, dist: DistContext) -> TrainSchedule:
     """Return the schedule of the recovery. Raises UserError if the model cannot be trained."""
-    args, plan, flag = job.args, job.plan, shown(job.args, "recover")
-    if stored_bits(job.config):
-        problem = f"the weights of {args.model} are quantized and cannot be trained"
-        raise UserError(f"{flag}: {problem}. Name the unquantized model.")
-    chats = any(are_dialogues(read_documents(source, "train")[0]) for source in job.sources)
+    if stored_bits(model.config):
+        problem = f"the weights of {flags.model} are quantized and cannot be trained"
+        raise UserError(shown(flags, "recover"), problem, "Name the unquantized model")
+    chats = any(are_dialogues(corpus.documents("train")) for corpus in corpora.calibration)
     default = 0.0 if chats else CROSS_ENTROPY  # the model did not write the answers of a chat
     return TrainSchedule(
-        tokens=args.recover,
-        seqlen=job.seqlen,
-        rate=args.recover_lr,
-        rank=args.recover_rank,
-        optimizer=args.recover_optimizer,
-        ce_weight=default if args.recover_ce_weight is None else args.recover_ce_weight,
-        seed=args.seed,
-        pruned=not plan.quantizes or bool(plan.method or plan.teacher),
-        ranks=job.dist.size,
+        tokens=flags.recover,
+        seqlen=model.window,
+        rate=flags.recover_lr,
+        rank=flags.recover_rank,
+        optimizer=flags.recover_optimizer,
+        ce_weight=default if flags.recover_ce_weight is None else flags.recover_ce_weight,
+        seed=flags.seed,
+        pruned=not flags.quantizes or bool(flags.prune_method or flags.teacher),
+        ranks=dist.size,
     )
 
 
-def _with_teacher(job: Job) -> Job:
-    """Return the job with its teacher. Raises UserError if the model was not made from it."""
-    checkpoint = replace(job.checkpoint, name=job.args.teacher, flag="--teacher", revision=None)
-    config = pretrained.load_config(checkpoint)
+def _open_teacher(flags: Flags, model: Model, vocabulary: TrimmedVocabulary | None) -> Teacher:
+    """Read the teacher's config. Raises UserError if the model was not made from it."""
+    checkpoint = replace(model.checkpoint, name=flags.teacher, flag="--teacher", revision=None)
+    config = load_config(checkpoint)
     checkpoint = checkpoint.pinned(config)
     check_format(checkpoint, config, load_bit=None, changes="--recover")
     if stored_bits(config):
-        raise UserError(f"{checkpoint}: it is quantized. Name the unquantized model.")
-    dense = copy.deepcopy(pretrained.skeleton(config, checkpoint))  # and its config
-    model = copy.deepcopy(job.skeleton)
-    if job.vocabulary:
-        keep_rows_(model, job.vocabulary.rows)
-    rows = _teacher_rows(job, checkpoint, model)
+        raise UserError(str(checkpoint), "it is quantized", "Name the unquantized model")
+    dense = copy.deepcopy(build_skeleton(config, checkpoint))  # and its config
+    skeleton = copy.deepcopy(model.skeleton)
+    if vocabulary:
+        keep_rows_(skeleton, vocabulary.rows)
+    rows = _teacher_rows(model, vocabulary, checkpoint, skeleton)
     if rows is not None:
         trimmable_rows(dense, checkpoint)
         keep_rows_(dense, rows)
-    return replace(
-        job,
-        teacher=checkpoint,
-        teacher_config=config,
-        teacher_rows=rows,
-        smaller=_is_smaller(job, checkpoint, dense, model),
-    )
-
-
-def _is_smaller(job: Job, checkpoint: Checkpoint, dense: nn.Module, model: nn.Module) -> bool:
-    """Return whether the blocks have fewer rows or columns; no other shape may differ."""
-    changed = pretrained.changed_shapes(model, dense)
-    for name, (ours, theirs) in changed.items():
+    changed = changed_shapes(skeleton, dense)
+    for name, (ours, theirs) in changed.items():  # the blocks may have fewer rows or columns
         lost = len(ours) == len(theirs) and all(map(le, ours, theirs))
-        if not lost or not name.startswith(f"{job.blocks_name}."):
-            raise UserError(
-                f"{checkpoint}: its {name} is {list(theirs) or 'missing'}, and that of "
-                f"{job.checkpoint} is {list(ours) or 'missing'}. Name the dense model that it was "
-                "made from."
-            )
-    return bool(changed)
+        if not lost or not name.startswith(f"{model.blocks_name}."):
+            problem = f"its {name} is {list(theirs) or 'missing'}, and that of "
+            problem += f"{model.checkpoint} is {list(ours) or 'missing'}"
+            raise UserError(str(checkpoint), problem, OTHER_TEACHER)
+    return Teacher(checkpoint, config, rows, is_larger=bool(changed))
 
 
-def _teacher_rows(job: Job, checkpoint: Checkpoint, model: nn.Module) -> Tensor | None:
-    """Return the rows of the teacher's vocabulary that `model` has; None: all of them.
+def _teacher_rows(
+    model: Model, vocabulary: TrimmedVocabulary | None, checkpoint: Checkpoint, skeleton: nn.Module
+) -> Tensor | None:
+    """Return the rows of the teacher's vocabulary that `skeleton` has; None: all of them.
 
     Raises UserError if the teacher lacks tokens of the model.
     """
-    teacher_ids = pretrained.load_tokenizer(checkpoint).get_vocab()
-    original = job.vocabulary.original_tokenizer if job.vocabulary else job.tokenizer
-    if teacher_ids == original.get_vocab():
-        return job.vocabulary.rows if job.vocabulary else None
-    tokens = sorted(job.tokenizer.get_vocab().items(), key=lambda item: item[1])
-    every_row = range(model.get_input_embeddings().num_embeddings)
+    teacher_ids = load_tokenizer(checkpoint).get_vocab()
+    if teacher_ids == model.tokenizer.get_vocab():
+        return vocabulary.rows if vocabulary else None
+    tokenizer = vocabulary.tokenizer if vocabulary else model.tokenizer
+    tokens = sorted(tokenizer.get_vocab().items(), key=lambda item: item[1])
+    every_row = range(skeleton.get_input_embeddings().num_embeddings)
     names_rows = [index for _, index in tokens] == list(every_row)
     if not names_rows or any(token not in teacher_ids for token, _ in tokens):
-        raise UserError(
-            f"{checkpoint}: its vocabulary differs from that of {job.checkpoint}. Name the dense "
-            "model that it was made from."
-        )
+        problem = f"its vocabulary differs from that of {model.checkpoint}"
+        raise UserError(str(checkpoint), problem, OTHER_TEACHER)
     return torch.tensor([teacher_ids[token] for token, _ in tokens])
 
 
-def _check_tokens(job: Job) -> None:
+def _check_tokens(flags: Flags, model: Model, tokenizer: Any, windows: RunWindows) -> None:
     """Raise UserError if the texts have tokens for which the model's embedding has no row."""
-    rows = job.skeleton.get_input_embeddings().num_embeddings
-    texts = job.texts
-    sets = [texts.windows, *(test.windows for test in texts.tests)]
-    if texts.training:
-        sets += [texts.training.windows, texts.training.held_out]
-    highest = max(int(as_windows(one).ids.max()) for one in sets if one is not None and len(one))
+    rows = model.skeleton.get_input_embeddings().num_embeddings
+    sets = [windows.calibration, *(test.windows for test in windows.tests)]
+    if windows.training:
+        sets += [windows.training.windows, windows.training.held_out]
+    highest = max(int(each.ids.max()) for each in sets if each is not None and len(each))
     if highest >= rows:
-        token = job.tokenizer.convert_ids_to_tokens(highest)
+        token = tokenizer.convert_ids_to_tokens(highest)
         raise UserError(
-            f"--model {job.args.model}: the texts have token {highest} ({token!r}), but the "
-            f"embedding has {rows} rows. Use the tokenizer of this model, or add rows with "
-            "resize_token_embeddings."
+            f"--model {flags.model}",
+            f"the texts have token {highest} ({token!r}), but the embedding has {rows} rows",
+            "Use the tokenizer of this model, or add rows with resize_token_embeddings",
         )
 
 
-def open_store(job: Job) -> Job:
-    """Open the folder of finished blocks: --resume, --offload_folder, or beside --save_model.
+def folder_of(flags: Flags) -> tuple[str, str] | None:
+    """Return the flag and path of the folder of finished blocks; None: the run has none.
 
-    Returns the job with its fingerprint. Raises UserError if that of an interrupted run, or of
-    another rank, differs.
+    It is --resume, --offload_folder, or beside --save_model.
     """
-    args, changes = job.args, job.plan.changes
     places = [
-        ("--resume", args.resume if changes else None),
-        ("--offload_folder", args.offload_folder),
+        ("--resume", flags.resume if flags.changes else None),
+        ("--offload_folder", flags.offload_folder),
     ]
-    if changes and args.save_model:
-        places.append(("--save_model", str(partial_of(args.save_model))))
-    flag, path = next(((flag, path) for flag, path in places if path), (None, None))
-    weighed = bool(path and changes) or job.shared is not None
-    job = replace(job, fingerprint=job.fingerprint or fingerprint(job, weighed))
-    pruning = job.fingerprint["pruning"]
-    job.dist.check_equal(pruning | job.fingerprint["measuring"])
-    if path and job.dist.is_main:
-        job = _open_folder(job, flag, path, pruning)
-    if changes and job.shares:
-        _check_seen(job, flag, job.outcome.folder)
-    return job
+    if flags.changes and flags.save_model:
+        places.append(("--save_model", str(partial_of(flags.save_model))))
+    return next((place for place in places if place[1]), None)
 
 
-def _check_seen(job: Job, flag: str, folder: RunFolder | None) -> None:
+def open_folder(run: Run) -> RunFolder | None:
+    """Open the folder of finished blocks, in the main rank.
+
+    Raises UserError if the fingerprint of an interrupted run, or of another rank, differs.
+    """
+    place, folder = folder_of(run.flags), None
+    run.dist.check_equal(run.fingerprint["pruning"] | run.fingerprint["measuring"])
+    if place and run.dist.is_main:
+        folder = _open_folder(run, *place)
+    if run.flags.changes and run.is_sharded:
+        _check_seen(run.dist, place and place[0], folder)
+    return folder
+
+
+def _check_seen(dist: DistContext, flag: str | None, folder: RunFolder | None) -> None:
     """Raise UserError if a rank cannot see the main rank's folder, where it has to write."""
     file = folder and (folder.path / JOB).absolute()
-    file, text = job.dist.all_gather_object(file and (file, file.read_text("utf-8")))[0] or (0, 0)
+    file, text = dist.all_gather_object(file and (file, file.read_text("utf-8")))[0] or (0, 0)
     sees = not file or (file.is_file() and file.read_text("utf-8") == text)
-    blind = [str(rank) for rank, sees in enumerate(job.dist.all_gather_object(sees)) if not sees]
+    blind = [str(rank) for rank, sees in enumerate(dist.all_gather_object(sees)) if not sees]
     if blind:
         if folder:
             folder.close()
         raise UserError(
-            f"{flag} {file.parent}: rank {', '.join(blind)} cannot see this folder, where "
-            "each rank keeps its part of the training. Name one that all machines share."
+            f"{flag} {file.parent}",
+            f"rank {', '.join(blind)} cannot see this folder, where each rank keeps its shard of "
+            "the training",
+            "Name one that all machines share",
         )
 
 
-def _open_folder(job: Job, flag: str, path: str, pruning: dict[str, Any]) -> Job:
-    """Open a folder of finished blocks, in the main rank."""
-    check_room(job, flag, path)
-    store = RunFolder(flag, path)
-    changed, problem = store.begun and first_difference(EARLIER | store.begun, pruning), None
-    if store.begun is not None and flag != "--resume":
-        problem = f"it holds the state of an unfinished run. Add --resume {path} to continue it, "
-        problem += "or remove the folder."
-    elif changed:
-        problem = "it was begun with {} {!r}, not {!r}. Give the same again, or another folder."
-        problem = problem.format(*changed)
-    elif store.begun is not None:
-        ranks = ranks_of_state(store) - {job.dist.size if job.shares else 1}
-        if ranks:
-            problem = f"its training was begun with WORLD_SIZE {ranks.pop()}, not {job.dist.size}. "
-            problem += "Start as many ranks, or give another folder."
-    if problem:
-        store.close()
-        raise UserError(f"{flag} {path}: {problem}")
-    before = store.decided.get("batch_size", job.batch_size)
-    store.begin(pruning, batch_size=job.batch_size)
-    job.outcome.folder = store
-    if store.begun:
-        total = len(job.skeleton.get_submodule(job.blocks_name))
-        job.print(f"{flag} {path}: finished before: {store.summary(total)}")
-    if before != job.batch_size:
-        job.print(
-            f"{flag} {path}: begun with --batch_size {before}, continued with {job.batch_size}; a "
+def _open_folder(run: Run, flag: str, path: str) -> RunFolder:
+    check_room(run, flag, path)
+    folder, pruning = RunFolder(flag, path), run.fingerprint["pruning"]
+    if reason := _cannot_continue(run, folder, flag, path):
+        folder.close()
+        raise UserError(f"{flag} {path}", *reason)
+    before = folder.decided.get("batch_size", run.batch_size)
+    folder.begin(pruning, batch_size=run.batch_size)
+    if folder.begun:
+        run.print(f"{flag} {path}: finished before: {folder.summary(len(run.model.blocks))}")
+    if before != run.batch_size:
+        run.print(
+            f"{flag} {path}: begun with --batch_size {before}, continued with {run.batch_size}; a "
             "run with a single batch size differs by rounding"
         )
-    return job
+    return folder
 
 
-def check_room(job: Job, flag: str, folder: str | Path) -> None:
+def _cannot_continue(run: Run, folder: RunFolder, flag: str, path: str) -> tuple[str, str] | None:
+    """Return why the run cannot continue the one that began the folder, and the way out."""
+    if folder.begun is None:
+        return None
+    if flag != "--resume":
+        fix = f"Add --resume {path} to continue it, or remove the folder"
+        return "it holds the state of an unfinished run", fix
+    begun, pruning = EARLIER | folder.begun, run.fingerprint["pruning"]
+    if folder.begun and (changed := first_difference(begun, pruning)):
+        problem = "it was begun with {} {!r}, not {!r}".format(*changed)
+        return problem, "Give the same again, or another folder"
+    ranks = ranks_of_state(folder) - {run.dist.size if run.is_sharded else 1}
+    if ranks:
+        problem = f"its training was begun with WORLD_SIZE {ranks.pop()}, not {run.dist.size}"
+        return problem, "Start as many ranks, or give another folder"
+    return None
+
+
+def check_room(run: Run, flag: str, folder: str | Path) -> None:
     """Print the maximum size of the training checkpoints. Raises UserError if the disk is full."""
-    if not job.schedule:
+    schedule = run.schedule
+    if not schedule:
         return
-    blocks = job.small_skeleton().get_submodule(job.blocks_name)
     # bytes per weight: its best value, its float32 master, and two averages
-    state, eight_bits = job.dtype.itemsize, job.schedule.optimizer == "adamw8bit"
-    state += 0 if job.schedule.rank else 6 if eight_bits else 12
-    size = 2 * state + (6 if job.plan.quantizes else 0)  # old and new state exist together
-    size *= sum(weight.numel() for weight in blocks.parameters())
+    state, eight_bits = run.model.dtype.itemsize, schedule.optimizer == "adamw8bit"
+    state += 0 if schedule.rank else 6 if eight_bits else 12
+    size = 2 * state + (6 if run.flags.quantizes else 0)  # old and new state exist together
+    size *= sum(weight.numel() for weight in run.model.small_blocks.parameters())
     kept = sum(file.stat().st_size for file in Path(folder).rglob("*.safetensors"))
     place = Path(folder).absolute()
     while not place.exists():
         place = place.parent
     free = shutil.disk_usage(place).free + kept
-    line = f"{flag} {folder}: training needs up to {gib(size)} there, and {gib(free)} are free"
+    problem = f"training needs up to {gib(size)} there, and {gib(free)} are free"
     if size > free:
-        raise UserError(f"{line}. Make room, or name a folder on another disk.")
-    job.print(line)
+        raise UserError(f"{flag} {folder}", problem, "Make room, or name a folder on another disk")
+    run.print(f"{flag} {folder}: {problem}")

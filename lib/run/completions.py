@@ -16,12 +16,11 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from ..data.languages import is_in, script_of, words_of
-from ..data.samples import as_windows
 from ..data.templates import prompt_of
 from ..model.blocks import BlockRunner
 from ..model.pretrained import window_length
 from ..util.errors import first_line
-from .job import Job
+from .run import Run
 
 NEW_TOKENS = 40  # generated after each prompt
 ANSWER_TOKENS = 256  # limit of an answer to a dialogue's prompt
@@ -37,18 +36,18 @@ class Completions:
     why, and the run continues without completions.
     """
 
-    def __init__(self, job: Job, runner: BlockRunner) -> None:
-        self.job = job
+    def __init__(self, run: Run, runner: BlockRunner) -> None:
+        self.run = run
         # beginnings, and prompts of dialogues: test, text, tokens
         self.prompts: list[tuple[str, str, list[int]]] = []
         self.asked: list[tuple[str, str, list[int]]] = []
         self.new_ids: dict[str, list[list[int]]] = {}  # continuations of all, by model name
-        window = window_length(job.config, None)
-        for test in job.texts.tests if job.args.completions else ():
-            prompts = [(decode(job.tokenizer, ids), ids.tolist()) for ids in test.prompts]
+        window = window_length(run.model.config, None)
+        for test in run.windows.tests if run.flags.completions else ():
+            prompts = [(decode(run.tokenizer, ids), ids.tolist()) for ids in test.prompts]
             self.prompts += [(test.name, *prompt) for prompt in prompts]
             for dialogue in test.dialogues:
-                ids = prompt_of(job.tokenizer, dialogue.prompt)
+                ids = prompt_of(run.tokenizer, dialogue.prompt)
                 if 0 < len(ids) < window - NEW_TOKENS:
                     self.asked.append((test.name, dialogue.prompt[-1]["content"], ids))
         longest = max((len(ids) for *_, ids in self.asked), default=0)
@@ -58,14 +57,14 @@ class Completions:
 
     def generate(self, name: str, model: nn.Module) -> None:
         """Continue every prompt with `model`; `name` is `dense`, or `model` for the pruned one."""
-        job, new_ids = self.job, []
-        window = window_length(job.config, None)
+        run, new_ids = self.run, []
+        window = window_length(run.model.config, None)
         try:
-            with job.timed("completions"):
+            with run.timed("completions"):
                 for prompts, tokens in ((self.prompts, NEW_TOKENS), (self.asked, self.limit)):
                     longest = max((len(ids) for *_, ids in prompts), default=0)
                     tokens = min(tokens, window - longest)
-                    step = max(1, job.batch_size * job.seqlen // (longest + tokens))
+                    step = max(1, run.batch_size * run.windows.seqlen // (longest + tokens))
                     for start in range(0, len(prompts), step):
                         batch = [ids for *_, ids in prompts[start : start + step]]
                         new_ids += continue_greedily(model, batch, tokens)
@@ -76,20 +75,20 @@ class Completions:
 
     def answers(self) -> list[dict[str, Any]]:
         """Return a record of each test set of dialogues: how many answers end, and more."""
-        job, records = self.job, []
-        read = (job.texts.training and job.texts.training.windows, job.texts.windows)
+        run, records = self.run, []
+        read = (run.windows.training and run.windows.training.windows, run.windows.calibration)
         read = [each for each in read if each is not None]
-        for test in job.texts.tests:
+        for test in run.windows.tests:
             places = [place for place, (name, *_) in enumerate(self.asked) if name == test.name]
             if not (places and self.new_ids):
                 continue
-            windows = [as_windows(each).ids[:KNOWN_WINDOWS] for each in (*read, test.windows)]
-            text = "\n".join(decode(job.tokenizer, ids) for each in windows for ids in each)
+            windows = [each.ids[:KNOWN_WINDOWS] for each in (*read, test.windows)]
+            text = "\n".join(decode(run.tokenizer, ids) for each in windows for ids in each)
             written, known = script_of(text), set(words_of(text))
             record = {"test": test.name, "prompts": len(places), "limit": self.limit}
             for name, new_ids in self.new_ids.items():
                 answers = [new_ids[len(self.prompts) + place] for place in places]
-                texts = [decode(job.tokenizer, ids) for ids in answers]
+                texts = [decode(run.tokenizer, ids) for ids in answers]
                 record[name] = {
                     "ended": sum(len(ids) < self.limit for ids in answers),
                     "in_language": sum(is_in(written, known, text) for text in texts),
@@ -100,11 +99,11 @@ class Completions:
 
     def records(self) -> list[dict[str, str]]:
         """Return one record for each prompt: `test`, `prompt`, and each model's completion."""
-        shown = [*self.prompts, *self.asked[: self.job.args.completions]]
+        shown = [*self.prompts, *self.asked[: self.run.flags.completions]]
         return [
             {"test": test, "prompt": prompt}
             | {
-                name: decode_completion(self.job.tokenizer, ids, new_ids[index])
+                name: decode_completion(self.run.tokenizer, ids, new_ids[index])
                 for name, new_ids in self.new_ids.items()
             }
             for index, (test, prompt, ids) in enumerate(shown)
@@ -112,7 +111,7 @@ class Completions:
 
     def _skip(self, reason: str) -> None:
         self.prompts, self.asked = [], []
-        self.job.print(f"completions: none, {reason}")
+        self.run.print(f"completions: none, {reason}")
 
 
 def continue_rows(

@@ -1,6 +1,6 @@
 """The fingerprint of a run: everything that determines its weights and figures.
 
-An interrupted run is resumed only with the same fingerprint, and all ranks of a job must have the
+An interrupted run is resumed only with the same fingerprint, and all ranks of a run must have the
 same. A sweep skips a run that was finished with it. Flags that change the result count by value;
 models and texts count by content, paths do not count. The version of this program counts, and the
 revision of the pruning method and of the quantizer; a method in a user's file counts by content. On
@@ -24,9 +24,9 @@ from .. import __version__
 from ..methods.gptq import GPTQ
 from ..methods.registry import is_file, label, split_file
 from ..methods.sparsity import ALLOCATIONS
-from ..model.pretrained import dtype_name
+from ..model.device import dtype_name
 from .flags import FIGURES, MODEL, named
-from .job import Job
+from .run import Run
 
 PACKAGES = "torch transformers tokenizers datasets accelerate numpy bitsandbytes".split()
 DECIDING = "torch", "transformers", "tokenizers", "numpy"  # versions that may change bytes
@@ -37,58 +37,58 @@ SETTINGS = "*.json", "*.jinja", "*.model", "*.txt", "*.tiktoken"  # tokenizer an
 SETTINGS_BYTES = 2**26  # limit of a settings file; larger files, such as logs, do not count
 
 
-def fingerprint(job: Job, weights: bool) -> dict[str, dict[str, Any]]:
+def fingerprint(run: Run, weights: bool) -> dict[str, dict[str, Any]]:
     """Return what determines the weights (`pruning`), and also the figures (`measuring`).
 
     Each section is {name in messages: value}, with values that JSON can hold. `weights`: include
     the digest of all bytes of the models' weights, if a run may be resumed or skipped; one rank per
     machine reads them. Every rank must call this.
     """
-    args, plan, texts, dist = job.args, job.plan, job.texts, job.dist
-    read = {"--model": (args.model, job.config)}
-    if job.teacher_config:
-        read["--teacher"] = args.teacher, job.teacher_config
+    flags, windows, dist = run.flags, run.windows, run.dist
+    read = {"--model": (flags.model, run.model.config)}
+    if run.teacher:
+        read["--teacher"] = flags.teacher, run.teacher.config
     digests = None
     if weights and dist.local_rank == 0:
         digests = {f"weights of {flag}": _content(*each, WEIGHTS) for flag, each in read.items()}
     digests = dist.of_machine(digests)
-    uncounted = [] if job.plan.calibrated else named(step="draw")
+    uncounted = [] if flags.calibrated else named(step="draw")
     counted = [name for name in named(decides=MODEL) if name not in uncounted]
-    pruning = {VERSION: __version__} | {f"--{name}": getattr(args, name) for name in counted}
+    pruning = {VERSION: __version__} | {f"--{name}": getattr(flags, name) for name in counted}
     pruning |= {
-        "--seed": args.seed if job.plan.calibrated or texts.training else None,
-        "--dtype": f"{dtype_name(job.dtype)}, saved as {dtype_name(job.save_dtype)}",
-        "--seqlen": job.seqlen,
-        "kind of device": job.device.type,
-        "windows of --calibration_data": texts.calibration and texts.calibration["digest"][:16],
+        "--seed": flags.seed if flags.calibrated or windows.training else None,
+        "--dtype": f"{dtype_name(run.model.dtype)}, saved as {dtype_name(run.model.save_dtype)}",
+        "--seqlen": windows.seqlen,
+        "kind of device": run.device.type,
+        "windows of --calibration_data": windows.record and windows.record["digest"][:16],
     }
     for flag, each in read.items():
         pruning[f"config of {flag}"] = _content(*each, "config.json", "*.py")
     pruning |= digests or {}
-    if job.vocabulary:
-        pruning["tokens of --trim_vocabulary"] = job.vocabulary.digest
-    if texts.training:
-        pruning["windows of --recover"] = texts.training.record["digest"][:16]
-        if job.schedule.windows > job.schedule.windows_alone:  # more than one process takes
-            pruning["windows of a step of --recover"] = job.schedule.windows
-    if plan.method:
-        pruning["revision of --prune_method"] = plan.method_class.revision
-        if is_file(plan.method):
-            pruning["--prune_method"] = label(plan.method)
-            file, _ = split_file(plan.method)
+    if run.vocabulary:
+        pruning["tokens of --trim_vocabulary"] = run.vocabulary.digest
+    if windows.training:
+        pruning["windows of --recover"] = windows.training.record["digest"][:16]
+        if run.schedule.windows > run.schedule.windows_alone:  # more than one process takes
+            pruning["windows of a step of --recover"] = run.schedule.windows
+    if flags.prune_method:
+        pruning["revision of --prune_method"] = flags.method_class.revision
+        if is_file(flags.prune_method):
+            pruning["--prune_method"] = label(flags.prune_method)
+            file, _ = split_file(flags.prune_method)
             pruning["file of --prune_method"] = _digest([Path(file)], named=False)
-        if plan.allocation not in ALLOCATIONS:
-            pruning["--allocation"] = f"layers {_digest([Path(plan.allocation)], named=False)}"
-    if plan.quantizes:
+        if flags.allocation not in ALLOCATIONS:
+            pruning["--allocation"] = f"layers {_digest([Path(flags.allocation)], named=False)}"
+    if flags.quantizes:
         pruning["revision of --quantize"] = GPTQ.revision
     pruning |= {f"version of {name}": versions()[name] for name in DECIDING}
-    measuring = {f"--{name}": getattr(args, name) for name in named(decides=FIGURES)}
-    measuring["--batch_size"] = job.batch_size  # changes the rounding of sums
-    measuring["tokenizer of --model"] = _content(args.model, job.config, *SETTINGS)
-    for test in texts.tests:
+    measuring = {f"--{name}": getattr(flags, name) for name in named(decides=FIGURES)}
+    measuring["--batch_size"] = run.batch_size  # changes the rounding of sums
+    measuring["tokenizer of --model"] = _content(flags.model, run.model.config, *SETTINGS)
+    for test in windows.tests:
         measuring[f"windows of --eval_data {test.name}"] = test.record["digest"][:16]
-    if args.include_path:
-        files = (path for path in Path(args.include_path).rglob("*") if path.is_file())
+    if flags.include_path:
+        files = (path for path in Path(flags.include_path).rglob("*") if path.is_file())
         measuring["--include_path"] = _digest(files)
     sections = {"pruning": pruning, "measuring": measuring}
     return json.loads(json.dumps(sections, default=str))

@@ -25,8 +25,9 @@ from ..methods.sparsity import (
     UNSTRUCTURED,
     Sparsity,
 )
-from ..util.command import Parser, typed
+from ..util.command import typed
 from ..util.errors import UserError
+from .plan import FlagParser, packed
 
 DESCRIPTION = """\
 Prune and quantize a Hugging Face causal language model for one language, with text in that
@@ -302,7 +303,7 @@ def named(**facts: Any) -> list[str]:
 @cache
 def build_parser() -> argparse.ArgumentParser:
     """Build the parser of main.py."""
-    parser = Parser(
+    parser = FlagParser(
         description=DESCRIPTION,
         usage="%(prog)s --model MODEL [options]",
         epilog=EXAMPLES.format(typed("prune")),
@@ -313,11 +314,6 @@ def build_parser() -> argparse.ArgumentParser:
         for flag in flags:
             flag.add_to(group)
     return parser
-
-
-def packed(flags: Mapping[str, Any]) -> bool:
-    """Return whether the model is saved packed; --quantize int4 implies it."""
-    return bool(flags.get("replace_sparse_layers") or flags.get("quantize") == "int4")
 
 
 def given(args: argparse.Namespace, name: str) -> bool:

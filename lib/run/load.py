@@ -13,145 +13,149 @@ from typing import Any
 
 import torch
 
-from ..model import pretrained
 from ..model.blocks import BlockRunner
+from ..model.pretrained import fresh_copy, load_model
 from ..model.rows import keep_rows_
 from ..model.run_folder import RunFolder
+from ..model.saving import cast
+from ..model.skeleton import decoder_blocks
 from ..model.store import BlockStore, FileBlockStore, device_map
 from ..pruning.check import SparsityCheck
 from ..sharded import is_sharded
 from ..util.errors import UserError
 from ..util.files import temporary_folder
 from ..util.host import keep_freed_memory
-from .job import Job
-from .memory import Memory
+from .memory import local_memory
+from .run import Run
 
 LEAST_ZEROS = 0.01  # share of zeros in the blocks below which a model counts as not pruned
 MEMORY = Path("/dev/shm")  # on Linux: files in memory
 
 
-def load(job: Job, cleanup: ExitStack, folder: RunFolder | None) -> BlockRunner:
+def load(run: Run, cleanup: ExitStack, folder: RunFolder | None) -> BlockRunner:
     """Load the model where it fits; `cleanup` closes and removes temporary files.
 
     `folder` is the run's folder of blocks, in the main rank.
     """
     keep_freed_memory()
-    args, dist, (fetched, options) = job.args, job.dist, plan_memory(job)
+    flags, dist, (offloaded, options) = run.flags, run.dist, plan_memory(run)
     first = dist.local_rank == 0  # first rank of its machine
-    where, converted, blocks_at = {"": job.device}, None, None
-    if fetched:
-        where = device_map(job.skeleton, job.blocks_name, job.device)
+    where, converted, blocks_at = {"": run.device}, None, None
+    if offloaded:
+        where = device_map(run.model.skeleton, run.model.blocks_name, run.device)
         if first:
-            blocks_at = _block_folder(job, cleanup, folder)
+            blocks_at = _block_folder(run, cleanup, folder)
         converted = dist.of_machine(blocks_at and str(blocks_at.converted))
-    with job.timed("load"):
-        model = pretrained.load_model(
-            job.checkpoint,
-            job.config,
-            dtype=job.dtype,
+    with run.timed("load"):
+        model = load_model(
+            run.model.checkpoint,
+            run.model.config,
+            dtype=run.model.dtype,
             device_map=where,
             offload=converted,
             writes=first,
-            load_bit=args.load_bit,
+            load_bit=flags.load_bit,
         )
     dist.barrier()  # files that one rank converts serve all ranks of its machine
-    save_dtype = job.save_dtype
-    if job.plan.fake_quantizes:
-        with pretrained.cast(model, save_dtype):
+    save_dtype = run.model.save_dtype
+    if flags.fake_quantizes:
+        with cast(model, save_dtype):
             pass  # evaluated as it will be saved; blocks in files are cast when fetched
     store = BlockStore
-    if fetched:
-        on_disk, narrow = bool(args.offload_folder), job.plan.fake_quantizes
-        store = partial(FileBlockStore, folder=blocks_at, on_disk=on_disk, narrow=narrow)
-    finished = folder if job.plan.changes else None
-    weights = store(model, job.device, save_dtype=save_dtype, finished=finished, dist=job.dist)
-    runner = BlockRunner(model, job.device, weights, **options)
+    if offloaded:
+        on_disk, casts = bool(flags.offload_folder), flags.fake_quantizes
+        store = partial(FileBlockStore, folder=blocks_at, on_disk=on_disk, narrow=casts)
+    finished = folder if run.flags.changes else None
+    weights = store(model, run.device, save_dtype=save_dtype, finished=finished, dist=run.dist)
+    runner = BlockRunner(model, run.device, weights, **options)
     if weights.resident:  # otherwise blocks are checked when they are fetched
         runner.check_finite()
     try:
         runner.verify()
     except UserError as error:
-        if job.plan.changes or job.plan.has_dense:
+        if run.flags.changes or run.flags.has_dense:
             raise
-        runner = BlockRunner(model, job.device, weights, **options, whole=True)
+        runner = BlockRunner(model, run.device, weights, **options, whole=True)
         runner.verify()
-        job.print(f"evaluated as a whole: {error}")
+        run.print(f"evaluated as a whole: {error}")
     return runner
 
 
-def load_teacher(job: Job, runner: BlockRunner, cleanup: ExitStack) -> BlockRunner:
+def load_teacher(run: Run, runner: BlockRunner, cleanup: ExitStack) -> BlockRunner:
     """Load the teacher: `--teacher`, or a copy of the model before pruning.
 
     If ranks share out the model's blocks, the teacher's are fetched whole. Raises UserError if an
     already pruned model is to be recovered, but has no zeros.
     """
-    passes = dict(dist=job.dist, batch_size=job.batch_size, state_device=runner.state_device)
+    passes = dict(dist=run.dist, batch_size=run.batch_size, state_device=runner.state_device)
     passes["most_windows"] = runner.most_windows
     store, resident = None, not is_sharded(runner)
-    if not job.teacher:
-        model = pretrained.fresh_copy(runner.model, with_blocks=resident)
+    if not run.teacher:
+        model = fresh_copy(runner.model, with_blocks=resident)
         if not resident:
             store = runner.weights.of_copy(model)
-        return BlockRunner(model, job.device, store, **passes)
-    needs_zeros = job.schedule and not (job.plan.fake_quantizes or job.smaller)
+        return BlockRunner(model, run.device, store, **passes)
+    spec = run.teacher
+    needs_zeros = run.schedule and not (run.flags.fake_quantizes or spec.is_larger)
     if needs_zeros and (zeros := SparsityCheck(runner).overall) < LEAST_ZEROS:
         raise UserError(
-            f"{job.checkpoint}: {zeros:.1%} of its blocks' weights are zero, so there is "
-            "nothing to recover. Prune it with --prune_method, without --teacher."
+            str(run.model.checkpoint),
+            f"{zeros:.1%} of its blocks' weights are zero, so there is nothing to recover",
+            "Prune it with --prune_method, without --teacher",
         )
-    with job.timed("load teacher"):
-        where, converted, first = {"": job.device}, None, job.dist.local_rank == 0
+    with run.timed("load teacher"):
+        where, converted, first = {"": run.device}, None, run.dist.local_rank == 0
         if not resident:
-            skeleton = pretrained.skeleton(job.teacher_config, job.teacher)
-            where = device_map(skeleton, pretrained.decoder_blocks(skeleton)[0], job.device)
+            name, _ = decoder_blocks(spec.skeleton)
+            where = device_map(spec.skeleton, name, run.device)
             converted = str(cleanup.enter_context(temporary_folder())) if first else None
-            converted = job.dist.of_machine(converted)
-        model = pretrained.load_model(
-            job.teacher,
-            job.teacher_config,
-            dtype=job.dtype,
+            converted = run.dist.of_machine(converted)
+        model = load_model(
+            spec.checkpoint,
+            spec.config,
+            dtype=run.model.dtype,
             device_map=where,
             offload=converted,
             writes=first,
         )
-        job.dist.barrier()  # as above
-        if job.teacher_rows is not None:
-            keep_rows_(model, job.teacher_rows)
+        run.dist.barrier()  # as above
+        if spec.rows is not None:
+            keep_rows_(model, spec.rows)
         if not resident:
-            files = dict(folder=None, on_disk=False, narrow=False, dist=job.dist)
-            store = FileBlockStore(model, job.device, **files)
-        teacher = BlockRunner(model, job.device, store, flag=job.teacher.flag, **passes)
+            files = dict(folder=None, on_disk=False, narrow=False, dist=run.dist)
+            store = FileBlockStore(model, run.device, **files)
+        teacher = BlockRunner(model, run.device, store, flag=spec.checkpoint.flag, **passes)
         teacher.check_finite()
     return teacher
 
 
-def plan_memory(job: Job) -> tuple[bool, dict[str, Any]]:
-    """Decide whether blocks are fetched, and other options of `BlockRunner`; print a line.
+def plan_memory(run: Run) -> tuple[bool, dict[str, Any]]:
+    """Decide whether blocks are offloaded, and other options of `BlockRunner`; print a line.
 
     Raises UserError if the run cannot fit in memory.
     """
-    memory = Memory.of(job)
-    with job.dist.fail_together():  # another program may be on one rank's card
+    memory = local_memory(run)
+    with run.dist.fail_together():  # another program may be on one rank's card
         memory.check()
-    job.print(memory.line())
-    return memory.fetched, dict(
-        dist=job.dist,
-        batch_size=job.batch_size,
-        state_device=job.device if memory.hidden_on_device else torch.device("cpu"),
+    run.print(memory.line())
+    return memory.offloaded, dict(
+        dist=run.dist,
+        batch_size=run.batch_size,
+        state_device=run.device if memory.hidden_on_device else torch.device("cpu"),
         cache_inputs=memory.cache_inputs,
         checkpointed=memory.checkpointed,
         most_windows=memory.tests_at_once,
     )
 
 
-def _block_folder(job: Job, cleanup: ExitStack, folder: RunFolder | None) -> RunFolder:
+def _block_folder(run: Run, cleanup: ExitStack, folder: RunFolder | None) -> RunFolder:
     """Return this machine's folder of changed blocks: that of the run, or a temporary one."""
     if folder:
         return folder
-    if job.args.offload_folder:
-        path = Path(f"{job.args.offload_folder}-rank-{job.dist.rank}")
+    if run.flags.offload_folder:
+        path = Path(f"{run.flags.offload_folder}-rank-{run.dist.rank}")
     else:
-        size = sum(parameter.nbytes for parameter in job.skeleton.parameters())
+        size = sum(parameter.nbytes for parameter in run.model.skeleton.parameters())
         in_memory = MEMORY.is_dir() and size < shutil.disk_usage(MEMORY).free
         parent = MEMORY if in_memory else None
         path = cleanup.enter_context(temporary_folder(parent))

@@ -1,18 +1,17 @@
 """Estimate the memory of a run in one rank, in bytes by stage and term, before weights are read.
 
-    memory = Memory.of(job)
+    memory = local_memory(run)
     memory.stages["train"]      # {"weights": ..., "teacher": ..., "masters": ..., ...}
     memory.fits()               # whether every stage fits into the free memory
     memory_of(config, "--prune_method admm", free=24e9).table()  # for another machine
 
 Terms of `stages` and `on_host` are resident for a stage, or certainly at some moment of it. They
-decide whether blocks are fetched, and where hidden states are. If their sum exceeds the free
+decide whether blocks are offloaded, and where hidden states are. If their sum exceeds the free
 memory, the run is refused. Terms of `passing` are estimates for a batch, and refuse nothing.
 """
 
 from __future__ import annotations
 
-import argparse
 import copy
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -24,53 +23,49 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..data.samples import as_windows
-from ..methods.registry import METHODS, method_of
-from ..model import pretrained
+from ..data.samples import Windows
+from ..data.training import HELD_OUT, TrainingText
+from ..data.windows import TestSet
+from ..distributed.context import DistContext
+from ..methods.gptq import GPTQ
+from ..methods.registry import method_of
+from ..methods.sparsity import EXPERTS
 from ..model.access import Checkpoint, weight_bytes
 from ..model.blocks import GPU_LOGIT_BYTES, LOGIT_BYTES
+from ..model.device import checkpoint_dtype, default_batch_size, saved_dtype
 from ..model.linears import find_linears
 from ..model.matrix import PrunableLinear, SaveDtypes
-from ..model.parts import find_parts
-from ..model.reference import compared_windows, local_windows
+from ..model.pretrained import LONGEST_WINDOW
+from ..model.reference import local_windows
+from ..model.skeleton import decoder_blocks
+from ..model.skeleton import skeleton as build_skeleton
 from ..packed.formats import FORMATS
 from ..pruning.allocation import WINDOWS as ALLOCATION_WINDOWS
 from ..pruning.errors import TOKENS
 from ..recover import TrainSchedule
-from ..remove import experts_left, neurons_left
 from ..sharded import can_share
 from ..util import progress
 from ..util.errors import UserError
 from ..util.host import available, gib
 from .flags import FLAGS, Flag, build_parser, shown
-from .job import Job
-from .plan import Plan
+from .plan import Flags
+from .run import Model, Run, kept_parts
+from .windows import Corpora, RunWindows
 
 BITS = {"4": 4.5, "8": 8.1}  # per weight with --load_bit, including scales (formula)
 FLOAT = 4  # bytes of a float32: sums, masters, gradients and averages
 # AdamW's averages per trained number: two float32, or two bytes with a float32 scale per 256; small
 # tensors have float32 (bitsandbytes' formulas)
 AVERAGES, AVERAGES_8BIT, SMALL_TENSOR = 8, 2 + 2 * 4 / 256, 4096
-# float32 numbers that a solver holds besides its sums and matrices: the maximum of
-# a * in^2 + b * in * out + c * out; measured on the simulated device for each method at inputs and
-# outputs from 32 to 3,072, with N:M masks (unstructured masks take 20% more)
-SOLVING = {
-    "magnitude": [(0, 1.3, 0)],
-    "wanda": [(0, 1.3, 0)],
-    "sparsegpt": [(2, 0, 0), (1, 2, 0), (1, 1, 640)],
-    "admm": [(3, 3.4, 0), (2, 8.1, 0)],
-    "quantize": [(3, 3.4, 0), (1, 9.4, 0)],
-    "sparsegpt neurons": [(2, 2.7, 0)],
-    "admm neurons": [(2, 0, 0), (1, 3.7, 0)],
-}
 # activations of a batch in units of its hidden states, measured on LLaMA, whose MLP is 3 to 4 times
 # as wide: in a forward pass, and kept in a block for its backward pass
 COMPUTED, KEPT = 11, 40
 LOGITS = 4  # copies of a chunk of logits: logits, log-probabilities, the teacher's, a gradient
 CACHED = 8  # inputs of a block's linear layers, in hidden states (formula for LLaMA)
 SHARD = 5 * 10**9  # largest file of a saved model, in bytes
-ROOM = 2  # blocks are fetched if this many times the weights exceed the free memory
+ROOM = 2  # blocks are offloaded if this many times the weights exceed the free memory
 HIDDEN_ROOM = 4  # hidden states are on the host if this many times their size exceeds the rest
+TESTS = 256  # test windows of `memory_of`
 CARDS = 2, 4, 8, 16, 32, 64  # numbers of cards that can share the trained weights
 Table = dict[str, dict[str, int]]  # {stage: {term: bytes}}
 
@@ -83,125 +78,84 @@ def flags_of(stage: str) -> list[Flag]:
 
 @dataclass(frozen=True, eq=False)
 class Memory:
-    """A run's memory in one rank; `fetched`: blocks are on the device one at a time."""
+    """A run's memory in one rank; `offloaded`: blocks are on the device one at a time."""
 
-    model: nn.Module  # without weights
-    small: nn.Module  # the model after neurons or experts are removed
-    blocks_name: str
-    args: argparse.Namespace
-    dtype: torch.dtype
-    save_dtype: torch.dtype
-    gpu: bool
+    run: Run
     free: int  # bytes on the device
     host: int  # bytes on the host
-    seqlen: int
-    batch_size: int
-    schedule: TrainSchedule | None = None
-    windows: int = 0  # this rank's calibration windows
-    tests: int = 0  # this rank's windows of all test sets
-    compared: int = 0  # those of them that are compared with the dense model
-    held_out: int = 0  # this rank's held-out windows of the training text
-    masked: bool = False  # some windows have several documents, and so their own masks
-    teacher: nn.Module | None = None  # model of --teacher
-    rows: int | None = None  # rows of a trimmed vocabulary
-    quantized: bool = False  # it is quantized when it is loaded
-    files: int | None = None  # bytes of the weights of a model that is stored quantized or packed
     ranks: int = 1
-    fetched: bool = False
+    offloaded: bool = False
 
-    @classmethod
-    def of(cls, job: Job) -> Memory:
-        """Return the memory of a run on this machine; every rank must call this."""
-        args, dist, texts = job.args, job.dist, job.texts
-        gpu = job.device.type != "cpu"
-        host = free = available() // dist.local_size
-        if gpu:  # torch's own cache is free too
-            free = torch.get_device_module(job.device).mem_get_info(job.device)[0]
-            free += torch.accelerator.memory_reserved(job.device)
-            free -= torch.accelerator.memory_allocated(job.device)
-        teacher = job.teacher and pretrained.skeleton(job.teacher_config, job.teacher)
-        stored = getattr(job.config, "quantization_config", None)
-        windows = [] if texts.windows is None else texts.windows
-        tests = [test.windows for test in texts.tests]
-        held_out = len(texts.training.held_out) if texts.training else 0
-        memory = cls(
-            model=job.skeleton,
-            small=job.small_skeleton(),
-            blocks_name=job.blocks_name,
-            args=args,
-            dtype=job.dtype,
-            save_dtype=job.save_dtype,
-            gpu=gpu,
-            free=free,
-            host=host,
-            seqlen=job.seqlen,
-            batch_size=job.batch_size,
-            schedule=job.schedule,
-            windows=dist.count(len(windows)),
-            tests=sum(dist.count(len(test)) for test in tests),
-            compared=sum(len(local_windows(len(test), dist)) for test in tests),
-            held_out=len(local_windows(held_out, dist)),
-            masked=any(len(w) and as_windows(w).positions is not None for w in [windows, *tests]),
-            teacher=teacher or None,
-            rows=len(job.vocabulary.rows) if job.vocabulary else None,
-            quantized=bool(args.load_bit or stored),
-            files=weight_bytes(args.model) if stored else None,
-            ranks=dist.size,
-        )
-        if args.offload_folder and not memory.separable:
-            raise UserError(
-                f"--offload_folder {args.offload_folder}: the model's blocks share weights, or are "
-                "quantized. Leave the flag out."
-            )
-        wanted = memory.wants_fetching(dist.local_size)
-        return replace(memory, fetched=any(dist.all_gather_object(wanted)))
+    @property
+    def flags(self) -> Flags:
+        return self.run.flags
 
-    @cached_property
-    def plan(self) -> Plan:
-        return Plan.of(self.args)
+    @property
+    def model(self) -> Model:
+        return self.run.model
+
+    @property
+    def gpu(self) -> bool:
+        return self.run.device.type != "cpu"
+
+    @property
+    def is_stored(self) -> bool:
+        """Whether the model's files are quantized or packed."""
+        return bool(getattr(self.model.config, "quantization_config", None))
+
+    @property
+    def windows(self) -> int:
+        """This rank's calibration windows."""
+        return self.run.dist.count(len(self.run.windows.calibration or ()))
+
+    @property
+    def rows(self) -> int | None:
+        """Rows of a trimmed vocabulary."""
+        return len(self.run.vocabulary.rows) if self.run.vocabulary else None
 
     @property
     def separable(self) -> bool:
-        """Whether blocks can be fetched one at a time; they cannot while a single rank trains."""
-        alone = self.schedule and self.ranks == 1
-        blocks = self.model.get_submodule(self.blocks_name)
-        return not self.quantized and not alone and can_share(blocks)
+        """Whether blocks can be offloaded; they cannot while a single rank trains."""
+        alone = self.run.schedule and self.ranks == 1
+        quantized = self.flags.load_bit or self.is_stored
+        return not quantized and not alone and can_share(self.model.blocks)
 
-    def wants_fetching(self, local_size: int = 1) -> bool:
-        """Whether blocks should be fetched: if asked for, shared by ranks, or short of memory."""
-        needed = (self.schedule and self.ranks > 1) or (not self.gpu and local_size > 1)
+    def wants_offloading(self, local_size: int = 1) -> bool:
+        """Whether blocks should be offloaded: if asked for, shared by ranks, or short of memory."""
+        needed = (self.run.schedule and self.ranks > 1) or (not self.gpu and local_size > 1)
         if self.gpu and not needed:
             most = ROOM * self.weights + self._teacher_at("measure")
             needed = not self.fits() or most > self.free
-        return bool(self.args.offload_folder or (self.separable and needed))
+        return bool(self.flags.offload_folder or (self.separable and needed))
 
-    def _part(self, size: int) -> int:
-        """Return a rank's part of trained numbers or bytes."""
-        return -(-size // self.ranks) if self.schedule and self.fetched else size
+    def _shard(self, size: int) -> int:
+        """Return a rank's shard of trained numbers or bytes."""
+        return -(-size // self.ranks) if self.run.schedule and self.offloaded else size
 
     @cached_property
     def weights(self) -> int:
         """Bytes of all weights on the device, or of the tables and one block."""
-        if self.files is not None:  # 0 for a model on the Hub
-            return max(self.files, self._tables if self.files else 0)
+        if self.is_stored:
+            files = weight_bytes(self.flags.model)  # 0 for a model on the Hub
+            return max(files, self._tables if files else 0)
         inside = sum(self._inside)
-        if self.args.load_bit:
-            inside = int(inside // self.dtype.itemsize * BITS[self.args.load_bit] / 8)
-        return self._tables + (self._block if self.fetched else inside)
+        if self.flags.load_bit:
+            inside = int(inside // self.model.dtype.itemsize * BITS[self.flags.load_bit] / 8)
+        return self._tables + (self._block if self.offloaded else inside)
 
     @cached_property
     def _inside(self) -> list[int]:
         """Bytes of each block."""
-        return self._sizes(self.model)
+        return self._sizes(self.model.skeleton)
 
     def _sizes(self, model: nn.Module) -> list[int]:
         """Return the bytes of each block; a weight that several share counts in the first."""
         seen: set[int] = set()
         sizes = []
-        for block in model.get_submodule(self.blocks_name):
+        for block in model.get_submodule(self.model.blocks_name):
             new = {id(one): one.numel() for one in block.parameters() if id(one) not in seen}
             seen |= new.keys()
-            sizes.append(sum(new.values()) * self.dtype.itemsize)
+            sizes.append(sum(new.values()) * self.model.dtype.itemsize)
         return sizes
 
     @property
@@ -212,18 +166,18 @@ class Memory:
     @cached_property
     def _tables(self) -> int:
         """Bytes outside the blocks: embedding, head, norms, other towers, buffers."""
-        return self._outside(self.model, None)
+        return self._outside(self.model.skeleton, None)
 
     def _outside(self, model: nn.Module, rows: int | None) -> int:
         """Return the bytes outside the blocks, with `rows` of the vocabulary (None: all)."""
-        inside = {id(one) for one in model.get_submodule(self.blocks_name).parameters()}
+        inside = {id(one) for one in model.get_submodule(self.model.blocks_name).parameters()}
         every = model.get_input_embeddings().num_embeddings
         size = sum(one.nbytes for one in model.buffers())
         for one in model.parameters():
             if id(one) not in inside:
                 cut = rows is not None and one.shape[:1] == (every,)
                 count = one.numel() // every * rows if cut else one.numel()
-                size += count * self.dtype.itemsize
+                size += count * self.model.dtype.itemsize
         return size
 
     def _teacher_at(self, stage: str) -> int:
@@ -231,41 +185,47 @@ class Memory:
 
         If ranks share the trained weights, its blocks are on the disk until training.
         """
-        if stage in ("load", "save") or not (self.teacher or self.schedule):
+        teacher = self.run.teacher
+        if stage in ("load", "save") or not (teacher or self.run.schedule):
             return 0
-        inside = sum(self._sizes(self.teacher or self.model))
-        if self.fetched and self.ranks > 1:
-            inside = self._part(inside) + self._block if stage == "train" else 0
-        return inside + (self._outside(self.teacher, self.rows) if self.teacher else 0)
+        inside = sum(self._sizes(teacher.skeleton) if teacher else self._inside)
+        if self.offloaded and self.ranks > 1:
+            inside = self._shard(inside) + self._block if stage == "train" else 0
+        return inside + (self._outside(teacher.skeleton, self.rows) if teacher else 0)
 
     def stream(self, windows: int) -> int:
         """Return the bytes of the hidden states of windows."""
-        width = self.model.config.get_text_config(decoder=True).hidden_size
-        return windows * self.seqlen * width * self.dtype.itemsize
+        numbers = windows * self.run.windows.seqlen * self.model.width
+        return numbers * self.model.dtype.itemsize
 
     @cached_property
     def _streams(self) -> dict[str, int]:
         """Bytes of the hidden states that a stage holds between blocks, besides a batch's."""
-        plan, streams, windows = self.plan, {}, max(1, self.windows)
-        if plan.method and plan.allocation != "uniform":  # before every block, and the gradient
+        flags, streams, windows = self.flags, {}, max(1, self.windows)
+        # before every block, and the gradient
+        if flags.prune_method and flags.allocation != "uniform":
             few = min(-(-ALLOCATION_WINDOWS // self.ranks), windows)
             streams["allocate"] = self.stream(few) * (len(self._inside) + 1)
-        if plan.method and method_of(plan.method).observes:
-            streams["prune"] = self.stream(windows) * (1 + method_of(plan.method).dense_stream)
-        if plan.quantizes:
+        method = flags.prune_method and method_of(flags.prune_method)
+        if method and method.observes:
+            streams["prune"] = self.stream(windows) * (1 + method.dense_stream)
+        if flags.quantizes:
             streams["quantize"] = 2 * self.stream(windows)
         return streams
 
     @cached_property
     def masks(self) -> int:
         """Bytes of attention masks, bools, of windows with several documents."""
-        return self.masked * self.windows * self.seqlen**2
+        windows = self.run.windows
+        sets = [windows.calibration, *(test.windows for test in windows.tests)]
+        masked = any(each and each.positions is not None for each in sets)
+        return masked * self.windows * windows.seqlen**2
 
     @cached_property
     def left(self) -> int:
         """Bytes that pruning and quantization leave on the device for hidden states."""
-        # a fetched block arrives before the one before it is freed
-        weights = self.weights + self._block * self.fetched
+        # an offloaded block arrives before the one before it is freed
+        weights = self.weights + self._block * self.offloaded
         solver = max(map(self._solving, self._solved), default=0)
         return self.free - self._teacher_at("measure") - weights - solver - self.masks
 
@@ -277,12 +237,12 @@ class Memory:
 
     @cached_property
     def tests_at_once(self) -> int | None:
-        """Test windows that pass through fetched blocks at a time, in whole batches."""
-        if not self.fetched:
+        """Test windows that pass through offloaded blocks at a time, in whole batches."""
+        if not self.offloaded:
             return None
         room = (self.left if self.hidden_on_device else self.host) // HIDDEN_ROOM
-        batches = max(1, room // self.stream(self.batch_size))
-        return batches * self.batch_size
+        batches = max(1, room // self.stream(self.run.batch_size))
+        return batches * self.run.batch_size
 
     @cached_property
     def cache_inputs(self) -> bool:
@@ -293,15 +253,17 @@ class Memory:
     @cached_property
     def checkpointed(self) -> bool:
         """Whether training recomputes a block's activations."""
-        if not self.schedule:
+        if not self.run.schedule:
             return False
-        kept = KEPT * len(self._inside) * self.stream(self.batch_size)
+        kept = KEPT * len(self._inside) * self.stream(self.run.batch_size)
         return self.total("train") + kept > self.free
 
     @property
     def _solved(self) -> list[str]:
         """The stages with a solver for each linear layer."""
-        return ["prune"] * (self.plan.method in METHODS) + ["quantize"] * self.plan.quantizes
+        flags = self.flags
+        prunes = flags.prune_method and flags.removes != EXPERTS
+        return ["prune"] * bool(prunes) + ["quantize"] * flags.quantizes
 
     def _solving(self, stage: str) -> int:
         return sum(self._solver(stage).values())
@@ -312,10 +274,9 @@ class Memory:
         Layers with the same input share its sums. A method that takes inputs in order holds those
         of one input at a time, or those of all experts.
         """
-        name = "quantize" if stage == "quantize" else self.plan.method
-        method = method_of(name if name in METHODS else "admm")
-        neurons = " neurons" if stage == "prune" and self.plan.removes else ""
-        solving = SOLVING.get(name + neurons, SOLVING["wanda"])
+        method = GPTQ if stage == "quantize" else method_of(self.flags.prune_method)
+        neurons = stage == "prune" and bool(self.flags.removes)
+        workspace = method.neuron_workspace if neurons else method.workspace
         worst, at_most = 0, {"statistics": 0, "solver": 0}
         for groups in self._groups:
             if neurons:  # only the down projection is solved
@@ -329,7 +290,7 @@ class Memory:
                     if method.dense_stream:  # the error of a projection or of an input
                         sums += FLOAT * experts * width * (min(outputs, width) if ends else width)
                     parts = width**2, width * outputs, outputs
-                    numbers = (sum(map(mul, parts, factors)) for factors in solving)
+                    numbers = (sum(map(mul, parts, factors)) for factors in workspace)
                     most = max(most, int(FLOAT * (max(numbers) + width * outputs)))
                 if sums + most > worst:
                     worst, at_most = sums + most, {"statistics": sums, "solver": most}
@@ -345,7 +306,7 @@ class Memory:
         output of the others.
         """
         kinds: dict[tuple, list[tuple[int, int, int, bool]]] = {}
-        for block in self.model.get_submodule(self.blocks_name):
+        for block in self.model.blocks:
             linears, _ = find_linears(block, "")
             kind = tuple((linear.name, linear.shape) for linear in linears)
             if kind in kinds:
@@ -367,34 +328,35 @@ class Memory:
     @cached_property
     def _training(self) -> dict[str, int]:
         """Terms of training the parts that `trained_parts` of lib/recover.py returns."""
-        schedule, rank = self.schedule, self.schedule.rank
-        outside = {id(one) for one in self.small.parameters()}
-        blocks = self.small.get_submodule(self.blocks_name)
+        schedule, rank = self.run.schedule, self.run.schedule.rank
+        outside = {id(one) for one in self.model.small.parameters()}
+        blocks = self.model.small_blocks
         outside -= {id(one) for one in blocks.parameters()}
         linears = {id(getattr(one.module, one.parameter)) for one in self._linears}
-        saved = SaveDtypes(self.small, self.save_dtype)
+        saved = SaveDtypes(self.model.small, self.model.save_dtype)
         terms = dict.fromkeys(("masters", "gradients", "averages"), 0)
         for path, one in blocks.named_parameters():
             matrix, size = id(one) in linears, one.numel()
             vector = one.dim() == 1 or path.endswith("bias")
             if id(one) in outside or not (matrix or vector):
                 continue
-            on_grid, trained = matrix and self.plan.quantizes, self._part(size)
-            dtype = saved.of(f"{self.blocks_name}.{path}", one)
+            on_grid, trained = matrix and self.flags.quantizes, self._shard(size)
+            dtype = saved.of(f"{self.model.blocks_name}.{path}", one)
             if matrix and rank:  # B and A, beside a copy of the matrix
                 *stack, rows, columns = one.shape
                 replicated = 0 if stack else rank * columns  # A
                 trained = prod(stack) * rank * (rows + columns) - replicated
-                trained = self._part(trained) + replicated
-                terms["masters"] += self._part(size) * dtype.itemsize
+                trained = self._shard(trained) + replicated
+                terms["masters"] += self._shard(size) * dtype.itemsize
             if matrix and not rank and schedule.optimizer == "adamw8bit":
-                terms["averages"] += self._part(size)  # mask of zeros, which are set again
+                terms["averages"] += self._shard(size)  # mask of zeros, which are set again
             # a parameter that is saved in float32 is its own master
-            exact = dtype == self.dtype == torch.float32 and not on_grid and not (matrix and rank)
+            is_float32 = dtype == self.model.dtype == torch.float32
+            exact = is_float32 and not on_grid and not (matrix and rank)
             terms["masters"] += 0 if exact else FLOAT * trained
             terms["gradients"] += FLOAT * trained
-            narrow = schedule.optimizer == "adamw8bit" and trained >= SMALL_TENSOR
-            terms["averages"] += int((AVERAGES_8BIT if narrow else AVERAGES) * trained)
+            eight_bits = schedule.optimizer == "adamw8bit" and trained >= SMALL_TENSOR
+            terms["averages"] += int((AVERAGES_8BIT if eight_bits else AVERAGES) * trained)
         return terms
 
     @cached_property
@@ -416,26 +378,28 @@ class Memory:
     @property
     def _active(self) -> list[str]:
         """The stages of this run."""
-        plan = self.plan
+        flags = self.flags
         taken = {
             "load": True,
             "measure": True,
-            "allocate": plan.method and plan.allocation != "uniform",
-            "prune": plan.method,
-            "quantize": plan.quantizes,
-            "train": self.schedule,
-            "save": self.args.save_model,
+            "allocate": flags.prune_method and flags.allocation != "uniform",
+            "prune": flags.prune_method,
+            "quantize": flags.quantizes,
+            "train": self.run.schedule,
+            "save": flags.save_model,
         }
         return [stage for stage, takes in taken.items() if takes]
 
     def _terms(self, stage: str) -> Iterator[tuple[str, int, bool]]:
         """Yield term, bytes, and whether it is on the device."""
+        dist, tests = self.run.dist, self.run.windows.tests
         yield "weights", self._weights_at(stage), True
         if teacher := self._teacher_at(stage):
             yield "teacher", teacher, True
         size = self._streams.get(stage, 0)
-        if stage == "measure" and self.fetched:  # otherwise each batch goes through all blocks
-            size = self.stream(min(self.tests, self.tests_at_once))
+        if stage == "measure" and self.offloaded:  # otherwise each batch goes through all blocks
+            windows = sum(dist.count(len(each.windows)) for each in tests)
+            size = self.stream(min(windows, self.tests_at_once))
         if size:
             yield "hidden states", size, self.hidden_on_device
         if stage in self._solved:
@@ -443,21 +407,23 @@ class Memory:
                 yield name, size, True
         if stage == "prune" and "allocate" in self._active:  # float64, by output
             yield "output costs", 8 * sum(linear.shape[0] for linear in self._linears), True
-        if self.plan.quantizes and self.schedule:  # the start of training
+        if self.flags.quantizes and self.run.schedule:  # the start of training
             numbers = self._quantized
-            each = self.save_dtype.itemsize if self.schedule.rank else FLOAT
+            each = self.model.save_dtype.itemsize if self.run.schedule.rank else FLOAT
             if stage == "quantize":
-                yield "masters", each * self._part(numbers), True
+                yield "masters", each * self._shard(numbers), True
             if stage in ("quantize", "train", "save"):
-                size = FLOAT * numbers // FORMATS[self.plan.format].group
-                yield "scales", size if stage == "save" else self._part(size), True
+                size = FLOAT * numbers // FORMATS[self.flags.format].group
+                yield "scales", size if stage == "save" else self._shard(size), True
         if stage == "train":
             for name, size in self._training.items():
                 yield name, size, True
-            yield "best weights", self._part(sum(self._sizes(self.small))), not self.gpu
-            yield "held-out states", self.stream(self.held_out), not self.gpu
-        if stage != "load" and self.compared and self.plan.has_dense:
-            yield "dense states", self.stream(self.compared), not self.gpu
+            yield "best weights", self._shard(sum(self._sizes(self.model.small))), not self.gpu
+            held_out = local_windows(len(self.run.windows.training.held_out), dist)
+            yield "held-out states", self.stream(len(held_out)), not self.gpu
+        if stage != "load" and self.flags.has_dense:
+            compared = sum(len(local_windows(len(each.windows), dist)) for each in tests)
+            yield "dense states", self.stream(compared), not self.gpu
         if stage == "save":  # one file at a time
             size = min(SHARD, self._weights_at("save"))
             yield "copies for the disk", size, not self.gpu
@@ -466,23 +432,23 @@ class Memory:
         """Return the bytes of weights on the device, fewer after removals."""
         size = self.weights
         if stage != "load":
-            size += self._outside(self.model, self.rows) - self._tables
-        if stage in ("train", "save") and not self.fetched:
-            size -= sum(self._inside) - sum(self._sizes(self.small))
-        if stage == "train" and self.fetched:  # a rank's part, beside a gathered block
-            size += self._part(sum(self._sizes(self.small)))
+            size += self._outside(self.model.skeleton, self.rows) - self._tables
+        if stage in ("train", "save") and not self.offloaded:
+            size -= sum(self._inside) - sum(self._sizes(self.model.small))
+        if stage == "train" and self.offloaded:  # a rank's shard, beside a gathered block
+            size += self._shard(sum(self._sizes(self.model.small)))
         return size
 
     @cached_property
     def _linears(self) -> list[PrunableLinear]:
         """The linear layers of all blocks, after removals."""
-        blocks = self.small.get_submodule(self.blocks_name)
+        blocks = self.model.small_blocks
         return [linear for block in blocks for linear in find_linears(block, "")[0]]
 
     @cached_property
     def _quantized(self) -> int:
         """Number of quantized weights."""
-        form, numbers = FORMATS[self.plan.format], 0
+        form, numbers = FORMATS[self.flags.format], 0
         for linear in self._linears:
             takes = linear.expert is None if form.packs else form.takes(linear.shape[1])
             numbers += takes * prod(linear.shape)
@@ -491,10 +457,11 @@ class Memory:
     @cached_property
     def passing(self) -> Table:
         """Estimates of a batch's memory on the device."""
-        batch, blocks = self.stream(self.batch_size), len(self._inside)
-        vocabulary = self.rows or self.model.get_input_embeddings().num_embeddings
+        batch, blocks = self.stream(self.run.batch_size), len(self._inside)
+        vocabulary = self.rows or self.model.skeleton.get_input_embeddings().num_embeddings
         most = GPU_LOGIT_BYTES if self.gpu else LOGIT_BYTES
-        logits = LOGITS * min(most, FLOAT * self.batch_size * self.seqlen * vocabulary)
+        tokens = self.run.batch_size * self.run.windows.seqlen
+        logits = LOGITS * min(most, FLOAT * tokens * vocabulary)
         # with checkpoints, the inputs of all blocks are kept, and the graph of one
         train = KEPT + blocks if self.checkpointed else KEPT * blocks
         graph = {"allocate": KEPT, "train": train}
@@ -529,28 +496,26 @@ class Memory:
                 continue
             begun_by = {flag.name: flag.doing for flag in flags_of(stage) if flag.doing}
             flag, doing = next(iter(begun_by.items()), ("model", "the model"))
-            device, given = "card" if self.gpu else "machine", shown(self.args, flag)
-            problem = (
-                f"{given}: {doing} needs {gib(self.total(stage))} of memory, and the {device} "
-            )
+            device, given = "card" if self.gpu else "machine", shown(self.flags, flag)
+            problem = f"{doing} needs {gib(self.total(stage))} of memory, and the {device} "
             problem += f"has {gib(self.free)} free"
             if ways := [*self._ways(stage)]:
-                raise UserError(f"{problem}. Use {' or '.join(ways)}.")
+                raise UserError(given, problem, f"Use {' or '.join(ways)}")
             fix = f"Leave {given} out" if stage == "train" else "Use --device cpu"
-            problem += ", even with one block at a time" * self.fetched
-            raise UserError(f"{problem}. {fix}, or use a smaller model.")
+            problem += ", even with one block at a time" * self.offloaded
+            raise UserError(given, problem, f"{fix}, or use a smaller model")
 
     def _ways(self, stage: str) -> Iterator[str]:
         """Yield flags with which a stage would fit, and the memory that it would need."""
         others = {"": self} if stage == "train" else {}
         for name, value in ((flag.name, each) for flag in flags_of(stage) for each in flag.smaller):
-            args, schedule = copy.copy(self.args), self.schedule
-            if getattr(args, name) == value or (stage == "prune" and self.plan.removes):
+            flags, schedule = copy.copy(self.flags), self.run.schedule
+            if getattr(flags, name) == value or (stage == "prune" and flags.removes):
                 continue
-            setattr(args, name, value)
+            setattr(flags, name, value)
             if stage == "train":
                 schedule = replace(schedule, **{name.removeprefix("recover_"): value})
-            other = replace(self, args=args, schedule=schedule)
+            other = replace(self, run=replace(self.run, flags=flags, schedule=schedule))
             if other.fits() if stage == "train" else other.fits(stage):
                 yield f"--{name} {value}" + f" ({gib(other.total(stage))})" * (stage != "allocate")
             elif stage == "train":
@@ -558,7 +523,7 @@ class Memory:
         fewest = CARDS[-1] + 1
         for how, other in others.items() if self.gpu else ():
             for ranks in [each for each in CARDS if self.ranks < each < fewest]:
-                many = replace(other, ranks=ranks, fetched=True)
+                many = replace(other, ranks=ranks, offloaded=True)
                 if many.separable and many.fits(stage):
                     yield f"{ranks} such cards with torchrun{how} ({gib(many.total(stage))} each)"
                     fewest = ranks
@@ -566,9 +531,9 @@ class Memory:
 
     def line(self) -> str:
         """Return one line for the user: the largest terms, and where hidden states are."""
-        weights = replace(self, fetched=False).weights
-        parts = [f"weights {gib(weights)}" + ", one block at a time" * self.fetched]
-        if teacher := self._teacher_at("train" if self.schedule else "measure"):
+        weights = replace(self, offloaded=False).weights
+        parts = [f"weights {gib(weights)}" + ", one block at a time" * self.offloaded]
+        if teacher := self._teacher_at("train" if self.run.schedule else "measure"):
             parts.append(f"teacher {gib(teacher)}")
         where = f" on the {'card' if self.hidden_on_device else 'host'}" * self.gpu
         every = [term for stage in self._active for term in self._terms(stage)]
@@ -576,7 +541,7 @@ class Memory:
         parts.append(f"hidden states {gib(hidden)}{where}")
         if self._solved:
             parts.append(f"solver {gib(max(map(self._solving, self._solved)))}")
-        if self.schedule:
+        if self.run.schedule:
             parts.append(f"training {gib(sum(self._training.values()))}")
         note = "; training recomputes activations" * self.checkpointed
         return f"memory: {', '.join(parts)}, of {gib(self.free)} free{note}"
@@ -590,46 +555,56 @@ class Memory:
         return "\n".join(rows)
 
 
+def local_memory(run: Run) -> Memory:
+    """Return the memory of a run on this machine; every rank must call this."""
+    dist, device = run.dist, run.device
+    host = free = available() // dist.local_size
+    if device.type != "cpu":  # torch's own cache is free too
+        free = torch.get_device_module(device).mem_get_info(device)[0]
+        free += torch.accelerator.memory_reserved(device)
+        free -= torch.accelerator.memory_allocated(device)
+    memory = Memory(run, free, host, dist.size)
+    if run.flags.offload_folder and not memory.separable:
+        raise UserError(
+            f"--offload_folder {run.flags.offload_folder}",
+            "the model's blocks share weights, or are quantized",
+            "Leave the flag out",
+        )
+    wanted = memory.wants_offloading(dist.local_size)
+    return replace(memory, offloaded=any(dist.all_gather_object(wanted)))
+
+
 def memory_of(config: Any, flags: str = "", *, free: float, ranks: int = 1) -> Memory:
     """Return the memory of a run on GPUs with `free` bytes each; needs no weights, texts or GPU.
 
     `config` is a config of transformers, and `flags` are those of main.py without texts. Each of
     `ranks` has its share of --nsamples and of 256 test windows.
     """
-    args = build_parser().parse_args(["--model", "model", *flags.split()])
-    plan, checkpoint, small = Plan.of(args), Checkpoint(args.model), None
-    model = pretrained.skeleton(config, checkpoint)
-    name, _ = pretrained.decoder_blocks(model)
-    if plan.removes:
-        layout = find_parts(plan.removes, config, checkpoint, model, name)
-        count_left = experts_left if plan.removes == "experts" else neurons_left
-        left = count_left(layout, plan.sparsity.ratio)
-        small = pretrained.skeleton_with(config, layout.field, left, checkpoint)
-    seqlen, tests, schedule = args.seqlen or pretrained.LONGEST_WINDOW, 256, None
-    if args.recover:
-        how = dict(rank=args.recover_rank, optimizer=args.recover_optimizer)
-        schedule = TrainSchedule(args.recover, seqlen, **how)
-    width = config.get_text_config(decoder=True).hidden_size
-    dtype = pretrained.checkpoint_dtype(config)
-    batch_size = pretrained.default_batch_size(torch.device("cuda"), seqlen, width)
-    memory = Memory(
-        model=model,
-        small=small or model,
-        blocks_name=name,
-        args=args,
-        dtype=dtype if args.dtype == "auto" else getattr(torch, args.dtype),
-        save_dtype=pretrained.saved_dtype(args.dtype, config, plan.fake_quantizes),
-        gpu=True,
-        free=int(free),
-        host=2**50,
-        seqlen=seqlen,
-        batch_size=args.batch_size or batch_size,
-        schedule=schedule,
-        windows=-(-args.nsamples // ranks) if plan.calibrated else 0,
-        tests=-(-tests // ranks),
-        compared=-(-len(compared_windows(tests)) // ranks),
-        held_out=16 if schedule else 0,
-        quantized=bool(args.load_bit),
-        ranks=ranks,
-    )
-    return replace(memory, fetched=memory.wants_fetching())
+    flags = build_parser().parse_args(["--model", "model", *flags.split()])
+    checkpoint, device = Checkpoint(flags.model), torch.device("cuda")
+    skeleton = build_skeleton(config, checkpoint)
+    name, _ = decoder_blocks(skeleton)
+    parts = kept_parts(flags, config, checkpoint, skeleton, name) if flags.removes else ()
+    dtype = checkpoint_dtype(config)
+    dtype = dtype if flags.dtype == "auto" else getattr(torch, flags.dtype)
+    save_dtype = saved_dtype(flags.dtype, config, flags.fake_quantizes)
+    seqlen, schedule, training = flags.seqlen or LONGEST_WINDOW, None, None
+    model = Model(checkpoint, config, None, skeleton, name, dtype, save_dtype, seqlen, *parts)
+    dist = DistContext(device, alone=True)
+    dist.size, dist.rank = ranks, ranks - 1  # the last rank has the largest share
+
+    def windows(count: int) -> Windows:
+        return Windows(torch.empty(count, seqlen, dtype=torch.long, device="meta"))
+
+    if flags.recover:
+        how = dict(rank=flags.recover_rank, optimizer=flags.recover_optimizer)
+        schedule = TrainSchedule(flags.recover, seqlen, **how)
+        training = TrainingText(windows(1), torch.zeros(1), windows(HELD_OUT[1]), {})
+    calibration = windows(flags.nsamples) if flags.calibrated else None
+    tests = [TestSet("", windows(TESTS), {})]
+    drawn = RunWindows(seqlen, calibration=calibration, tests=tests, training=training)
+    batch_size = flags.batch_size or default_batch_size(device, seqlen, model.width)
+    corpora = Corpora([], [], [])
+    run = Run(flags, dist, model, corpora, drawn, batch_size, schedule=schedule)
+    memory = Memory(run, int(free), 2**50, ranks)
+    return replace(memory, offloaded=memory.wants_offloading())

@@ -17,45 +17,47 @@ from .. import __version__
 from ..data.windows import TestSet
 from ..eval import exp
 from ..model.blocks import BlockRunner
-from ..model.pretrained import auto_class, checkpoint_dtype, footprint, parameter_bytes
+from ..model.device import checkpoint_dtype
 from ..model.rows import TRIMMED_FROM
-from ..util.command import ROOT, one_line
-from ..util.errors import UserError
+from ..model.saving import footprint, parameter_bytes
+from ..model.skeleton import auto_class
+from ..util.errors import UserError, one_line
 from ..util.files import write_text
 from ..util.host import gib, peak_memory
+from ..util.processes import ROOT
 from ..vocabulary import NOTE
 from .card import figures_table, notes
 from .fingerprint import versions
 from .flags import command_words
-from .job import Job
 from .results import LOSSES, RESULTS, read_results
+from .run import Run
 
 
-def base_results(job: Job, runner: BlockRunner) -> dict[str, Any]:
+def base_results(run: Run, runner: BlockRunner) -> dict[str, Any]:
     """Return the results that are known before the first step; see lib/run/results.py."""
-    args, plan, device = job.args, job.plan, job.device
-    dtype = checkpoint_dtype(job.config)  # dtype on the disk
+    flags, device = run.flags, run.device
+    dtype = checkpoint_dtype(run.model.config)  # dtype on the disk
     if device.type == "cpu":
         threads = torch.get_num_threads()
         about = f"{threads} thread{'s' * (threads > 1)}"
     else:
         about = torch.get_device_module(device).get_device_name(device)
     return {
-        "model": args.model,
-        "method": plan.name,
-        "sparsity_type": plan.kind if plan.method else None,
-        "sparsity_ratio": plan.sparsity.ratio if plan.method else None,
-        "loaded_by": auto_class(job.config).__name__,
-        "flags": vars(args),
-        "command": shlex.join(command_words(vars(args))),
-        "seed": args.seed,
-        "date": args.date,
+        "model": flags.model,
+        "method": flags.name,
+        "sparsity_type": flags.sparsity_type if flags.prune_method else None,
+        "sparsity_ratio": flags.sparsity.ratio if flags.prune_method else None,
+        "loaded_by": auto_class(run.model.config).__name__,
+        "flags": vars(flags),
+        "command": shlex.join(command_words(vars(flags))),
+        "seed": flags.seed,
+        "date": flags.date,
         "versions": {"langprune": __version__} | versions(),
         "device": f"{device} ({about})",
         "processor": processor(),
         "footprint": {"before": footprint(runner.model)},
-        "dense_bytes": None if plan.teacher else parameter_bytes(runner.model, dtype),
-        "fingerprint": job.fingerprint,
+        "dense_bytes": None if flags.teacher else parameter_bytes(runner.model, dtype),
+        "fingerprint": run.fingerprint,
     } | commit()
 
 
@@ -80,17 +82,17 @@ def processor() -> str:
     return named[1].strip() if named else platform.processor() or platform.machine()
 
 
-def finish_results(job: Job, runner: BlockRunner) -> None:
+def finish_results(run: Run, runner: BlockRunner) -> None:
     """Add vocabulary, memory, timing and footprint figures to the results."""
-    results = job.outcome.results
-    results |= {"bos": job.texts.bos, "calibration": job.texts.calibration}
-    if job.vocabulary:
-        results["vocabulary"] = {"note": NOTE} | job.vocabulary.record
-    elif before := getattr(job.config, TRIMMED_FROM, None):  # trimmed by an earlier run
-        rows = job.config.get_text_config(decoder=True).vocab_size
+    results = run.results
+    results |= {"bos": run.windows.bos, "calibration": run.windows.record}
+    if run.vocabulary:
+        results["vocabulary"] = {"note": NOTE} | run.vocabulary.record
+    elif before := getattr(run.model.config, TRIMMED_FROM, None):  # trimmed by an earlier run
+        rows = run.model.config.get_text_config(decoder=True).vocab_size
         results["vocabulary"] = {"note": NOTE, "rows": rows, "rows_before": before}
     results["footprint"]["after"] = footprint(runner.model)
-    results |= {"seconds": job.outcome.seconds, "peak_memory": peak_memory(job.device)}
+    results |= {"seconds": run.seconds, "peak_memory": peak_memory(run.device)}
 
 
 def evaluation_record(

@@ -111,13 +111,15 @@ def read_results(folder: str | Path) -> dict[str, Any]:
     try:
         results = json.loads(file.read_text("utf-8"))
     except OSError as error:
-        raise UserError(f"RUN {file}: it cannot be read ({error.strerror}). Name a run.") from error
+        problem = f"it cannot be read ({error.strerror})"
+        raise UserError(f"RUN {file}", problem, "Name a run") from error
     except ValueError as error:  # not JSON, or not UTF-8
-        raise UserError(f"RUN {file}: it is not valid JSON ({error}). Run again.") from error
+        raise UserError(f"RUN {file}", f"it is not valid JSON ({error})", "Run again") from error
     if not isinstance(results, dict):
-        raise UserError(f"RUN {file}: it does not hold results. Remove it, or run again.")
+        raise UserError(f"RUN {file}", "it does not hold results", "Remove it, or run again")
     if missing := [name for name in NEEDED if name not in results]:
-        raise UserError(f"RUN {file}: it lacks {', '.join(missing)}. Remove it, or run again.")
+        problem = f"it lacks {', '.join(missing)}"
+        raise UserError(f"RUN {file}", problem, "Remove it, or run again")
     return results
 
 
@@ -151,7 +153,7 @@ def read_losses(folder: Path, results: Mapping[str, Any]) -> dict[str, dict[str,
         with numpy.load(file) as packed:
             arrays = dict(packed)
     except (OSError, ValueError, EOFError, BadZipFile) as error:
-        raise UserError(f"RUN {file}: it cannot be read ({error}). Run again.") from error
+        raise UserError(f"RUN {file}", f"it cannot be read ({error})", "Run again") from error
     return {
         test["digest"]: {
             name.partition(".")[2]: values

@@ -9,8 +9,7 @@ from math import comb
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..util.command import describe_error, one_line
-from ..util.errors import UserError, first_line
+from ..util.errors import UserError, describe_error, first_line, one_line
 
 if TYPE_CHECKING:
     from lm_eval.tasks import TaskManager
@@ -23,16 +22,17 @@ def check_tasks(names: Sequence[str], include_path: str | None = None) -> None:
     """Raise UserError if lm-eval is not installed or lacks a task, before anything slow."""
     given = ",".join(names)
     if find_spec("lm_eval") is None:
-        raise UserError(f"--tasks {given}: lm-eval is not installed. Run pip install lm-eval.")
+        fix = "Run pip install lm-eval"
+        raise UserError(f"--tasks {given}", "lm-eval is not installed", fix)
     if include_path and not Path(include_path).is_dir():
-        raise UserError(f"--include_path {include_path}: no such folder exists. Name another.")
+        what = f"--include_path {include_path}"
+        raise UserError(what, "no such folder exists", "Name another")
     manager = _manager(tuple(names), include_path)
     for name in names:
         if not manager.match_tasks([name]) and not Path(name).is_file():
             where = f" and {include_path}" if include_path else ""
-            raise UserError(
-                f"--tasks {name}: no such task is in lm-eval{where}. Run `lm-eval ls tasks`."
-            )
+            problem = f"no such task is in lm-eval{where}"
+            raise UserError(f"--tasks {name}", problem, "Run `lm-eval ls tasks`")
 
 
 def run_tasks(
@@ -56,9 +56,8 @@ def run_tasks(
         )
     except Exception as error:
         reason = describe_error(error) or f"{type(error).__name__}: {first_line(error)}"
-        raise UserError(
-            f"--tasks {','.join(names)}: {reason}. All other results and the model are saved."
-        ) from error
+        fix = "All other results and the model are saved"
+        raise UserError(f"--tasks {','.join(names)}", reason, fix) from error
     figures: dict[str, dict[str, float | str]] = {}
     for task, metrics in found["results"].items():
         numbers = ((name, metrics[name]) for name in metrics if "," in name)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 
-PACKAGE = __name__.partition(".")[0]
+PACKAGE = __name__.partition(".")[0]  # lib in a checkout, langprune once installed
 OUT_OF_MEMORY = "can't allocate memory", "_STATUS_ALLOC_FAILED"  # in errors of torch and cuBLAS
 JOINERS = "\u200c\u200d"  # invisible, but needed for spelling in Persian and Indic scripts
 
@@ -47,8 +47,8 @@ def first_of(names: list[str]) -> str:
     return ", ".join(names[:3]) + more
 
 
-def hub_problem(error: Exception, kind: str) -> str | None:
-    """Return the problem of the Hub's client, and the fix; None for any other error.
+def hub_problem(error: Exception, kind: str) -> tuple[str, str] | None:
+    """Return `problem` and `fix` for an error of the Hub's client; None for any other.
 
     `kind` is the kind of the missing object: `model` or `dataset`.
     """
@@ -60,20 +60,17 @@ def hub_problem(error: Exception, kind: str) -> str | None:
     )
 
     if isinstance(error, GatedRepoError):
-        return "its owners give access on request. Accept their terms, then run `hf auth login`."
+        fix = "Accept their terms, then run `hf auth login`"
+        return "its owners give access on request", fix
     if isinstance(error, RepositoryNotFoundError):
-        return (
-            f"no such {kind} is on the Hub, nor a local folder or file. Check the name, or log in "
-            "with `hf auth login`."
-        )
+        fix = "Check the name, or log in with `hf auth login`"
+        return f"no such {kind} is on the Hub, nor a local folder or file", fix
     if isinstance(error, HfHubHTTPError):
-        return f"the Hub refused the request ({first_line(error)}). Try again later."
+        return f"the Hub refused the request ({first_line(error)})", "Try again later"
     if isinstance(error, (HTTPError, ConnectionError, TimeoutError)):  # offline mode too
         local = "folder" if kind == "model" else "file or folder of texts"
-        return (
-            f"the Hub cannot be reached ({first_line(error)}). Check the network, or give a local "
-            f"{local}."
-        )
+        fix = f"Check the network, or give a local {local}"
+        return f"the Hub cannot be reached ({first_line(error)})", fix
     return None
 
 

@@ -39,11 +39,12 @@ def check_new_folder(flag: str, path: str, staged: bool = False) -> None:
     `staged`: or if the folder beside it exists.
     """
     check_writable(flag, path, beside=True)  # other ranks may look into the folder
-    folder, stage = Path(path), partial_of(path)
+    folder, partial = Path(path), partial_of(path)
     if folder.is_symlink():  # the folder beside it would be on another disk
         raise UserError(f"{flag} {path}", "it is a link", f"Name {folder.resolve()}")
-    if staged and (stage.exists() or stage.is_symlink()):
-        raise UserError(f"{flag} {path}", f"{stage.name} exists", "Remove it, or name a new folder")
+    if staged and (partial.exists() or partial.is_symlink()):
+        fix = "Remove it, or name a new folder"
+        raise UserError(f"{flag} {path}", f"{partial.name} exists", fix)
     if folder.is_dir() and (first := next(folder.iterdir(), None)):
         raise UserError(f"{flag} {path}", f"it holds {first.name}", "Name a new folder")
     if folder.is_mount():
@@ -60,13 +61,13 @@ def partial_of(path: str | Path) -> Path:
 def staged_folder(path: str | Path, flag: str) -> Iterator[Path]:
     """Yield a folder beside the new `path`, which becomes it at the end or is deleted on error."""
     check_new_folder(flag, str(path), staged=True)
-    stage = partial_of(path)
-    stage.mkdir(parents=True)
+    partial = partial_of(path)
+    partial.mkdir(parents=True)
     try:
-        yield stage
-        put_in_place(stage, Path(path))
+        yield partial
+        put_in_place(partial, Path(path))
     except BaseException:
-        shutil.rmtree(stage, ignore_errors=True)
+        shutil.rmtree(partial, ignore_errors=True)
         raise
 
 
@@ -92,24 +93,24 @@ def sync_all(folder: Path) -> None:
             sync(path)
 
 
-def put_in_place(stage: Path, target: Path) -> None:
+def put_in_place(partial: Path, target: Path) -> None:
     """Rename a complete folder, once all of it has reached the disk."""
-    sync_all(stage)
+    sync_all(partial)
     if target.is_dir():
         target.rmdir()  # only an empty target is removed
-    stage.rename(target)
+    partial.rename(target)
     sync(target.parent)
 
 
 def write_text(path: Path, text: str | bytes) -> None:
     """Write a small file atomically. Raises UserError if it cannot be written."""
-    stage = path.with_name(f".{path.name}{PARTIAL}")
+    partial = path.with_name(f".{path.name}{PARTIAL}")
     try:
-        stage.write_bytes(text.encode() if isinstance(text, str) else text)
-        sync(stage)
-        stage.replace(path)
+        partial.write_bytes(text.encode() if isinstance(text, str) else text)
+        sync(partial)
+        partial.replace(path)
     except OSError as error:
-        stage.unlink(missing_ok=True)
+        partial.unlink(missing_ok=True)
         raise UserError(
             str(path), f"it cannot be written ({error.strerror})", "Make room on its disk"
         ) from error

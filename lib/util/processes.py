@@ -15,8 +15,9 @@ from importlib import import_module
 from pathlib import Path
 from types import ModuleType
 
+from .errors import PACKAGE
+
 ROOT = Path(__file__).resolve().parents[2]
-PACKAGE = __name__.partition(".")[0]  # lib in a checkout, langprune once installed
 TURN_SECONDS = 3
 ENDS_WITH_STDIN = "LANGPRUNE_ENDS_WITH_STDIN"  # environment of the processes that `call` starts
 

@@ -8,22 +8,21 @@ from pathlib import Path
 
 import pytest
 import torch
-from support import content, results
+from support import program_of, results, succeed
 
 from lib.commands import demo
 from lib.commands.demo import Size, train, train_tokenizer
-from lib.util.errors import UserError
 
 TINY = Size(vocabulary=300, window=16, width=16, inner=32, blocks=2, heads=2, batch=4, steps=40)
 FEW = replace(TINY, window=32, blocks=1, steps=2, stories=(10, 1), methods=["admm"], types=["2:4"])
 FEW = replace(FEW, nsamples=8, recover=64)
 
 
+@pytest.mark.full
 @pytest.mark.usefixtures("elsewhere", "in_this_process")
-def test_the_whole_demo(capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_whole_demo(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(demo, "Size", lambda: FEW)
-    demo.main([])
-    lines = capsys.readouterr().out.splitlines()
+    lines = succeed(program=program_of("demo")).out.splitlines()
     table = [line for line in lines if line.startswith("|")]
     assert max(map(len, table)) <= 80
     rows = [[cell.strip() for cell in line.split("|")[1:4:2]] for line in lines]
@@ -37,20 +36,6 @@ def test_the_whole_demo(capsys: pytest.CaptureFixture, monkeypatch: pytest.Monke
     for file in files:
         run = results(file.parent)
         assert list(run["perplexity"]) == ["uk", "en"] and run["flags"]["device"] == "cpu"
-
-
-@pytest.mark.usefixtures("elsewhere")
-@pytest.mark.parametrize(
-    ("file", "complaint"),
-    [("demo", "it is a file"), ("demo/uk/train.jsonl", "it holds uk. Name a new folder")],
-)
-def test_what_is_not_a_demo_is_left_alone(file: str, complaint: str) -> None:
-    Path(file).parent.mkdir(parents=True, exist_ok=True)
-    Path(file).write_text("mine")
-    before = content(".")
-    with pytest.raises(UserError, match=f"--folder demo: {complaint}"):
-        demo.demo(Path("demo"), FEW)
-    assert content(".") == before
 
 
 def test_a_model_learns_and_is_the_same_every_time(tmp_path: Path) -> None:

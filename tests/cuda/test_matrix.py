@@ -1,92 +1,114 @@
-"""Runs of every kind on cards of three sizes: a model that loads, or one line before any change."""
+"""Kinds of runs of the table (tests/matrix.py) on the pretended CUDA device, in ways of its own.
+
+Weights are the CPU's to the last bit. A card is given so much memory that all fits, that training
+does not, or that blocks come one at a time: a run then leaves a model that loads, or one line.
+"""
 
 from __future__ import annotations
 
 from pathlib import Path
 from typing import Any
 
-import chats
+import matrix
 import pytest
 import tiny
 import torch
-from support import RUNS_OF_EVERY_KIND as RUNS
-from support import call, call_here, reloaded, results
+from matrix import KINDS, Place, compare, curve, has
+from support import call, eager_experts, mistake, raising, reloaded, results, succeed, weights
 
-from lib.commands.compress import __main__ as compress
-from lib.commands.compress import measure
-from lib.commands.compress import plan as compress_plan
-from lib.model import pretrained
-
+CARD, SMALL = "cuda:0", ["--nsamples", 4, "--batch_size", 2]
 # bytes: the first holds all, the second weights but no training, the third blocks one at a time
 CARDS = {"all": 10**8, "weights": 2_500_000, "a block": 1_080_000}
-FLAGS = "--seqlen 32 --batch_size 2 --completions 0 --device cuda:0".split()
-BASE = [*FLAGS, *"--nsamples 4 --calibration_data uk --eval_data uk".split()]
-pytestmark = pytest.mark.usefixtures("at_place")
+LARGE = {"llama": "large", "bfloat16": "large", "mixture": "large mixture", "wide": "large"}
+HERE = {kind for kind in KINDS if not has(kind, "--load_bit", "adamw8bit", "mamba")}
+UNTRAINED = {kind for kind in HERE if not has(kind, "--recover")}
+ON_CARDS = "q4_0", "q4_0, trained", "int4, unstructured", "by error", "sparsegpt 2:4"
+ON_CARDS += "sparsegpt neurons", "half the experts"
+WAYS = {
+    "as the CPU": HERE,
+    "offloaded": UNTRAINED,
+    "interrupted": HERE - {"one window"},
+    "on the second": {kind for kind in HERE if has(kind, "--quantize", "--recover")},
+} | {f"with room for {card}": set(ON_CARDS) for card in CARDS}
 
 
-@pytest.fixture(scope="module")
-def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder, sizes = tmp_path_factory.mktemp("place"), dict(hidden_size=64, intermediate_size=64)
-    llama = tiny.tiny_llama(num_hidden_layers=6, **sizes)
+@pytest.fixture(scope="session")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Place:
+    place, sizes = Place(tmp_path_factory.mktemp("matrix")), dict(hidden_size=64)
+    sizes |= dict(intermediate_size=64)
+    tiny.write_model(place.folder / "large", tiny.tiny_llama(num_hidden_layers=6, **sizes))
     mixture = tiny.build("mixtral", num_hidden_layers=4, **tiny.EXPERTS | sizes)
-    tiny.write_model(folder / "llama", llama)
-    tiny.write_model(folder / "chat", llama, chats.tokenizer_with(chats.LLAMA_3))
-    tiny.write_model(folder / "mixtral", mixture)
-    for model in (llama, mixture):
-        weights = 4 * sum(parameter.numel() for parameter in model.parameters())
-        assert CARDS["a block"] < 2 * weights < CARDS["weights"]
-    tiny.write_texts(folder / "uk", train=60, test=2)
-    chats.write(folder / "said", chats.some(80), chats.some(4, 1))
+    tiny.write_model(place.folder / "large mixture", mixture)
+    return place
+
+
+def there(place: Place, kind: str, device: str = CARD) -> Path:
+    """Where the undisturbed run on a device has left its model and results, made once."""
+    folder = place.folder / device / kind
+    if not folder.exists():
+        succeed(*place.argv(kind, folder), "--device", device)
     return folder
 
 
-@pytest.fixture(params=CARDS)
-def card(request: pytest.FixtureRequest, device: Any, monkeypatch: pytest.MonkeyPatch) -> str:
-    load = pretrained.load_model
-
-    def load_model(*args: Any, **options: Any) -> Any:
-        model = load(*args, **options)
-        if hasattr(model.config, "num_local_experts"):  # the device lacks grouped products
-            model.set_experts_implementation("eager")
-        return model
-
-    monkeypatch.setattr(pretrained, "load_model", load_model)
-    device.set_limit(0, torch.accelerator.memory_allocated(0) + CARDS[request.param])
-    return request.param
+CASES = {(kind, "as the CPU") for kind in HERE} | matrix.chosen(WAYS, 110)
 
 
-@pytest.mark.parametrize("case", RUNS)
-def test_a_run(case: str, card: str, tmp_path: Path) -> None:
-    model, *argv = RUNS[case].split()
-    argv += ["--save", tmp_path / "run", "--save_model", tmp_path / "model"]
-    done = call("--model", model, *BASE, *argv)
-    if case == "q4_0 trained" and card != "all":
-        assert done.status == 1 and len(done.complaints) == 1, done
-        assert "--recover 512: training needs" in done.complaints[0]
-        assert not [*tmp_path.glob("model*")]
-        return
-    assert done.status == 0, done.err
-    assert ("one block at a time" in done.out) == (card == "a block")
-    reloaded(tmp_path / "model", tmp_path / "run", *BASE)
-
-
-@pytest.mark.parametrize("model, data", [("llama", "uk"), ("chat", "said")])
-def test_compress(
-    model: str, data: str, card: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(("kind", "way"), sorted(CASES))
+def test_the_same_model(
+    kind: str, way: str, place: Place, device: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def plan(*_: Any, trains: bool, **most: int) -> compress_plan.Times:
-        return compress_plan.Times(2, 4, 512 * trains, 9.0)
+    monkeypatch.chdir(place.folder)
+    argv = [*place.argv(kind, tmp_path), "--device", CARD]
+    with eager_experts():  # the device lacks grouped products
+        if way == "as the CPU":
+            as_the_cpu(kind, place)
+        elif way == "offloaded":
+            succeed(*argv, "--offload_folder", tmp_path / "away")
+            compare(kind, there(place, kind), tmp_path)
+        elif way == "interrupted":
+            step = next(step for step, flag in matrix.STEPS.items() if has(kind, flag))
+            argv += ["--resume", tmp_path / "kept"]
+            with raising(KeyboardInterrupt(), step, 1):
+                assert call(*argv).status != 0
+            succeed(*argv)
+            compare(kind, there(place, kind), tmp_path)
+        elif way == "on the second":
+            device.set_limit(0, torch.accelerator.memory_allocated(0))  # not a byte more
+            succeed(*argv[:-1], "cuda:1")
+            assert results(tmp_path / "out")["peak_memory"]["device"] > 0
+            device.set_limit(0, 10**10)
+            compare(kind, there(place, kind), tmp_path)
+        else:
+            card = way.removeprefix("with room for ")
+            argv[1] = LARGE[argv[1]]
+            device.set_limit(0, torch.accelerator.memory_allocated(0) + CARDS[card])
+            with_room(kind, card, [*argv, *SMALL], tmp_path)
 
-    monkeypatch.setattr(compress_plan, "plan_time", plan)
-    monkeypatch.setattr("lib.util.processes.call", call_here)
-    monkeypatch.setattr(compress, "find_spec", lambda name: None)
-    for name in ("STEPS", "ROUNDS"):
-        monkeypatch.setattr(measure, name, 1)
-    out = tmp_path / "out"
-    done = call(model, out, "--data", data, *FLAGS, program=compress.main)
-    assert done.status == 0 and not done.complaints, done.err
-    (run,) = Path(f"{out}-compress").iterdir()
-    trains = (model, card) == ("llama", "all")
-    assert ("recovery" in results(run / "compressed")) == trains
-    assert ("planned without training" in done.out) == (model == "llama" and not trains)
-    reloaded(out, run / "compressed", *FLAGS, "--eval_data", *run.glob("tests/*"))
+
+def as_the_cpu(kind: str, place: Place) -> None:
+    """Trained weights are as good, and the same when they are trained again."""
+    with_cpu, with_card = there(place, kind, "cpu"), there(place, kind)
+    assert results(with_card / "out")["peak_memory"]["device"] > 0
+    if has(kind, "--recover"):
+        one, other = (curve(results(folder / "out")) for folder in (with_cpu, with_card))
+        assert [tokens for tokens, _ in one] == [tokens for tokens, _ in other]
+        assert [loss for _, loss in one] == pytest.approx([loss for _, loss in other], rel=1e-3)
+    elif kind in ("by error", "by outliers"):  # shares of their own, which are rounded otherwise
+        one, other = (results(folder / "out") for folder in (with_cpu, with_card))
+        assert other["allocation"] == pytest.approx(one["allocation"], abs=1e-5)
+        assert other["perplexity"] == pytest.approx(one["perplexity"], rel=1e-4)
+    else:
+        one, other = weights(with_cpu / "model"), weights(with_card / "model")
+        assert [name for name in one if not torch.equal(one[name], other[name])] == []
+    for device in (CARD, "cpu") if has(kind, matrix.PACK) else (CARD,):
+        reloaded(with_card / "model", with_card / "out", *matrix.BASE, "--device", device)
+
+
+def with_room(kind: str, card: str, argv: list, folder: Path) -> None:
+    if has(kind, "--recover") and card != "all":
+        assert mistake(*argv).what.startswith("--recover ")
+        assert not [*folder.glob("model*")]
+        return
+    done = succeed(*argv)
+    assert ("one block at a time" in done.out) == (card == "a block")
+    reloaded(folder / "model", folder / "out", *matrix.BASE, "--device", CARD, *SMALL)

@@ -13,7 +13,7 @@ from support import call, call_here, reloaded, results, succeed
 from lib.commands.compress import __main__ as compress
 from lib.model import pretrained
 from lib.prune import BlockWalker
-from lib.run import steps
+from lib.run import save as saving
 from lib.run.memory import Memory
 
 BLOCKS, WIDTH, INNER, TOKENS, RANK = 8, 128, 384, 64, 4  # tokens: of a batch
@@ -78,7 +78,7 @@ class Watched:
         self.seen: dict[str, int] = {}
         self.peaks: dict[str, int] = {}
         self.before = torch.accelerator.memory_allocated(0)
-        own = {"check": Memory.check, "save": steps.save, "solve": BlockWalker.solve_all_}
+        own = {"check": Memory.check, "save": saving.save, "solve": BlockWalker.solve_all_}
         read = pretrained.load_model
 
         def check(memory: Memory) -> None:
@@ -110,7 +110,7 @@ class Watched:
 
         monkeypatch.setattr(Memory, "check", check)
         monkeypatch.setattr(BlockWalker, "solve_all_", solve)
-        monkeypatch.setattr(steps, "save", save)
+        monkeypatch.setattr(saving, "save", save)
         monkeypatch.setattr(pretrained, "load_model", load_model)
         monkeypatch.setattr("lib.util.progress.on_step", on_step)
         for name, value in changed.items():
@@ -137,7 +137,7 @@ def test_a_stage_allocates_what_the_table_says(
         kept = sum(size for name, size in terms.items() if name not in solving)
         if stage == "prune":  # neurons of the first of three blocks are gone by then
             kept -= (memory.weights - memory.stages["save"]["weights"]) // 3
-        if memory.fetched:  # blocks come and go
+        if memory.offloaded:  # blocks come and go
             kept -= memory._block
             kept -= terms.get("hidden states", 0) * (stage == "measure")
         assert watched.seen[stage] == pytest.approx(kept, rel=0.02), (stage, terms)

@@ -1,4 +1,4 @@
-"""Whole runs on the pretended device, against the same runs on the CPU."""
+"""What a run says and does on the pretended device; tests/cuda/test_matrix.py compares weights."""
 
 from __future__ import annotations
 
@@ -6,14 +6,24 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import chats
 import pytest
 import tiny
 import torch
 import torch.nn.functional as F
-from support import ROOT, call, raising, reloaded, results, succeed, weights
+from support import (
+    ROOT,
+    call,
+    call_here,
+    mistake,
+    program_of,
+    reloaded,
+    results,
+    succeed,
+    weights,
+)
 
 from lib.data.training import TrainingText
-from lib.methods.registry import METHODS
 from lib.model.blocks import BlockRunner
 from lib.model.pretrained import fresh_copy, pick_dtype
 from lib.recover import Recoverer, TrainSchedule
@@ -22,12 +32,11 @@ sys.path.append(str(ROOT / "benchmarks/gpu"))
 
 import first_run  # noqa: E402
 
+CARD = ["--device", "cuda:0"]
 BASE = ["--seqlen", "32", "--nsamples", "6", "--completions", "0", "--batch_size", "4"]
 BASE += ["--calibration_data", "uk", "--eval_data", "uk"]
-PATTERNS = ["unstructured", "2:4", "4:8", "neurons"]
 ADMM = ["--prune_method", "admm", "--sparsity_type", "2:4"]
 RECOVER = ["--recover", "2560"]
-PACK = ["--replace_sparse_layers", "--quantize", "int4"]
 pytestmark = pytest.mark.usefixtures("at_place")
 
 
@@ -36,126 +45,62 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("place")
     tiny.write_model(folder / "model", tiny.tiny_llama(num_hidden_layers=3))
     tiny.write_model(folder / "deep", tiny.tiny_llama(num_hidden_layers=8))
+    large = tiny.tiny_llama(num_hidden_layers=6, hidden_size=64, intermediate_size=64)
+    tiny.write_model(folder / "large", large)
+    tiny.write_model(folder / "chat", large, chats.tokenizer_with(chats.LLAMA_3))
     tiny.write_texts(folder / "uk", train=60, test=3)
+    chats.write(folder / "said", chats.some(80), chats.some(4, 1))
     return folder
 
 
-def run(folder: Path, where: str, *argv: object, model: str = "model") -> dict[str, Any]:
-    """Results of a run that succeeds; its model is saved beside them."""
-    out = ["--save", folder / "out", "--save_model", folder / "model"]
-    done = succeed("--model", model, *BASE, "--device", where, *argv, *out)
-    return results(folder / "out") | {"said": done.out}
-
-
-def assert_same(one: Path, other: Path) -> None:
-    """Two folders of runs: the same weights, and perplexities to the last digit but one."""
-    first, second = weights(one / "model"), weights(other / "model")
-    assert first.keys() == second.keys()
-    assert [name for name, tensor in first.items() if not torch.equal(tensor, second[name])] == []
-    before, after = (results(path / "out") for path in (one, other))
-    assert after["perplexity"]["uk"] == pytest.approx(before["perplexity"]["uk"], rel=1e-9)
-    where = after["device"].partition(" ")[0]
-    reloaded(other / "model", other / "out", *BASE, "--device", where)
-
-
-CASES = {
-    f"{method} {pattern}": ["--prune_method", method, "--sparsity_type", pattern]
-    for method in METHODS
-    for pattern in PATTERNS
-    if (method, pattern) != ("ria", "neurons")  # it has no rule for them
-}
-CASES["variant"] = ["--prune_method", "wanda", "--use_variant"]
-CASES["vocabulary"] = ["--prune_method", "magnitude", "--trim_vocabulary"]
-CASES["packed"] = ["--prune_method", "wanda", "--replace_sparse_layers"]
-CASES["quantized"] = ["--prune_method", "sparsegpt", *PACK]
-CASES["bfloat16"] = ["--prune_method", "sparsegpt", "--dtype", "bfloat16"]
-
-
-@pytest.mark.parametrize("case", CASES)
-def test_a_run_is_the_cpus(case: str, tmp_path: Path) -> None:
-    found = {where: run(tmp_path / where, where, *CASES[case]) for where in ("cpu", "cuda:0")}
-    assert_same(tmp_path / "cpu", tmp_path / "cuda:0")
-    assert found["cuda:0"]["peak_memory"]["device"] > 0
-
-
-@pytest.mark.parametrize("case", ["wanda neurons", "sparsegpt 4:8", "admm 2:4", "quantized"])
-def test_blocks_in_files_are_the_same(case: str, tmp_path: Path) -> None:
-    run(tmp_path / "whole", "cuda:0", *CASES[case])
-    run(tmp_path / "files", "cuda:0", *CASES[case], "--offload_folder", tmp_path / "blocks")
-    assert_same(tmp_path / "whole", tmp_path / "files")
-
-
-@pytest.mark.parametrize("case", ["wanda neurons", "admm 2:4", "packed"])
-def test_blocks_are_fetched_where_memory_is_short(case: str, device: Any, tmp_path: Path) -> None:
+@pytest.mark.parametrize("flags", ["wanda --sparsity_type neurons", "admm --sparsity_type 2:4"])
+def test_blocks_are_fetched_where_memory_is_short(flags: str, device: Any, tmp_path: Path) -> None:
     """Hidden states are on the host then, and come and go."""
-    argv = [*CASES[case], "--nsamples", "24", "--batch_size", "1"]
-    run(tmp_path / "whole", "cuda:0", *argv, model="deep")
-    device.set_limit(0, torch.accelerator.memory_allocated(0) + 750_000)
-    found = run(tmp_path / "short", "cuda:0", *argv, model="deep")
-    assert "one block at a time, hidden states" in found["said"] and "on the host" in found["said"]
-    assert_same(tmp_path / "whole", tmp_path / "short")
+    argv = ["--model", "deep", *BASE, *CARD, "--prune_method", *flags.split()]
+    argv += ["--nsamples", "24", "--batch_size", "1"]
+    said = {}
+    for name, room in (("whole", 10**10), ("short", 750_000)):
+        device.set_limit(0, torch.accelerator.memory_allocated(0) + room)
+        saved = ["--save", tmp_path / name, "--save_model", tmp_path / f"{name}-model"]
+        said[name] = succeed(*argv, *saved).out
+    assert "hidden states" in said["short"] and "on the host" in said["short"]
+    one, two = (weights(tmp_path / f"{name}-model") for name in said)
+    assert [name for name in one if not torch.equal(one[name], two[name])] == []
+    assert results(tmp_path / "short")["perplexity"] == results(tmp_path / "whole")["perplexity"]
 
 
-def test_errors_allocate_alike(tmp_path: Path) -> None:
-    argv = [*ADMM[:2], "--sparsity_ratio", "0.6", "--allocation", "error"]
-    for where in ("cpu", "cuda:0"):
-        run(tmp_path / where, where, *argv)
-    one, other = (results(tmp_path / where / "out") for where in ("cpu", "cuda:0"))
-    assert other["allocation"] == pytest.approx(one["allocation"], abs=1e-5)
-    assert other["perplexity"] == pytest.approx(one["perplexity"], rel=1e-4)
+@pytest.mark.parametrize("room", [10**8, 2_500_000, 1_080_000])
+@pytest.mark.parametrize("model, data", [("large", "uk"), ("chat", "said")])
+def test_compress(
+    model: str,
+    data: str,
+    room: int,
+    device: Any,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """On cards that hold all, that hold weights but no training, and blocks one at a time."""
+    from lib.commands.compress import __main__ as compress
+    from lib.commands.compress import measure
+    from lib.commands.compress import plan as compress_plan
 
+    def plan(*_: Any, trains: bool, **most: int) -> compress_plan.Times:
+        return compress_plan.Times(2, 4, 512 * trains, 9.0)
 
-@pytest.mark.parametrize(
-    "more", [[], ["--recover_rank", "4"], PACK, ["--sparsity_type", "neurons"]]
-)
-def test_recovery_is_reproducible_and_as_good(more: list[str], tmp_path: Path) -> None:
-    argv = ["--prune_method", "wanda", "--sparsity_type", "2:4", *RECOVER, *more]
-    found = {
-        name: run(tmp_path / name, name[:6], *argv) for name in ("cpu", "cuda:0", "cuda:0 again")
-    }
-    assert_same(tmp_path / "cuda:0", tmp_path / "cuda:0 again")
-    one, other = (found[where]["recovery"]["curve"] for where in ("cpu", "cuda:0"))
-    for before, after in zip(one, other, strict=True):
-        assert after["perplexity"] == pytest.approx(before["perplexity"], rel=1e-3)
-    assert "it is not reproducible" not in found["cuda:0"]["said"]
-
-
-def test_what_was_packed_there_is_read_there(tmp_path: Path) -> None:
-    found = run(tmp_path, "cuda:0", "--prune_method", "wanda", *PACK)
-    for where in ("cpu", "cuda:0"):
-        argv = ["--model", tmp_path / "model", *BASE, "--device", where, "--eval_only"]
-        succeed(*argv, "--save", tmp_path / where)
-        again = results(tmp_path / where)["perplexity"]["uk"]
-        assert again == pytest.approx(found["perplexity"]["uk"], rel=1e-6)
-
-
-@pytest.mark.parametrize(
-    "stop, more",
-    [
-        (("prune", 2), ADMM),
-        (("prune", 2), [*ADMM, "--offload_folder", "blocks"]),
-        (("recover", 6), [*ADMM, *RECOVER, *PACK]),
-    ],
-)
-def test_interrupted_and_continued(stop: tuple, more: list[str], tmp_path: Path) -> None:
-    run(tmp_path / "whole", "cuda:0", *more)
-    out = ["--save", tmp_path / "out", "--save_model", tmp_path / "model"]
-    argv = ["--model", "model", *BASE, "--device", "cuda:0", *more, *out]
-    argv += ["--resume", tmp_path / "kept"]
-    with raising(KeyboardInterrupt(), *stop):
-        assert call(*argv).status != 0
-    succeed(*argv)
-    assert_same(tmp_path / "whole", tmp_path)
-
-
-def test_the_second_device_alone_is_used(device: Any, tmp_path: Path) -> None:
-    device.set_limit(0, torch.accelerator.memory_allocated(0))  # not a byte more
-    argv = [*ADMM, *RECOVER, *PACK]
-    found = run(tmp_path / "second", "cuda:1", *argv)
-    assert found["peak_memory"]["device"] > 0
-    device.set_limit(0, 10**10)
-    run(tmp_path / "first", "cuda:0", *argv)
-    assert_same(tmp_path / "first", tmp_path / "second")
+    monkeypatch.setattr(compress_plan, "plan_time", plan)
+    monkeypatch.setattr("lib.util.processes.call", call_here)
+    monkeypatch.setattr(compress, "find_spec", lambda name: None)
+    for name in ("STEPS", "ROUNDS"):
+        monkeypatch.setattr(measure, name, 1)
+    device.set_limit(0, torch.accelerator.memory_allocated(0) + room)
+    out = tmp_path / "out"
+    flags = "--seqlen 32 --batch_size 2 --completions 0 --device cuda:0".split()
+    done = succeed(model, out, "--data", data, *flags, program=program_of("compress"))
+    (run,) = Path(f"{out}-compress").iterdir()
+    trains = model == "large" and room == 10**8
+    assert ("recovery" in results(run / "compressed")) == trains
+    assert ("planned without training" in done.out) == (model == "large" and not trains)
+    reloaded(out, run / "compressed", *flags, "--eval_data", *run.glob("tests/*"))
 
 
 @pytest.mark.parametrize(
@@ -169,9 +114,7 @@ def test_out_of_memory_is_a_line(
     room: int, argv: list[str], flag: str, device: Any, tmp_path: Path
 ) -> None:
     device.set_limit(0, torch.accelerator.memory_allocated(0) + room)
-    done = call("--model", "model", *BASE, "--device", "cuda:0", *argv, "--save", tmp_path)
-    assert done.status == 1
-    (line,) = done.complaints
+    line = str(mistake("--model", "model", *BASE, *CARD, *argv, "--save", tmp_path))
     assert flag in line and "memory" in line
 
 

@@ -22,8 +22,9 @@ from lib.run import check
 from lib.run.flags import build_parser
 
 pytestmark = pytest.mark.usefixtures("elsewhere")
-GIVEN = ["--model", "m", "--calibration_data", "said", "--eval_data", "said", *QUICK]
-PRUNE = [*GIVEN, "--prune_method", "wanda"]
+PRUNE = ["--model", "m", "--calibration_data", "said", "--eval_data", "said", *QUICK]
+PRUNE += ["--prune_method", "wanda"]
+FIRST, LATER = "2026-11-29", "2027-01-05"
 
 
 @pytest.fixture
@@ -44,64 +45,56 @@ def write(template: str = chats.DATED) -> None:
     chats.write(Path("said"), chats.some(120), chats.some(12, 1))
 
 
-def test_a_template_writes_the_date_of_the_run(on: Callable) -> None:
+def test_a_template_writes_the_date_of_the_run_and_its_tokens_stay(on: Callable) -> None:
     tokenizer, said = chats.tokenizer_with(chats.DATED), chats.said("a", "b")
     as_others_do = tokenizer.apply_chat_template(said, tokenize=False)
     assert rendered(tokenizer, said)[0] == as_others_do  # today's, where nobody sets it
-    for day, words in {"2026-11-29": "Sunday 29 November 2026", "2027-01-05": "Tuesday 05"}.items():
+    kept = []
+    for day, words in {FIRST: "Sunday 29 November 2026", LATER: "Tuesday 05"}.items():
         set_date(day)
         text, spans = rendered(tokenizer, said)
         assert text.startswith(f"<s>{words}") and [text[a:b] for a, b in spans] == ["b<|eot|>"]
-
-
-def test_the_tokens_of_every_date_stay(on: Callable) -> None:
-    tokenizer = chats.tokenizer_with(chats.DATED)
-    kept = set()
-    for day in ("2026-11-29", "2027-05-30"):
-        set_date(day)
-        ids = TrimmableTokenizer(tokenizer, "m").template_ids()
-        assert kept in (set(), ids)
-        kept = ids
+        kept.append(TrimmableTokenizer(tokenizer, "m").template_ids())
+    assert kept[0] == kept[1]
     for day in ("2027-01-31", "2031-09-12", "2026-05-07"):
         set_date(day)
-        assert kept.issuperset(tokenizer(rendered(tokenizer, chats.said("a"))[0]).input_ids)
+        assert kept[0].issuperset(tokenizer(rendered(tokenizer, said[:1])[0]).input_ids)
 
 
+@pytest.mark.full
 def test_a_run_that_is_continued_on_another_day(on: Callable) -> None:
     write()
-    to = lambda name: [*PRUNE, "--save", f"{name}-out", "--save_model", name]  # noqa: E731
-    resumed = [*to("resumed"), "--trim_vocabulary", "--resume", "kept"]
-    on("2026-11-29")
+    to = lambda name: [*PRUNE, "--trim_vocabulary", "--save", f"{name}-out", "--save_model", name]  # noqa: E731
+    resumed = [*to("resumed"), "--resume", "kept"]
+    on(FIRST)
     with raising(MemoryError("none left"), "prune", 1):
         assert call(*resumed).status == 1
-    on("2027-01-05")
-    other = call(*resumed, "--date", "2027-01-05")
-    assert other.status == 1 and "--date '2026-11-29', not '2027-01-05'" in other.err
+    on(LATER)
+    other = call(*resumed, "--date", LATER)
+    assert other.status == 1 and f"'{FIRST}', not '{LATER}'" in other.err
     assert "finished before: 1 of" in succeed(*resumed).out
-    succeed(*to("today"), "--trim_vocabulary")
-    succeed(*to("same"), "--trim_vocabulary", "--date", "20261129")
+    succeed(*to("today"))
+    succeed(*to("same"), "--date", FIRST.replace("-", ""))
     first, today, same = (results(f"{name}-out") for name in ("resumed", "today", "same"))
-    assert first["date"] == first["flags"]["date"] == same["date"] == "2026-11-29"
+    assert first["date"] == first["flags"]["date"] == same["date"] == FIRST
     for found in (lambda it: it["calibration"]["digest"], lambda it: it["evaluation"][0]["digest"]):
         assert found(first) == found(same) != found(today)
     again = weights("same")
     assert all(tensor.equal(again[name]) for name, tensor in weights("resumed").items())
-    assert "--date 2026-11-29" in Path("resumed/README.md").read_text("utf-8")
-    text = AutoTokenizer.from_pretrained("today").get_vocab()
-    assert text == AutoTokenizer.from_pretrained("same").get_vocab()
+    assert f"--date {FIRST}" in Path("resumed/README.md").read_text("utf-8")
+    today, same = (AutoTokenizer.from_pretrained(name).get_vocab() for name in ("today", "same"))
+    assert today == same
 
 
 def test_where_no_template_asks_the_date_does_not_count(on: Callable) -> None:
     write(chats.LLAMA_3)
     prints = []
-    for day in ("2026-11-29", "2027-01-05"):
+    for day, flags in ((FIRST, []), (LATER, []), (LATER, ["--date", LATER])):
         on(day)
-        succeed(*PRUNE, "--save", day)
-        prints.append(results(day)["fingerprint"])
-        assert results(day)["date"] is None
-    assert prints[0] == prints[1]
-    succeed(*PRUNE, "--save", "given", "--date", day)
-    assert results("given")["fingerprint"] == prints[0]
+        succeed(*PRUNE, "--save", "out", *flags)
+        prints.append(results()["fingerprint"])
+        assert flags or results()["date"] is None
+    assert prints[0] == prints[1] == prints[2]
     assert call(*PRUNE, "--date", "today").status == 2
 
 
@@ -110,14 +103,15 @@ def test_a_sweep_that_goes_on_on_another_day(on: Callable, monkeypatch: pytest.M
     monkeypatch.setattr(sweep, "call", call_here)
     argv = ["--models", "m", "--methods", "magnitude", "--types", "unstructured"]
     argv += ["--eval_data", "said", "--out", "runs", "--ratios", "0.5"]
-    on("2026-11-29")
-    assert call(*argv, "--", *QUICK, program=sweep.main).status == 0
-    on("2027-01-05")
-    done = call(*argv, "0.6", "--", *QUICK, program=sweep.main)
-    assert done.status == 0 and done.out.count("finished before") == 2
-    assert results("runs/m/magnitude-60")["date"] == "2026-11-29"
+    on(FIRST)
+    succeed(*argv, "--", *QUICK, program=sweep.main)
+    on(LATER)
+    done = succeed(*argv, "0.6", "--", *QUICK, program=sweep.main)
+    assert done.out.count("finished before") == 2
+    assert results("runs/m/magnitude-60")["date"] == FIRST
 
 
+@pytest.mark.full
 def test_a_compression_that_goes_on_on_another_day(
     on: Callable, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -129,18 +123,17 @@ def test_a_compression_that_goes_on_on_another_day(
         return 1 if "small" in argv else call_here(module, *argv)  # killed in its last run
 
     monkeypatch.setattr("lib.util.processes.call", begin)
-    for day in ("2026-11-29", "2027-01-05"):
+    for day in (FIRST, LATER):
         on(day)
         assert call(*argv, program=compress.main).status == 1
     measured, *made = [flags[flags.index("--date") + 1] for flags in began]
-    assert results(*Path("small-compress").glob("*/dense"))["date"] == measured == "2026-11-29"
+    assert results(*Path("small-compress").glob("*/dense"))["date"] == measured == FIRST
     assert made == [measured] * 3
 
 
 def test_ranks_take_the_date_of_the_first(on: Callable) -> None:
-    on("2027-01-05")
-    job = SimpleNamespace(tokenizer=chats.tokenizer_with(chats.DATED))
-    job.args = build_parser().parse_args(["--model", "m"])
-    job.dist = SimpleNamespace(all_gather_object=lambda day: ["2027-01-04", day])
-    check._set_date(job)
-    assert job.args.date == templates._date == "2027-01-04"
+    on(LATER)
+    flags = build_parser().parse_args(["--model", "m"])
+    dist = SimpleNamespace(all_gather_object=lambda day: ["2027-01-04", day])
+    check._set_date(flags, chats.tokenizer_with(chats.DATED), dist)
+    assert flags.date == templates._date == "2027-01-04"

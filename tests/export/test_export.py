@@ -10,17 +10,15 @@ import numpy as np
 import pytest
 import tiny
 import torch
-from support import runner_of, weights
+from support import refused, representative, runner_of, weights
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from lib.commands.export import __main__ as command
 from lib.commands.export import codes, engines
 from lib.commands.export.__main__ import main
 from lib.commands.model_folder import ModelFolder
 from lib.packed.checkpoint import METHOD
 from lib.packed.formats import FORMATS
-from lib.util.errors import UserError
 
 GRID = FORMATS["q4_0"]
 WIDE = dict(hidden_size=64, intermediate_size=72, head_dim=16)  # down_proj's rows are no blocks
@@ -99,7 +97,10 @@ def rows_of(matrices: list[Tensor]) -> list[list[float]]:
     return sorted(row for matrix in matrices for row in matrix.tolist())
 
 
-@pytest.mark.parametrize("name, engine", CASES)
+QUICK = [("LLaMA", engine) for engine in MODELS["LLaMA"][2]]
+
+
+@pytest.mark.parametrize("name, engine", representative(CASES, QUICK))
 def test_no_number_changes(name: str, engine: str, folders, tmp_path, capsys) -> None:
     needs(engine)
     source, new = folders[name], tmp_path / "new"
@@ -121,12 +122,12 @@ def test_no_number_changes(name: str, engine: str, folders, tmp_path, capsys) ->
         assert torch.equal(one, other)
 
 
-def refused(argv: list[object], words: str) -> None:
+def not_written(argv: list[object], *words: str) -> None:
     """One line, before anything is written beside what was there."""
     new = Path(argv[1])
     before = sorted(new.parent.iterdir())
-    with pytest.raises(UserError, match=words):
-        main([str(part) for part in argv])
+    line = refused(main, [str(part) for part in argv])
+    assert all(word in line for word in words), line
     assert sorted(new.parent.iterdir()) == before
 
 
@@ -142,62 +143,37 @@ def test_what_differs_is_not_written(engine: str, folders, tmp_path, monkeypatch
             patch.setattr(engines.Onnx, "stored", lambda *new: [*read(*new)][1:])
         else:
             patch.setattr(codes, "packed_bytes", lambda codes: packed_bytes(codes) ^ 1)
-        refused(argv, "NEW .*new: it is not written: [0-9]+ rows of codes or scales differ")
+        not_written(argv, "rows of codes or scales differ")
     wrong = dict(rope_parameters=dict(rope_type="default", rope_theta=1e4), rope_theta=1e4)
     monkeypatch.setattr(
         ModelFolder, "copy_settings", lambda *to, **fields: copy(*to, **fields | wrong)
     )
     if engine != "onnx":  # whose graph holds what the config says
-        refused(
-            argv, "NEW .*new: it is not written: log-probabilities differ by .* compute this model"
-        )
+        not_written(argv, "log-probabilities differ")
 
 
-def test_one_line_for_each_mistake(folders, tmp_path, monkeypatch) -> None:
+def test_folders_that_cannot_be_exported(folders, tmp_path, monkeypatch) -> None:
+    """The others, and what lies at NEW, are in the table of refusals."""
     for engine in engines.ENGINES.values():
         monkeypatch.setattr(type(engine), "packages", ())
-    llama, new = folders["LLaMA"], tmp_path / "new"
-    to = ["--to", "compressed-tensors"]
-    tiny.write_texts(tmp_path / "old")
-    (tmp_path / "ended.partial").mkdir()  # of a run that was killed
-    refused([llama, tmp_path / "old", *to], "NEW .*old: it holds .*[.] Name a new folder")
-    refused([llama, tmp_path / "ended", *to], "NEW .*: ended.partial exists")
-    refused([tmp_path / "none", new, *to], "OUT .*none: it is not a model folder")
-    refused([folders["GPT-2"], new, *to], "--to compressed-tensors: .* experts nor the")
-    refused([folders["Mixtral"], new, *to], "--to compressed-tensors: .* experts nor the")
+    to = [tmp_path / "new", "--to", "compressed-tensors"]
+    for name in ("GPT-2", "Mixtral"):
+        not_written([folders[name], *to], "--to compressed-tensors: ", "experts")
     broken = tiny.write_model(tmp_path / "broken")
-    refused(
-        [broken, new, *to],
-        r"OUT .*: a weight of .*layers.0.self_attn.q_proj.weight is \d.* off the grid",
+    not_written(
+        [broken, *to], f"OUT {broken}: ", "layers.0.self_attn.q_proj.weight", "off the grid"
     )
-    config = json.loads((llama / "config.json").read_text())
-    for method, words in (("gptq", "quantized by gptq"), (METHOD, "packed")):
-        config["quantization_config"] = {"quant_method": method}
-        (broken / "config.json").write_text(json.dumps(config))
-        refused([broken, new, *to], f"OUT .*broken: its weights are {words}[.]")
-    monkeypatch.undo()
-    monkeypatch.setattr(command, "find_spec", lambda name: None)
-    refused(
-        [llama, new, *to],
-        "compressed_tensors is not installed. Run pip install -r requirements-vllm",
-    )
+    config = json.loads((folders["LLaMA"] / "config.json").read_text())
+    config["quantization_config"] = {"quant_method": METHOD}
+    (broken / "config.json").write_text(json.dumps(config))
+    not_written([broken, *to], f"OUT {broken}: its weights are packed")
 
 
-@pytest.mark.parametrize(
-    "engine, name, words",
-    [
-        ("mlx", "BLOOM", "OUT .*: its model in mlx's code .*Model type bloom not supp"),
-        ("mlx", "GPT-2", "OUT .*GPT-2: its model in mlx's code cannot be loaded .*[.] Use gguf"),
-        (
-            "onnx",
-            "BLOOM",
-            "OUT .*BLOOM: its model in onnx's code cannot be loaded .*not .*[.] Use gguf",
-        ),
-    ],
-)
-def test_a_model_that_an_engine_does_not_know(engine, name, words, folders, tmp_path) -> None:
+@pytest.mark.parametrize("engine, name", [("mlx", "BLOOM"), ("mlx", "GPT-2"), ("onnx", "BLOOM")])
+def test_a_model_that_an_engine_does_not_know(engine, name, folders, tmp_path) -> None:
     needs(engine)
-    refused([folders[name], tmp_path / "new", "--to", engine], words)
+    words = f"OUT {folders[name]}: its model in {engine}'s code cannot be loaded", "Use gguf"
+    not_written([folders[name], tmp_path / "new", "--to", engine], *words)
 
 
 def test_a_model_that_also_sees_is_run_whole(tmp_path: Path) -> None:

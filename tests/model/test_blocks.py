@@ -1,4 +1,4 @@
-"""The runner's blocks give the model's own logits, and whatever happens it restores the model."""
+"""What the runner refuses and measures, that it restores the model, and what it sees of linears."""
 
 from __future__ import annotations
 
@@ -7,62 +7,35 @@ from collections.abc import Callable
 import pytest
 import tiny
 import torch
-from support import CPU, linears_of, prune_, runner_of, windows
+from support import CPU, linears_of, patches, prune_, runner_of, through, windows
 from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers.pytorch_utils import Conv1D
 
 from lib.data.samples import Sample, Windows, join, windows_of
 from lib.eval import perplexities, perplexity
 from lib.methods.registry import method_of
 from lib.model.blocks import BlockRunner
+from lib.model.linears import find_linears, watch_inputs, watch_outputs
 from lib.pruning.inputs import observe
 from lib.util.errors import UserError
 
-TOKENS = 24  # of a window
 
-
-def patches(model: nn.Module) -> list[str]:
-    """What is not as it was built: forwards and hooks."""
-    found = [name for name, module in model.named_modules() if "forward" in module.__dict__]
-    for name, module in model.named_modules():
-        if module._forward_pre_hooks or module._forward_hooks:
-            found.append(name)
-    return found
-
-
-def through(runner: BlockRunner, ids: Tensor | Windows, positions: Tensor) -> Tensor:
-    """Logits (n, positions, vocabulary) by way of the runner, in batches of three."""
-    states = runner.capture(ids, 3, CPU)
-    for index in range(len(runner.blocks)):
-        runner.advance_(states, index)
-    chunks = positions.split(13)
-    whole = [[runner.logits(states, batch)(chunk) for chunk in chunks] for batch in states.batches]
-    return torch.cat([torch.cat(row, dim=1) for row in whole])
-
-
-@pytest.mark.parametrize("name", tiny.ALL)
-def test_batch_by_batch_and_chunk_by_chunk_it_is_the_models_own_forward(name: str) -> None:
-    """On windows longer than sliding ones, their last batch smaller; of architectures of all kinds:
-    blocks with masks of their own, with experts, with a state, with other arguments and outputs."""
-    model, ids = tiny.ALL[name](), windows(5, TOKENS)
-    with torch.no_grad():
-        expected = model(input_ids=ids, use_cache=False).logits
-    logits = through(runner_of(model), ids, torch.arange(TOKENS))
-    torch.testing.assert_close(logits, expected, atol=1e-5, rtol=1e-5)
-    assert not patches(model)
-    with torch.no_grad():
-        again = model(input_ids=ids, use_cache=False).logits
-    assert torch.equal(again, expected)
-
-
-@pytest.mark.parametrize("damaged", [False, True])
 @pytest.mark.parametrize("name", tiny.REFUSED)
-def test_models_that_it_cannot_carry_are_refused(name: str, damaged: bool) -> None:
-    """Although the logits of a token with a damaged embedding, and those after it, are nan."""
-    model = tiny.REFUSED[name]()
-    if damaged:
-        model.get_input_embeddings().weight.data[5] = float("nan")
-    with pytest.raises(UserError, match="cannot be pruned"):
-        runner_of(model).verify()
+def test_what_cannot_be_carried_is_refused_and_measured_as_a_whole(name: str) -> None:
+    """Also where the logits of a token with a damaged embedding, and those after it, are nan."""
+    model, ids = tiny.REFUSED[name](), windows(5)
+    runner = BlockRunner(model, CPU, batch_size=3, whole=True)
+    with torch.no_grad():
+        logits = model(input_ids=ids, use_cache=False).logits[:, :-1]
+    runner.verify()
+    loss = F.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten())
+    assert perplexity(runner, ids) == pytest.approx(loss.exp().item(), rel=1e-4)
+    assert not patches(model)
+    for damage in (1.0, float("nan")):
+        model.get_input_embeddings().weight.data[5] *= damage
+        with pytest.raises(UserError, match="cannot be pruned"):
+            runner_of(model).verify()
 
 
 def test_blocks_that_read_the_keys_of_others_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -71,18 +44,6 @@ def test_blocks_that_read_the_keys_of_others_are_refused(monkeypatch: pytest.Mon
     monkeypatch.setattr(f"{text}._maybe_slice_kv_shared_inputs", lambda self, *args, **_: args[:4])
     with pytest.raises(UserError, match="blocks that depend on each other"):
         runner_of(tiny.REFUSED["Gemma 4, shared keys"]()).verify()
-
-
-@pytest.mark.parametrize("name", tiny.REFUSED)
-def test_they_are_measured_by_their_whole_forward(name: str) -> None:
-    runner = BlockRunner(tiny.REFUSED[name](), CPU, batch_size=3, whole=True)
-    ids = windows(5)
-    with torch.no_grad():
-        logits = runner.model(input_ids=ids, use_cache=False).logits[:, :-1]
-    runner.verify()
-    loss = nn.functional.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten())
-    assert perplexity(runner, ids) == pytest.approx(loss.exp().item(), rel=1e-4)
-    assert not patches(runner.model)
 
 
 def test_perplexity_in_chunks_is_the_whole_one(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -149,5 +110,52 @@ def test_nothing_stays_patched_after_an_exception(work: str, place: str) -> None
         with pytest.raises(Interrupted):
             jobs[work]()
     broken.__class__ = before
-    assert not patches(model)
-    assert model.config.use_cache == caches
+    assert not patches(model) and model.config.use_cache == caches
+
+
+# --- what linears and fused experts are multiplied with, however the product is written
+
+PRODUCTS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "by place": lambda x, w: F.linear(x, w),
+    "both by name": lambda x, w: F.linear(weight=w, input=x),
+    "matmul by name": lambda x, w: torch.matmul(x, other=w.T),
+    "method": lambda x, w: x.matmul(w.T),
+    "operator": lambda x, w: x @ w.T,
+}
+
+
+class Experts(nn.Module):
+    """Three matrices in one parameter; expert i gets i + 1 tokens."""
+
+    def __init__(self, product: Callable[[Tensor, Tensor], Tensor]) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(3, 16, 8))
+        self.product = product
+
+    def forward(self, x: Tensor) -> list[Tensor]:
+        return [self.product(x[: i + 1], self.weight[i]) for i in range(3)]
+
+
+@pytest.mark.parametrize("name", PRODUCTS)
+def test_experts_inputs_are_seen(name: str) -> None:
+    experts, x, seen = Experts(PRODUCTS[name]), torch.randn(4, 8), {}
+    linears, left = find_linears(experts, "block")
+    expected = experts(x)
+    with watch_inputs(linears, lambda linear, its: seen.update({linear.expert: its})):
+        found = experts(x)
+    assert not left and [linear.expert for linear in linears] == [0, 1, 2]
+    assert seen.keys() == {0, 1, 2}
+    assert all(torch.equal(seen[i], x[: i + 1]) for i in range(3))
+    assert all(map(torch.equal, found, expected))
+
+
+@pytest.mark.parametrize(("module", "keyword"), [(nn.Linear(8, 8), "input"), (Conv1D(8, 8), "x")])
+def test_inputs_and_outputs_of_a_call_by_keyword_are_seen(module: nn.Module, keyword: str) -> None:
+    [linear] = find_linears(nn.ModuleDict({"linear": module}), "0")[0]
+    seen: list[Tensor] = []
+    x = torch.ones(3, 8)
+    with watch_inputs([linear], lambda _, x: seen.append(x)):
+        module(**{keyword: x})
+    with watch_outputs([linear], lambda _, x, out: seen.append(x)):
+        module(**{keyword: x})
+    assert [tensor is x for tensor in seen] == [True, True]

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import copy
-import json
-import shutil
 from pathlib import Path
 
 import pytest
 import tiny
 import torch
-from support import CPU, HALF, QUICK, Done, call, linears_of, prune_, results, runner_of, windows
+from support import CPU, HALF, QUICK, mistake, prune_, refused, results, runner_of, succeed, windows
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
@@ -20,11 +18,10 @@ from lib.model.access import Checkpoint
 from lib.model.matrix import PrunableLinear
 from lib.model.pretrained import load_config, load_model
 from lib.model.quantized import stored_bits
-from lib.util.errors import UserError
 
-KINDS = {"unstructured": HALF, "2:4": Sparsity(0.5, 2, 4)}
-ONLY_DROPS = ("wanda", "magnitude")
 pytestmark = pytest.mark.usefixtures("at_place")
+RUN = [*QUICK, "--calibration_data", "uk", "--eval_data", "uk", "--save"]
+TWO_OF_FOUR = ["--prune_method", "sparsegpt", "--sparsity_type", "2:4"]
 
 
 @pytest.fixture(scope="module")
@@ -44,11 +41,6 @@ def loaded(request: pytest.FixtureRequest, place: Path) -> nn.Module:
     return load_model(checkpoint, load_config(checkpoint), **options)
 
 
-def all_linears(model: nn.Module) -> list[PrunableLinear]:
-    runner = runner_of(model)
-    return [one for index in range(len(runner.blocks)) for one in linears_of(runner, index)]
-
-
 def codes(linear: PrunableLinear) -> Tensor:
     """(out, in) of what bitsandbytes stores for each weight."""
     stored = linear.module.weight.data
@@ -66,31 +58,30 @@ def scales(linear: PrunableLinear) -> list[Tensor]:
     return [weight.quant_state.absmax.clone(), weight.quant_state.state2.absmax.clone()]
 
 
-@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("method", ["wanda", "sparsegpt", "magnitude"])
-def test_masks_survive(method: str, kind: str, loaded: nn.Module) -> None:
-    model, sparsity = copy.deepcopy(loaded), KINDS[kind]
-    before = {one.name: (codes(one), scales(one), one.matrix()) for one in all_linears(model)}
-    prune_(model, method, sparsity, windows(6))
-    for linear in all_linears(model):
-        old_codes, old_scales, old = before[linear.name]
-        zero = linear.matrix() == 0
-        if sparsity.m:
-            assert (zero.view(-1, 4).sum(1) >= 2).all(), linear.name
-        else:
-            assert zero.float().mean() >= 0.5 - 1e-6
-        if method in ONLY_DROPS:
-            kept = ~zero
-            assert torch.equal(codes(linear)[kept], old_codes[kept])
-            assert torch.equal(linear.matrix()[kept], old[kept])
-            assert all(map(torch.equal, scales(linear), old_scales))
-        else:
-            assert (linear.matrix() != old)[~zero].any()  # the others make up for it
+def test_masks_survive(method: str, loaded: nn.Module) -> None:
+    for sparsity in (HALF, Sparsity(0.5, 2, 4)):
+        model = copy.deepcopy(loaded)
+        linears = list(runner_of(model).each_linear())
+        before = {one.name: (codes(one), scales(one), one.matrix()) for one in linears}
+        prune_(model, method, sparsity, windows(6))
+        for linear in runner_of(model).each_linear():
+            old_codes, old_scales, old = before[linear.name]
+            zero = linear.matrix() == 0
+            if sparsity.m:
+                assert (zero.view(-1, 4).sum(1) >= 2).all(), linear.name
+            else:
+                assert zero.float().mean() >= 0.5 - 1e-6
+            if method == "sparsegpt":
+                assert (linear.matrix() != old)[~zero].any()  # the others make up for it
+            else:
+                assert torch.equal(codes(linear)[~zero], old_codes[~zero])
+                assert torch.equal(linear.matrix()[~zero], old[~zero])
+                assert all(map(torch.equal, scales(linear), old_scales))
 
 
 def test_a_matrix_is_stored_as_bitsandbytes_would(loaded: nn.Module) -> None:
-    model = copy.deepcopy(loaded)
-    linear = all_linears(model)[0]
+    linear = next(runner_of(copy.deepcopy(loaded)).each_linear())
     wanted = torch.randn(linear.shape, generator=torch.Generator().manual_seed(1)) * 0.1
     wanted[:, ::2] = 0
     linear.set_weight_(wanted)
@@ -102,54 +93,27 @@ def test_a_matrix_is_stored_as_bitsandbytes_would(loaded: nn.Module) -> None:
     assert torch.allclose(linear.module(x), x @ got.T, atol=0.1 * (x @ got.T).abs().max().item())
 
 
-def prune(model: str | Path, folder: Path, *flags: object) -> Done:
-    data = ["--calibration_data", "uk", "--eval_data", "uk", "--save", folder]
-    return call("--model", model, *QUICK, *data, *flags)
-
-
+@pytest.mark.full
 def test_saved_and_reloaded_with_the_same_perplexity(tmp_path: Path) -> None:
     saved = tmp_path / "model"
     flags = ["--prune_method", "wanda", "--save_model", saved, "--load_bit", "4"]
-    done = prune("model", tmp_path / "run", *flags)
-    assert done.status == 0, done.err
-    done = prune(saved, tmp_path / "again", "--eval_only")
-    assert done.status == 0, done.err
+    succeed("--model", "model", *RUN, tmp_path / "run", *flags)
+    succeed("--model", saved, *RUN, tmp_path / "again", "--eval_only")
     before, after = results(tmp_path / "run"), results(tmp_path / "again")
     assert after["perplexity"]["uk"] == pytest.approx(before["perplexity"]["uk"], rel=1e-6)
     assert after["sparsity"] == before["sparsity"]
     assert before["sparsity"]["overall"] >= 0.499
     assert after["footprint"]["before"] == before["footprint"]["after"]
     assert stored_bits(AutoModelForCausalLM.from_pretrained(saved).config) == "4"
-    with pytest.raises(UserError, match="no matrix has zeros in all RUNs"):  # two share a byte
-        compare_masks([saved, saved])
+    refused(compare_masks, [saved, saved])  # two weights share a byte
 
 
 def test_a_checkpoint_that_is_already_quantized(loaded: nn.Module, tmp_path: Path) -> None:
-    quantized, folder = str(tmp_path / "quantized"), tmp_path / "run"
+    quantized = str(tmp_path / "quantized")
     loaded.save_pretrained(quantized)
     tiny.tiny_tokenizer().save_pretrained(quantized)
-    flags = ["--prune_method", "sparsegpt", "--sparsity_type", "2:4"]
-    done = prune(quantized, folder, *flags)
-    assert done.status == 0, done.err
-    assert results(folder)["sparsity"]["overall"] >= 0.5
-    for more in (["--load_bit", "4"], ["--offload_folder", str(tmp_path / "away")]):
-        (line,) = prune(quantized, folder, *flags, *more).complaints
-        assert line.startswith(f"error: {more[0]} {more[1]}: ") and "quantized" in line
-    recover = ["--recover", "64", "--teacher"]
-    (line,) = prune(quantized, folder, *recover, "model").complaints
-    words = f"--recover 64: the weights of {quantized} are quantized and cannot be trained. "
-    words += "Name the unquantized model."
-    assert line == f"error: {words}"
-    (line,) = prune("model", folder, *recover, quantized).complaints
-    assert line == f"error: --teacher {quantized}: it is quantized. Name the unquantized model."
-
-
-@pytest.mark.parametrize("method", ["gptq", "compressed-tensors"])
-def test_other_formats_are_refused(method: str, place: Path, tmp_path: Path) -> None:
-    folder = shutil.copytree(place / "model", tmp_path / "other")
-    config = json.loads((folder / "config.json").read_text())
-    config["quantization_config"] = {"quant_method": method, "bits": 4}
-    (folder / "config.json").write_text(json.dumps(config))
-    (line,) = prune(folder, tmp_path / "run", "--prune_method", "wanda").complaints
-    assert line.startswith(f"error: --model {folder}: its weights are quantized by {method}")
-    assert "Name the unquantized model" in line
+    flags = ["--model", quantized, *RUN, tmp_path / "run"]
+    succeed(*flags, *TWO_OF_FOUR)
+    assert results(tmp_path / "run")["sparsity"]["overall"] >= 0.5
+    error = mistake(*flags, *TWO_OF_FOUR, "--offload_folder", "away")
+    assert error.what == "--offload_folder away"

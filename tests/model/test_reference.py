@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import pytest
 import tiny
 import torch
-from support import QUICK, call, prune_, results, runner_of, succeed, windows
+from support import QUICK, prune_, representative, results, runner_of, succeed, windows
 from torch import Tensor, nn
 
 from lib.eval import perplexities, perplexity
@@ -15,7 +13,6 @@ from lib.model.blocks import BlockRunner
 from lib.model.reference import DenseReference, dense_states, tail_of
 
 FIGURES = "kl", "kl_standard_error", "top1_agreement", "top1_agreement_standard_error"
-CALIBRATED = ["--calibration_data", "uk", "--eval_data", "uk", "en"]
 
 
 def reference_of(runner: BlockRunner, *tests: Tensor) -> DenseReference:
@@ -42,33 +39,26 @@ def assert_like(found: dict[str, float], expected: dict[str, float]) -> None:
         assert found[name] == pytest.approx(value, rel=1e-4, abs=1e-7), name
 
 
-@pytest.mark.parametrize("name", ["Llama", "Gemma 2", "GPT-2", "Mixtral", "Cohere", "Mamba"])
-def test_as_by_whole_forward_passes(name: str) -> None:
-    dense, pruned = tiny.ALL[name](), tiny.ALL[name]()
-    tests = windows(5), windows(3, tokens=17, seed=4)
-    runner = runner_of(pruned)
+CASES = [("Llama", 1, 1), ("Gemma 2", 3, 2**24), ("Mixtral", 8, 4 * tiny.VOCAB * 5)]
+OTHERS = [("GPT-2", 3, 1), ("Cohere", 1, 2**24), ("Mamba", 3, 4 * tiny.VOCAB * 5)]
+
+
+@pytest.mark.parametrize(("name", "batch_size", "room"), representative(CASES + OTHERS, CASES))
+def test_as_by_whole_forward_passes(
+    name: str, batch_size: int, room: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Batches, and chunks of the head, change nothing."""
+    monkeypatch.setattr("lib.model.blocks.LOGIT_BYTES", room)
+    monkeypatch.setattr("lib.eval.HEAD_POSITIONS", 7)
+    dense, runner = tiny.ALL[name](), runner_of(tiny.ALL[name](), batch_size)
+    tests = windows(7), windows(3, tokens=17, seed=4)
     reference = reference_of(runner, *tests)
     prune_(runner)
     found = perplexities(runner, tests, reference=reference)
     for one, ids in zip(found, tests, strict=True):
-        assert_like(one, slow(dense, pruned, ids))
+        assert_like(one, slow(dense, runner.model, ids))
         assert one["kl"] > 0.01 and one["top1_agreement"] < 1
-
-
-@pytest.mark.parametrize("room", [1, 4 * tiny.VOCAB * 5, 2**24])
-@pytest.mark.parametrize("batch_size", [1, 3, 8])
-def test_batches_and_chunks_change_nothing(
-    batch_size: int, room: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("lib.model.blocks.LOGIT_BYTES", room)
-    monkeypatch.setattr("lib.eval.HEAD_POSITIONS", 7)
-    dense, runner = tiny.tiny_llama(), runner_of(tiny.tiny_llama(), batch_size)
-    ids = windows(7)
-    reference = reference_of(runner, ids)
-    prune_(runner)
-    (found,) = perplexities(runner, [ids], reference=reference)
-    assert_like(found, slow(dense, runner.model, ids))
-    assert found["perplexity"] == perplexity(runner, ids)
+    assert found[0]["perplexity"] == pytest.approx(perplexity(runner, tests[0]), rel=1e-9)
 
 
 @pytest.mark.parametrize("name", ["Llama", "GPT-2", "OLMo 2"])
@@ -111,36 +101,25 @@ def test_only_some_windows_are_compared(monkeypatch: pytest.MonkeyPatch) -> None
     assert sorted(reference.states[0]) == [0, 2, 5]
 
 
-@pytest.fixture
-def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.chdir(tmp_path)
-    tiny.write_model(tmp_path / "model")
-    tiny.write_texts(tmp_path / "uk")
-    tiny.write_texts(tmp_path / "en", test=tiny.sentences(5, seed=7))
-    return tmp_path
-
-
-def figures(folder: Path | str) -> list[list[float]]:
-    return [[one[name] for name in FIGURES] for one in results(folder)["evaluation"]]
-
-
-def test_what_nothing_was_pruned_from_is_the_dense_model(place: Path) -> None:
-    flags = ["--model", "model", *QUICK, *CALIBRATED, "--prune_method", "wanda"]
-    succeed(*flags, "--sparsity_ratio", 0, "--save", "zero")
-    assert figures("zero") == [[0, 0, 1, 0]] * 2
-
-
-def test_a_model_pruned_before_is_compared_with_what_it_was_made_of(place: Path) -> None:
-    base = ["--model", "model", *QUICK, *CALIBRATED, "--trim_vocabulary"]
-    prune = [*base, "--prune_method", "wanda", "--save", "one", "--save_model", "new"]
-    succeed(*prune)
-    again = ["--model", "new", *QUICK, *CALIBRATED, "--eval_only", "--teacher", "model"]
-    again += ["--completions", "1"]
-    done = succeed(*again, "--save", "two")
-    for before, after in zip(figures("one"), figures("two"), strict=True):
-        assert after == pytest.approx(before, rel=1e-4)
-    assert results("two")["method"] == "pruned before"
-    assert "recovery" not in results("two")
-    assert all("dense" in one for one in results("two")["completions"])
-    done = call(*again, "--offload_folder", "away")
-    assert done.status == 2 and "must be in memory" in done.err
+@pytest.mark.usefixtures("elsewhere")
+def test_runs_are_compared_with_what_a_model_was_made_of() -> None:
+    """What nothing was pruned from is the dense model; and a model that was pruned before."""
+    tiny.write_model("model")
+    tiny.write_texts("uk", test=5)
+    calibrated = ["--model", "model", "--calibration_data", "uk", "--trim_vocabulary"]
+    wanda = [*calibrated, "--prune_method", "wanda"]
+    again = ["--model", "new", "--eval_only", "--teacher", "model", "--completions", "1"]
+    runs = {
+        "zero": [*wanda, "--sparsity_ratio", 0],
+        "pruned": [*wanda, "--save_model", "new"],
+        "again": again,
+    }
+    figures = {}
+    for name, flags in runs.items():
+        succeed(*QUICK, *flags, "--eval_data", "uk", "--save", name)
+        figures[name] = [results(name)["evaluation"][0][figure] for figure in FIGURES]
+    assert figures["zero"] == [0, 0, 1, 0]
+    assert figures["again"] == pytest.approx(figures["pruned"], rel=1e-4)
+    found = results("again")
+    assert found["method"] == "pruned before" and "recovery" not in found
+    assert all("dense" in one for one in found["completions"])

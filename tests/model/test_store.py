@@ -12,8 +12,10 @@ from pathlib import Path
 import pytest
 import tiny
 import torch
-from support import CPU, QUICK, Done, at, call, no_file_larger_than
+from support import CPU, QUICK, Done, at, call, no_file_larger_than, refused
+from transformers import AutoModelForCausalLM
 
+from lib.model import access
 from lib.model.access import Checkpoint
 from lib.model.pretrained import decoder_blocks, load_config, load_model, skeleton
 from lib.model.store import FileBlockStore, device_map
@@ -27,20 +29,30 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     sharded = tiny.write_model(folder / "sharded", tiny.tiny_llama(num_hidden_layers=3))
     tiny.tiny_llama(num_hidden_layers=3).save_pretrained(sharded, max_shard_size="60KB")
     (sharded / "model.safetensors").unlink()
-    tiny.write_model(folder / "tied", tiny.tiny_llama(tie_word_embeddings=True))
     tiny.write_texts(folder / "uk", test=3)
     return folder
 
 
-def prune(model: str | Path, folder: Path, *more: object) -> Done:
+def prune(model: str | Path, folder: Path) -> Done:
     data = ["--calibration_data", "uk", "--eval_data", "uk", "--save", folder / "run"]
     flags = [*QUICK, *data, "--prune_method", "wanda", "--save_model", folder / "model"]
-    return call("--model", model, *flags, *more)
+    return call("--model", model, *flags, "--offload_folder", folder / "away")
+
+
+def opened(checkpoint: str, folder: Path, writes: bool = True) -> FileBlockStore:
+    """A model whose blocks lie in a folder, converted there."""
+    model = Checkpoint(checkpoint)
+    config = load_config(model)
+    bare = skeleton(config, model)
+    where = device_map(bare, decoder_blocks(bare)[0], CPU)
+    options = dict(dtype=torch.float32, device_map=where, offload=str(folder), writes=writes)
+    loaded = load_model(model, config, **options)
+    return FileBlockStore(loaded, CPU, folder=None, on_disk=False, narrow=False)
 
 
 def test_finished_blocks_become_the_shards_of_the_model(tmp_path: Path) -> None:
     """Nothing is written twice."""
-    done = prune("sharded", tmp_path, "--offload_folder", tmp_path / "away")
+    done = prune("sharded", tmp_path)
     assert done.status == 0 and done.complaints == [], done.err
     assert {path.name for path in tmp_path.iterdir()} == {"run", "model"}
     index = json.loads((tmp_path / "model" / "model.safetensors.index.json").read_text())
@@ -54,36 +66,18 @@ def test_finished_blocks_become_the_shards_of_the_model(tmp_path: Path) -> None:
 def test_one_rank_of_a_machine_converts(tmp_path: Path) -> None:
     """Fused experts are written once, and mapped by all."""
     tiny.write_model(tmp_path / "mixture", tiny.ARCHITECTURES["Mixtral"]())
-    checkpoint = Checkpoint(str(tmp_path / "mixture"))
-    config = load_config(checkpoint)
-    bare = skeleton(config, checkpoint)
-    name, _ = decoder_blocks(bare)
-    stores, times = [], []
+    places, times = [], []
     for writes in (True, False):
-        where = device_map(bare, name, CPU)
-        model = load_model(
-            checkpoint,
-            config,
-            dtype=torch.float32,
-            device_map=where,
-            offload=str(tmp_path / "converted"),
-            writes=writes,
-        )
-        stores.append(FileBlockStore(model, CPU, folder=None, on_disk=False, narrow=False))
-        files = (tmp_path / "converted").glob("*.safetensors")
+        places.append(opened(str(tmp_path / "mixture"), tmp_path / "new", writes).places)
+        files = (tmp_path / "new").glob("*.safetensors")
         times.append({file.name: file.stat().st_mtime_ns for file in files})
-    assert stores[0].places == stores[1].places
+    assert places[0] == places[1]
     assert times[0] == times[1] and any("experts" in file for file in times[0])
 
 
 def test_a_copy_of_a_fetched_block_leaves_memory_at_once(tmp_path: Path) -> None:
     """Nothing collects garbage where a device is full."""
-    checkpoint = Checkpoint("sharded")
-    config = load_config(checkpoint)
-    where = device_map(skeleton(config, checkpoint), "model.layers", CPU)
-    options = dict(dtype=torch.float32, device_map=where, offload=str(tmp_path))
-    model = load_model(checkpoint, config, **options, writes=True)
-    store = FileBlockStore(model, CPU, folder=None, on_disk=False, narrow=False)
+    store = opened("sharded", tmp_path)
     gc.disable()
     try:
         with store.on_device(1):
@@ -102,28 +96,24 @@ def test_a_folder_that_holds_something_is_refused(begun: bool, tmp_path: Path) -
     (away / "block-00000.safetensors").write_bytes(b"mine")
     if begun:
         (away / "job.json").write_text("{}")
-    [line] = prune("tied", tmp_path, "--offload_folder", away).complaints
-    assert f"--offload_folder {away}: " in line
-    assert ("Add --resume" if begun else "but no job.json") in line
+    [line] = prune("sharded", tmp_path).complaints
+    assert f"--offload_folder {away}: " in line and ("--resume" in line) == begun
     assert (away / "block-00000.safetensors").read_bytes() == b"mine"
 
 
 def test_a_disk_that_fills_up_keeps_what_is_finished(tmp_path: Path) -> None:
     with no_file_larger_than(10_000):
-        done = prune("sharded", tmp_path, "--offload_folder", tmp_path / "away")
+        done = prune("sharded", tmp_path)
     [line] = done.complaints
-    assert "error: --offload_folder" in line and "block-00000.safetensors cannot be written" in line
+    assert "error: --offload_folder" in line and "block-00000.safetensors" in line
     assert not (tmp_path / "model").exists()
 
 
 @pytest.mark.parametrize("damage", ["cut", "gone"])
-def test_a_shard_that_is_damaged_in_the_middle_of_the_run(
-    damage: str, place: Path, tmp_path: Path
-) -> None:
-    shutil.copytree(place / "sharded", tmp_path / "sharded")
-    index = json.loads((tmp_path / "sharded" / "model.safetensors.index.json").read_text())
-    name = index["weight_map"]["model.layers.2.mlp.up_proj.weight"]
-    file = tmp_path / "sharded" / name
+def test_a_shard_that_is_damaged_in_the_middle_of_the_run(damage: str, tmp_path: Path) -> None:
+    folder = shutil.copytree("sharded", tmp_path / "sharded")
+    index = json.loads((folder / "model.safetensors.index.json").read_text())
+    file = folder / index["weight_map"]["model.layers.2.mlp.up_proj.weight"]
 
     def break_it() -> None:
         data = file.read_bytes()
@@ -132,14 +122,33 @@ def test_a_shard_that_is_damaged_in_the_middle_of_the_run(
             file.write_bytes(data[:2000])
 
     with at("prune", 1, break_it):
-        done = prune(tmp_path / "sharded", tmp_path, "--offload_folder", tmp_path / "away")
+        done = prune(folder, tmp_path)
     [line] = done.complaints
-    assert done.status == 1 and name in line and "cannot be read from" in line
+    assert done.status == 1 and file.name in line
     assert not (tmp_path / "model").exists() and (tmp_path / "away" / "job.json").exists()
+
+
+def test_weights_come_from_the_commit_of_the_config(
+    place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where the hub's branch moves on in between."""
+    config = load_config(Checkpoint("sharded"))
+    config._commit_hash = "c0ffee"
+    asked = []
+
+    def from_pretrained(name: str, **options: object) -> None:
+        asked.append(options["revision"])
+        raise OSError("offline")
+
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", from_pretrained)
+    monkeypatch.setattr(access, "local_only", lambda checkpoint: False)
+    where = dict(dtype=torch.float32, device_map={"": "cpu"})
+    assert "offline" in refused(load_model, Checkpoint("owner/name"), config, **where)
+    assert asked == ["c0ffee"]
 
 
 def test_blocks_that_share_weights_are_not_offloaded(tmp_path: Path) -> None:
     """As Zamba 2's do: one can't be brought without the other."""
     tiny.write_model("sharing", tiny.HYBRIDS["Zamba2"]())
-    done = prune("sharing", tmp_path, "--offload_folder", tmp_path / "away")
+    done = prune("sharing", tmp_path)
     assert done.status == 1 and "share weights" in done.complaints[0]

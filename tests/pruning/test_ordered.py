@@ -9,7 +9,7 @@ from functools import partial
 import pytest
 import tiny
 import torch
-from support import prune_, runner_of, windows
+from support import prune_, representative, runner_of, windows
 from torch import Tensor, nn
 
 from lib.methods.registry import method_of
@@ -19,22 +19,18 @@ from lib.pruning.ordered import OrderedBlock, find_order
 from lib.pruning.residual import as_residual_projection
 
 NAMES = ["Llama", "Phi", "GPT-2", "OPT", "Gemma 2", "BLOOM", "Mixtral", "Falcon", "GPT-NeoX"]
-ORDER = [["q_proj", "k_proj", "v_proj"], ["o_proj"], ["gate_proj", "up_proj"], ["down_proj"]]
 
 
-def pruned(name: str, cache_inputs: bool) -> dict[str, Tensor]:
-    runner = runner_of(tiny.ARCHITECTURES[name](), batch_size=2)
-    runner.cache_inputs = cache_inputs
-    prune_(runner, "admm")
-    return runner.model.state_dict()
-
-
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", representative(NAMES, ["Phi", "GPT-2", "Mixtral"]))
 @pytest.mark.filterwarnings("ignore")
 def test_what_is_kept_changes_nothing(name: str) -> None:
-    kept, not_kept = pruned(name, True), pruned(name, False)
-    for key, tensor in kept.items():
-        assert torch.equal(tensor, not_kept[key]), key
+    states = []
+    for cache_inputs in (True, False):
+        runner = runner_of(tiny.ARCHITECTURES[name](), batch_size=2)
+        runner.cache_inputs = cache_inputs
+        prune_(runner, "admm")
+        states.append(runner.model.state_dict())
+    assert all(torch.equal(tensor, states[1][key]) for key, tensor in states[0].items())
 
 
 def begun(cache_inputs: bool = True):

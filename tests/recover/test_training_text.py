@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from lib.data import windows as data
+from lib.data.documents import Corpus
 from lib.data.samples import Windows, as_windows
 from lib.data.sources import parse_sources
 from lib.data.training import OverlapFilter, TrainingText, training_windows
@@ -34,7 +35,9 @@ def drawn(
 ) -> TrainingText:
     sources = parse_sources(texts, "--calibration_data", mixture=True)
     spec = WindowSpec(tiny.tiny_tokenizer(), seqlen, bos, seed)
-    return training_windows(sources, spec, count, tests, calibration)
+    seen = None if calibration is None else Windows(calibration)
+    corpora = [*map(Corpus, sources)]
+    return training_windows(corpora, spec, count, [*map(as_windows, tests)], seen)
 
 
 def rows(windows: Windows | Tensor) -> set[tuple[int, ...]]:
@@ -88,8 +91,9 @@ def test_dialogues_that_begin_alike_are_told_apart() -> None:
     chats.write(Path("chat"), [system + each for each in chats.some(60, words=25)], [])
     sources = parse_sources(["chat"], "--calibration_data")
     spec = WindowSpec(tokenizer, seqlen)
-    first = training_windows(sources, spec, 20).held_out
-    other = training_windows(sources, spec, 20, calibration=first.ids).held_out
+    corpora = [*map(Corpus, sources)]
+    first = training_windows(corpora, spec, 20).held_out
+    other = training_windows(corpora, spec, 20, calibration=Windows(first.ids)).held_out
     assert len(first) == len(other) == 4 and not rows(first) & rows(other)
 
 
@@ -159,7 +163,7 @@ def test_nothing_of_the_test_text_is_trained_on() -> None:
     stolen = [f"{' '.join(draw.choices(tiny.WORDS, k=5))} {text}" for text in test]
     tiny.write_texts("mixed", train=train + stolen, test=test)
     (source,) = parse_sources(["mixed"], "--eval_data")
-    known = data.test_set(source, WindowSpec(tiny.tiny_tokenizer(), seqlen)).windows
+    known = data.test_set(Corpus(source), WindowSpec(tiny.tiny_tokenizer(), seqlen)).windows
     plain = drawn(["mixed"], 9999, seqlen=seqlen)
     text = drawn(["mixed"], 9999, tests=[known], seqlen=seqlen)
     every, left = (rows(one.windows) | rows(one.held_out) for one in (plain, text))
@@ -196,7 +200,7 @@ def test_passages_are_found_as_by_a_slow_search(monkeypatch: pytest.MonkeyPatch)
             for row in windows
         ]
         assert 0 < sum(expected) < 400
-        found = OverlapFilter([tests], WindowSpec(tiny.tiny_tokenizer(), SEQLEN, bos))
+        found = OverlapFilter([Windows(tests)], WindowSpec(tiny.tiny_tokenizer(), SEQLEN, bos))
         assert found.found_in(windows).tolist() == expected
     assert not OverlapFilter([], WindowSpec(tiny.tiny_tokenizer(), SEQLEN)).found_in(windows).any()
     assert found.found_in(windows[:0]).tolist() == []

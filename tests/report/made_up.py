@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from matplotlib.axes import Axes
 
 from lib.run.results import write_losses
 
@@ -55,3 +56,10 @@ def write_run(
         more |= {"losses": write_losses(folder, tensors)}
     (folder / "results.json").write_text(json.dumps(results(*args, **more)), "utf-8")
     return folder
+
+
+def cells(axes: Axes) -> list[list[str]]:
+    """The figures that stand in a heat map."""
+    rows, columns = axes.images[0].get_array().shape
+    by_place = {text.get_position(): text.get_text() for text in axes.texts}
+    return [[by_place.get((j, i), "") for j in range(columns)] for i in range(rows)]

@@ -1,34 +1,52 @@
-"""The report over runs: what is averaged, what is kept apart, what old files may hold."""
+"""The report over runs: what is averaged, paired and kept apart, by made-up runs."""
 
 from __future__ import annotations
 
 import csv
-import html
 import json
-import re
+import math
 import statistics
+from collections.abc import Sequence
 from pathlib import Path
 
+import numpy
 import pytest
-from made_up import LANGUAGES, results, write_run
-from support import call, content
+from approval import Words
+from made_up import LANGUAGES, cells, results, write_run
+from matplotlib.container import ErrorbarContainer
+from matplotlib.figure import Figure
+from support import content, mistake, program_of, succeed
 
-from lib.commands.report.__main__ import main, write_report
-from lib.commands.report.table import load_runs
-from lib.run.results import read_results, write_results
-from lib.util.command import one_line
-from lib.util.markdown import escape
+from lib.commands.report.statistics import mean_interval
+from lib.run.results import read_losses, read_results, write_results
 
-pytestmark = pytest.mark.usefixtures("elsewhere")
-
-
-def text_of(*paths: Path) -> str:
-    return write_report(load_runs(paths), Path("out"))
+pytestmark = pytest.mark.usefixtures("elsewhere", "figures")
+DOCUMENTS = numpy.repeat(range(6), 3)
+Rows = list[dict[str, str]]
 
 
-def csv_of(*paths: Path) -> list[dict[str, str]]:
-    write_report(load_runs(paths), Path("out"))
-    return list(csv.DictReader(Path("out/report.csv").open(encoding="utf-8")))
+def report(*argv: object) -> str:
+    """What the command prints; its files lie in `report`."""
+    return succeed(*argv, program=program_of("report")).out
+
+
+def text() -> str:
+    return Path("report/report.md").read_text("utf-8")
+
+
+def lines(name: str = "report.csv", **named: str) -> Rows:
+    """Lines of a file that the command has written."""
+    with Path("report", name).open(encoding="utf-8") as file:
+        found = list(csv.DictReader(file))
+    return [each for each in found if named.items() <= each.items()]
+
+
+def of_loss(**named: str) -> dict[str, str]:
+    (line,) = lines("differences.csv", **named)
+    return line
+
+
+# --- tables
 
 
 @pytest.fixture
@@ -47,177 +65,256 @@ def sweep(tmp_path: Path) -> Path:
     return root
 
 
-def rows(text: str) -> list[dict[str, str]]:
-    """The lines of the Markdown tables by their columns' titles."""
-    found: list[dict[str, str]] = []
-    for line in (line for line in text.splitlines() if line.startswith("| ")):
-        cells = [cell.strip() for cell in line.strip("|").split("|")]
-        if cells[0] == "method":
-            head = cells
-        elif not cells[0].startswith("---"):
-            found.append(dict(zip(head, cells, strict=True)))
-    return found
-
-
-def row(text: str, *start: str) -> dict[str, str]:
-    (found,) = [line for line in rows(text) if tuple(line.values())[: len(start)] == start]
-    return found
-
-
-def test_seeds_are_averaged_and_the_rise_is_over_dense(sweep: Path) -> None:
-    text = text_of(sweep)
-    wanda = row(text, "wanda", "50%", "uk")
-    assert wanda["seeds"] == "3" and wanda["uk perplexity"] == "28.00 ± 1.00"
-    assert wanda["uk rise"] == "+40.0%" and wanda["en perplexity"] == "31.00 ± 1.00"
-    assert wanda["uk bits/byte"] == "0.280 ± 0.010" and wanda["uk s.e."] == "2.00"
-    dense = row(text, "dense", "dense", "none")
-    assert dense["uk perplexity"] == "20.00" and dense["uk rise"] == "–"
-    magnitude = row(text, "magnitude", "50%", "none")
-    assert magnitude["uk rise"] == "+200.0%" and magnitude["en perplexity"] == "1,234.50"
-    assert row(text, "wanda variant", "50%", "uk")["uk perplexity"] == "26.00"
-    assert [line["type"] for line in rows(text)] == ["dense", *["50%"] * 3, *["2:4"] * 2, "50%"]
-    assert "not to be compared" not in text and "MB" not in text and "KL" not in text
-
-
-def test_csv_holds_the_same_figures_unrounded(sweep: Path) -> None:
-    lines = csv_of(sweep)
-    key = ("method", "type", "calibrated_on", "measured_on")
-    (line,) = [x for x in lines if tuple(map(x.get, key)) == ("wanda", "50%", "en", "uk")]
+def test_seeds_are_averaged_and_the_rise_is_over_dense(sweep: Path, words: Words) -> None:
+    """A run that is named twice counts once. Unrounded figures stand in the file of lines."""
+    words("report.txt", report(sweep, sweep / "variant"), "seeds, printed")
+    words("report.txt", text(), "seeds")
+    (line,) = lines(method="wanda", type="50%", calibrated_on="en", measured_on="uk")
     assert float(line["perplexity"]) == pytest.approx(31.0)
     assert float(line["perplexity_deviation"]) == pytest.approx(statistics.stdev([30, 31, 32]))
     assert float(line["rise"]) == pytest.approx(31 / 20 - 1)
     assert line["digest"] == "uk-d0" and len(line["folders"].split()) == 3
-    assert len(lines) == 14  # seven rows, two test sets
+    assert len(lines()) == 14  # seven rows, two test sets
 
 
-def test_the_same_runs_give_the_same_files(sweep: Path, tmp_path: Path) -> None:
+@pytest.mark.full
+def test_the_same_runs_give_the_same_files(sweep: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.undo()  # pictures are drawn
+    monkeypatch.chdir(sweep.parent)
     for out in ("a", "b"):
-        write_report(load_runs([sweep]), tmp_path / out)
-    assert content(tmp_path / "a") == content(tmp_path / "b")
-    names = {path.name for path in (tmp_path / "a").iterdir()}
-    assert names == {"report.md", "report.csv", "languages.png", "languages.pdf"}
-    assert "![languages](languages.png)" in (tmp_path / "a" / "report.md").read_text("utf-8")
+        report(sweep, "--out", out)
+    assert content("a") == content("b")
+    assert set(content("a")) == {"report.md", "report.csv", "languages.png", "languages.pdf"}
 
 
-@pytest.mark.parametrize(
-    "other",
-    [
-        {"model": "models/other"},
-        {"vocabulary": {"note": "Trimmed.", "rows": 3, "rows_before": 9, "digest": "x"}},
-    ],
-)
+@pytest.mark.parametrize("other", ["model", "vocabulary"])
 def test_other_models_and_vocabularies_stand_in_tables_of_their_own(
-    sweep: Path, tmp_path: Path, other: dict
+    other: str, sweep: Path, tmp_path: Path, words: Words, figures: dict[str, Figure]
 ) -> None:
-    foreign = write_run(tmp_path / "foreign", "admm", {"uk": 1.0, "en": 2.0}, on="uk", **other)
-    write_report(load_runs([sweep, foreign]), tmp_path / "out")
-    text = (tmp_path / "out/report.md").read_text("utf-8")
-    assert "2 tables, not to be compared" in text and text.count("### ") == 2
-    admm = row(text, "admm", "50%", "uk")
-    assert "uk rise" not in admm  # never against the other table's dense run
-    first = "uk bits/byte" if "vocabulary" in other else "uk perplexity"
-    assert list(admm)[5] == first
-    if "model" in other:
-        names = {path.name for path in (tmp_path / "out").iterdir()}
-        assert "languages-1.png" in names
+    trimmed = {"note": "Trimmed.", "rows": 3, "rows_before": 9, "digest": "x"}
+    more = {"model": "models/other"} if other == "model" else {"vocabulary": trimmed}
+    foreign = write_run(tmp_path / "foreign", "admm", {"uk": 1.0, "en": 2.0}, on="uk", **more)
+    printed = report(sweep, foreign)
+    ours, _, theirs = text().partition("\n### ")[2].partition("\n### ")
+    assert "admm" not in ours and "wanda" not in theirs
+    assert "rise" not in theirs.splitlines()[-3]  # never against the other table's dense run
+    assert set(figures) == {"languages-1"}
+    words("report.txt", printed, f"another {other}, printed")
 
 
-def test_runs_that_differ_in_a_flag_are_not_averaged(tmp_path: Path) -> None:
+def test_rows_and_columns_are_told_apart(tmp_path: Path, words: Words) -> None:
+    """By a flag, and by the place of texts that have one name."""
     for samples in (8, 16):
         made = results("wanda", {"uk": samples}, on="uk", seed=samples)
         flags = {"--nsamples": samples, "--same": 1, "--seed": samples, "weights": samples}
         (tmp_path / str(samples)).mkdir()
         write_results(tmp_path / str(samples), made | {"fingerprint": {"pruning": flags}})
-    lines = rows(text_of(tmp_path))
-    assert [(x["nsamples"], x["uk perplexity"]) for x in lines] == [("8", "8.00"), ("16", "16.00")]
-    assert not {"same", "seed", "weights"} & lines[0].keys()
-
-
-def test_one_name_for_two_texts_is_told_apart(tmp_path: Path) -> None:
+    report(tmp_path)
+    words("report.txt", text(), "another flag")
     for place in ("a", "b"):
         calibration = {"name": "uk", "sources": [{"source": f"{place}/uk", "share": 1.0}]}
         more = {"calibration": calibration, "digest": place}
         write_run(tmp_path / place, "wanda", {"uk": 9.0}, **more)
-    found = rows(text_of(tmp_path))
-    assert [line["calibrated on"] for line in found] == ["uk (a/uk)", "uk (b/uk)"]
-    assert [line["uk (uk-b) perplexity"] for line in found] == ["–", "9.00"]
+    report(tmp_path / "a", tmp_path / "b")
+    words("report.txt", text(), "one name for two texts")
 
 
-def test_further_figures_have_columns_where_they_were_measured(tmp_path: Path) -> None:
+def test_further_figures_have_columns_where_they_were_measured(
+    tmp_path: Path, words: Words
+) -> None:
     for seed, kl in enumerate((0.1, 0.3)):
         made = results("admm", {"uk": 25.0, "en": 45.0}, on="uk", seed=seed)
         made["evaluation"][0] |= {"kl": kl, "top1_agreement": 0.75 + kl}
         made |= {"tasks": {"words": {"acc,none": kl, "alias": "words"}}, "saved_bytes": 3e6}
         (tmp_path / str(seed)).mkdir()
         write_results(tmp_path / str(seed), made)
-    text = text_of(tmp_path)
-    admm = row(text, "admm", "50%", "uk")
-    assert admm["uk KL"] == "0.200 ± 0.141" and admm["uk agreement"] == "95.0% ± 14.1%"
-    assert admm["words acc,none"] == "0.2000 ± 0.1414"
-    assert admm["MB"] == "3.0" and "en KL" not in admm
-    (line, _) = csv_of(tmp_path)
-    assert float(line["top1_agreement"]) == pytest.approx(0.95)
-    assert float(line["words acc,none"]) == pytest.approx(0.2)
+    report(tmp_path)
+    words("report.txt", text(), "further figures")
+    assert float(lines()[0]["top1_agreement"]) == pytest.approx(0.95)
+    assert float(lines()[0]["words acc,none"]) == pytest.approx(0.2)
 
 
-def test_files_of_earlier_versions_and_burst_models_are_read(tmp_path: Path) -> None:
+def test_files_of_earlier_versions_and_burst_models_are_read(tmp_path: Path, words: Words) -> None:
     """Keys that are retired are ignored; a perplexity that is not finite is null in the file."""
     old = {"abilities": [{"name": "last word"}], "fidelity": [{}], "depth": [], "products": "x"}
     write_run(tmp_path / "a", "wanda", {"uk": None, "en": 9.0}, on="uk", **old)
     write_run(tmp_path / "b", "pruned before", {"uk": float("inf")}, kind=None, ratio=None)
-    text = text_of(tmp_path)
-    assert row(text, "wanda", "50%", "uk")["en perplexity"] == "9.00"
-    assert "uk perplexity" in text and rows(text)[0]["uk perplexity"] == "inf"
-    assert len(csv_of(tmp_path)) == 3
-
-
-NASTY = "a|b `c` <script>x</script>\n\n# d\t*e* _f_ [g](http://h.i) &amp; \\| $j$ ~~k~~ \x1b[31m l"
-
-
-@pytest.mark.parametrize(
-    "text", [NASTY, "\n|\n", "```\n", "<!-- ", "\\", "a\\", "|", "\r\n\u2028x"]
-)
-def test_any_text_is_plain_words(text: str) -> None:
-    cell = escape(text)
-    assert cell and len(cell.splitlines()) == 1
-    plain = re.sub(r"\\.", "", cell).replace("&#124;", "")  # what a reader gives a meaning
-    assert not re.search(r"[`*_\[\]~#$|<>\\\x1b]|://", plain)
-    assert html.unescape(re.sub(r"\\(.)", r"\1", cell)).replace("–", "") == one_line(text)
-    assert escape('It\'s (so) 5 % "q_proj"; می‌خواهم') == 'It\'s (so) 5 % "q_proj"; می‌خواهم'
-
-
-def test_the_command(sweep: Path, capsys: pytest.CaptureFixture) -> None:
-    main([str(sweep), str(sweep / "variant")])
-    assert capsys.readouterr().out.startswith("### models/tiny")
-    written = Path("report/report.md").read_text("utf-8")
-    assert written.startswith("### models/tiny") and written.count("\n| wanda variant |") == 1
-
-
-@pytest.mark.parametrize(
-    ("text", "words"),
-    [
-        (None, "no such folder"),
-        ("{", "not valid JSON"),
-        ("[]", "it does not hold results"),
-        ("{}", "lacks model"),
-        ("", "no results.json is there"),
-        ("{}", "--out report: it is a file"),
-    ],
-)
-def test_bad_paths_and_files_are_one_line(text: str | None, words: str) -> None:
-    if text is not None:
-        Path("run").mkdir()
-        Path("run", "results.json" if text else "other.json").write_text(text or "{}")
-    if "--out" in words:
-        Path("report").touch()
-    done = call("run", program=main)
-    assert done.status == 1 and len(done.complaints) == 1 and words in done.complaints[0]
+    report(tmp_path)
+    words("report.txt", text(), "earlier versions")
+    assert len(lines()) == 3
 
 
 def test_results_are_json_whatever_was_measured(tmp_path: Path) -> None:
     made = {"model": "m", "method": "wanda", "evaluation": [], "текст": Path("x")}
     made |= {"a": float("nan"), "b": [float("-inf"), 1.5], "c": [[3, 17], []], "d": "[1,  2]"}
-    text = write_results(tmp_path, made).read_text("utf-8")
-    assert "[3,17]" in text and "NaN" not in text and "текст" in text
+    written = write_results(tmp_path, made).read_text("utf-8")
+    assert "[3,17]" in written and "NaN" not in written and "текст" in written
     expected = made | {"a": None, "b": [None, 1.5], "текст": "x"}
-    assert read_results(tmp_path) == json.loads(text) == expected
+    assert read_results(tmp_path) == json.loads(written) == expected
+
+
+# --- differences
+
+
+def losses(by_test: Sequence[Sequence[float]], **more: Sequence[float]) -> dict[str, object]:
+    named = {f"{number}.loss": list(values) for number, values in enumerate(by_test)}
+    return named | {f"{number}.document": DOCUMENTS for number in range(len(by_test))} | more
+
+
+@pytest.fixture
+def paired(tmp_path: Path) -> Path:
+    """On uk the texts are alike but for noise; on en the English one is better by 0.1 nats."""
+    rng, root = numpy.random.default_rng(0), tmp_path / "paired"
+    windows = rng.normal(3, 0.5, (2, 18))  # what is hard is hard for each model
+    names = {"uk": 20.0, "en": 20.0}
+    write_run(root / "dense", "dense", names, losses=losses(windows))
+    for on in names:
+        for seed in range(3):
+            loss = windows + 0.2 + rng.normal(0, 0.02, windows.shape)
+            loss[1] -= 0.1 * (on == "en")
+            own = dict(zip(names, map(float, numpy.exp(loss.mean(1))), strict=True))
+            kl = {"0.kl": [*loss[0, :9] - windows[0, :9], *[math.nan] * 9]}  # half were compared
+            more = dict(on=on, seed=seed, losses=losses(loss, **kl))
+            file = write_run(root / f"{on}-{seed}", "wanda", own, **more) / "results.json"
+            compared = file.read_text().replace('"digest"', '"compared_windows": 9, "digest"')
+            file.write_text(compared)
+    return root
+
+
+def test_calibration_texts_are_paired_by_window_and_seed(paired: Path, words: Words) -> None:
+    tables = ["--latex", "report/table.tex", "--csv", "report/all.csv"]
+    Path("report").mkdir()
+    printed = report(paired, *tables, "--against", "dense")
+    for name, said in {"printed": printed, "report": text()}.items():
+        words("report.txt", said, f"differences, {name}")
+    words("report.txt", Path("report/table.tex").read_text("utf-8"), "differences, LaTeX")
+    assert len(lines("differences.csv")) == 7  # two tests by text, one KL, four against dense
+    uk = of_loss(calibrated_on="en", minus="uk", measured_on="uk", figure="loss")
+    en = of_loss(calibrated_on="en", minus="uk", measured_on="en", figure="loss")
+    assert (uk["significant"], en["significant"]) == ("False", "True")
+    kept = {folder: read_losses(folder, read_results(folder)) for folder in paired.iterdir()}
+    slow = mean_interval(
+        numpy.stack(
+            [
+                kept[paired / f"en-{seed}"]["en-d0"]["loss"].astype(float)
+                - kept[paired / f"uk-{seed}"]["en-d0"]["loss"]
+                for seed in range(3)
+            ]
+        ),
+        DOCUMENTS,
+    )
+    found = [float(en[name]) for name in ("difference", "low", "high")]
+    assert found == pytest.approx([slow.mean, slow.low, slow.high])
+    assert slow.mean == pytest.approx(-0.1, abs=0.02)
+    assert (float(en["seeds"]), float(en["documents"])) == (3, 6) and float(
+        en["p"]
+    ) > slow.p  # Holm's rule
+    over = of_loss(calibrated_on="uk", minus="dense", measured_on="en")
+    assert float(over["difference"]) == pytest.approx(0.2, abs=0.02) and float(over["seeds"]) == 3
+    assert float(of_loss(figure="kl")["documents"]) == 3
+    assert {each["seed"] for each in lines("all.csv")} == {"0", "1", "2"}
+    assert len(lines("all.csv")) == 7 and lines("all.csv")[1]["evaluation.uk.tokens"] == "576"
+
+
+def test_other_windows_are_never_paired(paired: Path, tmp_path: Path, words: Words) -> None:
+    own = losses([[3.0] * 18])
+    other = write_run(tmp_path / "other", "admm", {"uk": 9.0}, on="uk", digest="d1", losses=own)
+    old = write_run(tmp_path / "old", "admm", {"uk": 9.0}, on="uk")
+    one = sorted(paired.glob("uk-*"))
+    words("report.txt", report(paired, "--against", other), "other windows")
+    words("report.txt", report(paired, "--against", old), "no losses")
+    said = report(paired / "dense", *one, "--against", "dense")  # no pair of texts
+    assert said.count("wanda 50% uk minus dense, on ") == 2
+    for wrong in ([paired / "uk-0", "--against", "dense"], [old, "--against", paired]):
+        error = mistake(*wrong, program=program_of("report"))
+        assert str(error).startswith(f"--against {wrong[-1]}: ")
+
+
+def test_a_file_of_losses_that_is_damaged(paired: Path) -> None:
+    file = paired / "dense/losses.npz"
+    file.write_text("x")
+    assert str(file) in str(mistake(paired, program=program_of("report")))
+
+
+# --- pictures
+
+
+def drawn(figure: Figure, title: str) -> object:
+    (axes,) = [axes for axes in figure.axes if axes.get_title().startswith(title)]
+    return axes
+
+
+@pytest.fixture
+def pruned(tmp_path: Path) -> Path:
+    """Wanda at 50% with two seeds, at 60% and 2:4 once; magnitude has burst on one text."""
+    runs = [results("dense", LANGUAGES)]
+    for seed, more in enumerate((0.0, 2.0)):
+        errors = {
+            f"model.layers.{block}.mlp.{layer}": (block + 1) / 10
+            for block in range(2)
+            for layer in ("up_proj", "experts.0.down_proj", "experts.1.down_proj")
+        }
+        own = {"errors": errors} if seed == 0 else {}
+        runs.append(results("wanda", {"uk": 24 + more, "en": 60 + more}, on="uk", seed=seed, **own))
+        own = {"errors": {name: 2 * each for name, each in errors.items()}} if seed == 0 else {}
+        runs.append(results("wanda", {"uk": 30 + more, "en": 50 + more}, on="en", seed=seed, **own))
+    runs.append(results("wanda", {"uk": 28.0, "en": 65.0}, on="uk", ratio=0.6))
+    runs.append(results("wanda", {"uk": 33.0, "en": 70.0}, on="uk", kind="2:4"))
+    runs.append(results("magnitude", {"uk": None, "en": 99.0}))
+    for number, run in enumerate(runs):
+        (tmp_path / f"{number}").mkdir()
+        write_results(tmp_path / f"{number}", run)
+    return tmp_path
+
+
+def test_what_each_calibration_text_loses_on_each_test(pruned: Path, figures: dict) -> None:
+    report(pruned)
+    axes = drawn(figures["languages"], "wanda 50%")
+    expected = [["+0.05", "+0.21"], ["+0.11", "+0.11"], ["", "+0.59"]]
+    assert cells(axes) == expected  # uk, en, and magnitude by uk, en
+    assert [label.get_text() for label in axes.get_yticklabels()] == ["uk", "en", "no text"]
+    assert cells(drawn(figures["languages"], "wanda 2:4")) == [["+0.13", "+0.30"]]
+    # of layers by depth: a panel for each kind and a line for each row; experts are averaged
+    panels = figures["errors"].axes
+    assert [axes.get_title() for axes in panels] == ["mlp.up_proj", "mlp.experts.*.down_proj"]
+    for axes in panels:
+        shown = {line.get_label(): [*line.get_ydata()] for line in axes.lines}
+        assert shown == {"wanda 50% uk": [0.1, 0.2], "wanda 50% en": [0.2, 0.4]}
+    figures.clear()
+    report(pruned / "3", pruned / "4")  # no dense run
+    report(pruned / "0", pruned / "3")  # a single text
+    assert not figures
+
+
+def test_models_that_are_only_rounded_share_a_panel(tmp_path: Path, figures: dict) -> None:
+    """Each has as many zeros as rounding happened to make."""
+    write_run(tmp_path / "dense", "dense", LANGUAGES)
+    for language, zeros in (("uk", 0.121), ("en", 0.118)):
+        none = dict(kind=None, ratio=None, sparsity={"overall": zeros})
+        write_run(tmp_path / language, "q4_0", {"uk": 25.0, "en": 41.0}, on=language, **none)
+    report(tmp_path)
+    assert cells(drawn(figures["languages"], "q4_0 whole")) == [["+0.050", "+0.010"]] * 2
+
+
+def test_curves_over_a_flag_that_has_several_numbers(tmp_path: Path, figures: dict) -> None:
+    rows = {}
+    for count, value in ((8, 30.0), (128, 20.0), (32, 25.0)):
+        for on in ("uk", "en"):
+            flags = {"--nsamples": count, "--dtype": "float32"}
+            more = {"fingerprint": {"pruning": flags}, "ratio": 0.5}
+            rows[count] = kept = math.log(value) + 0.01 * (DOCUMENTS - 2.5)
+            name = tmp_path / f"{on}{count}"
+            write_run(name, "wanda", {"test": value}, on=on, losses=losses([kept]), **more)
+    report(tmp_path)
+    (axes,) = figures["nsamples"].axes
+    shown = {each.get_label(): each for each in axes.containers}
+    assert shown.keys() == {"en", "uk"} and isinstance(shown["uk"], ErrorbarContainer)
+    points = shown["uk"].lines[0].get_xydata().tolist()
+    assert points == [[8, 30], [32, 25], [128, 20]] and axes.get_xscale() == "log"
+    for bar, count in zip(shown["uk"].lines[2][0].get_segments(), sorted(rows), strict=True):
+        found = mean_interval(rows[count][None], DOCUMENTS)
+        assert list(numpy.log(bar[:, 1])) == pytest.approx([found.low, found.high])
+    assert "![nsamples](nsamples.png)" in text()
+    figures.clear()
+    report(tmp_path / "uk8", tmp_path / "en8")
+    assert "nsamples" not in figures

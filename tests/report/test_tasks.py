@@ -13,15 +13,14 @@ import chats
 import pytest
 import tiny
 import torch
+from approval import Words
 from processes import ended, together
-from support import QUICK, call, results, succeed
+from support import QUICK, mistake, results, succeed
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lib.commands import tasks
-from lib.commands.tasks import WORD, last_words, main, read_pairs
-from lib.run.tasks import RIGHT, run_tasks, task_lines
-from lib.util import command
-from lib.util.errors import UserError
+from lib.commands.tasks import WORD, last_words, main
+from lib.run.tasks import RIGHT, task_lines
 
 pytestmark = pytest.mark.usefixtures("elsewhere")
 
@@ -52,13 +51,13 @@ def test_last_words_are_among_words_of_their_kind() -> None:
     assert last_words(TEXTS, 0) == questions != last_words(TEXTS, 1)
 
 
-def test_words_of_a_chat_model_are_asked_for_after_all_that_was_said(tmp_path, capsys) -> None:
+def test_words_of_a_chat_model_are_asked_for_after_all_that_was_said(tmp_path: Path) -> None:
     tokenizer = chats.tokenizer_with(chats.GEMMA)
     tokenizer.save_pretrained(tmp_path / "model")
     turns = [chats.said(f"{document(n)} {document(n + 99)}", document(n + 30)) for n in range(20)]
     chats.write(tmp_path / "chat", [], turns)
     argv = [str(tmp_path / "chat"), str(tmp_path / "out"), "--model", str(tmp_path / "model")]
-    main(argv)
+    succeed(*argv, program=main)
     questions, asked = read(tmp_path / "out/chat_last_word.jsonl"), "<start>user\n"
     assert len(questions) > 20
     for question in questions:
@@ -66,26 +65,6 @@ def test_words_of_a_chat_model_are_asked_for_after_all_that_was_said(tmp_path, c
         (whole,) = (t for t in turns if context.startswith(f"<s>{asked}{t[0]['content']}<end>"))
         said = context.partition("<start>model\n")[2]
         assert said and whole[1]["content"].startswith(f"{said} {right}.")
-    write_documents(tmp_path / "plain", TEXTS)
-    assert command.run(main, [str(tmp_path / "plain"), *argv[1:]]) == 1
-    assert "has no dialogues. Leave it out" in capsys.readouterr().err
-
-
-@pytest.mark.parametrize(
-    ("line", "words"),
-    [
-        ("", r"it holds no text\. Give every row two different texts"),
-        ("{", r"line 1: it is not JSON .*\)\. Give every row two different texts"),
-        ('{"good": "a"}', "line 1: there is no column 'bad', only good. Give every row two"),
-        ('{"good": "a", "bad": " "}', "a text is missing or empty"),
-        ('{"good": "a", "bad": "b"}\n{"good": "a", "bad": null}', "a text is missing"),
-        ('\n{"good": "a", "bad": "a "}', "or both are equal"),
-    ],
-)
-def test_pairs_that_are_none(tmp_path: Path, line: str, words: str) -> None:
-    (tmp_path / "pairs.jsonl").write_text(line)
-    with pytest.raises(UserError, match=f"^--pairs .*{words}"):
-        read_pairs(str(tmp_path / "pairs.jsonl"), 0)
 
 
 def write_documents(folder: Path, texts: list[str]) -> Path:
@@ -93,20 +72,6 @@ def write_documents(folder: Path, texts: list[str]) -> Path:
     lines = [json.dumps({"text": text}, ensure_ascii=False) for text in texts]
     (folder / "test.jsonl").write_text("\n".join(lines), "utf-8")
     return folder
-
-
-def test_texts_without_questions_and_bad_paths_are_one_line(
-    tmp_path: Path, capsys: pytest.CaptureFixture
-) -> None:
-    short = write_documents(tmp_path / "short", ["Мало слів."])
-    for argv, words in (
-        ([str(short), "out"], f"DATA {short}: it has no sentence"),
-        ([str(tmp_path / "nowhere"), "out"], "no such file or folder"),
-        ([str(short), str(short / "test.jsonl")], "it is a file. Name a folder."),
-    ):
-        assert command.run(main, argv) == 1
-        err = capsys.readouterr().err
-        assert err.count("\n") == 1 and words in err
 
 
 def sentence(number: int) -> str:
@@ -128,10 +93,11 @@ def place(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def evaluate(place: Path, names: str, *more: object):
+def of_tasks(place: Path, names: str, *more: object) -> list[object]:
+    """The command line of a run that evaluates these tasks."""
     flags = ["--calibration_data", place / "uk", "--prune_method", "wanda", "--save_model", "new"]
     flags += ["--save", "out", "--tasks", names, *more]
-    return call("--model", place / "model", *QUICK, *flags)
+    return ["--model", place / "model", *QUICK, *flags]
 
 
 @torch.no_grad()
@@ -154,10 +120,10 @@ def read(file: Path) -> list[dict]:
     return [json.loads(line) for line in file.read_text("utf-8").splitlines()]
 
 
+@pytest.mark.full
 def test_lm_eval_runs_the_tasks_on_both_models_offline(place: Path) -> None:
     names = ("uk_last_word", "uk_last_word_said", "uk_pairs")
-    done = evaluate(place, ",".join(names), "--include_path", place / "tasks")
-    assert done.status == 0, done.err
+    done = succeed(*of_tasks(place, ",".join(names), "--include_path", place / "tasks"))
     for key, folder in {"tasks": Path("new"), "dense_tasks": place / "model"}.items():
         found = results()[key]
         assert set(found) == set(names)
@@ -174,6 +140,7 @@ def test_lm_eval_runs_the_tasks_on_both_models_offline(place: Path) -> None:
     assert "uk_last_word, acc: 0." in done.out and " (dense 0." in done.out
 
 
+@pytest.mark.full
 def test_the_first_of_two_ranks_runs_them_once_both_have_trained(place: Path) -> None:
     names = ["--tasks", "uk_pairs", "--include_path", "tasks"]
     flags = ["--model", "model", *QUICK, "--calibration_data", "uk", "--prune_method", "wanda"]
@@ -188,6 +155,7 @@ def test_the_first_of_two_ranks_runs_them_once_both_have_trained(place: Path) ->
         assert results(key)["tasks"] == found[key]
 
 
+@pytest.mark.full
 def test_a_word_that_is_written_counts(place: Path) -> None:
     """A model that writes the answer to half of the contexts, and goes on after it."""
     from lm_eval import simple_evaluate
@@ -214,18 +182,12 @@ def test_a_word_that_is_written_counts(place: Path) -> None:
     assert share == pytest.approx(right) and 0 < share < 1
 
 
-def test_lines_have_intervals_and_the_dense_models_figures() -> None:
+def test_lines_have_intervals_and_the_dense_models_figures(words: Words) -> None:
     tasks = {"uk": {"acc,none": 0.5, "acc_stderr,none": 0.1, "words,none": 3.0}}
     dense = {"uk": {"acc,none": 0.6, "acc_stderr,none": 0.1}}
-    assert list(task_lines(tasks, dense)) == [
-        "uk, acc: 0.5000 ± 0.1960 (dense 0.6000 ± 0.1960)",
-        "uk, words: 3.0000",
-    ]
-    assert list(task_lines(tasks))[0] == "uk, acc: 0.5000 ± 0.1960"
-    tasks["uk"][RIGHT], dense["uk"][RIGHT] = "0001100000", "0111011111"
-    (line, _) = task_lines(tasks, dense)
-    pair = "dense 0.6000 ± 0.1960; 7 lost, 1 won, p 0.07)"  # 2 (1 + 8) / 2^8
-    assert line.endswith(pair)
+    said = [*task_lines(tasks, dense), *task_lines(tasks)]
+    tasks["uk"][RIGHT], dense["uk"][RIGHT] = "0001100000", "0111011111"  # p is 2 (1 + 8) / 2^8
+    words("report.txt", "\n".join([*said, *task_lines(tasks, dense)]), "figures of tasks")
 
 
 def test_a_task_that_fails_is_one_line(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -233,9 +195,8 @@ def test_a_task_that_fails_is_one_line(place: Path, monkeypatch: pytest.MonkeyPa
         raise KeyError("answer")
 
     monkeypatch.setattr("lm_eval.simple_evaluate", fail)
-    monkeypatch.setattr("lm_eval.models.huggingface.HFLM", lambda **_: None)
-    with pytest.raises(UserError, match="--tasks uk_pairs: KeyError: 'answer'. All other results"):
-        run_tasks(None, None, ["uk_pairs"], 1, str(place / "tasks"))
+    error = mistake(*of_tasks(place, "uk_pairs", "--include_path", place / "tasks"))
+    assert str(error).startswith("--tasks uk_pairs: ") and results()["perplexity"]
 
 
 def test_what_is_missing_is_refused_before_the_model_is_read(
@@ -247,9 +208,9 @@ def test_what_is_missing_is_refused_before_the_model_is_read(
     monkeypatch.setattr(
         "lm_eval.tasks.TaskManager", lambda include_path, **_: few(include_path=include_path)
     )
-    for names, folder, words in (
-        ("uk_pairs", "nowhere", "nowhere: no such folder exists. Name another"),
-        ("uk_pairs,nosuch", "tasks", "no such task is in lm-eval and"),
+    for names, folder, what in (
+        ("uk_pairs", "nowhere", f"--include_path {place / 'nowhere'}"),
+        ("uk_pairs,nosuch", "tasks", "--tasks nosuch"),
     ):
-        done = evaluate(place, names, "--include_path", place / folder)
-        assert done.status == 1 and len(done.complaints) == 1 and words in done.complaints[0]
+        error = mistake(*of_tasks(place, names, "--include_path", place / folder))
+        assert str(error).startswith(f"{what}: ")

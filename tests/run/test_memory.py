@@ -17,7 +17,7 @@ from transformers import AutoConfig
 
 import main
 from lib.model.run_folder import RunFolder
-from lib.run import steps
+from lib.run import load
 from lib.run.memory import Memory, memory_of
 from lib.util.errors import UserError
 from lib.util.host import available, gib
@@ -54,7 +54,7 @@ def test_training_of_large_models(size: str, flags: str, gigabytes: float) -> No
 def test_ranks_share_out_what_is_trained() -> None:
     flags = "--recover 500000 --recover_optimizer adamw8bit"
     one, two = (memory_of(llama("8B"), flags, free=80e9, ranks=ranks) for ranks in (1, 2))
-    assert two.fetched and two.fits() and not one.fits()
+    assert two.offloaded and two.fits() and not one.fits()
     for name in ("masters", "gradients", "averages"):
         assert 2 * two.stages["train"][name] == pytest.approx(one.stages["train"][name], rel=1e-3)
     blocks = one.stages["train"]["teacher"]
@@ -79,13 +79,39 @@ def test_a_packed_model_is_counted_as_it_is_stored(monkeypatch: pytest.MonkeyPat
 
 def test_blocks_are_fetched_where_weights_do_not_fit_twice() -> None:
     one, two = (memory_of(llama("8B"), "--prune_method admm", free=free) for free in (24e9, 80e9))
-    assert (one.fetched, one.hidden_on_device) == (True, False) and one.fits()
-    assert (two.fetched, two.hidden_on_device) == (False, True) and two.fits()
+    assert (one.offloaded, one.hidden_on_device) == (True, False) and one.fits()
+    assert (two.offloaded, two.hidden_on_device) == (False, True) and two.fits()
     tables, block = 2 * 2 * 128256 * 4096, 2 * 218.1e6
     assert one.total("load") == pytest.approx(tables + block, rel=1e-3)
     assert one.on_host["prune"]["hidden states"] == 2 * 128 * 4096 * 4096 * 2
     ranks = memory_of(llama("8B"), "--prune_method admm", free=80e9, ranks=8)
     assert 8 * ranks.stages["prune"]["hidden states"] == two.stages["prune"]["hidden states"]
+
+
+@pytest.mark.usefixtures("elsewhere")
+def test_a_method_in_a_users_file_is_counted_by_what_it_says() -> None:
+    Path("mine.py").write_text("""
+from langprune.methods.base import PruningMethod
+from langprune.methods.sparsegpt import SparseGPT
+
+class Plain(PruningMethod):
+    def prune_(self, weights, sparsities):
+        pass
+
+class Heir(SparseGPT):
+    pass
+
+class Large(Plain):
+    workspace = [(0, 100, 0)]
+""")
+
+    def solver(method: str) -> int:
+        memory = memory_of(llama("8B"), f"--prune_method {method}", free=80e9)
+        return memory.stages["prune"]["solver"]
+
+    assert solver("mine.py:Plain") == solver("wanda") > 0
+    assert solver("mine.py:Heir") == solver("sparsegpt")
+    assert solver("mine.py:Large") > 40 * solver("wanda")
 
 
 GROUPS = {  # files of each group; what is left is 500, 300 of it cached
@@ -184,7 +210,7 @@ def test_what_is_kept_on_disk_and_what_the_model_takes_there(
     succeed(*argv, "--eval_only", "--save", tmp_path / "out")
     weights = load_file(tmp_path / "model" / "model.safetensors").values()
     assert results(tmp_path / "out")["dense_bytes"] == sum(one.nbytes for one in weights)
-    monkeypatch.setattr(steps, "load", None)  # what follows is not of interest
+    monkeypatch.setattr(load, "load", None)  # what follows is not of interest
     for optimizer, state in (("adamw", 2 + 4 + 8), ("adamw8bit", 2 + 4 + 2)):
         more = ["--recover", 64, "--recover_optimizer", optimizer, "--resume", tmp_path / "kept"]
         with pytest.raises(TypeError), redirect_stdout(io.StringIO()) as out:

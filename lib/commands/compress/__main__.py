@@ -34,7 +34,7 @@ from ...util.errors import UserError, one_line
 from ...util.files import check_new_folder, check_writable, exclusive_lock, partial_of, write_text
 from ..export.engines import ENGINES, GRID
 from ..gguf import GRID_TYPES
-from .compression import ANY, DENSE, PACKED, PLAN, SMALL, Compression, in_words
+from .compression import ANY, DENSE, FOLDER, PACKED, PLAN, SMALL, Compression, in_words
 
 SAME_SOURCE = "The test texts have the source of the training texts. Other texts may lose more: "
 SAME_SOURCE += "measure on yours with --eval_data."
@@ -88,6 +88,10 @@ def parse(argv: list[str]) -> tuple[argparse.Namespace, argparse.Namespace, list
         raise UserError(f"--{wrong[0]}", "compress sets this flag", "Use the flags of compress")
     check_target(args)
     check_writable("--work_dir", args.work_dir)
+    for path in Path(args.work_dir).glob("*"):
+        if not FOLDER.fullmatch(path.name):
+            problem = f"it holds {path.name}"
+            raise UserError(f"--work_dir {args.work_dir}", problem, "Name a new folder")
     return args, parsed, passed_on
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
+import re
 import shlex
 import time
 from collections.abc import Sequence
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
 ANY, PACKED = "any", "packed"  # of --for, beside the formats of export
 PACKED_PLAN = "--prune_method admm --sparsity_ratio 0.5 --allocation error "
 PACKED_PLAN += "--replace_sparse_layers --quantize int4"
+FOLDER = re.compile("[0-9a-f]{12}")  # name of a command's folder in --work_dir
 # in the folder of a command: the plan, and folders with the results of main.py
 PLAN, DENSE, SMALL = "plan.json", "dense", "compressed"
 
@@ -109,18 +111,24 @@ class Compression:
     def run_main(self, flags: list[str], name: str, left_out: Sequence[str] = ()) -> dict[str, Any]:
         """Print the command of main.py, run it, and return its results, kept in folder `name`.
 
-        Flags that were passed on follow, except those in `left_out` and those that need another
-        flag than this run has.
+        Flags that were passed on follow, see `joined`.
         """
-        flags = [*flags, *without(self.passed_on, left_out), "--save", str(self.folder / name)]
-        names = {word.partition("=")[0].removeprefix("--") for word in flags}
-        lacking = [each.name for each in FLAGS if each.needs and not names & {*each.needs}]
-        flags = without(flags, lacking)
+        flags = [*joined(flags, self.passed_on, left_out), "--save", str(self.folder / name)]
         print(f"{typed('prune')} {shlex.join(flags)}", flush=True)
         if status := processes.call("main", *flags):  # main.py has printed why
             raise SystemExit(status)
         self.keep()
         return read_results(self.folder / name)
+
+
+def joined(flags: list[str], passed_on: list[str], left_out: Sequence[str] = ()) -> list[str]:
+    """Return flags of main.py, then those passed on without `left_out`.
+
+    Flags that need another one that is not there, such as of a method or of training, are left out.
+    """
+    flags = [*flags, *without(passed_on, left_out)]
+    names = {word.partition("=")[0].removeprefix("--") for word in flags}
+    return without(flags, [one.name for one in FLAGS if one.needs and not names & {*one.needs}])
 
 
 def in_words(seconds: float) -> str:

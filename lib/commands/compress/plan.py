@@ -15,9 +15,7 @@ from .size import Q8_0, choose_size
 from .texts import TextNames, cut_tests, without_tests
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
-    from ...run.job import Job
+    from ...run.run import Run
 
 SMALLER = {  # flags that remove neurons or experts for --megabytes
     NEURONS: f"--prune_method admm --sparsity_type {NEURONS} --sparsity_ratio",
@@ -31,7 +29,7 @@ CPU_TRIMMING, GPU_TRIMMING = 2**14, 2**16  # bytes of text that measure the cost
 REHEARSAL = "rehearsal"  # folder in that of the command
 # flags of main.py that the rehearsal leaves out, or sets itself
 NOT_REHEARSED = [*named(step="allocate"), *named(step="quantize"), *named(step="pack"), "nsamples"]
-NOT_REHEARSED += named(per_run=True)
+NOT_REHEARSED += named(output=True)
 
 REHEARSED_ROUNDING = 2  # calibration windows of the rehearsal
 LEAST_ROUNDING, ROUNDING_SHARE = 8, 0.25  # fewest calibration windows, largest share of the time
@@ -63,8 +61,8 @@ def make_plan(run: Compression, texts: TextNames) -> CompressionPlan:
     for trims in (True, False):
         job = check_plan(run, texts, tokens, trims)
         if job.schedule and args.recover is not None:
-            check_room(job, "--work_dir", run.folder)
-        elif job.schedule and (problem := untrainable(job, run.folder)):
+            check_room(job, "--work_dir", run.args.work_dir)
+        elif job.schedule and (problem := untrainable(job, run.args.work_dir)):
             tokens = 0
             print(f"planned without training: {problem}", flush=True)
         plan, base, summary = choose_flags(run, texts, job, tokens or 0)
@@ -82,7 +80,7 @@ def make_plan(run: Compression, texts: TextNames) -> CompressionPlan:
     return plan
 
 
-def check_plan(run: Compression, texts: TextNames, tokens: int | None, trims: bool) -> Job:
+def check_plan(run: Compression, texts: TextNames, tokens: int | None, trims: bool) -> Run:
     """Return main.py's job of the largest plan, after its checks without weights.
 
     With --megabytes it removes half of the neurons or experts until the size is chosen.
@@ -96,7 +94,7 @@ def check_plan(run: Compression, texts: TextNames, tokens: int | None, trims: bo
     return check_job(flags, tokens, CPU_SEQLEN if run.on_cpu else GPU_SEQLEN)
 
 
-def check_job(flags: list[str], recover: int | None, longest: int = CPU_SEQLEN) -> Job:
+def check_job(flags: list[str], recover: int | None, longest: int = CPU_SEQLEN) -> Run:
     """Return the job of these flags, after main.py's checks without weights.
 
     Its windows have `longest` tokens, or as many as the texts allow.
@@ -135,14 +133,14 @@ def smaller_flags(run: Compression) -> list[str]:
 
 
 def choose_flags(
-    run: Compression, texts: TextNames, job: Job, tokens: int
+    run: Compression, texts: TextNames, job: Run, tokens: int
 ) -> tuple[CompressionPlan, list[str], list[str]]:
     """Return a plan with all text, the flags that it has in common with a rehearsal, and a summary.
 
     The size of the GGUF file decides about its type, and about neurons and experts.
     """
-    common = ["--device", run.device, "--seqlen", str(job.seqlen)]
-    common += ["--date", job.args.date] if job.args.date else []
+    common = ["--device", run.device, "--seqlen", str(job.windows.seqlen)]
+    common += ["--date", job.flags.date] if job.flags.date else []
     base = [*common, *model_flags(run, without_tests(texts, job), bool(job.vocabulary))]
     type_, removed, summary = "", None, []
     if run.gguf:
@@ -150,13 +148,13 @@ def choose_flags(
         summary = [size]
     made_by = [*base, *([*smaller_flags(run), removed] if removed else [])]
     made_by += run.format if type_ != Q8_0 else []
-    tests = [test.text for test in job.tests]
-    plan = CompressionPlan(common, made_by, type_, tests, job.args.nsamples, tokens)
+    tests = [test.source.text for test in job.corpora.tests]
+    plan = CompressionPlan(common, made_by, type_, tests, job.flags.nsamples, tokens)
     return plan, base, summary
 
 
 def rehearse(
-    run: Compression, job: Job, plan: CompressionPlan, flags: list[str], trains: bool
+    run: Compression, job: Run, plan: CompressionPlan, flags: list[str], trains: bool
 ) -> tuple[dict[str, Any], float]:
     """Return the results of a run with a few windows, and the seconds that it took.
 
@@ -166,13 +164,13 @@ def rehearse(
     whats = ["the cost of trimming"] * bool(job.vocabulary) + ["the time"] * planned
     run.announce(f"Rehearsing with a few windows, to measure {' and '.join(whats)}")
     share = CPU_TRIMMING if run.on_cpu else GPU_TRIMMING
-    share /= sum(test.record["bytes"] for test in job.texts.tests)
+    share /= sum(test.record["bytes"] for test in job.windows.tests)
     tests = cut_tests(job, run.folder / REHEARSAL, share if job.vocabulary else 0, rehearsed=True)
     flags, left_out = [*flags, "--eval_data", *tests], named(changes=True)
     if planned:
         flags += run.format if plan.type == run.args.quantize else []
         flags += ["--nsamples", str(REHEARSED_ROUNDING), "--completions", "1"]
-        tokens = (CPU_REHEARSED if run.on_cpu else GPU_REHEARSED) * job.seqlen
+        tokens = (CPU_REHEARSED if run.on_cpu else GPU_REHEARSED) * job.windows.seqlen
         flags += ["--recover", str(tokens)] if trains else []
         left_out = NOT_REHEARSED
     else:
@@ -199,7 +197,7 @@ def trimming_problem(vocabulary: dict[str, Any], language: str | None) -> str | 
 
 def plan_work(
     run: Compression,
-    job: Job,
+    job: Run,
     plan: CompressionPlan,
     rehearsal: dict[str, Any],
     wall: float,
@@ -207,9 +205,9 @@ def plan_work(
 ) -> list[str]:
     """Set `tests`, `windows` and `tokens` by a rehearsal; return them in words."""
     left = run.announce("Plan")
-    most = sum(len(test.windows) for test in job.texts.tests)
-    passes = PRUNING_PASSES * job.args.nsamples if job.plan.method else 0
-    most_of = dict(tests=most, rounding=job.args.nsamples, passes=passes, trains=trains)
+    most = sum(len(test.windows) for test in job.windows.tests)
+    passes = PRUNING_PASSES * job.flags.nsamples if job.flags.prune_method else 0
+    most_of = dict(tests=most, rounding=job.flags.nsamples, passes=passes, trains=trains)
     windows, plan.windows, plan.tokens, seconds = plan_time(rehearsal, wall, left, **most_of)
     plan.tests = cut_tests(job, run.folder / "tests", windows / most)
     more = f"about {in_words(seconds)} more"
@@ -293,13 +291,13 @@ def plan_training(rehearsal: dict[str, Any], passed: float, left: float) -> tupl
     return windows, measured + windows * training
 
 
-def untrainable(job: Job, folder: Path) -> str | None:
+def untrainable(job: Run, folder: str) -> str | None:
     """Return why training would fail on this machine; None if memory and disk suffice."""
     from ...run.check import check_room
-    from ...run.memory import Memory
+    from ...run.memory import local_memory
     from ...util.host import gib
 
-    memory = Memory.of(job)
+    memory = local_memory(job)
     needed = memory.total("train") + sum(memory.passing["train"].values())
     if needed > memory.free or not memory.fits():
         problem = f"training takes about {gib(needed)} of memory, and {gib(memory.free)} are free"

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from ...util.errors import UserError
 
 if TYPE_CHECKING:
-    from ...run.job import Job
+    from ...run.run import Run
 
 Q8_0 = "q8_0"  # of embedding and head, and of all if that is small enough
 Q8_0_BITS = 8 + 16 / 32  # per weight, with its share of a scale
@@ -20,7 +20,7 @@ PADDING_BYTES = 16  # name of a row without a token
 TENSOR_BYTES, HEADER_BYTES = 96, 2**12  # upper limits: name, shape and alignment; other fields
 
 
-def choose_size(job: Job, megabytes: float | None) -> tuple[str, str | None, str]:
+def choose_size(job: Run, megabytes: float | None) -> tuple[str, str | None, str]:
     """Return the GGUF type for `megabytes`, the share of experts or neurons to remove, a summary.
 
     Raises UserError if the size cannot be reached.
@@ -29,7 +29,7 @@ def choose_size(job: Job, megabytes: float | None) -> tuple[str, str | None, str
     from ...model.skeleton import skeleton_with
     from ...remove import possible_counts
 
-    model, layout, most = job.skeleton, job.layout, megabytes or math.inf
+    model, layout, most = job.model.skeleton, job.model.layout, megabytes or math.inf
     all_rows, outer = model.get_input_embeddings().num_embeddings, vocabulary_bytes(job)
     rows = f"{len(job.vocabulary.rows):,} of " if job.vocabulary else "all "
     summary = f"{rows}{all_rows:,} rows of the vocabulary, "
@@ -38,21 +38,21 @@ def choose_size(job: Job, megabytes: float | None) -> tuple[str, str | None, str
         return Q8_0, None, summary + what
     for left in possible_counts(layout) if layout else [None]:
         if layout and left < layout.count:
-            model = skeleton_with(job.config, layout.field, left, job.checkpoint)
-        if (size := gguf_megabytes(job, model, job.plan.format, outer)) <= most:
+            model = skeleton_with(job.model.config, layout.field, left, job.model.checkpoint)
+        if (size := gguf_megabytes(job, model, job.flags.format, outer)) <= most:
             break
     cut = bool(layout) and left < layout.count
     kept = f"{left} of {layout.count} {layout.kind} in each block" if cut else "nothing pruned"
-    weights = sum(weight.numel() for weight in job.skeleton.parameters())
-    dense = _megabytes(weights * checkpoint_dtype(job.config).itemsize / 1e6)
-    summary += f"{kept}, {dense} -> about {_megabytes(size)} MB as {job.plan.format}"
+    weights = sum(weight.numel() for weight in job.model.skeleton.parameters())
+    dense = _megabytes(weights * checkpoint_dtype(job.model.config).itemsize / 1e6)
+    summary += f"{kept}, {dense} -> about {_megabytes(size)} MB as {job.flags.format}"
     if size > most:
         problem = f"the smallest file has {summary}"
         raise UserError(f"--megabytes {megabytes}", problem, "Give more, or choose a smaller model")
-    return job.plan.format, (f"{1 - left / layout.count:.6g}" if cut else None), summary
+    return job.flags.format, (f"{1 - left / layout.count:.6g}" if cut else None), summary
 
 
-def gguf_megabytes(job: Job, model: Any, type_: str, outer: float) -> float:
+def gguf_megabytes(job: Run, model: Any, type_: str, outer: float) -> float:
     """Return an upper limit of a GGUF file in MB; `outer` is the size outside blocks in bytes.
 
     llama.cpp stores linear layers of whole blocks as the type, others in 16 bits, the rest in 32.
@@ -60,9 +60,9 @@ def gguf_megabytes(job: Job, model: Any, type_: str, outer: float) -> float:
     from ...model.linears import find_linears
     from ...packed.formats import FORMATS
 
-    form, size = FORMATS[job.plan.format], outer
+    form, size = FORMATS[job.flags.format], outer
     linear_bits = Q8_0_BITS if type_ == Q8_0 else form.bits_per_weight
-    for block in model.get_submodule(job.blocks_name):
+    for block in model.get_submodule(job.model.blocks_name):
         linears = {each.parameter_name: each.shape[1] for each in find_linears(block, "block")[0]}
         for name, weight in block.named_parameters():
             inputs = linears.get(f"block.{name}")
@@ -73,14 +73,14 @@ def gguf_megabytes(job: Job, model: Any, type_: str, outer: float) -> float:
     return size / 1e6
 
 
-def vocabulary_bytes(job: Job) -> float:
+def vocabulary_bytes(job: Run) -> float:
     """Return the bytes of a GGUF file outside its blocks: tables, tokens, merges and fields."""
-    model, tokenizer = job.skeleton, job.tokenizer
+    model, tokenizer = job.model.skeleton, job.tokenizer
     all_rows, unread = model.get_input_embeddings().num_embeddings, getattr(model, "unread", ())
     rows = len(job.vocabulary.rows) if job.vocabulary else all_rows
     size = HEADER_BYTES + 2 * len(str(tokenizer.chat_template or "").encode())
     for name, weight in model.named_parameters():
-        if name.startswith(f"{job.blocks_name}.") or name in unread:
+        if name.startswith(f"{job.model.blocks_name}.") or name in unread:
             continue
         table = len(weight) == all_rows
         numbers = weight.numel() // all_rows * rows if table else weight.numel()

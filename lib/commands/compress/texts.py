@@ -11,16 +11,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ...data.chats import Dialogue, row_of
-from ...data.documents import PIECE_CHARACTERS, are_dialogues, pieces_of, read_documents
+from ...data.documents import PIECE_CHARACTERS, Corpus, are_dialogues, pieces_of
 from ...data.languages import language_text
-from ...data.sources import PART, Source, parse_source, parse_sources
+from ...data.sources import PART, parse_source, parse_sources
 from ...util import processes
 from ...util.errors import UserError
 from ...util.files import write_text
 from .compression import Compression
 
 if TYPE_CHECKING:
-    from ...run.job import Job
+    from ...run.run import Run
 
 FEW_DIALOGUES, TEST_DIALOGUES = 16, 32  # fewest to calibrate on; held-out ones
 CHARACTERS = {"test": 1_000_000, "train": 20_000_000}  # downloaded for --language
@@ -43,7 +43,7 @@ def fetch_text(run: Compression) -> TextNames:
     With --data, tokens of the language's text are kept too, if the Hub can be reached.
     """
     from ...data.hub import keep_text
-    from ...run.texts import default_tests
+    from ...run.windows import default_tests
 
     args, data = run.args, list(run.args.data or [])
     texts = TextNames(data, list(run.parsed.vocabulary_data or []), args.eval_data)
@@ -77,7 +77,7 @@ def answer_prompts(run: Compression, texts: TextNames) -> TextNames:
     dialogues/ gets them, the last ones as a test set: two thirds of the calibration text.
     """
     from ...model.pretrained import load_tokenizer
-    from ...run.texts import default_tests
+    from ...run.windows import default_tests
 
     args, parsed, folder = run.args, run.parsed, run.folder / DIALOGUES
     if parsed.no_chat_template:
@@ -85,7 +85,7 @@ def answer_prompts(run: Compression, texts: TextNames) -> TextNames:
     sources = parse_sources(texts.data, "--data", mixture=True, column=parsed.column)
     if not load_tokenizer(run.checkpoint).chat_template:
         return texts
-    if any(are_dialogues(read_documents(source, "train")[0]) for source in sources):
+    if any(are_dialogues(Corpus(source).documents("train")) for source in sources):
         return replace(texts, chat=True)
     if not args.dialogues:
         return texts
@@ -115,18 +115,20 @@ def answer_prompts(run: Compression, texts: TextNames) -> TextNames:
     return replace(texts, data=[*data, f"{folder}=2"], tests=tests, chat=True)
 
 
-def without_tests(texts: TextNames, job: Job) -> TextNames:
+def without_tests(texts: TextNames, job: Run) -> TextNames:
     """Return the texts without held-out documents, which become separate files."""
 
-    def trained(source: Source) -> str:
-        text = PART.sub("", source.text) + ":train" if source.parted else source.text
+    def trained(corpus: Corpus) -> str:
+        source = corpus.source
+        text = PART.sub("", source.text) + ":train" if corpus.parted else source.text
         return text if source.weight is None else f"{text}={source.weight:.6g}"
 
-    more = [each for each in job.vocabulary_sources if each.text in texts.vocabulary]
-    return replace(texts, data=[*map(trained, job.sources)], vocabulary=[*map(trained, more)])
+    more = [each for each in job.corpora.vocabulary if each.source.text in texts.vocabulary]
+    data = [*map(trained, job.corpora.calibration)]
+    return replace(texts, data=data, vocabulary=[*map(trained, more)])
 
 
-def cut_tests(job: Job, folder: Path, share: float, rehearsed: bool = False) -> list[str]:
+def cut_tests(job: Run, folder: Path, share: float, rehearsed: bool = False) -> list[str]:
     """Write a share of each test text, at least about two windows; return the files' names.
 
     Dialogues are kept whole and, as each is answered, all of them. In a rehearsal they are cut too,
@@ -136,8 +138,8 @@ def cut_tests(job: Job, folder: Path, share: float, rehearsed: bool = False) -> 
 
     folder.mkdir(parents=True, exist_ok=True)
     files = []
-    for source, test in zip(job.tests, job.texts.tests, strict=True):
-        texts = list(test_documents(source, read_documents(source, "test")[0]))
+    for corpus, test in zip(job.corpora.tests, job.windows.tests, strict=True):
+        texts = list(test_documents(corpus))
         random.Random(0).shuffle(texts)
         left = math.ceil(test.record["bytes"] * max(share, 2 / len(test.windows)))
         if test.dialogues and not (rehearsed and share and not files):
@@ -151,7 +153,7 @@ def cut_tests(job: Job, folder: Path, share: float, rehearsed: bool = False) -> 
                 texts += reversed(pieces_of(text))  # training leaves them out piece by piece
                 continue
             left -= len(text.encode())
-            row = row_of(text, job.args.column)  # read by gguf and main.py
+            row = row_of(text, job.flags.column)  # read by gguf and main.py
             lines.append(json.dumps(row, ensure_ascii=False) + "\n")
         write_text(Path(files[-1]), "".join(lines))
     return files

@@ -16,7 +16,7 @@ import argparse
 from importlib.util import find_spec
 from pathlib import Path
 
-from ...data.documents import check_source
+from ...data.documents import Corpus, check_corpus
 from ...data.sources import parse_sources
 from ...util.cli import make_parser
 from ...util.errors import UserError
@@ -38,9 +38,9 @@ def main(arguments: list[str]) -> None:
         raise UserError(
             f"OUT {args.out}", "llama.cpp's converter is not installed", f"Run {INSTALL}"
         )
-    texts = parse_sources(args.data, "--data", column=args.column)
+    texts = [Corpus(each) for each in parse_sources(args.data, "--data", column=args.column)]
     for text in texts:
-        check_source(text, "test")
+        check_corpus(text, "test")
     # imports torch, which a wrong flag does not need
     from .convert import convert
 

@@ -20,7 +20,7 @@ from torch import Tensor
 from transformers import AutoConfig, PreTrainedTokenizerBase
 
 from ...data.chats import Dialogue
-from ...data.documents import read_documents
+from ...data.documents import Corpus
 from ...data.sources import Source
 from ...data.templates import EXAMPLES, document_text, examples, sample_of_dialogue
 from ...data.tokenizer_model import begins_with_blank
@@ -122,16 +122,16 @@ def changed_linears(changed: Mapping[str, Sequence[int]], kind: str) -> str:
     return f"{linears}, and {rest}" if count else f"only {rest}"
 
 
-def documents_of(sources: Sequence[Source], model: ModelFolder) -> dict[str, list[str]]:
-    """Return the test documents of each source, and built-in lines in many scripts.
+def documents_of(corpora: Sequence[Corpus], model: ModelFolder) -> dict[str, list[str]]:
+    """Return the test documents of each corpus, and built-in lines in many scripts.
 
     If the tokenizer puts a blank before a text, leading blanks are removed: before them llama.cpp
     adds one more as SentencePiece does, and tokenizers adds none.
     """
     texts = {"built-in lines": LINES}
-    for source in sources:
-        chosen = test_documents(source, read_documents(source, "test")[0])
-        texts[source.name] = [document_text(model.tokenizer, each) for each in chosen]
+    for corpus in corpora:
+        chosen = test_documents(corpus)
+        texts[corpus.source.name] = [document_text(model.tokenizer, each) for each in chosen]
     blanks = " " if begins_with_blank(model.tokenizer_data) else ""
     return {name: [text.lstrip(blanks) for text in texts[name]] for name in texts}
 

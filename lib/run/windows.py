@@ -1,0 +1,192 @@
+"""The texts of a run: the sources that the flags name, and the windows drawn from them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from itertools import product
+from typing import TYPE_CHECKING, Any
+
+from ..data.documents import Corpus, locations
+from ..data.samples import Windows
+from ..data.sources import JOINED, PART, Source, has_test, is_parted, parse_sources
+from ..data.training import TrainingText, training_windows
+from ..data.windows import TestSet, TextTooShort, WindowSpec, calibration_windows, test_set
+from ..distributed.context import DistContext
+from ..eval import needs_bos
+from ..model.blocks import BlockRunner
+from ..recover import TrainSchedule
+from .plan import Flags
+
+if TYPE_CHECKING:
+    from .run import Run
+
+PUBLISHED = ("ubertext", "c4")  # evaluated on UberText
+SHORTEST = 128  # tokens; shorter windows require --seqlen
+
+
+@dataclass(frozen=True)
+class Corpora:
+    """The texts that the flags name. Corpora of equal sources are one object."""
+
+    calibration: list[Corpus]
+    vocabulary: list[Corpus]  # their tokens are kept
+    tests: list[Corpus]
+
+    def read_by(self, flags: Flags) -> list[tuple[Corpus, str]]:
+        """Return the corpora that a run reads, and the split of each, in order."""
+        read = [*(self.calibration if flags.reads_train else ()), *self.vocabulary]
+        train = [(corpus, "train") for corpus in dict.fromkeys(read)]
+        return train + [(corpus, "test") for corpus in self.tests]
+
+    def free(self) -> None:
+        """Free the memory of all documents."""
+        for corpus in (*self.calibration, *self.vocabulary, *self.tests):
+            corpus.free()
+
+
+@dataclass(frozen=True)
+class RunWindows:
+    """All windows of a run; `bos` is the id at the start of each of them, or None."""
+
+    seqlen: int  # tokens of a window
+    bos: int | None = None
+    calibration: Windows | None = None
+    record: dict[str, Any] | None = None  # of the calibration windows
+    tests: list[TestSet] = field(default_factory=list)
+    training: TrainingText | None = None  # for recovery
+
+
+def named_corpora(flags: Flags) -> Corpora:
+    """Return the texts for calibration, for the trimmed vocabulary, and for evaluation."""
+    as_named = dict(column=flags.column, as_text=flags.no_chat_template)
+    names = flags.calibration_data or ["c4" if flags.prune_on_c4 else "ubertext"]
+    flag = "--prune_on_c4" if flags.prune_on_c4 else "--calibration_data"
+    flag += " (default)" if names == ["ubertext"] and not flags.calibration_data else ""
+    sources = parse_sources(names, flag, mixture=True, **as_named)
+    more = parse_sources(flags.vocabulary_data or [], "--vocabulary_data", **as_named)
+    uses_sources = flags.names_text or not more or flags.reads_train
+    kept = [*sources, *more] if uses_sources else more
+    kept = list({s.text: s for s in kept}.values()) if flags.trim_vocabulary else []
+    names = flags.eval_data or default_tests([*sources, *kept])
+    flag = "--eval_data" if flags.eval_data else "--eval_data (default)"
+    tests = parse_sources(names, flag, **as_named)
+    parted = {test.path.resolve() for test in tests if is_parted(test, "test")}
+    measured = [Corpus(test) for test in tests]
+    local = [corpus for corpus in measured if corpus.source.path]
+
+    def corpus_of(source: Source) -> Corpus:
+        if not source.path:
+            return Corpus(source)
+        return Corpus(source, source.path.resolve() in parted, local)
+
+    corpora = {source: corpus_of(source) for source in (*sources, *kept)}
+    return Corpora([corpora[s] for s in sources], [corpora[s] for s in kept], measured)
+
+
+def default_tests(sources: Sequence[Source]) -> list[str]:
+    """Return the test texts that are used without `--eval_data`: those of the sources.
+
+    If no folder has a test text, a tenth of each local source is held out, and Hub datasets bring
+    their own. UberText and C4 are evaluated on UberText, as published. Raises UserError for a split
+    of a Hub dataset: it may be the only one.
+    """
+    names = [source.text for source in sources if has_test(source)]
+    for source in sources if not names else ():
+        if source.split:
+            raise source.error("it has no test text", "Name one with --eval_data")
+        if source.text not in PUBLISHED:
+            names.append(PART.sub("", source.text) + ":test" if source.path else source.text)
+    return list(dict.fromkeys(names)) or ["ubertext"]
+
+
+def same_texts(train: Sequence[Corpus], tests: Sequence[Corpus]) -> list[str]:
+    """Return a warning for each test set that overlaps the calibration or training text."""
+    pairs = product(tests, [(corpus.source, locations(corpus, "train")) for corpus in train])
+    return [
+        f"--eval_data {test.source.text}: {source} reads this text too, so its figures are better "
+        "than those of unseen text"
+        for test, (source, read) in pairs
+        if not read.isdisjoint(locations(test, "test"))
+    ]
+
+
+def draw_windows(
+    flags: Flags,
+    corpora: Corpora,
+    spec: WindowSpec,
+    schedule: TrainSchedule | None,
+    dist: DistContext,
+) -> RunWindows:
+    """Draw the windows for calibration, evaluation and recovery.
+
+    If the texts are too short for windows of `spec`, and `--seqlen` is not given, a window becomes
+    the largest power of two for which they suffice. If that is too short, or `--seqlen` is given,
+    the documents of a local source are joined into one text, also in `corpora`.
+    """
+    wanted = spec.seqlen
+    while True:
+        try:
+            windows = _windows(flags, corpora, spec, schedule)
+            break
+        except TextTooShort as error:
+            short = error.corpus
+            if error.fits >= SHORTEST and not flags.seqlen:
+                spec = replace(spec, seqlen=2 ** (error.fits.bit_length() - 1))
+                continue
+            sources = corpora.calibration
+            if short not in sources or not short.source.path or short.source.draw == JOINED:
+                raise
+            sources[sources.index(short)] = short.joined()
+            dist.print(
+                f"{short.source.text}: documents are shorter than a window, so they are joined"
+            )
+    if spec.seqlen < wanted:
+        dist.print(
+            f"window: {spec.seqlen} tokens, the largest power of two for which the texts are long "
+            f"enough (model: {wanted}); --seqlen sets another"
+        )
+    return windows
+
+
+def _windows(
+    flags: Flags, corpora: Corpora, spec: WindowSpec, schedule: TrainSchedule | None
+) -> RunWindows:
+    windows = record = training = None
+    if flags.calibrated:
+        windows, record = calibration_windows(corpora.calibration, spec, flags.nsamples)
+    tests = [test_set(test, spec, flags.completions, flags.eval_windows) for test in corpora.tests]
+    if schedule:
+        schedule = replace(schedule, seqlen=spec.seqlen)
+        count = max(1, schedule.steps * schedule.windows)
+        measured = [test.windows for test in tests]
+        training = training_windows(corpora.calibration, spec, count, measured, windows)
+    return RunWindows(spec.seqlen, spec.bos, windows, record, tests, training)
+
+
+def may_need_bos(flags: Flags, tokenizer: Any) -> bool:
+    """Return whether `--bos auto` has to try it: the tokenizer begins texts with BOS."""
+    bos = tokenizer.bos_token_id
+    return flags.bos == "auto" and bos is not None and tokenizer("a").input_ids[:1] == [bos]
+
+
+def resolve_bos(run: Run, runner: BlockRunner) -> RunWindows:
+    """Return the windows, with BOS in all if `--bos auto` finds that the dense model needs it.
+
+    A continued run keeps the windows that it was begun with, whatever it is evaluated on.
+    """
+    windows, folder = run.windows, run.folder
+    if may_need_bos(run.flags, run.tokenizer):
+        bos = run.tokenizer.bos_token_id
+        needs = run.dist.all_gather_object(folder and folder.decided.get("bos"))[0]
+        if needs is None:
+            needs = needs_bos(runner, windows.tests[0].ids, bos)
+        if folder:
+            folder.begin(run.fingerprint["pruning"], bos=needs)
+        if needs:
+            run.print("the model collapses without its BOS token: every window begins with it")
+            spec = WindowSpec(run.tokenizer, windows.seqlen, bos, run.flags.seed)
+            windows = draw_windows(run.flags, run.corpora, spec, run.schedule, run.dist)
+        run.corpora.free()
+    run.dist.check_equal({"BOS": windows.bos})  # each rank decides by itself
+    return windows
