@@ -22,7 +22,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from lib.commands.gguf import convert as command
 from lib.commands.gguf import llama_cpp, verify
 from lib.commands.gguf.__main__ import main
-from lib.commands.gguf.source import open_source
+from lib.commands.gguf.source import make_view, open_source
 from lib.commands.gguf.verify import (
     LIMITS,
     letter_of,
@@ -124,7 +124,7 @@ def test_the_plain_converter_takes_a_saved_folder(llama: Path, texts: Path, tmp_
 def files(llama: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     folder, source = tmp_path_factory.mktemp("files"), open_source(str(llama))
     files = {name: folder / f"{name}.gguf" for name in LIMITS if name != "iq4_nl"}
-    view = str(source.view(folder / "view", llama))
+    view = str(make_view(source, folder / "view", llama))
     llama_cpp.convert(view, "model", {name: str(file) for name, file in files.items()})
     return files
 
