@@ -116,7 +116,7 @@ def check_job(flags: list[str], recover: int | None, longest: int = CPU_SEQLEN) 
         parts = (error.what, error.problem, error.fix)
         named_here = (("--calibration_data", "--data"), ("--save_model", "OUT"))
         for before, here in named_here:
-            parts = (part.replace(before, here) for part in parts)
+            parts = [part.replace(before, here) for part in parts]
         raise UserError(*parts) from error
 
 
