@@ -23,6 +23,7 @@ from unittest import mock
 
 import pytest
 import torch
+from pytest import MonkeyPatch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import AutoConfig, PreTrainedModel
@@ -146,6 +147,20 @@ def program_of(name: str) -> Callable[[list[str]], None]:
 def call_here(module: str, *argv: object) -> int:
     """As lib.util.command.call, but in this process, where torch is imported already."""
     return command.run(command.main_of(module), [str(each) for each in argv])
+
+
+def replace_call(patch: MonkeyPatch, function: Callable[..., int]) -> None:
+    """Replace `call`, which starts a command in a process of its own, wherever it is known."""
+    for name in ("compress", "sweep", "demo"):
+        program_of(name)
+    for module in [each for name, each in sys.modules.items() if name.startswith("lib.")]:
+        own = vars(module).get("call")
+        if own in REPLACED or getattr(own, "__module__", "").startswith("lib.util."):
+            patch.setattr(module, "call", function)
+    REPLACED.append(function)
+
+
+REPLACED: list[Callable[..., int]] = []
 
 
 @contextmanager
