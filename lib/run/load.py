@@ -16,15 +16,16 @@ import torch
 from ..model import pretrained
 from ..model.blocks import BlockRunner
 from ..model.rows import keep_rows_
-from ..model.run_folder import RunFolder
 from ..model.saving import cast
 from ..model.skeleton import decoder_blocks
-from ..model.store import BlockStore, FileBlockStore, device_map
-from ..pruning.check import SparsityCheck
-from ..sharded import is_sharded
+from ..model.sparsity_check import SparsityCheck
+from ..model.store import BlockStore
+from ..offload.sharded import is_sharded
+from ..offload.store import FileBlockStore, device_map
 from ..util.errors import UserError
 from ..util.files import temporary_folder
 from ..util.host import keep_freed_memory
+from ..util.resume import RunFolder
 from .memory import local_memory
 from .run import Run
 
@@ -64,7 +65,7 @@ def load(run: Run, cleanup: ExitStack, folder: RunFolder | None) -> BlockRunner:
     store = BlockStore
     if offloaded:
         on_disk, casts = bool(flags.offload_folder), flags.fake_quantizes
-        store = partial(FileBlockStore, folder=blocks_at, on_disk=on_disk, narrow=casts)
+        store = partial(FileBlockStore, folder=blocks_at, on_disk=on_disk, cast_on_load=casts)
     finished = folder if run.flags.changes else None
     weights = store(model, run.device, save_dtype=save_dtype, finished=finished, dist=run.dist)
     runner = BlockRunner(model, run.device, weights, **options)
@@ -122,7 +123,7 @@ def load_teacher(run: Run, runner: BlockRunner, cleanup: ExitStack) -> BlockRunn
         if spec.rows is not None:
             keep_rows_(model, spec.rows)
         if not resident:
-            files = dict(folder=None, on_disk=False, narrow=False, dist=run.dist)
+            files = dict(folder=None, on_disk=False, cast_on_load=False, dist=run.dist)
             store = FileBlockStore(model, run.device, **files)
         teacher = BlockRunner(model, run.device, store, flag=spec.checkpoint.flag, **passes)
         teacher.check_finite()
