@@ -309,7 +309,7 @@ def files() -> dict[str, object]:
 def is_named(what: str, error: UserError | None, line: str) -> bool:
     """Whether an error names this first; argparse calls a flag an argument."""
     if error and error.problem:
-        return f"{error.what}: ".startswith(f"{what}: ") or what[-1] == "/" and what in error.what
+        return f"{error.what}: ".startswith(f"{what}: ")
     flag = what.partition(" ")[0]
     return line.startswith(f"error: {what}") or line.startswith(f"error: argument {flag}: ")
 

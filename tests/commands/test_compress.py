@@ -429,8 +429,13 @@ def test_a_chat_model_is_compressed_on_what_it_says(
     assert of_run("compressed")["recovery"]["cross_entropy"] > 0
 
 
-@pytest.mark.full
-@pytest.mark.parametrize("how", ["OUT removed", "interrupted", "other weights"])
+FULL = pytest.mark.full
+
+
+@pytest.mark.parametrize(
+    "how",
+    ["OUT removed", *(pytest.param(how, marks=FULL) for how in ("interrupted", "other weights"))],
+)
 def test_a_model_is_not_made_small_on_the_answers_of_another(
     how: str, runs: Runs, replace_call: Callable, monkeypatch: pytest.MonkeyPatch
 ) -> None:
