@@ -22,7 +22,7 @@ from tqdm import tqdm
 import lib.run.steps  # noqa: F401
 import main  # noqa: F401
 from lib.model.store import FileBlockStore
-from lib.util import command
+from lib.util import command, processes
 from lib.util.errors import UserError
 
 tqdm.get_lock()  # of this process: one made in a process that is killed would be left behind
@@ -53,8 +53,10 @@ def work(
     status, (what, _, how) = 0, fault.partition(":")
     label, _, number = what.rpartition(" ")
     module, fails = import_module(program), partial(_fail, how)
-    if fault and hasattr(module, "call"):
-        module.call = call_here
+    if fault:
+        processes.call = call_here
+        if hasattr(module, "call"):
+            module.call = call_here
     if label == "at once":
         fails()
     with at(label, int(number), fails) if fault else nullcontext():
