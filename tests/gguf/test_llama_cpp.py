@@ -209,7 +209,7 @@ def test_blocks_that_llama_cpp_takes_for_others_end_it(texts: Path, tmp_path: Pa
     fields = whole.WIDTHS | tiny.WIDE | tiny.MIXED  # the second block's attention is full
     folder = whole.write_whole(tmp_path / "model", "gemma3_text", fields, whole.gemma())
     line = refused(convert, folder, texts, tmp_path / "model.gguf", "--type", "q4_0")
-    assert "model.gguf: it is not written: " in line and "in f32 differ by" in line
+    assert "model.gguf: it is not written: " in line and "in f32: they differ by" in line
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
 
 
