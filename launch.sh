@@ -7,7 +7,7 @@ set -euo pipefail
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 export PYTHONPATH="$here${PYTHONPATH:+:$PYTHONPATH}"
 # -P: a folder from which this is called must not hide this package's modules
-langprune() { exec "${PYTHON:-python3}" -P -m lib.run.console "$@"; }
+langprune() { exec "${PYTHON:-python3}" -P -m lib.commands "$@"; }
 recipe() { langprune prune --model baffo32/decapoda-research-llama-7B-hf --seed 0 "$@"; }
 
 case "${1:-help}" in

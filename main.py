@@ -15,10 +15,12 @@ from typing import TYPE_CHECKING, Any
 
 if __package__:  # installed: lib/ is the package langprune, and this file is inside it
     from .run.flags import build_parser, check_flags
-    from .util import command
+    from .util import cli
+    from .util.processes import import_own
 else:
     from lib.run.flags import build_parser, check_flags
-    from lib.util import command
+    from lib.util import cli
+    from lib.util.processes import import_own
 
 if TYPE_CHECKING:
     from lib.run.run import Run
@@ -29,13 +31,13 @@ def main(argv: list[str]) -> None:
     flags = parser.parse_args(argv)
     check_flags(parser, flags)
     # imports torch and transformers, which --help does not need
-    run(command.part("run.check").check(flags))
+    run(import_own("run.check").check(flags))
 
 
 def run(run: Run) -> dict[str, Any]:
     """Do the run and return what results.json holds, in the main rank."""
     names = ("completions", "load", "record", "save", "steps", "windows")
-    completions, load, record, save, steps, windows = (command.part(f"run.{n}") for n in names)
+    completions, load, record, save, steps, windows = (import_own(f"run.{n}") for n in names)
     flags, results = run.flags, run.results
     with ExitStack() as cleanup:
         cleanup.callback(save.close_folder, run)
@@ -84,4 +86,4 @@ def run(run: Run) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    sys.exit(command.run(main))
+    sys.exit(cli.run(main))

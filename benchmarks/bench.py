@@ -17,7 +17,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from lib.util.command import add_debug_flag, run
+from lib.util.cli import add_debug_flag, run
 from lib.util.errors import UserError
 
 HERE = Path(__file__).resolve().parent

@@ -30,7 +30,7 @@ import torch
 from measure import decoding_speeds, table
 from safetensors.torch import load_file, save_file
 
-from lib.util.command import add_debug_flag, run, split_argv
+from lib.util.cli import add_debug_flag, run, split_argv
 
 ROOT = Path(__file__).resolve().parents[1]
 TYPES = ("q8_0", "q4_k_m", "q4_0", "iq4_nl", "q3_k_m")

@@ -25,11 +25,11 @@ from transformers import LlamaTokenizer, PretrainedConfig, PreTrainedTokenizerFa
 from transformers.convert_slow_tokenizer import TikTokenConverter
 
 from lib.data.sources import parse_sources
-from lib.distributed.context import DistContext
-from lib.model.access import Checkpoint
-from lib.util.command import run
+from lib.model.checkpoint import Checkpoint
+from lib.util.cli import run
 from lib.util.errors import UserError
 from lib.util.progress import quiet
+from lib.util.ranks import DistContext
 from lib.vocabulary import trim_vocabulary
 
 NUMBERS_APART = (

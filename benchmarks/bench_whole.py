@@ -20,10 +20,10 @@ from measure import decoding_speeds
 from stages import Stage, do
 
 from lib.commands.compress.measure import disk_size
-from lib.model.pretrained import pick_device
+from lib.model.device import pick_device
 from lib.run.flags import build_parser
 from lib.run.results import read_results
-from lib.util.command import add_debug_flag, run, split_argv
+from lib.util.cli import add_debug_flag, run, split_argv
 from lib.util.host import gib
 from lib.util.markdown import padded_table
 from lib.util.progress import quiet

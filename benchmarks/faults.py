@@ -36,7 +36,7 @@ from support import PROGRESS  # noqa: E402
 
 Row = tuple[str, str, str]
 FLAGS = "--device cpu --seqlen 32 --nsamples 8 --prune_method sparsegpt --calibration_data uk"
-MAIN, SWEEP = "main", "lib.commands.sweep"
+MAIN, SWEEP = "main", "lib.commands.sweep.__main__"
 PRUNE = [MAIN, "--model", "llama", *FLAGS.split()]
 SWEPT = [SWEEP, *"--models llama --types unstructured 2:4 --calibration uk".split()]
 SETTINGS = dict(OMP_NUM_THREADS="1", HF_HUB_OFFLINE="1")
@@ -47,11 +47,11 @@ def work(folder: str, module: str, *argv: str) -> None:
     os.chdir(folder)
     for name, stream in (("said.out", 1), ("said.err", 2)):
         os.dup2(os.open(name, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), stream)
-    from lib.commands import sweep
-    from lib.util import command
+    from lib.commands.sweep import __main__ as sweep
+    from lib.util import cli
 
     def call(name: str, *arguments: object) -> int:
-        return command.run(import_module(name).main, [str(each) for each in arguments])
+        return cli.run(import_module(name).main, [str(each) for each in arguments])
 
     sweep.call = call
     sys.exit(call(module, *argv))

@@ -19,7 +19,7 @@ sys.path.insert(0, str(ROOT))
 
 from lib.commands.compress import __main__ as compress  # noqa: E402
 from lib.run.flags import build_parser  # noqa: E402
-from lib.util.command import make_parser, run  # noqa: E402
+from lib.util.cli import make_parser, run  # noqa: E402
 from lib.util.errors import UserError  # noqa: E402
 
 PAGE = ROOT / "docs/usage.md"

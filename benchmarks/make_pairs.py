@@ -20,7 +20,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from lib.data.documents import Corpus
 from lib.data.sources import parse_source
-from lib.util.command import run
+from lib.util.cli import run
 from lib.util.files import write_text
 
 SENTENCE = re.compile(r"\S[^\n.!?…]*[.!?…](?=\s|$)")

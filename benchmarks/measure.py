@@ -53,7 +53,7 @@ def decoding_speeds(folders: Sequence[Path], device: str, rounds: int) -> list[f
     """
     from transformers import AutoModelForCausalLM
 
-    import lib.packed.checkpoint  # noqa: F401  the packed form is known to transformers
+    import lib.formats.packed.checkpoint  # noqa: F401  the packed form is known to transformers
     from lib.commands.compress.measure import decoding_speed
 
     models = [

@@ -14,7 +14,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from lib.commands.report.table import DENSE, TASK, load_runs, tables
-from lib.util.command import run
+from lib.util.cli import run
 from lib.util.markdown import padded_table
 
 

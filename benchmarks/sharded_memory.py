@@ -53,7 +53,7 @@ def child(folder: str) -> None:
     import main
     from lib.recover import Recoverer
     from lib.run.memory import Memory
-    from lib.util import command
+    from lib.util import cli
 
     seen, trained, plain, check = {"peak": 0}, threading.Event(), Recoverer.run, Memory.check
 
@@ -82,7 +82,7 @@ def child(folder: str) -> None:
     os.chdir(folder)
     argv = ["--model", "model", "--calibration_data", "uk", "--eval_data", "uk", *FLAGS]
     argv += ["--save", f"out-{os.environ.get('WORLD_SIZE', 1)}"]
-    status = command.run(main.main, argv)
+    status = cli.run(main.main, argv)
     Path(f"seen-{os.environ.get('RANK', 0)}").write_text(json.dumps(seen))
     sys.exit(status)
 

@@ -22,7 +22,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from lib.commands.report.pictures import heat_map
-from lib.util.command import make_parser, run
+from lib.util.cli import make_parser, run
 from lib.util.errors import UserError
 from lib.util.markdown import padded_table
 

@@ -5,8 +5,8 @@ brackets. The first block's inputs are recorded (`prepare_calibration_input`:
 `BlockRunner.capture`). For each block one pass observes the inputs of its linear layers
 (`WrappedGPT.add_batch`: `PruningMethod.observe`), all of them are pruned (`Pruner.solve`), and a
 second pass takes the hidden states through the pruned block (`BlockRunner.advance_`).
-`check_sparsity` is `SparsityCheck` in lib/pruning/check.py. lib/quantize.py and lib/remove.py walk
-in the same way.
+`check_sparsity` is `SparsityCheck` in lib/model/sparsity_check.py. lib/quantize.py and
+lib/remove.py walk in the same way.
 
 `prune` takes a model in memory and runs a `Pruner`, as main.py does.
 """
@@ -27,20 +27,8 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from .data.windows import tokenize
-from .methods.base import PruningMethod
-from .methods.registry import method_of
-from .methods.sparsity import UNSTRUCTURED, Sparsity
-from .model.blocks import BlockRunner, HiddenStates
-from .model.linears import experts_implementation, find_linears
-from .model.matrix import PrunableLinear
-from .model.pretrained import default_batch_size, window_length
-from .model.run_folder import PRUNED
-from .packed.layout import all_finite
-from .pruning.allocation import Allocation, allocate
-from .pruning.check import SparsityCheck
-from .pruning.errors import relative_error
-from .pruning.inputs import (
+from .calibration.allocation import Allocation, allocate
+from .calibration.inputs import (
     BlockNotes,
     Group,
     check_widths,
@@ -49,10 +37,23 @@ from .pruning.inputs import (
     rank_windows,
     weight_key,
 )
-from .pruning.masks import Packed, packed_masks, unpacked
-from .pruning.ordered import OrderedBlock, Stage, known_order
+from .calibration.output_error import relative_error
+from .calibration.sequential import OrderedBlock, Stage, known_order
+from .data.windows import tokenize
+from .formats.packed.layout import all_finite
+from .methods.base import PruningMethod
+from .methods.registry import method_of
+from .methods.sparsity import UNSTRUCTURED, Sparsity
+from .model.blocks import BlockRunner, HiddenStates
+from .model.device import default_batch_size
+from .model.linears import experts_implementation, find_linears
+from .model.masks import Packed, packed_masks, unpacked
+from .model.matrix import PrunableLinear
+from .model.pretrained import window_length
+from .model.sparsity_check import SparsityCheck
 from .util import progress
 from .util.errors import RunWarning, UserError, first_of
+from .util.resume import PRUNED
 
 UNREACHED = "no calibration token reached it, or its forward() is bypassed"
 
@@ -336,7 +337,9 @@ def _check_finite(tensors: Iterable[Tensor], what: str, which: str) -> None:
 class Pruned:
     """The results of `prune`, by layer: the full name of a linear layer of the blocks."""
 
-    errors: dict[str, float]  # relative squared error of its outputs, see lib/pruning/errors.py
+    errors: dict[
+        str, float
+    ]  # relative squared error of its outputs, see lib/calibration/output_error.py
     shares: dict[str, float]  # share of zeros
     sparsity: float  # share of zeros in all layers together
     notes: list[str]  # fallbacks and layers left dense

@@ -13,16 +13,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .calibration.inputs import Group
+from .formats.grids import Grid
+from .formats.packed.formats import Int4
+from .formats.packed.linear import why_dense
 from .methods.gptq import GPTQ, MasterWeights
 from .model.blocks import BlockRunner
 from .model.matrix import PrunableLinear, SaveDtypes
-from .model.run_folder import QUANTIZED, START, of_block
-from .packed.formats import Grid, Int4
-from .packed.linear import why_dense
+from .offload.sharded import is_sharded, shard_of_masters, sharded_dims
 from .prune import UNREACHED, BlockWalker
-from .pruning.inputs import Group
-from .sharded import is_sharded, shard_of_masters, sharded_dims
 from .util.errors import UserError, first_of
+from .util.resume import QUANTIZED, START, of_block
 
 NOTHING_PACKED = (
     "--replace_sparse_layers",
@@ -35,7 +36,7 @@ def takes(fmt: Int4, linear: PrunableLinear) -> bool:
     """Return whether a linear layer is quantized: if it will be packed, or if its rows fit."""
     if fmt.packs:
         return linear.expert is None and not why_dense(linear.module)
-    return fmt.takes(linear.shape[1])
+    return fmt.supports_width(linear.shape[1])
 
 
 def check_quantized(runner: BlockRunner, fmt: Int4) -> dict[str, Any]:
@@ -43,7 +44,7 @@ def check_quantized(runner: BlockRunner, fmt: Int4) -> dict[str, Any]:
     tensors: dict[str, bool] = {}  # whether they are on the grid
     for linear in runner.each_linear():
         tensors[linear.parameter_name] = takes(fmt, linear)
-        if tensors[linear.parameter_name] and not fmt.holds(linear.matrix()):
+        if tensors[linear.parameter_name] and not fmt.is_on_grid(linear.matrix()):
             problem = f"{linear.name} is not on the grid"
             raise UserError(f"--quantize {fmt.name}", problem, "Please report this")
     left = [name for name, on_grid in tensors.items() if not on_grid]

@@ -31,16 +31,16 @@ from torch.utils.checkpoint import checkpoint
 
 from .data.samples import Windows, as_windows, join_rows
 from .data.training import TrainingText
-from .distributed.context import DistContext
 from .eval import perplexities
+from .formats.grids import Grid
+from .formats.packed.errors import PackedError
 from .model.blocks import BlockRunner, iter_logits, run_block
 from .model.reference import DenseReference, dense_states, tail_of
-from .packed.errors import PackedError
-from .packed.formats import Grid
-from .sharded import ShardedWeights, WholeWeights, answered, is_sharded, local, shard_of
+from .offload.sharded import ShardedWeights, WholeWeights, answered, is_sharded, local, shard_of
 from .util import progress
 from .util.deterministic import deterministic
 from .util.errors import UserError
+from .util.ranks import DistContext
 
 TARGET_STEPS = 256  # optimizer steps, subject to the limits of a step below
 LEAST, MOST = 2**8, 2**16  # tokens per step
@@ -316,7 +316,7 @@ class Recoverer:
         how = f"updates of rank {schedule.rank} to" if schedule.rank else "training"
         alone = "" if schedule.ce_weight else ", distillation only"
         count = f"{len(self.grids)} of {len(self.parts)} tensors"
-        titles = {grid.form.title for grid in self.grids.values()}
+        titles = {grid.form.label for grid in self.grids.values()}
         grids = f", {count} as {titles.pop()}," if titles else ""
         return [
             f"recovery: {how} {self.trained:,} weights{grids} in {schedule.steps} steps of "

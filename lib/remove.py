@@ -21,13 +21,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .calibration.inputs import Group
 from .methods.base import PruningMethod
 from .methods.sparsity import NEURONS
 from .model.blocks import BlockRunner, Stop, run_block
 from .model.matrix import PrunableLinear
-from .model.parts import PartLayout, get_tensor, keep_parts_
+from .model.parts import StructureLayout, get_tensor, keep_parts_
 from .prune import UNREACHED, BlockWalker
-from .pruning.inputs import Group
 from .util.errors import UserError
 from .util.host import malloc_trim
 
@@ -41,7 +41,7 @@ def remove(
     runner: BlockRunner,
     windows: Tensor | None,
     method: type[PruningMethod],
-    layout: PartLayout,
+    layout: StructureLayout,
     left: int,
     seed: int = 0,
     on_progress: Callable[[int], Any] = lambda blocks: None,
@@ -68,7 +68,7 @@ class PartRemover(BlockWalker):
         self,
         runner: BlockRunner,
         method: type[PruningMethod],
-        layout: PartLayout,
+        layout: StructureLayout,
         left: int,
         seed: int = 0,
     ) -> None:
@@ -139,7 +139,7 @@ def multiple_of(width: int) -> int:
     return min(MULTIPLE, 2 ** max(0, (width // STEPS).bit_length() - 1))
 
 
-def neurons_left(layout: PartLayout, ratio: float) -> int:
+def neurons_left(layout: StructureLayout, ratio: float) -> int:
     """Return the number of neurons to keep: about 1 - `ratio`, a multiple of `multiple_of`.
 
     Raises UserError if that removes none.
@@ -191,13 +191,13 @@ class NeuronRemover(PartRemover):
             )
 
 
-def fewest(layout: PartLayout) -> int:
+def fewest(layout: StructureLayout) -> int:
     """Return the least number of experts: the router's choice, two per group that is scored."""
     least = max(math.ceil(layout.chosen / layout.open_groups), 2 if layout.groups > 1 else 1)
     return least * layout.groups
 
 
-def possible_counts(layout: PartLayout) -> list[int]:
+def possible_counts(layout: StructureLayout) -> list[int]:
     """Return the possible numbers of neurons or experts in a block, in descending order."""
     step = least = multiple_of(layout.count)
     if layout.kind != NEURONS:
@@ -205,7 +205,7 @@ def possible_counts(layout: PartLayout) -> list[int]:
     return [layout.count, *range((layout.count - 1) // step * step, least - 1, -step)]
 
 
-def experts_left(layout: PartLayout, ratio: float) -> int:
+def experts_left(layout: StructureLayout, ratio: float) -> int:
     """Return the number of experts to keep per block: about 1 - `ratio`, equal in each group.
 
     Raises UserError if none is removed, or if fewer remain than the router chooses.

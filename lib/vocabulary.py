@@ -39,13 +39,13 @@ from .data.chats import Document
 from .data.documents import Corpus, pieces_of
 from .data.samples import Sample, Windows, join, packed
 from .data.templates import document_text
-from .data.tokenizer import FLAG, TrimmableTokenizer
+from .data.trimmed_tokenizer import FLAG, TrimmableTokenizer
 from .data.windows import sample_of, test_documents
-from .distributed.context import DistContext
-from .model.access import Checkpoint
+from .model.checkpoint import Checkpoint
 from .util.errors import UserError
 from .util.progress import progress
 from .util.quirks import MISLEADING_ROWS
+from .util.ranks import DistContext
 
 RISE = 0.003  # rise in tokens of held-out text above which the text is too small
 GOAL = 0.001  # rise below which the kept likely tokens are enough

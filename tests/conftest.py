@@ -106,7 +106,7 @@ def no_weights(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture
 def without_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
     """Packed linears are multiplied by torch alone, as where there is no compiler."""
-    monkeypatch.setattr("lib.packed.kernels.ready", lambda: False)
+    monkeypatch.setattr("lib.formats.packed.kernels.ready", lambda: False)
 
 
 @pytest.fixture

@@ -95,6 +95,7 @@ POINTS = (  # what a kind is there for
     ("by error", "killed to prune"),
     ("in 8 bits", "killed to prune"),
     ("trained in vain", "killed to recover"),
+    ("trained in 8 bits", "killed to recover"),  # whose count of steps is no tensor
     ("trained", AGAIN),  # in float32, saved in bfloat16
     ("q4_0, odd rows", AGAIN),
     ("one window", "by 3 ranks"),

@@ -23,35 +23,38 @@ from unittest import mock
 
 import pytest
 import torch
+from pytest import MonkeyPatch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import AutoConfig, PreTrainedModel
 
 import main
+from lib.calibration.allocation import Allocation, uniform
 from lib.data.samples import Windows
-from lib.distributed.context import DistContext
+from lib.formats.grids import FORMATS  # noqa: F401  for tests
+from lib.formats.packed import kernels
+from lib.formats.packed.formats import PACKED  # noqa: F401  for tests
+from lib.formats.packed.linear import SparseLinear
 from lib.methods.registry import method_of
 from lib.methods.sparsity import Sparsity
 from lib.model import pretrained
-from lib.model.access import Checkpoint
 from lib.model.blocks import BlockRunner
+from lib.model.checkpoint import Checkpoint
 from lib.model.linears import find_linears
 from lib.model.matrix import PrunableLinear
-from lib.model.parts import PartLayout, find_parts
-from lib.model.pretrained import auto_class, decoder_blocks, skeleton
-from lib.packed import kernels
-from lib.packed.formats import FORMATS, PACKED  # noqa: F401  for tests
-from lib.packed.linear import SparseLinear
+from lib.model.parts import StructureLayout, find_parts
+from lib.model.skeleton import auto_class, build_skeleton, decoder_blocks
 from lib.prune import Pruner
-from lib.pruning.allocation import Allocation, uniform
 from lib.quantize import Quantizer, check_quantized, takes  # noqa: F401  for tests
 from lib.run.flags import build_parser
 from lib.run.windows import named_corpora
-from lib.util import command
-from lib.util.errors import UserError
+from lib.util import cli
+from lib.util.errors import UserError, one_line
+from lib.util.processes import main_of
+from lib.util.ranks import DistContext
 
 ROOT = Path(__file__).resolve().parent.parent
-FAILED = command.FAILED
+FAILED = cli.FAILED
 CPU = torch.device("cpu")
 ALONE = DistContext(CPU, alone=True)
 HALF = Sparsity(0.5)
@@ -89,7 +92,7 @@ def call(*argv: object, program: Callable = main.main) -> Done:
     out, err = io.StringIO(), io.StringIO()
     with redirect_stdout(out), redirect_stderr(err):
         try:
-            status = command.run(program, [str(part) for part in argv])
+            status = cli.run(program, [str(part) for part in argv])
         except SystemExit as left:  # argparse
             status = left.code
     return Done(status, out.getvalue(), err.getvalue())
@@ -133,19 +136,33 @@ def attempt(*argv: object, program: Callable = main.main) -> tuple[Done, UserErr
 def mistake(*argv: object, program: Callable = main.main) -> UserError:
     """The error in which a command ends; nothing but its line is on stderr."""
     done, error = attempt(*argv, program=program)
-    assert error and done.status == command.FAILED, done
-    assert done.complaints == [f"error: {command.one_line(str(error))}"], done.err
+    assert error and done.status == cli.FAILED, done
+    assert done.complaints == [f"error: {one_line(str(error))}"], done.err
     return error
 
 
 def program_of(name: str) -> Callable[[list[str]], None]:
     """The `main` of a command by its name in the console's list, or of `main.py`."""
-    return main.main if name in ("main.py", "prune") else command.main_of(f"commands.{name}")
+    return main.main if name in ("main.py", "prune") else main_of(f"commands.{name}")
 
 
 def call_here(module: str, *argv: object) -> int:
-    """As lib.util.command.call, but in this process, where torch is imported already."""
-    return command.run(command.main_of(module), [str(each) for each in argv])
+    """As lib.util.processes.call, but in this process, where torch is imported already."""
+    return cli.run(main_of(module), [str(each) for each in argv])
+
+
+def replace_call(patch: MonkeyPatch, function: Callable[..., int]) -> None:
+    """Replace `call`, which starts a command in a process of its own, wherever it is known."""
+    for name in ("compress", "sweep", "demo"):
+        program_of(name)
+    for module in [each for name, each in sys.modules.items() if name.startswith("lib.")]:
+        own = vars(module).get("call")
+        if own in REPLACED or getattr(own, "__module__", "").startswith("lib.util."):
+            patch.setattr(module, "call", function)
+    REPLACED.append(function)
+
+
+REPLACED: list[Callable[..., int]] = []
 
 
 @contextmanager
@@ -291,9 +308,9 @@ def alike_inputs(
     return x, [torch.randn(out, width, generator=draw) for out in outputs]
 
 
-def layout_of(kind: str, model: nn.Module) -> PartLayout:
+def layout_of(kind: str, model: nn.Module) -> StructureLayout:
     """The neurons or experts of a model's blocks."""
-    bare = skeleton(model.config, Checkpoint("model"))
+    bare = build_skeleton(model.config, Checkpoint("model"))
     return find_parts(kind, model.config, Checkpoint("model"), bare, decoder_blocks(bare)[0])
 
 
@@ -336,7 +353,9 @@ def linears_of(runner: BlockRunner, index: int = 0) -> list[PrunableLinear]:
 def linears_on(runner: BlockRunner, form) -> dict[str, bool]:
     """{weight's name: whether it is (in, out)} of all that a 4-bit format can hold."""
     linears = runner.each_linear()
-    return {one.parameter_name: one.transposed for one in linears if form.takes(one.shape[1])}
+    return {
+        one.parameter_name: one.transposed for one in linears if form.supports_width(one.shape[1])
+    }
 
 
 def packed_weights(runner: BlockRunner) -> dict[str, bool]:

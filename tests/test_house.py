@@ -21,11 +21,11 @@ LIB = ROOT / "lib"
 # every entry imports from lower floors only
 FLOORS = [
     ["util"],
-    ["distributed", "packed"],
+    ["formats"],
     ["data", "methods"],
     ["model"],
-    ["pruning"],
-    ["eval", "prune", "sharded"],
+    ["calibration", "offload"],
+    ["eval", "prune"],
     ["quantize", "remove"],
     ["sparse", "vocabulary"],
     ["recover"],

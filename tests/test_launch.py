@@ -16,8 +16,9 @@ import tiny
 from hub import Hub
 from support import LIMIT, QUICK, ROOT, call, ended, launch, launched, python, results
 
-from lib.run import console
-from lib.util import command
+from lib.commands import __main__ as console
+from lib.util import processes
+from lib.util.cli import CALLED, WAITING, typed
 
 pytestmark = pytest.mark.usefixtures("at_place")
 
@@ -40,7 +41,9 @@ def test_every_name_of_the_list_is_there(place: Path) -> None:
         program = console.program(name)
         assert find_spec(program if name == "prune" else f"lib.{program}"), name
     files = {file.stem for file in (ROOT / "lib/commands").iterdir() if file.suffix != ".md"}
-    inner = set("__init__ __pycache__ demo_texts sweep_run model_folder".split())
+    inner = set(
+        "__init__ __main__ __pycache__ significance demo_texts sweep_run model_folder".split()
+    )
     assert files - inner < set(names)
 
 
@@ -111,7 +114,7 @@ def test_help_names_the_command_as_it_was_started(place: Path) -> None:
 
 CODE = """
 import sys
-from lib.util import command
+from lib.util import cli as command
 sys.exit(command.run(lambda argv: print("ї", *range(10**6), sep="\\n")))
 """
 
@@ -135,23 +138,23 @@ def test_waiting_threads_spin_for_a_while_unless_the_user_says_otherwise(
 ) -> None:
     """A machine that others use too is not slowed down by threads that wait."""
     own = {name: "7"} if name else {}
-    without = {key: value for key, value in os.environ.items() if key not in command.WAITING}
-    code = "import os, sys; from lib.util import command; seen = os.environ.get\n"
+    without = {key: value for key, value in os.environ.items() if key not in WAITING}
+    code = "import os, sys; from lib.util import cli as command; seen = os.environ.get\n"
     code += "command.run(lambda _: print(*map(seen, sorted(command.WAITING))), [])"
     with mock.patch.dict(os.environ, without, clear=True):
         done = ended(python(code, folder=place, **own))
     expected = {"GOMP_SPINCOUNT": "10000"} if not name else own
-    assert done.out.split() == [str(expected.get(each)) for each in sorted(command.WAITING)]
+    assert done.out.split() == [str(expected.get(each)) for each in sorted(WAITING)]
 
 
 def test_commands_are_named_as_this_one_was_started(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv(command.CALLED, raising=False)
-    assert [command.typed(each) for each in ("gguf", "prune")] == [
+    monkeypatch.delenv(CALLED, raising=False)
+    assert [typed(each) for each in ("gguf", "prune")] == [
         "bash launch.sh gguf",
         "python main.py",
     ]
-    monkeypatch.setenv(command.CALLED, "langprune")
-    assert [command.typed(each) for each in ("gguf", "prune")] == [
+    monkeypatch.setenv(CALLED, "langprune")
+    assert [typed(each) for each in ("gguf", "prune")] == [
         "langprune gguf",
         "langprune prune",
     ]
@@ -164,6 +167,6 @@ def test_commands_start_from_any_folder(
     monkeypatch.chdir(tmp_path)
     Path("lib").mkdir()  # a folder of the user's, which hides no module
     Path("lib/__init__.py").touch()
-    assert command.call("commands.unpack", "--help") == 0
-    assert command.call("commands.unpack", "nowhere", "new") == 1
+    assert processes.call("commands.unpack", "--help") == 0
+    assert processes.call("commands.unpack", "nowhere", "new") == 1
     assert "nowhere" in capfd.readouterr().err

@@ -15,10 +15,10 @@ from approval import Words, without_numbers
 from huggingface_hub import ModelCard
 from support import QUICK, ROOT, program_of, succeed
 
-from lib.run import console
+from lib.commands import __main__ as console
 from lib.run.card import converted_card, model_card
 from lib.run.flags import build_parser
-from lib.util.command import one_line
+from lib.util.errors import one_line
 from lib.util.markdown import escape
 
 sys.path.append(str(ROOT / "tests/report"))

@@ -21,8 +21,9 @@ from tqdm import tqdm
 
 import lib.run.steps  # noqa: F401
 import main  # noqa: F401
-from lib.model.store import FileBlockStore
-from lib.util import command, processes
+from lib.offload.store import FileBlockStore
+from lib.util import processes
+from lib.util.cli import run
 from lib.util.errors import UserError
 
 tqdm.get_lock()  # of this process: one made in a process that is killed would be left behind
@@ -62,7 +63,7 @@ def work(
     with at(label, int(number), fails) if fault else nullcontext():
         for argv, variables in zip(commands, settings, strict=True):
             os.environ.update(variables)
-            status = status or command.run(module.main, argv)
+            status = status or run(module.main, argv)
     sys.exit(status)
 
 

@@ -30,7 +30,7 @@ from ..methods.registry import METHODS
 from ..util.cli import make_parser, typed
 from ..util.files import check_new_folder
 from ..util.progress import progress, quiet
-from .sweep import build_sweep_parser, plan, run_all
+from .sweep.__main__ import build_sweep_parser, plan, run_all
 
 if TYPE_CHECKING:
     from transformers import LlamaForCausalLM, PreTrainedTokenizerFast

@@ -55,7 +55,7 @@ def main(argv: list[str]) -> None:
     # heavy, and not needed for a wrong flag
     import torch
 
-    from ..model.access import Checkpoint
+    from ..model.checkpoint import Checkpoint
     from ..model.device import pick_device, pick_dtype
     from ..model.pretrained import load_config, load_model, load_tokenizer, window_length
     from ..run.completions import continue_rows, decode

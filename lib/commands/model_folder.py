@@ -14,12 +14,13 @@ from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 from transformers.core_model_loading import revert_weight_conversion
 
-from ..model.access import Checkpoint
+from ..formats.grids import FORMATS
+from ..formats.packed.checkpoint import METHOD
+from ..model.checkpoint import Checkpoint
 from ..model.linears import find_linears
+from ..model.matrix import unread_of
 from ..model.pretrained import load_config, load_tokenizer
-from ..model.skeleton import decoder_blocks, skeleton
-from ..packed.checkpoint import METHOD
-from ..packed.formats import FORMATS
+from ..model.skeleton import build_skeleton, decoder_blocks
 from ..util.errors import UserError
 from .export.engines import GRID
 
@@ -46,7 +47,9 @@ class ModelFolder:
             )
         checkpoint = Checkpoint(path, flag)
         config, tokenizer = load_config(checkpoint), load_tokenizer(checkpoint)
-        bare = skeleton(config, checkpoint)  # raises if it would be far larger than the weights
+        bare = build_skeleton(
+            config, checkpoint
+        )  # raises if it would be far larger than the weights
         return cls(Path(path), config, tokenizer, bare)
 
     @property
@@ -61,7 +64,7 @@ class ModelFolder:
     @property
     def is_multimodal(self) -> bool:
         """Whether it has a vision or audio part."""
-        return bool(getattr(self.model, "unread", None))
+        return bool(unread_of(self.model))
 
     @cached_property
     def tokenizer_data(self) -> dict[str, Any]:
@@ -81,7 +84,7 @@ class ModelFolder:
             each.parameter_name: (each.transposed, each.expert is not None)
             for index, block in enumerate(blocks)
             for each in find_linears(block, f"{prefix}.{index}")[0]
-            if FORMATS[GRID].takes(each.shape[1])
+            if FORMATS[GRID].supports_width(each.shape[1])
         }
 
     @cached_property

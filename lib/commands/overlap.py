@@ -69,7 +69,7 @@ def block_and_linear(name: str) -> tuple[int, str] | None:
 def masks_of(path: Path) -> Masks:
     """Return the masks of a RUN. Raises UserError if none can be read."""
     if path.is_file():
-        from ..pruning.masks import read_packed
+        from ..model.masks import read_packed
 
         packed = read_packed(path)
         shapes = {name: shape for name, (shape, _) in packed.items()}
@@ -103,7 +103,7 @@ def masks_of(path: Path) -> Masks:
 
 def _unpacked(name: str, bits: tuple[tuple[int, int], Tensor]) -> Tensor:
     """Return the mask of kept weights from the bits of pruned ones."""
-    from ..pruning.masks import unpacked
+    from ..model.masks import unpacked
 
     return ~unpacked({name: bits})[name]
 
@@ -149,7 +149,7 @@ def _kept(shard: Path, name: str, width: int | None = None) -> Tensor:
     """Return the mask of a dense weight, or with `width` that of a packed one."""
     from safetensors import safe_open
 
-    from ..packed.layout import kept_of
+    from ..formats.packed.layout import kept_of
 
     with safe_open(shard, framework="pt") as file:
         tensor = file.get_tensor(name)

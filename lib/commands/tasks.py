@@ -170,7 +170,7 @@ def main(argv: list[str]) -> None:
     add("--pairs", metavar="FILE", help="file of rows with columns good and bad (default: none)")
     add("--model", metavar="MODEL", help="its chat template renders DATA; requires dialogues")
     args = parser.parse_args(argv)
-    from ..model.access import Checkpoint
+    from ..model.checkpoint import Checkpoint
     from ..model.pretrained import load_tokenizer
 
     check_writable("OUT", args.out)

@@ -27,10 +27,9 @@ def unpack_folder(source: str, target: str) -> None:
 
     from transformers import AutoConfig
 
-    from ..model.skeleton import auto_class
-
     # registers the format with transformers
-    from ..packed.checkpoint import METHOD
+    from ..formats.packed.checkpoint import METHOD
+    from ..model.skeleton import auto_class
     from ..util.progress import quiet
 
     quiet()

@@ -18,9 +18,9 @@ class PruningMethod:
     statistics are summed over processes, and it prunes the layers that receive the input.
 
     Two attributes are set before `prune_`, per layer. `output_costs`, if known or if a class
-    `needs_gradients`: the cost of a squared error in its outputs (out_i,), which is the mean
-    square of the gradient there (lib/pruning/fisher.py). `output_squares`, if it `needs_outputs`:
-    the sum over tokens of its squared outputs (out_i,), float64, without the bias.
+    `needs_gradients`: the cost of a squared error in its outputs (out_i,), which is the mean square
+    of the gradient there (lib/calibration/fisher.py). `output_squares`, if it `needs_outputs`: the
+    sum over tokens of its squared outputs (out_i,), float64, without the bias.
 
     Class attributes that are numbers, text or booleans are parameters that --method_args sets.
     """

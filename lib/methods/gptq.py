@@ -1,8 +1,8 @@
 """Quantize kept weights column by column, and adjust the remaining columns to compensate.
 
-A pruned matrix W (out, in) becomes Q on a grid of lib/packed/formats.py, zero where W is zero. As
-in ADMM the target is the dense model's output, here that of the model before quantization: minimize
-tr(Q A Q^T) - 2 tr(B Q^T) of lib/methods/least_squares.py. There are three steps.
+A pruned matrix W (out, in) becomes Q on a grid of lib/formats/packed/formats.py, zero where W is
+zero. As in ADMM the target is the dense model's output, here that of the model before quantization:
+minimize tr(Q A Q^T) - 2 tr(B Q^T) of lib/methods/least_squares.py. There are three steps.
 
  1. Conjugate gradients move W to the best real values on its mask, because the inputs have changed.
  2. Columns are quantized from left to right, and the columns to the right compensate for each, with
@@ -27,7 +27,8 @@ from typing import ClassVar, NamedTuple
 import torch
 from torch import Tensor
 
-from ..packed.formats import Grid, Int4
+from ..formats.grids import Grid
+from ..formats.packed.formats import Int4
 from .gram import cholesky
 from .least_squares import LeastSquares, conjugate_gradients_
 from .sparsegpt import unit_inverse
@@ -55,7 +56,7 @@ class GPTQ(LeastSquares):
     def quantize_(self, weights: Sequence[Tensor], fmt: Int4) -> list[MasterWeights]:
         """Quantize float32 matrices (out_i, in) in place. UserError if A cannot be factored."""
         start, target, hessian, norms, _ = self.problem(weights)
-        mask = (start == 0) & fmt.zero
+        mask = (start == 0) & fmt.has_zero
         conjugate_gradients_(start, target, hessian, mask, self.refinements)
         grid = SolverGrid(fmt, norms, keep=(~mask).float())
         solution, unrounded = round_in_order(start, hessian, grid)

@@ -27,8 +27,8 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
 from ..data.samples import Windows, as_windows
-from ..distributed.context import DistContext
 from ..util.errors import UserError
+from ..util.ranks import DistContext
 from .linears import find_linears
 from .matrix import PrunableLinear
 from .store import BlockStore
@@ -161,11 +161,13 @@ class BlockRunner:
             def forward(hidden_states, *args, **kwargs):
                 received.append(hidden_states)
                 if len(received) != index + 1 or hidden_states is not received[0]:
-                    raise self._refused("does something between its decoder blocks")
+                    raise self._unsupported("does something between its decoder blocks")
                 if index == 0:
                     shape = states.windows[batch].shape
                     if hidden_states.dim() != 3 or hidden_states.shape[:2] != shape:
-                        raise self._refused("has hidden states of another shape than its windows")
+                        raise self._unsupported(
+                            "has hidden states of another shape than its windows"
+                        )
                     states.put(batch, hidden_states, state_device)
                 unique = partial(first_equal, tensors, known)
                 states.block_args[index].append(tree_map(unique, (args, kwargs)))
@@ -272,7 +274,7 @@ class BlockRunner:
                 room -= stop - start
                 start = stop
         groups = [group for group in groups if group]
-        if self.weights.together:  # every rank fetches each block equally often
+        if self.weights.collective:  # every rank fetches each block equally often
             most = max(self.dist.all_gather_object(len(groups)))
             groups += [[]] * (most - len(groups))
         for group in groups:
@@ -326,19 +328,19 @@ class BlockRunner:
         except UserError:
             raise
         except (AttributeError, KeyError, TypeError, ValueError) as error:
-            raise self._refused("has blocks that depend on each other") from error
+            raise self._unsupported("has blocks that depend on each other") from error
         expected = self.model(input_ids=ids, use_cache=False).logits.float()
         comparable = expected.isfinite().all(-1)  # (1, tokens); nan is reported later, per layer
         logits, expected = logits[comparable], expected[comparable]
         if not (logits - expected).norm() <= PROBE_TOLERANCE * expected.norm():  # also rejects nan
-            raise self._refused("computes more than its decoder blocks one after another")
+            raise self._unsupported("computes more than its decoder blocks one after another")
 
     @property
     def named(self) -> str:
         """The model's name in messages: `--model NAME`."""
         return f"{self.flag} {self.model.name_or_path}"
 
-    def _refused(self, what: str) -> UserError:
+    def _unsupported(self, what: str) -> UserError:
         kind = type(self.model).__name__
         return UserError(
             f"{self.named} ({kind})", f"this architecture {what}", "It cannot be pruned"
@@ -379,7 +381,7 @@ class BlockRunner:
             self.model(input_ids=windows.ids.to(self.device), use_cache=False, **more)
         except Stop:
             return
-        raise self._refused("does not go through its last decoder block")
+        raise self._unsupported("does not go through its last decoder block")
 
 
 class Stop(Exception):

@@ -14,9 +14,9 @@ from torch.nn.modules.conv import _ConvNd
 from torch.overrides import TorchFunctionMode
 from transformers.pytorch_utils import Conv1D
 
-from ..packed.linear import SparseLinear
+from ..formats.packed.linear import SparseLinear
+from .bitsandbytes import quantized_linear
 from .matrix import PrunableLinear
-from .quantized import quantized_linear
 
 PRODUCTS = (F.linear, torch.matmul, Tensor.matmul, Tensor.__matmul__)
 NARROWEST = 8  # smallest number of inputs or outputs of a prunable matrix

@@ -13,7 +13,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from ..packed.layout import all_finite
+from ..formats.packed.layout import all_finite
 from ..util.errors import UserError
 
 

@@ -22,9 +22,9 @@ from transformers.pytorch_utils import Conv1D
 from ..methods.sparsity import EXPERTS, NEURONS
 from ..util.errors import UserError
 from ..util.quirks import EXPERT_FIELDS, NEURON_FIELDS
-from .access import Checkpoint
+from .bitsandbytes import stored_bits
+from .checkpoint import Checkpoint
 from .linears import find_linears
-from .quantized import stored_bits
 from .skeleton import changed_shapes, skeleton_with
 from .store import set_tensor
 
@@ -36,7 +36,7 @@ NO_FIELD = {
 
 
 @dataclass(frozen=True)
-class PartLayout:
+class StructureLayout:
     """The parts of a model: `count` in each block, which `field` of the text config sets.
 
     A fused layer has several rows per neuron; rows of one kind are contiguous. A token is routed to
@@ -64,7 +64,7 @@ def kind_of(config: Any) -> str:
 
 def find_parts(
     kind: str, config: Any, checkpoint: Checkpoint, model: nn.Module, name: str
-) -> PartLayout:
+) -> StructureLayout:
     """Return the neurons or experts of the blocks `name` of `model`, which needs no weights.
 
     Raises UserError for quantized models, for MLPs that are experts or have several widths, and if
@@ -87,7 +87,7 @@ def find_parts(
 
 def _layout(
     kind: str, field: str, config: Any, checkpoint: Checkpoint, model: nn.Module, name: str
-) -> PartLayout | None:
+) -> StructureLayout | None:
     """Return the layout that `field` sets; None if the field also changes other shapes."""
     blocks, text = model.get_submodule(name), config.get_text_config(decoder=True)
     groups, count = getattr(text, "n_group", None) or 1, getattr(text, field, 0)
@@ -120,7 +120,7 @@ def _layout(
         for key, value in vars(module).items()
         if isinstance(value, int) and value % count == 0 and value != vars(others[path]).get(key)
     ]
-    return PartLayout(
+    return StructureLayout(
         kind=kind,
         count=count,
         field=field,
@@ -160,7 +160,9 @@ def get_tensor(module: nn.Module, path: str) -> Tensor:
     return getattr(module.get_submodule(owner), attribute)
 
 
-def keep_parts_(block: nn.Module, layout: PartLayout, index: int, name: str, kept: Tensor) -> None:
+def keep_parts_(
+    block: nn.Module, layout: StructureLayout, index: int, name: str, kept: Tensor
+) -> None:
     """Remove from block `index`, named `name`, all parts except `kept` (n,), in this order.
 
     Tensors without the removed parts, as in a restored block, remain unchanged.

@@ -14,29 +14,12 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoTokenizer, core_model_loading
 from transformers.quantizers.base import get_keys_to_not_convert
 
-from ..data.tokenizer import keep_limits, template_texts
+from ..data.trimmed_tokenizer import keep_limits, template_texts
 from ..util.errors import UserError
 from ..util.quirks import WINDOW_FIELDS
-from .access import Checkpoint, as_user_error, check_complete, check_folder, quantization
-from .device import (  # noqa: F401 -- until their users import from there
-    DTYPES,
-    checkpoint_dtype,
-    default_batch_size,
-    dtype_name,
-    pick_device,
-    pick_dtype,
-    saved_dtype,
-    set_current_device,
-)
+from .checkpoint import Checkpoint, as_user_error, check_complete, check_folder, quantization
 from .matrix import unread_of
-from .saving import cast, footprint, parameter_bytes, save_in_shards, text_alone  # noqa: F401
-from .skeleton import (  # noqa: F401
-    auto_class,
-    changed_shapes,
-    decoder_blocks,
-    skeleton,
-    skeleton_with,
-)
+from .skeleton import auto_class, build_skeleton, decoder_blocks
 
 LONGEST_WINDOW = 4096  # tokens, the default if the model has no lower limit
 
@@ -96,7 +79,7 @@ def load_model(
     """
     checkpoint = checkpoint.pinned(config)
     fix = "Download them again or, if memory is short, give --offload_folder FOLDER"
-    bare = skeleton(config, checkpoint)
+    bare = build_skeleton(config, checkpoint)
     unread = unread_of(bare)
     skipped = [*get_keys_to_not_convert(bare), *{name.rpartition(".")[0] for name in unread}]
     # None: the stored dtype

@@ -14,8 +14,8 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 from transformers.utils import cached_file
 
-from ..util.token_ids import find_token_ids, map_token_ids
-from .access import Checkpoint, as_user_error
+from ..data.token_ids import find_token_ids, map_token_ids
+from .checkpoint import Checkpoint, as_user_error
 
 FILES = ("processor_config.json", "preprocessor_config.json", "video_preprocessor_config.json")
 FILES += ("audio_tokenizer_config.json", "chat_template.json", "chat_template.jinja")

@@ -19,8 +19,8 @@ import torch
 from torch import Tensor
 
 from ..data.samples import spread
-from ..distributed.context import DistContext
 from ..util.files import PARTIAL
+from ..util.ranks import DistContext
 from .blocks import BlockRunner
 from .pretrained import fresh_copy
 from .skeleton import decoder_blocks

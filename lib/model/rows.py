@@ -14,11 +14,11 @@ import torch
 from torch import Tensor, nn
 from transformers import GenerationConfig, PretrainedConfig
 
+from ..data.token_ids import find_token_ids, map_token_ids
 from ..util.errors import UserError
 from ..util.quirks import TOKEN_ID_FIELDS
-from ..util.token_ids import find_token_ids, map_token_ids
-from .access import Checkpoint
 from .blocks import Stop
+from .checkpoint import Checkpoint
 
 TRIMMED_FROM = "vocabulary_trimmed_from"
 READ_TOKENS = 1024  # looked up at a time, to find the rows that a model reads
@@ -32,12 +32,14 @@ def trimmable_rows(model: nn.Module, checkpoint: Checkpoint) -> int:
     """
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
     if not isinstance(embedding, nn.Embedding):
-        raise _refused(checkpoint, f"an embedding of the class {type(embedding).__name__}")
+        raise _unsupported(checkpoint, f"an embedding of the class {type(embedding).__name__}")
     if not isinstance(head, nn.Linear):
-        raise _refused(checkpoint, f"an output head of the class {type(head).__name__}")
+        raise _unsupported(checkpoint, f"an output head of the class {type(head).__name__}")
     rows = embedding.num_embeddings
     if head.out_features != rows or head.weight.shape[0] != rows:
-        raise _refused(checkpoint, f"{rows} rows in its embedding, {head.out_features} in its head")
+        raise _unsupported(
+            checkpoint, f"{rows} rows in its embedding, {head.out_features} in its head"
+        )
     trimmed = {(table, "weight") for table in (embedding, head, *token_tables(model))}
     trimmed.add((head, "bias"))
     sizes = {rows}.union(*map(_vocabulary_sizes, _nested(model.config)))
@@ -48,7 +50,7 @@ def trimmable_rows(model: nn.Module, checkpoint: Checkpoint) -> int:
             if (module, attribute) not in trimmed and (rows in tensor.shape or is_table):
                 full_name, shape = f"{path}.{attribute}".strip("."), list(tensor.shape)
                 problem = f"a tensor {full_name} {shape}, which depends on its vocabulary"
-                raise _refused(checkpoint, problem)
+                raise _unsupported(checkpoint, problem)
     return rows
 
 
@@ -71,7 +73,7 @@ def _vocabulary_sizes(config: Any) -> set[int]:
     }
 
 
-def _refused(checkpoint: Checkpoint | str, what: str) -> UserError:
+def _unsupported(checkpoint: Checkpoint | str, what: str) -> UserError:
     return UserError(
         "--trim_vocabulary",
         f"{checkpoint} has {what}, so its vocabulary cannot be trimmed",
@@ -131,7 +133,7 @@ def keep_rows_(model: nn.Module, rows: Tensor) -> None:
     _renumber_(model, new_ids, sizes, after)
     for old, new in zip(read, _rows_read(model, tables, torch.arange(after)), strict=True):
         if not torch.equal(old[new], old):
-            raise _refused(f"--model {model.name_or_path}", "a table that trimming would break")
+            raise _unsupported(f"--model {model.name_or_path}", "a table that trimming would break")
 
 
 def _rows_read(model: nn.Module, tables: list[nn.Embedding], ids: Tensor) -> list[Tensor]:
@@ -161,7 +163,7 @@ def _rows_read(model: nn.Module, tables: list[nn.Embedding], ids: Tensor) -> lis
         chosen = rows.shape == ids.shape and (rows == ids).sum() > len(ids) // 2
         if not chosen or rows.max() >= len(table.weight):
             problem = f"a table of {list(table.weight.shape)} whose rows are not its tokens"
-            raise _refused(f"--model {model.name_or_path}", problem)
+            raise _unsupported(f"--model {model.name_or_path}", problem)
     return read_rows
 
 

@@ -16,11 +16,11 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 from transformers.core_model_loading import revert_weight_conversion
 
-from ..packed.linear import semi_structured_bytes
+from ..formats.packed.linear import semi_structured_bytes
 from ..util.errors import UserError
-from .access import INDEX, WEIGHTS, Checkpoint, tensor_bytes
+from .bitsandbytes import stored_bits
+from .checkpoint import INDEX, WEIGHTS, Checkpoint, tensor_bytes
 from .matrix import SaveDtypes, unread_of
-from .quantized import stored_bits
 
 
 def save_in_shards(

@@ -16,7 +16,7 @@ from torch.utils._pytree import tree_leaves
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
 from ..util.errors import UserError
-from .access import Checkpoint, as_user_error, stored_names
+from .checkpoint import Checkpoint, as_user_error, stored_names
 from .linears import experts_implementation
 from .matrix import unread_of
 
@@ -38,7 +38,7 @@ def auto_class(config: Any) -> type:
     return AutoModelForImageTextToText if multimodal and not named else AutoModelForCausalLM
 
 
-def skeleton(config: Any, checkpoint: Checkpoint) -> nn.Module:
+def build_skeleton(config: Any, checkpoint: Checkpoint) -> nn.Module:
     """Build the model without weights, on the meta device.
 
     `unread_of` knows what text does not read. Raises UserError if it cannot be built, or is far
@@ -111,7 +111,7 @@ def skeleton_with(config: Any, field: str, value: int, checkpoint: Checkpoint) -
     changed = copy.deepcopy(config)
     setattr(changed.get_text_config(decoder=True), field, value)
     try:
-        return skeleton(changed, checkpoint)
+        return build_skeleton(changed, checkpoint)
     except Exception:  # a model's class may raise any error
         return None
 

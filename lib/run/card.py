@@ -17,9 +17,9 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData, hf_hub_downloa
 from yaml import YAMLError
 
 from ..data.sources import BUILT_IN, parse_source
+from ..formats.grids import GRIDS
+from ..formats.packed.checkpoint import card_lines
 from ..methods.sparsity import SMALLER
-from ..packed.checkpoint import card_lines
-from ..packed.formats import GRIDS
 from ..util.errors import UserError, first_of, one_line
 from ..util.markdown import escape, padded_table
 from .flags import command_words, named

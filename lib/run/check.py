@@ -14,12 +14,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..calibration.allocation import read_layers
+from ..calibration.inputs import check_widths
 from ..data.documents import Corpus, are_dialogues, check_corpus, read_line
 from ..data.templates import set_date, writes_date
 from ..data.windows import WindowSpec
-from ..distributed.context import DistContext, local_device
+from ..formats.grids import FORMATS
 from ..methods.sparsity import ALLOCATIONS
-from ..model.access import Checkpoint
+from ..model.bitsandbytes import check_format, stored_bits
+from ..model.checkpoint import Checkpoint
 from ..model.device import (
     default_batch_size,
     pick_device,
@@ -27,32 +30,29 @@ from ..model.device import (
     saved_dtype,
     set_current_device,
 )
+from ..model.masks import check_new_file
+from ..model.matrix import unread_of
 from ..model.pretrained import LONGEST_WINDOW, load_config, load_tokenizer, window_length
 from ..model.processor import processor_ids
-from ..model.quantized import check_format, stored_bits
 from ..model.rows import config_token_ids, keep_rows_, trimmable_rows
-from ..model.run_folder import JOB, RunFolder, begun_with
 from ..model.saving import text_alone
-from ..model.skeleton import changed_shapes, decoder_blocks
-from ..model.skeleton import skeleton as build_skeleton
-from ..packed.formats import FORMATS
-from ..pruning.allocation import read_layers
-from ..pruning.inputs import check_widths
-from ..pruning.masks import check_new_file
+from ..model.skeleton import build_skeleton, changed_shapes, decoder_blocks
+from ..offload.sharded import check_rows, ranks_of_state
 from ..recover import CROSS_ENTROPY, TrainSchedule
-from ..sharded import check_rows, ranks_of_state
 from ..sparse import check_packable
 from ..util.errors import UserError
 from ..util.files import check_new_folder, check_writable, partial_of
 from ..util.host import gib
 from ..util.progress import quiet
+from ..util.ranks import DistContext, local_device
+from ..util.resume import JOB, RunFolder, begun_with
 from ..vocabulary import TrimmedVocabulary, trim_vocabulary
 from .fingerprint import EARLIER, fingerprint, first_difference
 from .flags import named, shown
+from .lm_eval import check_tasks
 from .plan import Flags
 from .run import Model, Run, Teacher, kept_parts, timed
 from .save import CARD
-from .tasks import check_tasks
 from .windows import (
     Corpora,
     RunWindows,
@@ -199,7 +199,7 @@ def open_model(flags: Flags, device: torch.device, longest: int) -> Model:
         check_widths(blocks, blocks_name, flags.sparsity)
         if flags.allocation not in ALLOCATIONS:
             read_layers(flags.allocation, blocks, blocks_name, flags.sparsity)
-    if flags.prune_method and not flags.removes and not FORMATS[flags.format].zero:
+    if flags.prune_method and not flags.removes and not FORMATS[flags.format].has_zero:
         problem = f"it has no 0, as --prune_method {flags.prune_method} needs"
         fix = "Use --quantize q4_0, or --sparsity_type neurons or experts"
         raise UserError(shown(flags, "quantize"), problem, fix)
@@ -240,7 +240,7 @@ def _choose_tokens(
     """
     rows = trimmable_rows(model.skeleton, model.checkpoint)
     ids = config_token_ids(model.checkpoint, model.config)
-    if getattr(model.skeleton, "unread", None):
+    if unread_of(model.skeleton):
         ids |= processor_ids(model.checkpoint, model.tokenizer)
     with timed(seconds, dist, "vocabulary"):
         vocabulary = trim_vocabulary(

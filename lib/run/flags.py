@@ -25,7 +25,7 @@ from ..methods.sparsity import (
     UNSTRUCTURED,
     Sparsity,
 )
-from ..util.command import typed
+from ..util.cli import typed
 from ..util.errors import UserError
 from .plan import FlagParser, packed
 

@@ -13,18 +13,19 @@ from typing import Any
 
 import torch
 
+from ..model import pretrained
 from ..model.blocks import BlockRunner
-from ..model.pretrained import fresh_copy, load_model
 from ..model.rows import keep_rows_
-from ..model.run_folder import RunFolder
 from ..model.saving import cast
 from ..model.skeleton import decoder_blocks
-from ..model.store import BlockStore, FileBlockStore, device_map
-from ..pruning.check import SparsityCheck
-from ..sharded import is_sharded
+from ..model.sparsity_check import SparsityCheck
+from ..model.store import BlockStore
+from ..offload.sharded import is_sharded
+from ..offload.store import FileBlockStore, device_map
 from ..util.errors import UserError
 from ..util.files import temporary_folder
 from ..util.host import keep_freed_memory
+from ..util.resume import RunFolder
 from .memory import local_memory
 from .run import Run
 
@@ -47,7 +48,7 @@ def load(run: Run, cleanup: ExitStack, folder: RunFolder | None) -> BlockRunner:
             blocks_at = _block_folder(run, cleanup, folder)
         converted = dist.of_machine(blocks_at and str(blocks_at.converted))
     with run.timed("load"):
-        model = load_model(
+        model = pretrained.load_model(
             run.model.checkpoint,
             run.model.config,
             dtype=run.model.dtype,
@@ -64,7 +65,7 @@ def load(run: Run, cleanup: ExitStack, folder: RunFolder | None) -> BlockRunner:
     store = BlockStore
     if offloaded:
         on_disk, casts = bool(flags.offload_folder), flags.fake_quantizes
-        store = partial(FileBlockStore, folder=blocks_at, on_disk=on_disk, narrow=casts)
+        store = partial(FileBlockStore, folder=blocks_at, on_disk=on_disk, cast_on_load=casts)
     finished = folder if run.flags.changes else None
     weights = store(model, run.device, save_dtype=save_dtype, finished=finished, dist=run.dist)
     runner = BlockRunner(model, run.device, weights, **options)
@@ -91,7 +92,7 @@ def load_teacher(run: Run, runner: BlockRunner, cleanup: ExitStack) -> BlockRunn
     passes["most_windows"] = runner.most_windows
     store, resident = None, not is_sharded(runner)
     if not run.teacher:
-        model = fresh_copy(runner.model, with_blocks=resident)
+        model = pretrained.fresh_copy(runner.model, with_blocks=resident)
         if not resident:
             store = runner.weights.of_copy(model)
         return BlockRunner(model, run.device, store, **passes)
@@ -110,7 +111,7 @@ def load_teacher(run: Run, runner: BlockRunner, cleanup: ExitStack) -> BlockRunn
             where = device_map(spec.skeleton, name, run.device)
             converted = str(cleanup.enter_context(temporary_folder())) if first else None
             converted = run.dist.of_machine(converted)
-        model = load_model(
+        model = pretrained.load_model(
             spec.checkpoint,
             spec.config,
             dtype=run.model.dtype,
@@ -122,7 +123,7 @@ def load_teacher(run: Run, runner: BlockRunner, cleanup: ExitStack) -> BlockRunn
         if spec.rows is not None:
             keep_rows_(model, spec.rows)
         if not resident:
-            files = dict(folder=None, on_disk=False, narrow=False, dist=run.dist)
+            files = dict(folder=None, on_disk=False, cast_on_load=False, dist=run.dist)
             store = FileBlockStore(model, run.device, **files)
         teacher = BlockRunner(model, run.device, store, flag=spec.checkpoint.flag, **passes)
         teacher.check_finite()

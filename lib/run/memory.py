@@ -23,30 +23,29 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..calibration.allocation import WINDOWS as ALLOCATION_WINDOWS
+from ..calibration.output_error import TOKENS
 from ..data.samples import Windows
 from ..data.training import HELD_OUT, TrainingText
 from ..data.windows import TestSet
-from ..distributed.context import DistContext
+from ..formats.grids import FORMATS
 from ..methods.gptq import GPTQ
 from ..methods.registry import method_of
 from ..methods.sparsity import EXPERTS
-from ..model.access import Checkpoint, weight_bytes
 from ..model.blocks import GPU_LOGIT_BYTES, LOGIT_BYTES
+from ..model.checkpoint import Checkpoint, weight_bytes
 from ..model.device import checkpoint_dtype, default_batch_size, saved_dtype
 from ..model.linears import find_linears
 from ..model.matrix import PrunableLinear, SaveDtypes
 from ..model.pretrained import LONGEST_WINDOW
 from ..model.reference import local_windows
-from ..model.skeleton import decoder_blocks
-from ..model.skeleton import skeleton as build_skeleton
-from ..packed.formats import FORMATS
-from ..pruning.allocation import WINDOWS as ALLOCATION_WINDOWS
-from ..pruning.errors import TOKENS
+from ..model.skeleton import build_skeleton, decoder_blocks
+from ..offload.sharded import can_share
 from ..recover import TrainSchedule
-from ..sharded import can_share
 from ..util import progress
 from ..util.errors import UserError
 from ..util.host import available, gib
+from ..util.ranks import DistContext
 from .flags import FLAGS, Flag, build_parser, shown
 from .plan import Flags
 from .run import Model, Run, kept_parts
@@ -450,7 +449,7 @@ class Memory:
         """Number of quantized weights."""
         form, numbers = FORMATS[self.flags.format], 0
         for linear in self._linears:
-            takes = linear.expert is None if form.packs else form.takes(linear.shape[1])
+            takes = linear.expert is None if form.packs else form.supports_width(linear.shape[1])
             numbers += takes * prod(linear.shape)
         return numbers
 

@@ -36,7 +36,7 @@ class Flags(argparse.Namespace):
 
     @property
     def format(self) -> str:
-        """The final format of the linear layers, a name of lib/packed/formats.py."""
+        """The final format of the linear layers, a name of lib/formats/packed/formats.py."""
         return self.quantize or "16"
 
     @property

@@ -19,16 +19,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..distributed.context import DistContext
 from ..methods.sparsity import EXPERTS
-from ..model.access import Checkpoint
-from ..model.parts import PartLayout, find_parts
-from ..model.run_folder import RunFolder
-from ..model.skeleton import skeleton, skeleton_with
+from ..model.checkpoint import Checkpoint
+from ..model.parts import StructureLayout, find_parts
+from ..model.skeleton import build_skeleton, skeleton_with
+from ..offload.sharded import can_share
 from ..recover import TrainSchedule
 from ..remove import experts_left, neurons_left
-from ..sharded import can_share
 from ..util.progress import progress
+from ..util.ranks import DistContext
+from ..util.resume import RunFolder
 from ..vocabulary import TrimmedVocabulary
 from .plan import Flags
 from .windows import Corpora, RunWindows
@@ -46,7 +46,7 @@ class Model:
     dtype: torch.dtype  # compute dtype
     save_dtype: torch.dtype  # dtype of the saved weights
     window: int  # tokens, unless the texts are too short
-    layout: PartLayout | None = None  # neurons or experts, if they are removed
+    layout: StructureLayout | None = None  # neurons or experts, if they are removed
     left: int | None = None  # number that each block keeps of these
 
     @property
@@ -73,7 +73,7 @@ class Model:
 
 def kept_parts(
     flags: Flags, config: Any, checkpoint: Checkpoint, skeleton: nn.Module, blocks_name: str
-) -> tuple[PartLayout, int]:
+) -> tuple[StructureLayout, int]:
     """Return the neurons or experts of a model, and how many each block keeps.
 
     Raises UserError if the model has none that can be removed.
@@ -94,7 +94,7 @@ class Teacher:
 
     @cached_property
     def skeleton(self) -> nn.Module:
-        return skeleton(self.config, self.checkpoint)
+        return build_skeleton(self.config, self.checkpoint)
 
 
 @dataclass

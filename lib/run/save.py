@@ -15,14 +15,15 @@ from pathlib import Path
 from safetensors import SafetensorError
 from torch import nn
 
-from ..data.tokenizer import as_loaded
-from ..data.tokenizer_model import write_tokenizer_model
+from ..data.sentencepiece import write_tokenizer_model
+from ..data.trimmed_tokenizer import as_loaded
 from ..eval import COMPARED_POSITIONS, some_logits
-from ..model.access import local_only
+from ..formats.packed.checkpoint import mark_packed_
 from ..model.blocks import BlockRunner
+from ..model.checkpoint import local_only
+from ..model.matrix import unread_of
 from ..model.processor import copy_processor
 from ..model.saving import cast, save_in_shards, text_alone
-from ..packed.checkpoint import mark_packed_
 from ..sparse import check_same_outputs
 from ..util import progress
 from ..util.cli import typed
@@ -88,7 +89,7 @@ def _write(run: Run, runner: BlockRunner, folder: Path) -> None:
     as_loaded(run.tokenizer).save_pretrained(folder)
     progress.on_step("save tokenizer", 0)
     write_tokenizer_model(run.tokenizer, folder)
-    if not alone and getattr(runner.model, "unread", None):
+    if not alone and unread_of(runner.model):
         copy_processor(run.model.checkpoint, folder, run.vocabulary and run.vocabulary.rows)
     sync_all(folder)
     sizes = (file.stat().st_size for file in folder.glob("model*.safetensors"))
@@ -105,7 +106,7 @@ def _text_alone(run: Run, model: nn.Module) -> nn.Module:
     window = run.windows.tests[0].ids[:1, :COMPARED_POSITIONS].to(run.device)
     before, after = some_logits(model, window), some_logits(alone, window)
     check_same_outputs(before, after, "--text_only", "whole and text alone", least=1e-5)
-    gone = {name: each for name, each in model.state_dict().items() if name in model.unread}
+    gone = {name: each for name, each in model.state_dict().items() if name in unread_of(model)}
     parts = ", ".join(sorted({".".join(name.split(".")[:2]) for name in gone}))
     size = gib(sum(each.nbytes for each in gone.values()))
     line = f"text only: {parts} are left out, {len(gone)} tensors, {size}"

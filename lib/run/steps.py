@@ -11,8 +11,12 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from ..calibration.allocation import Allocation, kept_allocation
+from ..calibration.allocation import allocate as choose_allocation
 from ..eval import COMPARED_POSITIONS, perplexities, perplexity, some_logits
+from ..formats.grids import FORMATS, Grid
 from ..model.blocks import BlockRunner
+from ..model.masks import packed_masks, write_masks
 from ..model.reference import (
     DenseReference,
     dense_states,
@@ -22,12 +26,8 @@ from ..model.reference import (
 )
 from ..model.rows import keep_rows_
 from ..model.saving import footprint, parameter_bytes
-from ..packed.formats import FORMATS, Grid
+from ..model.sparsity_check import SparsityCheck
 from ..prune import Pruner
-from ..pruning.allocation import Allocation, kept_allocation
-from ..pruning.allocation import allocate as choose_allocation
-from ..pruning.check import SparsityCheck
-from ..pruning.masks import packed_masks, write_masks
 from ..quantize import check_quantized as check_quantized_weights
 from ..quantize import quantize as quantize_linears
 from ..recover import Recoverer
@@ -37,7 +37,7 @@ from ..util.errors import UserError
 from ..util.files import write_text
 from ..util.host import gib
 from ..vocabulary import PROOF_TOKENS
-from . import tasks
+from . import lm_eval
 from .load import load
 from .record import (
     evaluation_record,
@@ -151,7 +151,7 @@ def allocate(run: Run, runner: BlockRunner) -> Allocation:
 def check_zeros(run: Run, runner: BlockRunner) -> None:
     """Report zeros that become levels. Raises UserError if they must come from pruning."""
     form = FORMATS[run.flags.format]
-    if form.zero or not (share := SparsityCheck(runner).overall):
+    if form.has_zero or not (share := SparsityCheck(runner).overall):
         return
     if share > MOST_ZEROS:
         raise UserError(
@@ -164,7 +164,7 @@ def check_zeros(run: Run, runner: BlockRunner) -> None:
 
 def measure_sparsity(run: Run, runner: BlockRunner, sparsity: SparsityCheck) -> dict:
     """Measure the zeros again; none may be lost if the format has a 0."""
-    keeps = FORMATS[run.flags.format].zero
+    keeps = FORMATS[run.flags.format].has_zero
     return (sparsity.recheck(runner) if keeps else SparsityCheck(runner)).record()
 
 
@@ -231,8 +231,8 @@ def check_quantized(run: Run, runner: BlockRunner, before: Tensor) -> None:
     record["difference"] = relative_difference(before, first_logits(run, runner))
     run.results["quantized"] = record
     run.print(
-        f"{form.name}: {form.promise} {record['tensors']} tensors; quantization changed the "
-        f"logits by {record['difference']:.2%}"
+        f"{form.name}: {form.conversion_note} {record['tensors']} tensors; "
+        f"quantization changed the logits by {record['difference']:.2%}"
     )
 
 
@@ -288,12 +288,12 @@ def run_tasks(run: Run, runner: BlockRunner) -> None:
     flags, results = run.flags, run.results
     options = dict(batch_size=run.batch_size, include_path=flags.include_path)
     with run.timed("tasks"):
-        results["tasks"] = tasks.run_tasks(runner.model, run.tokenizer, flags.tasks, **options)
+        results["tasks"] = lm_eval.run_tasks(runner.model, run.tokenizer, flags.tasks, **options)
         if flags.changes and not flags.teacher:
             original = run.model.tokenizer
             runner.model.to("meta")  # frees memory for the dense model
             with ExitStack() as cleanup:
                 dense = load(replace(run, schedule=None), cleanup, None).model
-                results["dense_tasks"] = tasks.run_tasks(dense, original, flags.tasks, **options)
+                results["dense_tasks"] = lm_eval.run_tasks(dense, original, flags.tasks, **options)
     write_results(Path(flags.save), results)
-    print(*tasks.task_lines(results["tasks"], results.get("dense_tasks")), sep="\n", flush=True)
+    print(*lm_eval.task_lines(results["tasks"], results.get("dense_tasks")), sep="\n", flush=True)

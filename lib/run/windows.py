@@ -12,10 +12,10 @@ from ..data.samples import Windows
 from ..data.sources import JOINED, PART, Source, has_test, is_parted, parse_sources
 from ..data.training import TrainingText, training_windows
 from ..data.windows import TestSet, TextTooShort, WindowSpec, calibration_windows, test_set
-from ..distributed.context import DistContext
 from ..eval import needs_bos
 from ..model.blocks import BlockRunner
 from ..recover import TrainSchedule
+from ..util.ranks import DistContext
 from .plan import Flags
 
 if TYPE_CHECKING:

@@ -6,7 +6,7 @@ import html
 import re
 from collections.abc import Sequence
 
-from .command import one_line
+from .errors import one_line
 
 EMPTY = "–"
 # characters with a meaning in Markdown, on the Hub and elsewhere; `_` has none inside a word

@@ -15,7 +15,7 @@ from processes import Worker
 from support import QUICK, Done, call, children, program_of, results, succeed, wait_until
 
 from lib.run.flags import build_parser
-from lib.util.command import main_of
+from lib.util.processes import main_of
 
 pytestmark = pytest.mark.usefixtures("elsewhere")
 WANDA = ["--methods", "wanda", "--types", "unstructured"]
@@ -52,7 +52,7 @@ def planned(replace_call: Callable) -> Planned:
         done = sweep("--out", "o", *argv)
         assert started, done.err
         shutil.rmtree("o")
-        of_runs = [words for module, words in started if module == "commands.sweep_run"]
+        of_runs = [words for module, words in started if module == "commands.sweep.run"]
         parsed = [build_parser().parse_args(each[each.index("--") + 1 :]) for each in of_runs]
         return {each.save.removeprefix("o/"): each for each in parsed}
 
@@ -174,7 +174,7 @@ def test_a_run_is_done_again_where_what_stands_behind_a_flag_changed(texts, caps
         path.mkdir(parents=True)
 
     def run(*more: object) -> Done:
-        return call(shared, "--", *argv, *more, program=main_of("commands.sweep_run"))
+        return call(shared, "--", *argv, *more, program=main_of("commands.sweep.run"))
 
     def again(*more: object) -> str:
         """Why the run is done again; the empty text where it is not."""
@@ -219,7 +219,7 @@ def test_killed_runs_and_sweeps(model, texts, tmp_path) -> None:
     def started() -> tuple[Worker, int, int]:
         """Start the sweep; return it, and its process and that of its first run."""
         argv = ["--models", model, *WANDA, "--calibration", texts[0], *PASSED]
-        worker = Worker([argv], tmp_path, program="lib.commands.sweep")
+        worker = Worker([argv], tmp_path, program="lib.commands.sweep.__main__")
         wait_until(lambda: children(worker.process.pid))
         return worker, worker.process.pid, children(worker.process.pid)[0]
 

@@ -6,12 +6,12 @@ import subprocess
 import sys
 from pathlib import Path
 
-from lib.run.console import NAMES
+from lib.commands.__main__ import NAMES
 
 ROOT = Path(__file__).resolve().parents[2]
 PROGRAM = """
 import sys
-from lib.run.console import start
+from lib.commands.__main__ import start
 for argv in map(str.split, sys.argv[1:]):
     try:
         start(argv)

@@ -25,7 +25,8 @@ from support import (
 
 from lib.data.training import TrainingText
 from lib.model.blocks import BlockRunner
-from lib.model.pretrained import fresh_copy, pick_dtype
+from lib.model.device import pick_dtype
+from lib.model.pretrained import fresh_copy
 from lib.recover import Recoverer, TrainSchedule
 
 sys.path.append(str(ROOT / "benchmarks/gpu"))

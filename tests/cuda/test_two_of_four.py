@@ -18,11 +18,11 @@ from support import loaded, results, succeed, weights, windows
 from torch import nn
 from transformers import AutoTokenizer
 
-import lib.packed.checkpoint  # noqa: F401  transformers then loads the packed form
+import lib.formats.packed.checkpoint  # noqa: F401  transformers then loads the packed form
+from lib.formats.packed.formats import PACKED
+from lib.formats.packed.linear import SparseLinear, semi_structured_bytes
 from lib.methods.sparsity import Sparsity
-from lib.model.pretrained import footprint
-from lib.packed.formats import PACKED
-from lib.packed.linear import SparseLinear, semi_structured_bytes
+from lib.model.saving import footprint
 
 HERE = torch.device("cuda:0")
 BASE = ["--seqlen", "32", "--nsamples", "6", "--completions", "0", "--batch_size", "4"]

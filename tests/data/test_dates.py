@@ -13,11 +13,11 @@ import tiny
 from support import QUICK, call, call_here, raising, results, succeed, weights
 from transformers import AutoTokenizer
 
-from lib.commands import sweep
 from lib.commands.compress import __main__ as compress
+from lib.commands.sweep import __main__ as sweep
 from lib.data import templates
 from lib.data.templates import rendered, set_date
-from lib.data.tokenizer import TrimmableTokenizer
+from lib.data.trimmed_tokenizer import TrimmableTokenizer
 from lib.run import check
 from lib.run.flags import build_parser
 

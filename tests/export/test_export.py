@@ -17,8 +17,8 @@ from transformers import AutoModelForCausalLM
 from lib.commands.export import codes, engines
 from lib.commands.export.__main__ import main
 from lib.commands.model_folder import ModelFolder
-from lib.packed.checkpoint import METHOD
-from lib.packed.formats import FORMATS
+from lib.formats.grids import FORMATS
+from lib.formats.packed.checkpoint import METHOD
 
 GRID = FORMATS["q4_0"]
 WIDE = dict(hidden_size=64, intermediate_size=72, head_dim=16)  # down_proj's rows are no blocks
@@ -41,7 +41,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     for name, (kind, fields, _) in MODELS.items():
         model = tiny.build(kind, **fields).requires_grad_(False)
         for linear in runner_of(model).each_linear():
-            if GRID.takes(linear.shape[1]):
+            if GRID.supports_width(linear.shape[1]):
                 linear.set_weight_(GRID.nearest(linear.matrix()))
         folder = tmp_path_factory.mktemp("grid") / name
         made[name] = tiny.write_model(folder, model.to(torch.bfloat16))

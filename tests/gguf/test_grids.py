@@ -90,7 +90,7 @@ def test_scales_and_codes_are_read_back(name: str, bits: int) -> None:
     for values in (form.round_to(weight, scales), form.round_to(moved, scales)):
         for dtype in (torch.bfloat16, torch.float16):  # a model and its folder lose nothing
             assert torch.equal(values.to(dtype).float(), values)
-        assert form.holds(values)
+        assert form.is_on_grid(values)
         assert same_bits(held(values, form).bfloat16().float(), values)
         found, _ = form.read(values)
         assert torch.equal(form.round_to(values, found), values)
@@ -129,7 +129,7 @@ def test_what_is_off_the_grid_is_not_written() -> None:
     form = IQ4_NL()
     values = form.nearest(drawn()["normal"])
     values[50, 40] *= 1 + 2**-7
-    assert not form.holds(values) and form.read(values)[1].sum() == 96 * 4 - 1
+    assert not form.is_on_grid(values) and form.read(values)[1].sum() == 96 * 4 - 1
     with pytest.raises(ValueError, match="not on the grid of iq4_nl"):
         form.to_bytes(values)
 

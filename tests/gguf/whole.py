@@ -20,7 +20,7 @@ import tiny
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
 from transformers import LlamaTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from lib.data.tokenizer_model import CHECK, CHECK_TEXT, digest
+from lib.data.sentencepiece import CHECK, CHECK_TEXT, digest
 from lib.util.quirks import PRE_TOKENIZERS
 
 HOW = "pip install -r requirements-gguf.txt"

@@ -6,9 +6,9 @@ import torch
 from support import CPU, representative
 from torch import Tensor
 
+from lib.formats.packed.formats import PACKED
 from lib.methods.gptq import GPTQ
 from lib.methods.least_squares import FLOOR
-from lib.packed.formats import PACKED
 
 CODES = numpy.arange(-8, 8)
 INT4 = PACKED[4]

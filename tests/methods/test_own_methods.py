@@ -10,10 +10,10 @@ import tiny
 import torch
 from support import QUICK, refused, results, runner_of, succeed, weights, windows
 
+from lib.calibration.allocation import by_error
 from lib.methods.registry import method_of, parameters
 from lib.model.linears import watch_outputs
 from lib.prune import prune
-from lib.pruning.allocation import by_error
 
 MINE = """
 from langprune.methods.base import PruningMethod

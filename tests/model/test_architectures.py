@@ -25,9 +25,9 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from lib.methods.sparsity import NEURONS
-from lib.model.access import Checkpoint
+from lib.model.checkpoint import Checkpoint
 from lib.model.parts import find_parts, keep_parts_
-from lib.model.pretrained import decoder_blocks, skeleton
+from lib.model.skeleton import build_skeleton, decoder_blocks
 from lib.prune import Pruner
 from lib.util.errors import UserError
 
@@ -149,7 +149,7 @@ def assert_neurons_go(model: PreTrainedModel) -> None:
 
 def test_quantized_models_lose_no_neurons() -> None:
     model = tiny.tiny_llama()
-    bare, config = skeleton(model.config, Checkpoint("model")), copy.deepcopy(model.config)
+    bare, config = build_skeleton(model.config, Checkpoint("model")), copy.deepcopy(model.config)
     config.quantization_config = {"quant_method": "bitsandbytes", "load_in_4bit": True}
     with pytest.raises(UserError, match="quantized"):
         find_parts(NEURONS, config, Checkpoint("model"), bare, decoder_blocks(bare)[0])

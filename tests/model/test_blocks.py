@@ -12,12 +12,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers.pytorch_utils import Conv1D
 
+from lib.calibration.inputs import observe
 from lib.data.samples import Sample, Windows, join, windows_of
 from lib.eval import perplexities, perplexity
 from lib.methods.registry import method_of
 from lib.model.blocks import BlockRunner
 from lib.model.linears import find_linears, watch_inputs, watch_outputs
-from lib.pruning.inputs import observe
 from lib.util.errors import UserError
 
 

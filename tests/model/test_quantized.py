@@ -14,10 +14,10 @@ from transformers import AutoModelForCausalLM
 
 from lib.commands.overlap import compare_masks
 from lib.methods.sparsity import Sparsity
-from lib.model.access import Checkpoint
+from lib.model.bitsandbytes import stored_bits
+from lib.model.checkpoint import Checkpoint
 from lib.model.matrix import PrunableLinear
 from lib.model.pretrained import load_config, load_model
-from lib.model.quantized import stored_bits
 
 pytestmark = pytest.mark.usefixtures("at_place")
 RUN = [*QUICK, "--calibration_data", "uk", "--eval_data", "uk", "--save"]

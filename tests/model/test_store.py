@@ -15,10 +15,11 @@ import torch
 from support import CPU, QUICK, Done, at, call, no_file_larger_than, refused
 from transformers import AutoModelForCausalLM
 
-from lib.model import access
-from lib.model.access import Checkpoint
-from lib.model.pretrained import decoder_blocks, load_config, load_model, skeleton
-from lib.model.store import FileBlockStore, device_map
+from lib.model import checkpoint as access
+from lib.model.checkpoint import Checkpoint
+from lib.model.pretrained import load_config, load_model
+from lib.model.skeleton import build_skeleton, decoder_blocks
+from lib.offload.store import FileBlockStore, device_map
 
 pytestmark = pytest.mark.usefixtures("at_place")
 
@@ -43,11 +44,11 @@ def opened(checkpoint: str, folder: Path, writes: bool = True) -> FileBlockStore
     """A model whose blocks lie in a folder, converted there."""
     model = Checkpoint(checkpoint)
     config = load_config(model)
-    bare = skeleton(config, model)
+    bare = build_skeleton(config, model)
     where = device_map(bare, decoder_blocks(bare)[0], CPU)
     options = dict(dtype=torch.float32, device_map=where, offload=str(folder), writes=writes)
     loaded = load_model(model, config, **options)
-    return FileBlockStore(loaded, CPU, folder=None, on_disk=False, narrow=False)
+    return FileBlockStore(loaded, CPU, folder=None, on_disk=False, cast_on_load=False)
 
 
 def test_finished_blocks_become_the_shards_of_the_model(tmp_path: Path) -> None:

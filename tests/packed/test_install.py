@@ -17,8 +17,8 @@ from support import LIMIT, ROOT, prune_, runner_of
 from transformers import AutoModelForCausalLM
 from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING
 
-from lib.packed import card_lines
-from lib.packed.checkpoint import METHOD
+from lib.formats.packed import card_lines
+from lib.formats.packed.checkpoint import METHOD
 from lib.sparse import swap_linears_
 
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))
@@ -76,10 +76,10 @@ def test_a_packed_checkpoint_loads_as_the_card_says(
         "print(packed_bitmask.__file__)",
         # beside the repository's own package the last one's classes are used
         f"sys.path.append({str(ROOT)!r})",
-        "import lib.packed",
+        "import lib.formats.packed",
         f"again = AutoModelForCausalLM.from_pretrained({str(packed_folder)!r})",
-        "assert any(isinstance(m, lib.packed.SparseLinear) for m in again.modules())",
-        "assert packed_bitmask.linear.kernels.ready() == lib.packed.linear.kernels.ready()",
+        "assert any(isinstance(m, lib.formats.packed.SparseLinear) for m in again.modules())",
+        "assert packed_bitmask.linear.kernels.ready() == lib.formats.packed.linear.kernels.ready()",
         "assert again(ids).logits.equal(model(ids).logits)",
     ]
     done = outside([sys.executable, "-c", "\n".join(code)], installed, tmp_path)
@@ -110,7 +110,7 @@ def test_what_is_installed(installed: Path, tmp_path: Path) -> None:
     for file in (ROOT / "lib").rglob("*"):
         if file.suffix not in (".pyc", ".md") and file.is_file():
             assert (installed / "langprune" / file.relative_to(ROOT / "lib")).is_file(), file
-    code = "import langprune.main, langprune.prune, langprune.commands.sweep_run, sys\n"
+    code = "import langprune.main, langprune.prune, langprune.commands.sweep.run, sys\n"
     code += "assert not {'lib', 'main'} & set(sys.modules)"
     done = outside([sys.executable, "-c", code], installed, tmp_path)
     assert done.returncode == 0, done.stderr

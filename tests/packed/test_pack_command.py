@@ -75,7 +75,8 @@ def test_unpack_leaves_what_an_unfinished_run_has_done(tmp_path: Path) -> None:
     kept, unpack = tmp_path / "dense.partial", program_of("unpack")
     kept.mkdir()
     (kept / "block-00000.safetensors").write_bytes(b"hours")
-    assert "dense.partial" in mistake(tmp_path / "model", tmp_path / "dense", program=unpack).what
+    error = mistake(tmp_path / "model", tmp_path / "dense", program=unpack)
+    assert "dense.partial" in error.problem
     assert [file.name for file in kept.iterdir()] == ["block-00000.safetensors"]
 
 

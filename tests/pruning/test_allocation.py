@@ -14,16 +14,16 @@ from support import CPU, QUICK, call, prune_, representative, runner_of, succeed
 from support import results as results_of
 from torch import Tensor, nn
 
+from lib.calibration import allocation as module
+from lib.calibration.allocation import Allocation, allocate, by_error, choose, costs, span
+from lib.calibration.fisher import FisherDiagonal, backward_pass, draw
+from lib.calibration.owl import by_outliers, outlier_share, owl_sparsities
 from lib.methods.sparsity import Sparsity
-from lib.model.access import Checkpoint
 from lib.model.blocks import BlockRunner
+from lib.model.checkpoint import Checkpoint
 from lib.model.linears import experts_implementation, watch_outputs
 from lib.model.pretrained import load_config, load_model
-from lib.pruning import allocation as module
-from lib.pruning.allocation import Allocation, allocate, by_error, choose, costs, span
-from lib.pruning.check import SparsityCheck
-from lib.pruning.fisher import FisherDiagonal, backward_pass, draw
-from lib.pruning.owl import by_outliers, outlier_share, owl_sparsities
+from lib.model.sparsity_check import SparsityCheck
 
 RATIOS = 0.0, 0.02, 0.5, 0.98
 

@@ -12,11 +12,11 @@ import torch
 from support import prune_, representative, runner_of, windows
 from torch import Tensor, nn
 
+from lib.calibration.inputs import rows
+from lib.calibration.residual import as_residual_projection
+from lib.calibration.sequential import OrderedBlock, find_order
 from lib.methods.registry import method_of
 from lib.model.linears import find_linears
-from lib.pruning.inputs import rows
-from lib.pruning.ordered import OrderedBlock, find_order
-from lib.pruning.residual import as_residual_projection
 
 NAMES = ["Llama", "Phi", "GPT-2", "OPT", "Gemma 2", "BLOOM", "Mixtral", "Falcon", "GPT-NeoX"]
 

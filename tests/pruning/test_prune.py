@@ -25,17 +25,17 @@ from support import (
 )
 from torch import Tensor, nn
 
+from lib.calibration import output_error
+from lib.calibration.output_error import TokenSample, relative_error
 from lib.methods.sparsity import Sparsity
 from lib.methods.wanda import Wanda
 from lib.model.blocks import BlockRunner
-from lib.model.run_folder import RunFolder
+from lib.model.masks import packed_masks, read_masks, unpacked, write_masks
+from lib.model.sparsity_check import SparsityCheck
 from lib.model.store import BlockStore
 from lib.prune import prune
-from lib.pruning import errors
-from lib.pruning.check import SparsityCheck
-from lib.pruning.errors import TokenSample, relative_error
-from lib.pruning.masks import packed_masks, read_masks, unpacked, write_masks
 from lib.util.errors import RunWarning
+from lib.util.resume import RunFolder
 
 TWO_OF_FOUR = Sparsity(0.5, 2, 4)
 
@@ -176,8 +176,8 @@ def test_a_sample_of_tokens_tells_the_error_whatever_the_batch() -> None:
     def estimate(rows: Tensor) -> float:
         return relative_error(rows @ weight.T, rows @ pruned.T)
 
-    x, weight, pruned = layer(errors.TOKENS)
-    for batch in (10, errors.TOKENS):  # few tokens: the error itself
+    x, weight, pruned = layer(output_error.TOKENS)
+    for batch in (10, output_error.TOKENS):  # few tokens: the error itself
         found = estimate(sampled(x, batch))
         assert found == pytest.approx(exact(x, weight, pruned), rel=1e-4)
     ratios = []
@@ -196,8 +196,8 @@ def test_a_sample_of_tokens_tells_the_error_whatever_the_batch() -> None:
 
 def test_the_errors_of_a_model_are_those_by_hooks(monkeypatch: pytest.MonkeyPatch) -> None:
     """On all tokens; the inputs of the first block's first layers are those of the dense model."""
-    monkeypatch.setattr(errors, "TOKENS", 10_000)
-    monkeypatch.setattr("lib.pruning.inputs.TOKENS", 10_000)
+    monkeypatch.setattr(output_error, "TOKENS", 10_000)
+    monkeypatch.setattr("lib.calibration.inputs.TOKENS", 10_000)
     dense, ids, seen = tiny.tiny_llama().requires_grad_(False), windows(6), []
     first = dense.model.layers[0].self_attn
     with first.q_proj.register_forward_pre_hook(lambda _, args: seen.append(args[0])):

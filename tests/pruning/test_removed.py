@@ -27,8 +27,8 @@ from transformers.pytorch_utils import Conv1D
 
 from lib.methods.registry import method_of
 from lib.methods.sparsity import EXPERTS, NEURONS
-from lib.model.parts import PartLayout, get_tensor
-from lib.model.pretrained import decoder_blocks
+from lib.model.parts import StructureLayout, get_tensor
+from lib.model.skeleton import decoder_blocks
 from lib.remove import PartRemover, experts_left, neurons_left, remove
 
 NAMES = ["Llama", "Gemma 3", "GPT-2", "Phi", "GPT-NeoX", "Phi-3"]
@@ -84,7 +84,7 @@ def by_hooks(model: nn.Module, method: str, ids: Tensor, left: int) -> list[list
     return stay
 
 
-def rows_norms(block: nn.Module, layout: PartLayout, index: int) -> Tensor:
+def rows_norms(block: nn.Module, layout: StructureLayout, index: int) -> Tensor:
     """Norms of the rows that make each neuron (producers, width)."""
     norms = []
     for path, (dim, entries) in layout.tensors[index].items():
@@ -227,12 +227,12 @@ def test_the_scores_are_those_of_the_paper() -> None:
 def test_how_many_stay() -> None:
     for width, ratio, left in [(2048, 0.25, 1536), (9216, 0.3, 6400), (2047, 0.25, 1536),
                                (688, 0.25, 512), (64, 0.99, 8)]:  # fmt: skip
-        assert neurons_left(PartLayout(NEURONS, width, "intermediate_size"), ratio) == left
-    line = refused(neurons_left, PartLayout(NEURONS, 64, "intermediate_size"), 0.05)
+        assert neurons_left(StructureLayout(NEURONS, width, "intermediate_size"), ratio) == left
+    line = refused(neurons_left, StructureLayout(NEURONS, 64, "intermediate_size"), 0.05)
     assert "--sparsity_ratio 0.05: " in line and "multiple of 8" in line
 
     def experts(count: int, chosen: int, groups: tuple[int, int], ratio: float) -> int:
-        layout = PartLayout(EXPERTS, count, "num_experts", (), (), (), chosen, *groups)
+        layout = StructureLayout(EXPERTS, count, "num_experts", (), (), (), chosen, *groups)
         return experts_left(layout, ratio)
 
     assert experts(8, 2, (1, 1), 0.25) == 6 and experts(256, 8, (8, 4), 0.5) == 128

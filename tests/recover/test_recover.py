@@ -15,11 +15,12 @@ from transformers.pytorch_utils import Conv1D
 from lib import recover
 from lib.data.samples import Windows
 from lib.data.training import TrainingText
+from lib.formats.grids import Grid
+from lib.formats.packed.formats import PACKED
 from lib.methods.sparsity import Sparsity
 from lib.model.blocks import BlockRunner
 from lib.model.matrix import SaveDtypes
 from lib.model.pretrained import fresh_copy
-from lib.packed.formats import PACKED, Grid
 from lib.recover import Recoverer, TrainSchedule, default_rate, divergence_, trained_parts
 
 SEQLEN, STEPS = 24, 20

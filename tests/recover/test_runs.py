@@ -12,8 +12,8 @@ import torch
 from support import QUICK, mistake, results, succeed, weights
 from transformers import AutoModelForCausalLM
 
+from lib.formats.grids import IQ4_NL, Q4_0
 from lib.model import reference
-from lib.packed.formats import IQ4_NL, Q4_0
 
 STEPS = 8
 TOKENS = STEPS * 256 + 9
@@ -151,7 +151,7 @@ def test_iq4_nl_takes_no_model_with_zeros_by_pruning(tmp_path: Path) -> None:
     assert re.search(r"the 1\d\.\d+% of the weights that are 0", done.out)
     for name, tensor in weights(tmp_path / "small").items():
         if "_proj" in name:
-            assert IQ4_NL().holds(tensor) and bool((tensor != 0).all()), name
+            assert IQ4_NL().is_on_grid(tensor) and bool((tensor != 0).all()), name
 
 
 @pytest.mark.parametrize("flags", [["--quantize", "q4_0"], [*PRUNE, *PACK]], ids=["q4_0", "int4"])

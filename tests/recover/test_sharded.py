@@ -16,12 +16,12 @@ from support import CPU, windows
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from lib.data.training import TrainingText
-from lib.distributed.context import DistContext
 from lib.model.blocks import BlockRunner
 from lib.model.pretrained import fresh_copy
 from lib.model.store import BlockStore
 from lib.recover import Recoverer, TrainSchedule
 from lib.util.errors import UserError
+from lib.util.ranks import DistContext
 
 pytestmark = pytest.mark.full
 

@@ -16,8 +16,8 @@ from matplotlib.figure import Figure
 from safetensors.torch import save_file
 from support import QUICK, mistake, program_of, results, succeed, weights
 
-from lib.packed.checkpoint import PackedConfig
-from lib.packed.formats import PACKED
+from lib.formats.packed.checkpoint import PackedConfig
+from lib.formats.packed.formats import PACKED
 
 pytestmark = pytest.mark.usefixtures("elsewhere", "figures")
 

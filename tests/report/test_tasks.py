@@ -20,7 +20,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lib.commands import tasks
 from lib.commands.tasks import WORD, last_words, main
-from lib.run.tasks import RIGHT, task_lines
+from lib.run.lm_eval import RIGHT, task_lines
 
 pytestmark = pytest.mark.usefixtures("elsewhere")
 

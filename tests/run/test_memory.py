@@ -16,11 +16,11 @@ from support import QUICK, call, results, succeed
 from transformers import AutoConfig
 
 import main
-from lib.model.run_folder import RunFolder
 from lib.run import load
 from lib.run.memory import Memory, memory_of
 from lib.util.errors import UserError
 from lib.util.host import available, gib
+from lib.util.resume import RunFolder
 
 SIZES = {
     "8B": dict(hidden_size=4096, intermediate_size=14336, num_hidden_layers=32, heads=32),

@@ -32,8 +32,8 @@ from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.pytorch_utils import Conv1D
 
+from lib.commands.__main__ import NAMES
 from lib.methods.sparsity import Sparsity
-from lib.run.console import NAMES
 from lib.run.flags import build_parser
 
 SEQLEN, WINDOWS = 32, 8  # of QUICK
@@ -140,7 +140,7 @@ LENGTH = 128  # of a window: the model's limit
 IN_TURN = """
 import json, shutil, sys
 import main
-from lib.util import command
+from lib.util import cli as command
 for name, log, argv in json.loads(sys.argv[1]):
     if status := command.run(main.main, argv):
         sys.exit(f"{name}: {status}")
@@ -152,7 +152,7 @@ for name, log, argv in json.loads(sys.argv[1]):
 def words_of(*argv: str) -> list[str]:
     """Return the words with which launch.sh starts `prune`."""
     words = launched(argv, ROOT, PYTHON="echo").split()
-    assert words[:4] == ["-P", "-m", "lib.run.console", "prune"]
+    assert words[:4] == ["-P", "-m", "lib.commands.__main__", "prune"]
     return words[4:]
 
 

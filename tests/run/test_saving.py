@@ -193,7 +193,7 @@ def test_tasks_leave_no_folder_of_the_run(
 ) -> None:
     """Although the dense model is loaded again for them."""
     found = {"arc": {"acc,none": 0.5}}
-    monkeypatch.setattr("lib.run.tasks.run_tasks", lambda *_, **__: found)
+    monkeypatch.setattr("lib.run.lm_eval.run_tasks", lambda *_, **__: found)
     monkeypatch.setattr("lib.run.check.check_tasks", lambda *_: None)
     where = given.index("--save_model")
     succeed(*given[:where], *given[where + 2 :], flag, "kept", "--tasks", "arc")

@@ -9,9 +9,8 @@ import pytest
 import torch
 from support import content, ended, python, wait_until
 
-from lib.distributed import context
-from lib.util.command import describe_error
-from lib.util.errors import UserError
+from lib.util import ranks
+from lib.util.errors import UserError, describe_error
 from lib.util.files import check_new_folder, staged_folder, temporary_folder
 
 
@@ -59,7 +58,7 @@ def test_a_temporary_folder_goes_with_a_process_that_is_killed(tmp_path: Path) -
 
 
 def test_lines_come_through_a_pipe_as_they_are_printed(tmp_path: Path) -> None:
-    code = "import time; from lib.util import command\n"
+    code = "import time; from lib.util import cli as command\n"
     code += "command.run(lambda _: (print('memory: enough'), time.sleep(600)), [])"
     process = python(code, folder=tmp_path, PYTHONUNBUFFERED="")
     try:
@@ -83,8 +82,8 @@ def test_a_rank_that_sees_one_gpu(launcher: str, monkeypatch: pytest.MonkeyPatch
     monkeypatch.delenv("TORCHELASTIC_RUN_ID", raising=False)
     first = torch.device("cuda", 0)
     if launcher == "srun":
-        assert context.local_device(first) == first
+        assert ranks.local_device(first) == first
     else:
         monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
         with pytest.raises(UserError, match="this machine lacks cuda:3, which its rank 3"):
-            context.local_device(first)
+            ranks.local_device(first)

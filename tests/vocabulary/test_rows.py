@@ -10,7 +10,7 @@ import torch
 from support import loaded, refused, representative
 from transformers import GenerationConfig, PreTrainedModel
 
-from lib.model.access import Checkpoint
+from lib.model.checkpoint import Checkpoint
 from lib.model.pretrained import fresh_copy
 from lib.model.rows import TRIMMED_FROM, config_token_ids, keep_rows_, trimmable_rows
 

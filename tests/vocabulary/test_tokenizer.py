@@ -18,19 +18,12 @@ from tokenizers import AddedToken, Tokenizer, models, processors
 from transformers import AutoTokenizer, PretrainedConfig, PreTrainedTokenizerFast
 
 from lib.data.documents import Corpus
+from lib.data.sentencepiece import CHECK, CHECK_TEXT, FILE, check_of, digest, write_tokenizer_model
 from lib.data.sources import parse_sources
 from lib.data.templates import examples
-from lib.data.tokenizer import TrimmableTokenizer
-from lib.data.tokenizer_model import (
-    CHECK,
-    CHECK_TEXT,
-    FILE,
-    check_of,
-    digest,
-    write_tokenizer_model,
-)
+from lib.data.trimmed_tokenizer import TrimmableTokenizer
 from lib.data.windows import encode, token_bytes
-from lib.model.access import Checkpoint
+from lib.model.checkpoint import Checkpoint
 from lib.vocabulary import (
     RARE_SIGNS,
     TrimmedVocabulary,

@@ -29,7 +29,7 @@ from transformers import (
 from transformers.models.gemma3.image_processing_pil_gemma3 import Gemma3ImageProcessorPil
 from transformers.models.idefics3.image_processing_pil_idefics3 import Idefics3ImageProcessorPil
 
-import lib.data.tokenizer
+import lib.data.trimmed_tokenizer
 import lib.run.steps
 
 pytestmark = pytest.mark.usefixtures("at_place")
@@ -190,14 +190,18 @@ def test_tables_of_layers_in_a_model_that_is_measured_as_a_whole(tmp_path: Path)
 
 def test_what_differs_stops_the_run(place: Path, tmp_path: Path, monkeypatch) -> None:
     """A text that reads otherwise, before weights are read; and logits."""
-    own, keep = lib.data.tokenizer.TrimmableTokenizer.trimmed_json, lib.run.steps.keep_rows_
+    own, keep = lib.data.trimmed_tokenizer.TrimmableTokenizer.trimmed_json, lib.run.steps.keep_rows_
 
     def broken(self, kept):
         return own(self, kept) | {"decoder": None}
 
     argv = [*TRIM, "--vocabulary_data", "uk", "--save_model", tmp_path / "model"]
     for place_of, wrong, words in (
-        ("lib.data.tokenizer.TrimmableTokenizer.trimmed_json", broken, "decodes differently"),
+        (
+            "lib.data.trimmed_tokenizer.TrimmableTokenizer.trimmed_json",
+            broken,
+            "decodes differently",
+        ),
         ("lib.run.steps.keep_rows_", lambda model, rows: keep(model, rows.flip(0)), "differ by"),
     ):
         with monkeypatch.context() as patch:

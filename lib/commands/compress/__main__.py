@@ -112,10 +112,10 @@ def begin(
     args: argparse.Namespace, parsed: argparse.Namespace, passed_on: list[str]
 ) -> Compression:
     """Return the command, or the one that it continues, after all checks that need no weights."""
-    from ...model.access import Checkpoint
+    from ...formats.packed import kernels
+    from ...model.checkpoint import Checkpoint
     from ...model.device import pick_device
     from ...model.pretrained import load_config
-    from ...packed import kernels
     from ...run.fingerprint import model_digest
     from ..export.__main__ import check_installed
     from ..gguf.__main__ import check_new
@@ -247,7 +247,7 @@ def compare(run: Compression, others: dict[str, list[str]]) -> None:
 
 def measured(run: Compression, models: dict[str, str]) -> dict[str, dict[str, str]]:
     """Return the rows of size and speed: {row: {column: figure}}; models are {column: path}."""
-    from ...model.access import Checkpoint
+    from ...model.checkpoint import Checkpoint
     from ...model.device import checkpoint_dtype, dtype_name
     from ...model.pretrained import load_config
     from .measure import ROWS

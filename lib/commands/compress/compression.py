@@ -20,7 +20,7 @@ from ...util.cli import typed
 from ...util.files import write_text
 
 if TYPE_CHECKING:
-    from ...model.access import Checkpoint
+    from ...model.checkpoint import Checkpoint
 
 ANY, PACKED = "any", "packed"  # of --for, beside the formats of export
 PACKED_PLAN = "--prune_method admm --sparsity_ratio 0.5 --allocation error "

@@ -1,6 +1,6 @@
 """Measure the size on disk and the tokens per second of a saved model or a GGUF file.
 
-    python -m lib.util.command commands.compress.measure MODEL FILE.json OPTIONS
+    python -m lib.util.cli commands.compress.measure MODEL FILE.json OPTIONS
 
 OPTIONS, such as '["cpu", "bfloat16", {}]', are device, dtype, and arguments of from_pretrained.
 """
@@ -63,8 +63,8 @@ def main(argv: list[str]) -> None:
         from transformers import AutoConfig
         from transformers.utils import cached_file
 
+        from ...formats.packed import checkpoint  # noqa: F401  registers the packed form with transformers
         from ...model.skeleton import auto_class
-        from ...packed import checkpoint  # noqa: F401  registers the packed form with transformers
         from ...util.progress import quiet
 
         quiet()

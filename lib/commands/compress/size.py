@@ -6,6 +6,7 @@ import json
 import math
 from typing import TYPE_CHECKING, Any
 
+from ...model.matrix import unread_of
 from ...util.errors import UserError
 
 if TYPE_CHECKING:
@@ -57,8 +58,8 @@ def gguf_megabytes(job: Run, model: Any, type_: str, outer: float) -> float:
 
     llama.cpp stores linear layers of whole blocks as the type, others in 16 bits, the rest in 32.
     """
+    from ...formats.grids import FORMATS
     from ...model.linears import find_linears
-    from ...packed.formats import FORMATS
 
     form, size = FORMATS[job.flags.format], outer
     linear_bits = Q8_0_BITS if type_ == Q8_0 else form.bits_per_weight
@@ -67,7 +68,7 @@ def gguf_megabytes(job: Run, model: Any, type_: str, outer: float) -> float:
         for name, weight in block.named_parameters():
             inputs = linears.get(f"block.{name}")
             bits = 32 if inputs is None else 16
-            if inputs is not None and form.takes(inputs):
+            if inputs is not None and form.supports_width(inputs):
                 bits = linear_bits
             size += weight.numel() * bits / 8 + TENSOR_BYTES
     return size / 1e6
@@ -76,7 +77,7 @@ def gguf_megabytes(job: Run, model: Any, type_: str, outer: float) -> float:
 def vocabulary_bytes(job: Run) -> float:
     """Return the bytes of a GGUF file outside its blocks: tables, tokens, merges and fields."""
     model, tokenizer = job.model.skeleton, job.tokenizer
-    all_rows, unread = model.get_input_embeddings().num_embeddings, getattr(model, "unread", ())
+    all_rows, unread = model.get_input_embeddings().num_embeddings, unread_of(model)
     rows = len(job.vocabulary.rows) if job.vocabulary else all_rows
     size = HEADER_BYTES + 2 * len(str(tokenizer.chat_template or "").encode())
     for name, weight in model.named_parameters():

@@ -13,9 +13,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ...model.access import Checkpoint
+from ...formats.grids import FORMATS, GRIDS
+from ...model.checkpoint import Checkpoint
 from ...model.pretrained import load_config, load_model
-from ...packed.formats import FORMATS, GRIDS
 from ...util.errors import UserError
 from ..model_folder import ModelFolder
 from .engines import GRID as NAME
@@ -31,7 +31,7 @@ def grid_rows(source: ModelFolder) -> Iterator[tuple[Tensor, Tensor]]:
         weight = source.tensors[name]
         rows = (weight.mT if transposed else weight).flatten(0, -2)
         codes, scales, off = split(rows)
-        if off > 0 and (other := next((g for g in GRIDS.values() if g.holds(rows)), None)):
+        if off > 0 and (other := next((g for g in GRIDS.values() if g.is_on_grid(rows)), None)):
             problem = f"it was made with --quantize {other.name}"
             problem += ", which only llama.cpp and ollama run"
             raise UserError(where, problem, f"Use gguf with --type {other.name}")
@@ -51,7 +51,7 @@ def split(rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     scales = blocks.gather(2, blocks.abs().argmax(2, keepdim=True)).squeeze(2) / GRID.lowest
     scales.masked_fill_(scales == 0, -1)  # any scale fits a block of zeros
     codes = GRID.codes(rows, scales)
-    values = codes.float() * GRID.spread_scales(scales, codes.shape[1])
+    values = codes.float() * GRID.expand_scales(scales, codes.shape[1])
     return codes, scales, (values - rows.float()).abs().max()
 
 

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch.nn.functional import cross_entropy
 
-from ...model.access import Checkpoint, as_user_error, weight_bytes
+from ...model.checkpoint import Checkpoint, as_user_error, weight_bytes
 from ...run.card import converted_card
 from ...util.errors import UserError
 from ...util.files import staged_folder

@@ -15,11 +15,11 @@ from typing import Any
 
 import torch
 
+from ...data.sentencepiece import check_of
 from ...data.sources import Source
-from ...data.tokenizer_model import check_of
-from ...model.access import weight_bytes
+from ...formats.grids import GRIDS
+from ...model.checkpoint import weight_bytes
 from ...model.device import checkpoint_dtype
-from ...packed.formats import GRIDS
 from ...run.card import converted_card
 from ...util.errors import UserError
 from ...util.files import sync, write_text
@@ -89,7 +89,7 @@ def convert(args: argparse.Namespace, texts: Sequence[Source]) -> None:
 def write_card(source: str, out: Path, kind: str, changed: dict[str, Any], how: str) -> None:
     """Write OUT.md; `changed` is that of llama_cpp.compare, `how` are commands."""
     words = changed_linears(changed, kind.upper())
-    if kind in GRIDS and not GRIDS[kind].rule:
+    if kind in GRIDS and not GRIDS[kind].ggml_rule_agrees:
         words += ", and does not round the values of linear layers to bfloat16"
     about = dict(what=f"GGUF ({kind})", tag="gguf", kind=kind, changed=words, how=how)
     write_text(Path(f"{out}.md"), converted_card(source, **about))
@@ -119,10 +119,10 @@ def check_grid(source: ModelFolder, weight_type: str) -> None:
     held = None if source.is_packed else grid_of(source.folder)
     if weight_type not in GRIDS or held == weight_type:
         return
-    if not GRIDS[weight_type].rule:
+    if not GRIDS[weight_type].ggml_rule_agrees:
         problem = f"IN {source.folder} was not made with --quantize {weight_type}"
         raise UserError(f"--type {weight_type}", problem, "Make it so, or give --type q4_0")
-    if held and not GRIDS[held].rule:
+    if held and not GRIDS[held].ggml_rule_agrees:
         problem = f"IN {source.folder} was made with --quantize {held}, and would be rounded again"
         raise UserError(f"--type {weight_type}", problem, f"Give --type {held}")
 

@@ -186,7 +186,7 @@ def _with_older_names(load: Callable, *where: Any, **how: Any) -> dict[str, Any]
 
 def pre_tokenizer(text_model: type, check: dict[str, Any], parts: str | None) -> str:
     """Return the pre-tokenizer's name from the converter's table, else from its parts."""
-    from ...data.tokenizer_model import digest
+    from ...data.sentencepiece import digest
 
     def encode(text: str) -> list[int]:
         if digest(text) != check["text"]:
@@ -212,7 +212,7 @@ def _force(patches: ExitStack, model_class: type, name: str) -> None:
     import gguf
     import torch
 
-    from ...packed.formats import FORMATS
+    from ...formats.grids import FORMATS
 
     types, original = gguf.GGMLQuantizationType, model_class.tensor_force_quant
 

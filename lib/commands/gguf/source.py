@@ -16,14 +16,14 @@ from typing import Any
 
 from safetensors import safe_open
 
-from ...data.tokenizer_model import (
+from ...data.sentencepiece import (
     begins_with_blank,
     is_byte_level,
     is_sentencepiece,
     write_tokenizer_model,
 )
+from ...formats.grids import GRIDS
 from ...model.processor import FILES
-from ...packed.formats import GRIDS
 from ...util.errors import UserError
 from ...util.quirks import OLDER_FIELDS, PRE_TOKENIZERS
 from ..model_folder import ModelFolder
@@ -91,8 +91,10 @@ def grid_of(folder: Path) -> str | None:
                 matrix = tensor.view(-1, *tensor.shape[-2:])[0]
                 for rows in (matrix[:8], matrix.mT[:8]):
                     for name, form in GRIDS.items():
-                        fits = form.takes(rows.shape[1]) and len(rows.unique()) > FEW_VALUES
-                        if fits and form.holds(rows):
+                        fits = (
+                            form.supports_width(rows.shape[1]) and len(rows.unique()) > FEW_VALUES
+                        )
+                        if fits and form.is_on_grid(rows):
                             return name
     return None
 

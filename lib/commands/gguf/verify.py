@@ -21,14 +21,14 @@ from transformers import AutoConfig, PreTrainedTokenizerBase
 
 from ...data.chats import Dialogue
 from ...data.documents import Corpus
+from ...data.sentencepiece import begins_with_blank
 from ...data.sources import Source
 from ...data.templates import EXAMPLES, document_text, examples, sample_of_dialogue
-from ...data.tokenizer_model import begins_with_blank
 from ...data.windows import test_documents
-from ...model.access import weight_bytes
+from ...formats.grids import GRIDS
+from ...model.checkpoint import weight_bytes
 from ...model.pretrained import window_length
 from ...model.skeleton import auto_class
-from ...packed.formats import GRIDS
 from ...util.errors import UserError
 from ...util.host import available, gib
 from ..model_folder import ModelFolder
@@ -72,7 +72,7 @@ def verify(
     print(f"tensors are the checkpoint's: {types}; rounding changed {changed:,} values", flush=True)
     for name in GRIDS:
         if counts := tensors["changed"].get(name.upper()):
-            rounded = "" if GRIDS[name].rule else " once rounded to bfloat16"
+            rounded = "" if GRIDS[name].ggml_rule_agrees else " once rounded to bfloat16"
             print(f"{name}: {counts[0]:,} of {counts[1]:,} values change{rounded}", flush=True)
     proof: dict[str, Any] = {"tensors": tensors}
     needed = 2 * weight_bytes(weights)

@@ -1,6 +1,6 @@
 """One run of a sweep, in a separate process: main.py, unless its results exist already.
 
-    python -m lib.util.command commands.sweep_run FOLDER -- FLAGS
+    python -m lib.util.cli commands.sweep.run FOLDER -- FLAGS
 
 FLAGS are those of main.py. In FOLDER the runs of a sweep share the dense model's states.
 """
@@ -12,18 +12,19 @@ import shutil
 from contextlib import redirect_stdout
 from pathlib import Path
 
-from ..run.flags import build_parser, named
-from ..run.plan import Flags
-from ..run.results import RESULTS, read_results
-from ..util import command
-from ..util.files import partial_of
+from ...run.flags import build_parser, named
+from ...run.plan import Flags
+from ...run.results import RESULTS, read_results
+from ...util.cli import split_argv
+from ...util.files import partial_of
+from ...util.processes import import_own
 
 OUTPUT = "output.txt"  # output of main.py; marks a folder that a sweep has made
 
 
 def run_unless_finished(flags: Flags, shared: Path) -> None:
     """Run main.py with `flags`, unless it has finished; new results replace earlier ones."""
-    from ..run.check import check, check_outputs, open_folder
+    from ...run.check import check, check_outputs, open_folder
 
     folder, printed = Path(flags.save), io.StringIO()
     # the check must not touch finished files
@@ -45,14 +46,14 @@ def run_unless_finished(flags: Flags, shared: Path) -> None:
     run.folder = open_folder(run)
     with (folder / OUTPUT).open("w", encoding="utf-8") as file, redirect_stdout(file):
         file.write(printed.getvalue())
-        results = command.part("main").run(run)
+        results = import_own("main").run(run)
     figures = (f"{name} {value:.2f}" for name, value in results["perplexity"].items())
     print(f"{folder}: {', '.join(figures)}")
 
 
 def _reason_to_run_again(flags: Flags, now: dict[str, dict]) -> str | None:
     """Return how the run differs from the finished one in its folder; None if it does not."""
-    from ..run.fingerprint import first_difference
+    from ...run.fingerprint import first_difference
 
     before = read_results(flags.save).get("fingerprint", {})
     for section, facts in now.items():
@@ -66,5 +67,5 @@ def _reason_to_run_again(flags: Flags, now: dict[str, dict]) -> str | None:
 
 
 def main(argv: list[str]) -> None:
-    (shared,), flags = command.split_argv(argv)
+    (shared,), flags = split_argv(argv)
     run_unless_finished(build_parser().parse_args(flags), Path(shared))

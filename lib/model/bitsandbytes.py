@@ -12,10 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..packed import checkpoint as packed
-from ..util.command import typed
+from ..formats.packed import checkpoint as packed
+from ..util.cli import typed
 from ..util.errors import UserError
-from .access import Checkpoint
+from .checkpoint import Checkpoint
 from .matrix import PrunableLinear
 
 DEQUANTIZED = ("bitsandbytes",)

@@ -14,7 +14,6 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from ..distributed.context import DistContext
 from ..methods.base import PruningMethod
 from ..methods.magnitude import Magnitude
 from ..methods.sparsity import Sparsity
@@ -23,7 +22,8 @@ from ..model.blocks import BlockRunner, Stop
 from ..model.linears import find_linears, watch_inputs
 from ..model.matrix import PrunableLinear
 from ..util.errors import UserError
-from .errors import TOKENS, TokenSample
+from ..util.ranks import DistContext
+from .output_error import TOKENS, TokenSample
 
 
 @dataclass

@@ -23,8 +23,8 @@ import torch
 import torch.distributed as torch_dist
 from torch import Tensor
 
-from ..util.command import environment_number
-from ..util.errors import UserError
+from .errors import UserError
+from .processes import environment_number
 
 JOINING = timedelta(seconds=60)  # launchers start all ranks at the same time
 WAITING = timedelta(hours=1)  # for a rank that solves, reads or writes for the others

@@ -31,8 +31,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from ..util.errors import UserError, first_line
-from ..util.files import PARTIAL, check_writable, exclusive_lock, sync, write_text
+from .errors import UserError, first_line
+from .files import PARTIAL, check_writable, exclusive_lock, sync, write_text
 
 JOB, LOCK = "job.json", ".lock"
 DECIDED = "decided"  # in job.json: values that the run itself derived from its input

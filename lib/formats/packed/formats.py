@@ -1,8 +1,8 @@
 """Formats of kept weights: the model's own dtype, or 4-bit integers times scales.
 
-A format is one object; FORMATS maps names to them. Packing, training and quantization use the same
-object. Only it knows which numbers a matrix can hold: which rows it takes, which scales fit, how a
-matrix is rounded, and whether one is on the grid.
+A format is one object. Packing, training and quantization use the same one. Only it knows which
+numbers a matrix can hold: which rows it takes, which scales fit, how a matrix is rounded, and
+whether one is on the grid.
 
 `Int4` has integers from -8 to 7, two in a byte, the first in the low bits, and a bfloat16 scale for
 each `group` of inputs of a row. Scales have five significant bits, so code times scale has at most
@@ -22,23 +22,13 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from .errors import PackedError
-from .layout import Packed, all_finite, keep, kept_of, look_up, places, row_offsets, tiles
+from .layout import Packed, all_finite, keep, kept_of, places, row_offsets, tiles
 
 SMALLEST = torch.finfo(torch.float32).tiny
 Tensors = dict[str, tuple[tuple[int, ...], torch.dtype | None]]  # shapes and dtypes, by name
 
 DROPPED_BITS = 19  # lowest bits of a float32; without them it has five significant bits
-TO_TOP = 13  # steps of five significant bits from 1/12 of a number to what rounds to 1/8 of it
-LARGEST = 2.0**12  # eight times this is a float16 number
-LEAST = 2.0**-24  # smallest float16 number
 CANDIDATES = 28  # steps of five significant bits from any number to three times that number
-
-# levels of iq4_nl by code, and the code of the level nearest to each multiple of 0.5 from -128
-LEVELS = torch.tensor(
-    [-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113], dtype=torch.float32
-)
-CODES = (torch.arange(-127.75, 128, 0.5)[:, None] - LEVELS).abs().argmin(1)
-CODES, NEAREST = CODES.to(torch.uint8), LEVELS[CODES]
 
 
 def check_finite(matrix: Tensor, bits: int) -> None:
@@ -55,7 +45,7 @@ class Values:
     group: int | None = None  # inputs that share a scale
     stored: torch.dtype | None = None  # dtype of `weight`; None: the matrix's own
     packs = True  # whether packed checkpoints can have this format
-    zero = True  # whether a matrix can have zeros beside other numbers
+    has_zero = True  # whether a matrix can have zeros beside other numbers
 
     def tensors(self, out_features: int, in_features: int, nnz: int) -> Tensors:
         """Return shapes and dtypes (None: the model's) of a matrix with `nnz` kept weights."""
@@ -100,7 +90,7 @@ class Values:
             tile = self._take(weight, index.clamp_(max=count - 1)).view(len(mask[part]), -1)
             tile = tile[:, :in_features].masked_fill_(~kept_of(mask[part], in_features), 0)
             if scale is not None:
-                tile = tile.float().mul_(self.spread_scales(scale[rows][part], in_features))
+                tile = tile.float().mul_(self.expand_scales(scale[rows][part], in_features))
             dense[part] = tile
         return dense
 
@@ -120,7 +110,7 @@ class Int4(Values):
     """Integers of four bits, with a scale for each `group` inputs of a row."""
 
     name = "int4"
-    title = "the 4-bit integers that are packed"
+    label = "the 4-bit integers that are packed"
     bits = 4
     group = 64
     stored = torch.uint8
@@ -138,7 +128,7 @@ class Int4(Values):
             "scale": ((out_features, self.n_groups(in_features)), torch.bfloat16),
         }
 
-    def takes(self, in_features: int) -> bool:
+    def supports_width(self, in_features: int) -> bool:
         """Return whether rows can have this number of weights."""
         return True
 
@@ -146,7 +136,7 @@ class Int4(Values):
         """Return the matrix (out, in) rounded to the best grid, float32."""
         return self.round_to(matrix, self.fit_scales(matrix))
 
-    def holds(self, matrix: Tensor) -> bool:
+    def is_on_grid(self, matrix: Tensor) -> bool:
         """Return whether all values of a matrix (out, in) are on a grid, so none would change."""
         return torch.equal(self.nearest(matrix), matrix.float())
 
@@ -158,7 +148,7 @@ class Int4(Values):
         """Return the number of scales per row."""
         return max(1, -(-in_features // self.group))
 
-    def spread_scales(self, scales: Tensor, in_features: int) -> Tensor:
+    def expand_scales(self, scales: Tensor, in_features: int) -> Tensor:
         """Repeat scales (out, groups) for each input: float32 (out, in)."""
         return scales.float().repeat_interleave(self.group, 1)[:, :in_features]
 
@@ -183,13 +173,13 @@ class Int4(Values):
         check_finite(matrix, 4)
         codes = matrix.new_empty(matrix.shape, dtype=torch.int8)
         for part in tiles(*matrix.shape, matrix.device):
-            steps = self.spread_scales(scales[part], matrix.shape[1])
+            steps = self.expand_scales(scales[part], matrix.shape[1])
             codes[part] = self.snap_(matrix[part].float().div(steps))
         return codes
 
     def round_to(self, matrix: Tensor, scales: Tensor) -> Tensor:
         """Return the matrix (out, in) rounded to the grid of `scales`, float32."""
-        return self.codes(matrix, scales).float().mul_(self.spread_scales(scales, matrix.shape[1]))
+        return self.codes(matrix, scales).float().mul_(self.expand_scales(scales, matrix.shape[1]))
 
     def encode(self, matrix: Tensor, scales: Tensor | None = None) -> Packed:
         """Return the packed form of a matrix (out, in), on the grid of `scales` or the best one.
@@ -222,7 +212,7 @@ class Int4(Values):
         unit = ((largest.view(torch.int32) >> 23).clamp(27, 227) << 23).view(torch.float32)
         weights, first = weights / unit, largest / unit
         first = (first / (-1.5 * self.lowest)).clamp_min(SMALLEST / unit)
-        best = self._nearest(weights, _steps(first, CANDIDATES), costs)
+        best = self._nearest(weights, significant_steps(first, CANDIDATES), costs)
         return torch.where(largest > 0, best * unit, 1).squeeze(2)
 
     def _nearest(
@@ -249,171 +239,10 @@ class Int4(Values):
         return (codes ^ 8).view(torch.int8).sub_(8)
 
 
-class Q4_0(Int4):
-    """llama.cpp's q4_0, in numbers that its own rule reproduces; packing does not use it.
-
-    For a block of 32 inputs, that rule takes d = (the value of largest magnitude) / -8 in float16,
-    and the nearest codes. Here a scale is a float16 number of either sign with five significant
-    bits, and one code of every block is -8, unless all its values are 0. bfloat16 holds the values,
-    and any converter finds the same scales and codes, so conversion changes no value. The scale
-    with the least squared error is chosen, which is closer to the weights than the rule's.
-    """
-
-    name = "q4_0"
-    title = "llama.cpp's q4_0"
-    group = 32
-    packs = False
-    rule = True  # whether llama.cpp's own rule finds its scales and codes
-    promise = "conversion by llama.cpp will change no value of"
-
-    def takes(self, in_features: int) -> bool:
-        """Return whether rows are whole blocks; llama.cpp leaves others at 16 bits."""
-        return in_features % self.group == 0
-
-    def round_to(self, matrix: Tensor, scales: Tensor) -> Tensor:
-        """Return the matrix (out, in) rounded to the grid, float32, with a code -8 in every block.
-
-        A block that no longer fits its scale, since its weights have changed, gets a new one.
-        """
-        check_finite(matrix, 4)
-        rounded = matrix.new_empty(matrix.shape, dtype=torch.float32)
-        for part in tiles(*matrix.shape, matrix.device):
-            blocks = matrix[part].float().reshape(-1, self.group)
-            steps = scales[part].float().reshape(-1, 1)
-            codes = blocks / steps
-            lowest, place = codes.min(1, keepdim=True)
-            far = lowest.squeeze(1) > self.lowest / 2
-            if bool(far.any()):
-                steps = steps.masked_scatter(far[:, None], self._fit(blocks[far], None).float())
-                lowest, place = torch.div(blocks, steps, out=codes).min(1, keepdim=True)
-            self.snap_(codes).add_(0)  # turns -0 into 0, as the rule has no -0
-            least = codes.gather(1, place).masked_fill_(lowest <= self.lowest / 2, self.lowest)
-            rounded[part] = codes.scatter_(1, place, least).mul_(steps).view(-1, matrix.shape[1])
-        return rounded
-
-    def _fit(self, tile: Tensor, costs: Tensor | None) -> Tensor:
-        blocks, top = self._blocks(tile)
-        scales = (
-            scale.clamp_(-LARGEST, LARGEST).half().float()
-            for scale in _steps(top / (1.5 * self.lowest), TO_TOP)
-        )
-
-        def may(scale: Tensor) -> Tensor:
-            return (top / scale <= self.lowest + 0.5) & (scale != 0)
-
-        return self._nearest(blocks, scales, costs, may).squeeze(2)
-
-    def _blocks(self, tile: Tensor) -> tuple[Tensor, Tensor]:
-        """Return blocks (rows, groups, group) of a tile, and each one's largest value."""
-        blocks = tile.reshape(len(tile), tile.shape[1] // self.group, self.group)
-        return blocks, blocks.gather(2, blocks.abs().argmax(2, keepdim=True))
-
-
-class IQ4_NL(Q4_0):
-    """llama.cpp's iq4_nl: sixteen uneven levels without 0, in as many bytes as q4_0.
-
-    A block of 32 inputs has a scale d, a float16 number of either sign with few significant bits,
-    and the values d * level, rounded to bfloat16. A model holds and saves these values in any
-    dtype. Few scales are near the largest value divided by a level, so the scale that gives the
-    values is found again, and with it the codes. llama.cpp's own rule would find others, so blocks
-    are written as bytes. A block of zeros has scale 0. More than six bits do not reduce the error.
-    """
-
-    name = "iq4_nl"
-    title = "llama.cpp's iq4_nl"
-    scaled = torch.float16
-    zero = False
-    rule = False
-    promise = "gguf --type iq4_nl will write the scales and codes of"
-
-    def __init__(self, scale_bits: int = 6) -> None:
-        self.dropped = 24 - scale_bits  # lowest bits of a float32 that scales do not have
-        self.reach = 2**scale_bits >> 8  # scales to each side that may give the same values
-
-    def snap_(self, values: Tensor) -> Tensor:
-        return values.copy_(look_up(NEAREST, _halves(values)))
-
-    def round_to(self, matrix: Tensor, scales: Tensor) -> Tensor:
-        """Return the matrix (out, in) rounded to the grid of `scales`, and to bfloat16; float32."""
-        return Int4.round_to(self, matrix, scales).bfloat16().float().add_(0)  # no -0
-
-    def holds(self, matrix: Tensor) -> bool:
-        return bool(self.read(matrix)[1].all())
-
-    def read(self, matrix: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the scales (out, groups) of a matrix (out, in), and which blocks have one."""
-        scales = matrix.new_zeros(len(matrix), self.n_groups(matrix.shape[1]), dtype=self.scaled)
-        held = torch.zeros_like(scales, dtype=torch.bool)
-        for part in tiles(*matrix.shape, matrix.device):
-            blocks, top = (each.flatten(0, 1) for each in self._blocks(matrix[part].float()))
-            its, done = top.new_zeros(len(top)), top[:, 0] == 0
-            for level in sorted(LEVELS.tolist(), key=abs, reverse=True):
-                nearest = (top / level).view(torch.int32).add_(1 << self.dropped - 1)
-                first = (nearest >> self.dropped) - self.reach << self.dropped
-                for scale in _steps(first.view(torch.float32), 2 * self.reach + 1, self.dropped):
-                    left = (~done).nonzero()[:, 0]
-                    scale, block = scale[left].half().float(), blocks[left]
-                    gives = (self.round_to(block, scale) == block).all(1)
-                    its[left[gives]], done[left[gives]] = scale[gives, 0], True
-            scales[part], held[part] = (each.view(scales[part].shape) for each in (its, done))
-        return scales, held
-
-    def to_bytes(self, matrix: Tensor) -> Tensor:
-        """Return the blocks of a matrix (out, in) as llama.cpp stores them: uint8 (blocks, 18).
-
-        Raises PackedError if a block is not on the grid.
-        """
-        scales, held = self.read(matrix)
-        if not bool(held.all()):
-            raise PackedError(f"its values are not on the grid of {self.name}")
-        levels = self.codes(matrix, scales).view(-1, self.group).float()
-        codes = look_up(CODES, _halves(levels))
-        pairs = codes[:, :16] | codes[:, 16:] << 4
-        return torch.cat([scales.view(-1, 1).view(torch.uint8), pairs], 1)
-
-    def _fit(self, tile: Tensor, costs: Tensor | None) -> Tensor:
-        blocks, top = self._blocks(tile)
-        count = 5 * 2 ** (24 - self.dropped) // 16 + 2  # steps from a number to 1.4 times it
-        scales = (  # float16 numbers; 127 times the largest is one too
-            scale.abs().clamp_(LEAST, 256).half().float().copysign(scale)
-            for end in (LEVELS[0], LEVELS[-1])
-            for scale in _steps(top / (1.25 * end), count, self.dropped)
-        )
-        best = self._nearest(blocks, scales, costs)
-        return torch.where(top.abs() < LEAST, 0, best).squeeze(2)
-
-
-def _halves(values: Tensor) -> Tensor:
-    """Return the index of float32 values in CODES and NEAREST; for 0 / 0 that of level 1."""
-    return (values + 128).mul_(2).nan_to_num_(256).clamp_(0, len(CODES) - 1)
-
-
-def _steps(first: Tensor, count: int, dropped: int = DROPPED_BITS) -> Iterator[Tensor]:
+def significant_steps(first: Tensor, count: int, dropped: int = DROPPED_BITS) -> Iterator[Tensor]:
     """Yield numbers with few significant bits, from that at or below `first` away from zero."""
     bits = first.view(torch.int32) >> dropped
     return ((bits + step << dropped).view(torch.float32) for step in range(count))
 
 
-class Grid:
-    """The numbers of a format that a matrix can hold, given its scales (out, groups).
-
-    `transposed`: the matrix is (in, out), as in GPT-2's Conv1D and in solvers. The rows of a stack
-    of matrices, such as experts, count as those of one matrix.
-    """
-
-    def __init__(self, form: Int4, transposed: bool, scales: Tensor) -> None:
-        self.form, self.transposed, self.scales = form, transposed, scales
-
-    def rounded(self, weight: Tensor) -> Tensor:
-        """Return a weight rounded to the grid, float32."""
-        rows = self._oriented(weight)
-        values = self.form.round_to(rows.flatten(0, -2), self.scales)
-        return self._oriented(values.view(rows.shape))
-
-    def _oriented(self, weight: Tensor) -> Tensor:
-        return weight.mT if self.transposed else weight
-
-
-FORMATS: dict[str, Values | Int4] = {fmt.name: fmt for fmt in (Values(), Int4(), Q4_0(), IQ4_NL())}
-PACKED = {fmt.bits: fmt for fmt in FORMATS.values() if fmt.packs}  # formats of packed checkpoints
-GRIDS = {fmt.name: fmt for fmt in FORMATS.values() if not fmt.packs}  # llama.cpp's types
+PACKED = {fmt.bits: fmt for fmt in (Values(), Int4())}  # by bits, for packed checkpoints

@@ -17,9 +17,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from ..model.blocks import BlockRunner
 from ..util.errors import UserError
 from ..util.files import check_writable
+from .blocks import BlockRunner
 
 SHAPES = "shapes"  # metadata key
 

@@ -1,9 +1,9 @@
 """Choose the sparsity of each linear layer, at an equal total, by its effect on the predictions.
 
-An error in output i of a linear layer costs F_i times its square (lib/pruning/fisher.py). If inputs
-are taken as uncorrelated, as in Wanda, pruning W_ij costs F_i W_ij^2 |X_j|^2. D(s) is the sum of
-the lowest of these costs, up to a share s of the layer's weights. A method that adjusts the kept
-weights does better, and the more weights it keeps, the better. At the requested sparsity r its
+An error in output i of a linear layer costs F_i times its square (lib/calibration/fisher.py). If
+inputs are taken as uncorrelated, as in Wanda, pruning W_ij costs F_i W_ij^2 |X_j|^2. D(s) is the
+sum of the lowest of these costs, up to a share s of the layer's weights. A method that adjusts the
+kept weights does better, and the more weights it keeps, the better. At the requested sparsity r its
 error is taken to be D(r), and to grow from there as
 
     C(s) = D(r) (D(s) / D(r))^GROWTH.
@@ -34,9 +34,9 @@ from torch import Tensor, nn
 from ..methods.sparsity import ALLOCATIONS, Sparsity
 from ..model.blocks import BlockRunner
 from ..model.linears import experts_implementation, find_linears
-from ..model.run_folder import ALLOCATION
 from ..util.deterministic import deterministic
 from ..util.errors import UserError, first_line
+from ..util.resume import ALLOCATION
 from .fisher import FisherDiagonal, backward_pass
 from .inputs import first_names, rank_windows, weight_key
 from .owl import by_outliers

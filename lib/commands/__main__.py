@@ -9,8 +9,9 @@ import os
 import re
 import sys
 
-from ..util.command import CALLED, PACKAGE, Parser, main_of, run
+from ..util.cli import CALLED, Parser, run
 from ..util.errors import UserError
+from ..util.processes import PACKAGE, main_of
 
 LIST = """\
 NAME ..., where NAME is a command; NAME --help lists its flags

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from .quirks import TOKEN_ID_FIELDS
+from ..util.quirks import TOKEN_ID_FIELDS
 
 
 def find_token_ids(fields: Mapping[str, Any]) -> set[int]:

@@ -6,8 +6,8 @@ from collections.abc import Container, Mapping
 from typing import Any
 
 from ..methods.sparsity import Sparsity
-from ..model.blocks import BlockRunner
 from ..util.errors import UserError
+from .blocks import BlockRunner
 
 
 class SparsityCheck:

@@ -28,10 +28,10 @@ from tokenizers import decoders, pre_tokenizers
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from ..util.errors import UserError
-from ..util.token_ids import map_token_ids
 from .languages import script_of
+from .sentencepiece import BYTE_TOKENS, CHECK, check_of
 from .templates import dated_texts, examples
-from .tokenizer_model import BYTE_TOKENS, CHECK, check_of
+from .token_ids import map_token_ids
 
 FLAG = "--trim_vocabulary"
 TEMPLATE = 2**16  # longest accepted chat template, in characters; several times the longest in use
@@ -94,23 +94,23 @@ class TrimmableTokenizer:
     def __init__(self, tokenizer: PreTrainedTokenizerBase, name: str) -> None:
         if not getattr(tokenizer, "is_fast", False):
             kind = type(tokenizer).__name__
-            raise _refused(name, f"a {kind} without a tokenizer.json")
+            raise _unsupported(name, f"a {kind} without a tokenizer.json")
         self.tokenizer, self.name = tokenizer, name
         self.data: dict[str, Any] = json.loads(as_loaded(tokenizer).backend_tokenizer.to_str())
         model = self.data["model"]
         self.kind = model.get("type")
         if self.kind not in ("BPE", "Unigram"):
-            raise _refused(name, f"of the kind {self.kind}")
+            raise _unsupported(name, f"of the kind {self.kind}")
         for affix in ("continuing_subword_prefix", "end_of_word_suffix"):
             if model.get(affix):
-                raise _refused(name, f"BPE with {affix} {model[affix]!r}")
+                raise _unsupported(name, f"BPE with {affix} {model[affix]!r}")
         self.token_to_id: dict[str, int] = tokenizer.get_vocab()
         self.id_to_token = {index: token for token, index in self.token_to_id.items()}
         vocab = model["vocab"]
         # tokens of the model; the others are added tokens
         self.model_tokens = [t for t, _ in vocab] if self.kind == "Unigram" else list(vocab)
         if len(set(self.model_tokens)) < len(self.model_tokens):
-            raise _refused(name, "one with duplicate tokens")
+            raise _unsupported(name, "one with duplicate tokens")
         self.parts: dict[int, set[int]] = {}  # cache of `merge_parts`
         self.ranks: dict[tuple[str, str], int] = {}
         for rank, merge in enumerate(model.get("merges") or ()):
@@ -286,7 +286,7 @@ class TrimmableTokenizer:
         return trimmed
 
 
-def _refused(name: str, what: str) -> UserError:
+def _unsupported(name: str, what: str) -> UserError:
     return UserError(
         FLAG,
         f"the tokenizer of {name} is {what}, and only fast BPE and Unigram tokenizers "

@@ -25,15 +25,15 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from ..data.sources import mixture_name, parse_sources
-from ..methods.registry import METHODS, WITHOUT_NEURONS, label
-from ..methods.sparsity import NEURONS, SMALLER, TYPES
-from ..run.flags import FLAGS, METHOD, build_parser, check_flags, named, without
-from ..run.results import RESULTS
-from ..util import command
-from ..util.command import call
-from ..util.errors import UserError
-from ..util.files import check_writable, write_text
+from ...data.sources import mixture_name, parse_sources
+from ...methods.registry import METHODS, WITHOUT_NEURONS, label
+from ...methods.sparsity import NEURONS, SMALLER, TYPES
+from ...run.flags import FLAGS, METHOD, build_parser, check_flags, named, without
+from ...run.results import RESULTS
+from ...util.cli import make_parser, split_argv
+from ...util.errors import UserError
+from ...util.files import check_writable, write_text
+from ...util.processes import call
 
 SHARED = ".dense-states"  # folder in --out: the dense models' states, for all runs
 SET_BY_SWEEP = "sweep sets this flag", "Use the flags of sweep"  # problem and fix
@@ -42,7 +42,7 @@ DATE = "date.txt"  # file in --out: the date for chat templates, also if continu
 
 def build_sweep_parser() -> argparse.ArgumentParser:
     epilog = "Flags after -- go to every run of main.py, such as: -- --nsamples 64 --device cpu"
-    parser = command.make_parser("sweep", __doc__, epilog=epilog)
+    parser = make_parser("sweep", __doc__, epilog=epilog)
 
     def several(name: str, text: str, **options) -> None:
         parser.add_argument(f"--{name}", nargs="+", help=text, **options)
@@ -68,7 +68,7 @@ def build_sweep_parser() -> argparse.ArgumentParser:
 
 def plan(args: argparse.Namespace, passed_on: Sequence[str]) -> dict[str, list[str]]:
     """Return {name of a run: its flags of main.py}, model by model; all flags are checked."""
-    from ..run.windows import default_tests  # imports torch, which a wrong flag does not need
+    from ...run.windows import default_tests  # imports torch, which a wrong flag does not need
 
     parser = build_parser()
     for flag in (word.split("=")[0] for word in passed_on):
@@ -217,7 +217,7 @@ def run_all(runs: Mapping[str, Sequence[str]], out: str, report: str | None = No
             folder.mkdir(parents=True, exist_ok=True)
             start = time.time()
             try:
-                status = call("commands.sweep_run", shared, "--", *dated, *flags)
+                status = call("commands.sweep.run", shared, "--", *dated, *flags)
             except KeyboardInterrupt:
                 raise KeyboardInterrupt("the same command continues") from None
             if status:
@@ -239,6 +239,6 @@ def run_all(runs: Mapping[str, Sequence[str]], out: str, report: str | None = No
 
 
 def main(argv: list[str]) -> None:
-    argv, passed_on = command.split_argv(argv)
+    argv, passed_on = split_argv(argv)
     args = build_sweep_parser().parse_args(argv)
     run_all(plan(args, passed_on), args.out)

@@ -21,13 +21,14 @@ import torch.distributed as torch_dist
 from accelerate.hooks import add_hook_to_module, remove_hook_from_module
 from torch import Tensor, nn
 
-from .distributed.context import DistContext
-from .model.blocks import BlockRunner
-from .model.linears import find_linears
-from .model.run_folder import RECOVERY, RunFolder
-from .model.store import FetchHook, FileBlockStore, remove_hook, set_tensor
-from .packed.formats import Grid
-from .util.errors import UserError
+from ..formats.grids import Grid
+from ..model.blocks import BlockRunner
+from ..model.linears import find_linears
+from ..model.store import set_tensor
+from ..util.errors import UserError
+from ..util.ranks import DistContext
+from ..util.resume import RECOVERY, RunFolder
+from .store import FetchHook, FileBlockStore, remove_hook
 
 
 def is_sharded(runner: BlockRunner) -> bool:
@@ -261,7 +262,7 @@ class ShardedStore(FileBlockStore):
     """
 
     zero_copy = False
-    together = True
+    collective = True
 
     def __init__(self, files: FileBlockStore) -> None:
         vars(self).update(vars(files))  # shares the list `places`, which `close` writes

@@ -1,0 +1,1 @@
+"""What calibration windows show: inputs of layers, their order, errors, ratios."""

@@ -1,1 +1,0 @@
-"""Several processes for one job, started by torchrun or accelerate launch."""

@@ -1,0 +1,1 @@
+"""Forms of weights: llama.cpp's types, and packed ones."""

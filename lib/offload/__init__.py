@@ -1,0 +1,1 @@
+"""Weights outside the device: in files, or in shards on other ranks."""

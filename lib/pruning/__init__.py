@@ -1,1 +1,0 @@
-"""Calibration and pruning of one decoder block at a time."""
