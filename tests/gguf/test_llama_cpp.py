@@ -192,7 +192,7 @@ def test_another_model_predicts_otherwise(files: dict, llama: Path, tmp_path: Pa
     ):
         file = changed(files[weight_type], tmp_path / "file", change)
         line = refused(verify_predictions, llama, {weight_type: file}, windows, letter)
-        assert f"in {weight_type} differ by" in line
+        assert f"in {weight_type}: they differ by" in line
 
 
 def test_other_tokens(files: dict, llama: Path, tmp_path: Path) -> None:
