@@ -22,6 +22,7 @@ from tqdm import tqdm
 import lib.run.steps  # noqa: F401
 import main  # noqa: F401
 from lib.offload.store import FileBlockStore
+from lib.util import processes
 from lib.util.cli import run
 from lib.util.errors import UserError
 
@@ -53,8 +54,10 @@ def work(
     status, (what, _, how) = 0, fault.partition(":")
     label, _, number = what.rpartition(" ")
     module, fails = import_module(program), partial(_fail, how)
-    if fault and hasattr(module, "call"):
-        module.call = call_here
+    if fault:
+        processes.call = call_here
+        if hasattr(module, "call"):
+            module.call = call_here
     if label == "at once":
         fails()
     with at(label, int(number), fails) if fault else nullcontext():

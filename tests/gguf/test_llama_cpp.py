@@ -192,7 +192,7 @@ def test_another_model_predicts_otherwise(files: dict, llama: Path, tmp_path: Pa
     ):
         file = changed(files[weight_type], tmp_path / "file", change)
         line = refused(verify_predictions, llama, {weight_type: file}, windows, letter)
-        assert f"in {weight_type} differ by" in line
+        assert f"in {weight_type}: they differ by" in line
 
 
 def test_other_tokens(files: dict, llama: Path, tmp_path: Path) -> None:
@@ -209,7 +209,7 @@ def test_blocks_that_llama_cpp_takes_for_others_end_it(texts: Path, tmp_path: Pa
     fields = whole.WIDTHS | tiny.WIDE | tiny.MIXED  # the second block's attention is full
     folder = whole.write_whole(tmp_path / "model", "gemma3_text", fields, whole.gemma())
     line = refused(convert, folder, texts, tmp_path / "model.gguf", "--type", "q4_0")
-    assert "model.gguf: it is not written: " in line and "in f32 differ by" in line
+    assert "model.gguf: it is not written: " in line and "in f32: they differ by" in line
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
 
 

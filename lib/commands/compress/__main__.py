@@ -148,8 +148,8 @@ def measure_original(run: Compression) -> None:
     if run.has(DENSE):
         return
     run.announce("Measuring the original model")
-    flags = ["--model", run.args.model, *run.plan.common, "--completions", "0"]
-    run.run_main([*flags, "--eval_data", *run.plan.tests, "--eval_only"], DENSE, NO_RESULT)
+    flags = ["--model", run.args.model, *run.plan.common, "--completions", "0", "--eval_only"]
+    run.run_main([*flags, "--eval_data", *run.plan.tests], DENSE, NO_RESULT)
 
 
 def make_small(run: Compression) -> None:
@@ -253,7 +253,8 @@ def measured(run: Compression, models: dict[str, str]) -> dict[str, dict[str, st
     from .measure import ROWS
 
     dtype = dtype_name(checkpoint_dtype(load_config(Checkpoint(run.args.out))))  # of both
-    options = {name: getattr(run.parsed, name) for name in ("cache_dir", "trust_remote_code")}
+    cache, trusts = run.checkpoint.cache_dir, run.checkpoint.trust_remote_code
+    options = dict(cache_dir=cache, trust_remote_code=trusts)
     file, rows = run.folder / "figures.json", {row: {} for row in ROWS}
     for column, model in models.items():
         argv = model, file, json.dumps([run.device, dtype, options])
