@@ -4,11 +4,13 @@ For researchers; the tables are also written for LaTeX.
     bash launch.sh report RUN [RUN ...] [--against dense] [--latex FILE] [--csv FILE] [--out FOLDER]
 
 A RUN is a run's `--save` folder, or a folder of such folders. Tables and pictures go to report.md,
-unrounded figures to report.csv, differences to differences.csv. The terminal shows the tables.
+unrounded figures to report.csv, differences to differences.csv. The terminal shows
+the columns that fit.
 """
 
 from __future__ import annotations
 
+import shutil
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -41,7 +43,7 @@ def main(argv: list[str]) -> None:
     more = [args.against] if args.against not in (None, DENSE) else []
     runs = load_runs([*args.runs, *more])
     print(write_report(runs, Path(args.out), args.against, args.latex, args.csv))
-    print(f"wrote {args.out}/report.md", file=sys.stderr)
+    print(f"wrote {args.out}/report.md, with all columns", file=sys.stderr)
 
 
 def write_report(
@@ -51,7 +53,7 @@ def write_report(
     latex_file: str | None = None,
     csv_file: str | None = None,
 ) -> str:
-    """Write report.md, report.csv, differences.csv and pictures into `out`; return the tables.
+    """Write report.md, report.csv, differences.csv and pictures into `out`; return what is printed.
 
     `latex_file` gets the tables for LaTeX, `csv_file` all settings of every run. Raises UserError
     if no row is that of `against`.
@@ -82,7 +84,7 @@ def write_report(
         write_text(Path(latex_file), latex(models))
     if csv_file:
         write_text(Path(csv_file), all_settings(runs).to_csv(index=False))
-    return text
+    return report_text(models, shutil.get_terminal_size().columns)
 
 
 def _write_pictures(by_model: Sequence[DataFrame], runs: Runs, out: Path) -> Iterator[str]:

@@ -47,6 +47,7 @@ Differences: of the loss or of KL from the dense model, in nats per token, paire
 Brackets: 95% intervals, each by itself, over documents and seeds; with one seed for that draw only.
 p is corrected by Holm's rule over the table. {NOT_SIGNIFICANT}: not significant, as p is {LIMIT} or
 more, or the test has only one document.""".replace("\n", " ")
+LEFT_OUT = "bits/byte", "s.e.", "seeds", "MB", "zeros", "agreement", "KL", "rise"  # first to last
 FITTED = "\\medskip\\resizebox{\\ifdim\\width>\\linewidth\\linewidth\\else\\width\\fi}{!}{%\n"
 
 
@@ -68,8 +69,11 @@ class Compared(NamedTuple):
         return "\n\n".join(filter(None, parts))
 
 
-def report_text(models: Sequence[Compared]) -> str:
-    """Return all runs as Markdown: one table, or one for each model and vocabulary."""
+def report_text(models: Sequence[Compared], width: int | None = None) -> str:
+    """Return all runs as Markdown: one table, or one for each model and vocabulary.
+
+    Columns that do not fit into `width` characters are left out.
+    """
     parts, titles = [], set()
     if len(models) > 1:
         parts.append(
@@ -77,7 +81,7 @@ def report_text(models: Sequence[Compared]) -> str:
             "their runs are of different models or vocabularies."
         )
     for model in models:
-        table, columns = model.table, _columns(model.table)
+        table, columns = model.table, _fitting(_columns(model.table), width)
         titles |= {title for _, title in columns}
         tests = ", ".join(dict.fromkeys(table["measured_on"]))
         about = [table["model"][0], *filter(None, table["vocabulary"][:1]), f"measured on {tests}"]
@@ -105,6 +109,15 @@ def _columns(table: DataFrame) -> Columns:
     tasks = (name for name in table if name.startswith(TASK) and not name.endswith("_deviation"))
     columns |= {("", name.removeprefix(TASK)): _cells(rows, name, ".4f") for name in tasks}
     return {key: cells for key, cells in columns.items() if set(cells) != {EMPTY}}
+
+
+def _fitting(columns: Columns, width: int | None) -> Columns:
+    """Return the columns that fit into `width` characters, less important ones left out first."""
+    for title in LEFT_OUT:
+        if width is None or len(_markdown(columns, 3).partition("\n")[0]) <= width:
+            break
+        columns = {key: cells for key, cells in columns.items() if key[1] != title}
+    return columns
 
 
 def _cells(lines: DataFrame, name: str, form: str, unit: float = 1) -> list[str]:
