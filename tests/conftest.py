@@ -9,6 +9,7 @@ from pathlib import Path
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
+os.environ["COLUMNS"] = "80"  # of the terminal, wherever tests are started
 os.environ["OMP_NUM_THREADS"] = "1"  # on tensors this small a second thread only waits
 os.environ["TORCH_CPP_LOG_LEVEL"] = "FATAL"  # as main.py sets it for several ranks
 

@@ -125,6 +125,7 @@ def test_the_first_goes_on_alone(monkeypatch: pytest.MonkeyPatch) -> None:
 # --- what is continued
 
 
+@pytest.mark.full
 def test_a_run_is_continued_by_another_number_of_ranks(place: Path, tmp_path: Path) -> None:
     argv = [*flags("sparsegpt", tmp_path), "--resume", tmp_path / "kept"]
     done = ended(together(3, [argv], place, {0: "prune 1:SIGKILL"}))

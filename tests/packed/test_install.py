@@ -62,6 +62,7 @@ def packed_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.mark.full
 def test_a_packed_checkpoint_loads_as_the_card_says(
     installed: Path, packed_folder: Path, tmp_path: Path
 ) -> None:
@@ -152,8 +153,13 @@ assert not {"lib", "main"} & set(sys.modules)
     "order",
     [
         "from langprune.prune import prune",
-        "import langprune.main, langprune.quantize\nfrom langprune.prune import prune",
-        "import langprune\nassert 'torch' not in sys.modules\nfrom langprune.prune import prune",
+        *(
+            pytest.param(f"{first}\nfrom langprune.prune import prune", marks=pytest.mark.full)
+            for first in (
+                "import langprune.main, langprune.quantize",
+                "import langprune\nassert 'torch' not in sys.modules",
+            )
+        ),
     ],
 )
 def test_the_call_of_the_library_whatever_was_imported_first(
