@@ -126,7 +126,7 @@ def call(command: list) -> None:
     command = [str(part) for part in command]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     if done.returncode:
-        raise UserError(f"{' '.join(command[:4])} ... failed:\n{done.stderr[-2000:]}")
+        raise UserError(" ".join(command[:4]), f"it failed:\n{done.stderr[-2000:]}", "")
 
 
 def peer_python(env: Path) -> Path:

@@ -111,7 +111,7 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--json", type=Path, help="add the figures to this file too")
     args = parser.parse_args(argv)
     if not args.packages.is_dir():
-        raise UserError(f"--packages {args.packages}: no such folder; see the command at the top")
+        raise UserError(f"--packages {args.packages}", "no such folder exists", "See --help")
     quiet()
     sources = parse_sources(args.data, "--data")
     names = [source.name for source in sources]

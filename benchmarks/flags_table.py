@@ -61,7 +61,7 @@ def main(argv: list[str]) -> None:
         lambda at: f"<!-- flags: {at[1]} -->\n{table(PARSERS[at[1]]())}\n<!-- end -->", old
     )
     if new != old and args.check:
-        raise UserError("docs/usage.md is stale. Run python benchmarks/flags_table.py")
+        raise UserError("docs/usage.md", "it is stale", "Run python benchmarks/flags_table.py")
     if new != old:
         PAGE.write_text(new, "utf-8")
 

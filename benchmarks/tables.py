@@ -783,7 +783,7 @@ def filled(text: str) -> str:
 
     def made(found: re.Match[str]) -> str:
         if found[1] not in TABLES:
-            raise UserError(f"table {found[1]}: no function of benchmarks/tables.py makes it")
+            raise UserError(f"table {found[1]}", "no function of benchmarks/tables.py makes it", "")
         source, make = TABLES[found[1]]
         return f"<!-- table: {found[1]} ({source}) -->\n{make()}\n<!-- end -->"
 
@@ -798,7 +798,7 @@ def main(argv: list[str]) -> None:
     stale = [page for page in pages if filled(text := page.read_text("utf-8")) != text]
     names = " ".join(str(page.relative_to(ROOT)) for page in stale)
     if check and stale:
-        raise UserError(f"stale tables in {names}. Run python benchmarks/tables.py")
+        raise UserError(names, "a table is stale", "Run python benchmarks/tables.py")
     if not check:
         for page in stale:
             page.write_text(filled(page.read_text("utf-8")), "utf-8")

@@ -149,7 +149,7 @@ def quickly(runs, monkeypatch: pytest.MonkeyPatch) -> None:
                 return runs.submit(function, **arguments).result(LIMIT)
             return function(**arguments)
         except Exception as error:
-            raise UserError(f"{what}: {error}") from error
+            raise UserError(what, str(error), "Please report this") from error
 
     for caller in (convert, verify):
         monkeypatch.setattr(caller, "run_child", here)

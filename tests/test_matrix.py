@@ -42,7 +42,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Place:
     return Place(tmp_path_factory.mktemp("matrix"))
 
 
-@pytest.mark.parametrize(("kind", "way"), matrix.parameters(WAYS, DEFAULT))
+@pytest.mark.parametrize(("kind", "way"), [*matrix.parameters(WAYS, DEFAULT)])
 def test_the_same_model(
     kind: str, way: str, place: Place, tmp_path: Path, request: pytest.FixtureRequest
 ) -> None:

@@ -77,4 +77,4 @@ def _fail(how: str) -> None:
         own = FileBlockStore.fetch
         FileBlockStore.fetch = lambda self, index: time.sleep(0.15) or own(self, index)
     else:
-        raise RuntimeError(how) if how == "defect" else UserError(how)
+        raise RuntimeError(how) if how == "defect" else UserError(how, "as the test asks", "")

@@ -13,18 +13,16 @@ class UserError(ValueError):
     """A mistake of the user or a fault of the environment, reported in one line.
 
     `what` is what is wrong: a flag with its value, a file, a layer. `problem` is a sentence about
-    it and `fix` the way out, both without a final period. `main.py` prints `what: problem. fix.`
-    without a traceback (unless `--debug`) and exits with status 1.
+    it and `fix` the way out, if there is one, both without a final period. `main.py` prints
+    `what: problem. fix.` without a traceback (unless `--debug`) and exits with status 1.
     """
 
-    def __init__(self, what: str, problem: str = "", fix: str = "") -> None:
+    def __init__(self, what: str, problem: str, fix: str) -> None:
         super().__init__(what, problem, fix)  # all three, so that another process can unpickle it
         self.what, self.problem, self.fix = what, problem, fix
 
     def __str__(self) -> str:
-        if not self.problem:
-            return self.what
-        return f"{self.what}: {self.problem}." + (f" {self.fix}." if self.fix else "")
+        return f"{self.what}: {self.problem}." + f" {self.fix}." * bool(self.fix)
 
     def inside(self, place: str) -> UserError:
         """Return the same error, with the place where it was raised before `what`."""

@@ -215,7 +215,7 @@ def test_an_error_of_one_rank_is_reported_once(how: str, place: Path, tmp_path: 
         assert "Traceback" in done[0].err and "RuntimeError: defect" in done[0].complaints[-1]
     else:
         [line] = done[0].complaints
-        assert re.fullmatch(r"error: model\.layers\.0\..*: no solution", line)
+        assert re.fullmatch(r"error: model\.layers\.0\..*: no solution: as the test asks\.", line)
 
 
 # --- what is refused, before any change
@@ -240,7 +240,9 @@ def test_more_ranks_than_experts_are_refused(place: Path, tmp_path: Path) -> Non
 def test_what_one_can_not_hold_all_refuse(rank: int, place: Path, tmp_path: Path) -> None:
     faults = {rank: "check memory 0:no room for training"}
     done = ended(together(2, [flags("trained", tmp_path)], place, faults))
-    assert done[0].status == FAILED and complaints(done) == ["error: no room for training"]
+    assert done[0].status == FAILED and complaints(done) == [
+        "error: no room for training: as the test asks."
+    ]
     assert not list(tmp_path.iterdir())
 
 
