@@ -41,9 +41,7 @@ def test_every_name_of_the_list_is_there(place: Path) -> None:
         program = console.program(name)
         assert find_spec(program if name == "prune" else f"lib.{program}"), name
     files = {file.stem for file in (ROOT / "lib/commands").iterdir() if file.suffix != ".md"}
-    inner = set(
-        "__init__ __main__ __pycache__ significance demo_texts sweep_run model_folder".split()
-    )
+    inner = set("__init__ __main__ __pycache__ demo_texts model_folder".split())
     assert files - inner < set(names)
 
 

@@ -101,7 +101,8 @@ def check_file(kind: str, plain: Path, folder: Path) -> None:
     """No value on the grid changes in a file, by which llama.cpp predicts as transformers does."""
     grid = next((form for form in matrix.GRIDS if has(kind, form)), None)
     file = folder / "model.gguf"
-    succeed(plain / "model", file, "--type", grid or "bf16", program=program_of("gguf"))
+    exact = "bf16" if KINDS[kind].startswith("bfloat16") else "f32"
+    succeed(plain / "model", file, "--type", grid or exact, program=program_of("gguf"))
     proof = json.loads(file.with_name("model.gguf.json").read_text("utf-8"))["proof"]
     counts = proof["tensors"]["changed"]
     if grid:

@@ -205,6 +205,6 @@ def test_what_the_dense_models_states_depend_on(tmp_path: Path) -> None:
     ):
         where = ["--save", tmp_path / str(kept), *more]
         (tmp_path / str(kept)).mkdir(exist_ok=True)
-        succeed(tmp_path / "shared", "--", *GIVEN, *where, program=program_of("sweep_run"))
+        succeed(tmp_path / "shared", "--", *GIVEN, *where, program=program_of("sweep.run"))
         kept += new
         assert len(list((tmp_path / "shared").glob("dense-*"))) == kept, more

@@ -7,7 +7,7 @@ For researchers who compare methods, calibration texts or settings.
 Flags after `--` go to every run of main.py that they concern. A place that is written, such as
 --save_masks runs/masks.safetensors, becomes one for each run, runs/MODEL/RUN/masks.safetensors.
 Each value of a `--vary` gives separate runs, also of the dense model if its figures depend on that
-flag. Each run is a process with a folder in `--out` (see sweep_run.py). Finished runs are kept, so
+flag. Each run is a process with a folder in `--out` (see run.py). Finished runs are kept, so
 the same command continues after an interruption and retries failed runs. A report on all runs ends
 the sweep.
 """
