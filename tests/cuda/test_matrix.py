@@ -46,8 +46,13 @@ def there(place: Place, kind: str, device: str = CARD) -> Path:
     """Where the undisturbed run on a device has left its model and results, made once."""
     folder = place.folder / device / kind
     if not folder.exists():
-        succeed(*place.argv(kind, folder), "--device", device)
+        succeed(*as_there(place.argv(kind, folder)), "--device", device)
     return folder
+
+
+def as_there(argv: list) -> list:
+    """A command line that computes as on the CPU, which has no bfloat16 of its own."""
+    return [*argv, *([] if "--dtype" in argv else ["--dtype", "float32"])]
 
 
 CASES = {(kind, "as the CPU") for kind in HERE} | matrix.chosen(WAYS, 110)
@@ -58,7 +63,7 @@ def test_the_same_model(
     kind: str, way: str, place: Place, device: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(place.folder)
-    argv = [*place.argv(kind, tmp_path), "--device", CARD]
+    argv = [*as_there(place.argv(kind, tmp_path)), "--device", CARD]
     with eager_experts():  # the device lacks grouped products
         if way == "as the CPU":
             as_the_cpu(kind, place)
@@ -92,7 +97,8 @@ def as_the_cpu(kind: str, place: Place) -> None:
     if has(kind, "--recover"):
         one, other = (curve(results(folder / "out")) for folder in (with_cpu, with_card))
         assert [tokens for tokens, _ in one] == [tokens for tokens, _ in other]
-        assert [loss for _, loss in one] == pytest.approx([loss for _, loss in other], rel=1e-3)
+        rel = 1e-2 if has(kind, "--quantize") else 1e-3  # a code that parts moves others
+        assert [loss for _, loss in one] == pytest.approx([loss for _, loss in other], rel=rel)
     elif kind in ("by error", "by outliers"):  # shares of their own, which are rounded otherwise
         one, other = (results(folder / "out") for folder in (with_cpu, with_card))
         assert other["allocation"] == pytest.approx(one["allocation"], abs=1e-5)

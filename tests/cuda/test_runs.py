@@ -15,7 +15,6 @@ from support import (
     ROOT,
     call,
     call_here,
-    mistake,
     program_of,
     reloaded,
     results,
@@ -115,8 +114,8 @@ def test_out_of_memory_is_a_line(
     room: int, argv: list[str], flag: str, device: Any, tmp_path: Path
 ) -> None:
     device.set_limit(0, torch.accelerator.memory_allocated(0) + room)
-    line = str(mistake("--model", "model", *BASE, *CARD, *argv, "--save", tmp_path))
-    assert flag in line and "memory" in line
+    done = call("--model", "model", *BASE, *CARD, *argv, "--save", tmp_path)
+    assert done.status == 1 and flag in done.complaints[-1] and "memory" in done.complaints[-1]
 
 
 def test_a_device_smaller_than_transformers_expects(monkeypatch: pytest.MonkeyPatch) -> None:
