@@ -88,6 +88,7 @@ def test_the_mask_is_on_answers_and_their_end(template: str) -> None:
     assert counted == (f"<think>\n\n</think>\n\n{last}" if thinks else first + last)
 
 
+@pytest.mark.full
 def test_what_a_template_can_do_wrong_is_a_line(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(templates, "SECONDS", 2.0)
     endless = "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}"

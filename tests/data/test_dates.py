@@ -98,6 +98,7 @@ def test_where_no_template_asks_the_date_does_not_count(on: Callable) -> None:
     assert call(*PRUNE, "--date", "today").status == 2
 
 
+@pytest.mark.full
 def test_a_sweep_that_goes_on_on_another_day(on: Callable, monkeypatch: pytest.MonkeyPatch) -> None:
     write()
     monkeypatch.setattr(sweep, "call", call_here)

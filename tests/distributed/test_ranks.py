@@ -138,6 +138,7 @@ def test_a_run_is_continued_by_another_number_of_ranks(place: Path, tmp_path: Pa
     assert same_zeros(tmp_path / "alone/model", tmp_path / "model")
 
 
+@pytest.mark.full
 def test_a_rank_that_dies_ends_all_and_the_training_goes_on(place: Path, tmp_path: Path) -> None:
     done = ended(together(2, [flags("trained", tmp_path / "whole")], place))
     assert [one.status for one in done] == [0, 0], [one.err for one in done]
@@ -170,6 +171,7 @@ def test_the_same_ranks_leave_the_same_bytes(case: str, place: Path, tmp_path: P
     assert first | {"README.md": ""} == second | {"README.md": ""}
 
 
+@pytest.mark.full
 def test_no_file_is_moved_while_another_rank_reads_it(place: Path, tmp_path: Path) -> None:
     """Here the second compares packed blocks when the first is ready to save them."""
     done = ended(together(2, [flags("packed", tmp_path)], place, {1: "prune 3:late"}))

@@ -102,6 +102,7 @@ def test_without_the_package_loading_fails_and_names_it(
     assert "import packed_bitmask" in warned[0]
 
 
+@pytest.mark.full
 def test_what_is_installed(installed: Path, tmp_path: Path) -> None:
     """The command, and two packages with nothing under a name that others use."""
     names = {path.name for path in installed.iterdir() if not path.name.endswith(".dist-info")}
