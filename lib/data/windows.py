@@ -162,7 +162,7 @@ def _draw_windows(corpus: Corpus, spec: WindowSpec, count: int) -> tuple[Windows
 
 
 def packed_dialogues(
-    source: Source, spec: WindowSpec, documents: Iterable[Document]
+    source: Source, spec: WindowSpec, documents: Iterable[Document], prompted: bool = False
 ) -> Iterator[Windows]:
     """Yield the windows of documents, some of them dialogues (`lib.data.samples.packed`).
 
@@ -178,7 +178,7 @@ def packed_dialogues(
             elif document:
                 left_out[document] = template_of(spec.tokenizer).problem
 
-    yield from packed(samples(), spec.seqlen)
+    yield from packed(samples(), spec.seqlen, prompted)
     if left_out:
         what = "%s: the chat template rejects %d dialogues, which are left out: %s"
         log.warning(what, source, len(left_out), next(iter(left_out.values())))
@@ -240,7 +240,7 @@ class TestSet:
 
     Its `bytes` are the UTF-8 bytes of the predicted tokens (`token_bytes`), all except the first of
     each window. So bits per byte = summed loss / ln 2 / bytes, however the tokenizer splits words.
-    `prompts` are beginnings of documents.
+    Special tokens have none. `prompts` are beginnings of documents.
     """
 
     __test__ = False  # pytest must not collect this class
@@ -249,7 +249,8 @@ class TestSet:
     record: dict
     prompts: Sequence[Tensor] = ()  # (tokens,) each, int64
     dialogues: Sequence[Dialogue] = ()  # dialogues whose prompts are answered
-    documents: Tensor | None = None  # (windows,), int64: the document of the middle token
+    # (windows,), int64: the document of the middle token, or the dialogue that a window begins with
+    documents: Tensor | None = None
 
     @property
     def ids(self) -> Tensor:
@@ -263,22 +264,25 @@ def test_set(
 
     The remainder after the last whole window is dropped. A large set is cut to the first documents
     (`hub.TEST_DOCUMENTS`) and `TEST_BYTES`, equally for every tokenizer. With `bos` each window is
-    that token and seqlen - 1 tokens of the text. Dialogues are packed, only the assistant's tokens
-    are measured, and each window counts as a document. `most` limits the number of windows, which
-    are evenly spaced. Raises UserError if the text is shorter than one window.
+    that token and seqlen - 1 tokens of the text. Dialogues are packed, and only the assistant's
+    tokens are measured; the rest of a dialogue that was cut is not, see `packed`. `most` limits the
+    number of windows, which are evenly spaced. Raises UserError if the text is shorter than one
+    window.
     """
     source, texts = corpus.source, test_documents(corpus)
     prompts, asked, more = [], [], {}
     if are_dialogues(texts):
-        cut = list(packed_dialogues(source, spec, texts))
+        cut = list(packed_dialogues(source, spec, texts, prompted=True))
         if not cut:
-            raise source.error("the chat template rejects all test dialogues", "Give others")
-        documents = torch.tensor(spread(count := len(cut), most))
-        windows = join([cut[number] for number in documents])
-        counted = windows.counted[:, :-1]
+            problem = f"no window of {spec.seqlen} tokens has a question with its answer"
+            problem += ", or the chat template rejects all test dialogues"
+            raise source.error(problem, "Give others, or a larger --seqlen")
+        count = len(cut)
+        windows = join([cut[number] for number in spread(count, most)])
+        documents, counted = windows.documents, windows.counted[:, :-1]
         answers = [ids[mask] for ids, mask in zip(windows.ids[:, 1:], counted, strict=True)]
-        words = (spec.tokenizer.decode(ids, clean_up_tokenization_spaces=False) for ids in answers)
-        size = sum(len(text.encode()) for text in words)
+        plain = dict(skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        size = sum(len(spec.tokenizer.decode(ids, **plain).encode()) for ids in answers)
         more = {"dialogues": len(texts), "answer_tokens": int(counted.sum())}
         asked = list(islice((each for each in texts if isinstance(each, Dialogue)), ASKED))
     else:

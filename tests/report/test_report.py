@@ -231,6 +231,31 @@ def test_other_windows_are_never_paired(paired: Path, tmp_path: Path, words: Wor
         assert str(error).startswith(f"--against {wrong[-1]}: ")
 
 
+def test_windows_count_by_their_tokens(tmp_path: Path) -> None:
+    """The rest of a cut dialogue, of four tokens, beside windows of 130."""
+    counts = numpy.array([130] * 17 + [4])
+    for name, shift in (("one", 0.1), ("two", 0.0)):
+        loss = numpy.linspace(1, 2, 18) + shift * (DOCUMENTS + 1)
+        loss[-1] += 9 * shift
+        own = losses([loss]) | {"0.tokens": counts}
+        write_run(tmp_path / name, "wanda", {"uk": 9.0}, on="uk", losses=own, ratio=0.4 + shift)
+    report(tmp_path, "--against", tmp_path / "two")
+    difference = 0.1 * (DOCUMENTS + 1) + 0.9 * (counts == 4)
+    expected = (difference * counts).sum() / counts.sum()
+    assert float(of_loss(measured_on="uk")["difference"]) == pytest.approx(expected, rel=1e-5)
+
+
+def test_means_over_windows_of_dialogues_are_refused(tmp_path: Path) -> None:
+    """As 0.3 wrote them; its figures on texts are read."""
+    file = write_run(tmp_path / "old", "wanda", {"chat": 9.0}, on="uk") / "results.json"
+    report(tmp_path)
+    file.write_text(file.read_text().replace('"digest"', '"dialogues": 12, "digest"'))
+    assert str(mistake(tmp_path, program=program_of("report"))).startswith(f"RUN {file.parent}: ")
+    measuring = '"fingerprint": {"measuring": {"revision of figures": 2}}, "method"'
+    file.write_text(file.read_text().replace('"method"', measuring))
+    report(tmp_path)
+
+
 def test_a_file_of_losses_that_is_damaged(paired: Path) -> None:
     file = paired / "dense/losses.npz"
     file.write_text("x")

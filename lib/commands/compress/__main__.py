@@ -112,6 +112,7 @@ def begin(
     args: argparse.Namespace, parsed: argparse.Namespace, passed_on: list[str]
 ) -> Compression:
     """Return the command, or the one that it continues, after all checks that need no weights."""
+    from ...eval import REVISION
     from ...formats.packed import kernels
     from ...model.checkpoint import Checkpoint
     from ...model.device import pick_device
@@ -128,6 +129,7 @@ def begin(
     config = load_config(checkpoint)
     flags = {name: value for name, value in vars(args).items() if name != "debug"}
     identity = {"--": passed_on, "MODEL's files": model_digest(args.model, config)}
+    identity["revision of figures"] = REVISION
     passed_on = without(passed_on, ["vocabulary_data"])
     run = Compression(args, passed_on, parsed, flags | identity, str(device), checkpoint, config)
     if run.has(SMALL) and not Path(args.out).exists():  # OUT was moved away: start again

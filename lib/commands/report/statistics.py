@@ -38,15 +38,19 @@ class MeanInterval(NamedTuple):
     seeds: int
 
 
-def mean_interval(values: ndarray, documents: ndarray) -> MeanInterval:
-    """Return the mean of values (seeds, windows) and its 95% interval, by Student's t.
+def mean_interval(
+    values: ndarray, documents: ndarray, tokens: ndarray | None = None
+) -> MeanInterval:
+    """Return the mean per token of values (seeds, windows) and its 95% interval, by Student's t.
 
-    `documents` (windows,) numbers the document of each window. Documents and seeds are samples, and
-    their variances are added:
+    Values are means of each window over its counted `tokens` (windows,), by default as many in all.
+    `documents` (windows,)
+    numbers the document of each window. Documents and seeds are samples, and their variances are
+    added:
 
-    - Documents, since windows of one document are alike: the cluster-robust variance of a mean
-      after averaging over seeds, G / (G - 1) * sum over documents of (sum of their windows'
-      residuals)^2 / windows^2. G = windows^2 / (sum over documents of their windows^2) is the
+    - Documents, since windows of one document are alike: the cluster-robust variance of a ratio
+      after averaging over seeds, G / (G - 1) * sum over documents of (sum of their tokens'
+      residuals)^2 / tokens^2. G = tokens^2 / (sum over documents of their tokens^2) is the
       effective number of documents (Kish), with G - 1 degrees of freedom. For equally long
       documents this is the variance of the mean of their means.
     - Seeds: (variance of the means of each seed) / seeds, with seeds - 1 degrees of freedom. With a
@@ -55,17 +59,20 @@ def mean_interval(values: ndarray, documents: ndarray) -> MeanInterval:
     Variation of single windows is in both, so the interval is rather too wide. The sum has the
     degrees of freedom of Welch and Satterthwaite. A single document gives no interval.
     """
-    seeds, windows = values.shape
-    mean = values.mean()
-    _, numbers, lengths = np.unique(documents, return_inverse=True, return_counts=True)
+    tokens = np.ones(values.shape[1]) if tokens is None else tokens
+    shares = tokens / tokens.sum()
+    of_seeds = values @ shares  # (seeds,)
+    mean, seeds = of_seeds.mean(), len(values)
+    _, numbers = np.unique(documents, return_inverse=True)
+    lengths = np.bincount(numbers, shares)  # (documents,)
     count = len(lengths)
     if count < 2:
         return MeanInterval(float(mean), nan, nan, nan, count, seeds)
-    effective = windows**2 / (lengths**2).sum()
-    sums = np.bincount(numbers, values.mean(0) - mean)  # (documents,)
-    parts = [(effective / (effective - 1) * (sums**2).sum() / windows**2, effective - 1)]
+    effective = 1 / (lengths**2).sum()
+    sums = np.bincount(numbers, shares * (values.mean(0) - mean))  # (documents,)
+    parts = [(effective / (effective - 1) * (sums**2).sum(), effective - 1)]
     if seeds > 1:
-        parts.append((values.mean(1).var(ddof=1) / seeds, seeds - 1))
+        parts.append((of_seeds.var(ddof=1) / seeds, seeds - 1))
     variance = sum(part for part, _ in parts)
     if not variance:  # all values are equal
         return MeanInterval(*[float(mean)] * 3, float(mean == 0), count, seeds)
@@ -90,11 +97,12 @@ def holm(p: Sequence[float]) -> ndarray:
 
 def paired(
     one: Series, other: Series | None, losses: Losses, figure: str
-) -> tuple[ndarray, ndarray] | None:
-    """Return a figure of one line minus that of another on the same windows, and their documents.
+) -> tuple[ndarray, ndarray, ndarray] | None:
+    """Return a figure of one line minus that of another on the same windows, and of these the
+    documents and counted tokens.
 
-    Shapes: (seeds, windows), (windows,). Common seeds are paired; a model without a seed is paired
-    with each. Returns None without a common seed, or without figures by window.
+    Shapes: (seeds, windows), (windows,), (windows,). Common seeds are paired; a model without a
+    seed is paired with each. Returns None without a common seed, or without figures by window.
     """
     kept, common = [], None
     for line in (one,) if other is None else (one, other):
@@ -111,8 +119,11 @@ def paired(
     ]
     values = each[0] - each[1] if len(each) > 1 else each[0]
     measured = np.isfinite(values).all(0)
-    documents = next(iter(kept[0].values()))["document"]
-    return (values[:, measured], documents[measured]) if measured.any() else None
+    windows = next(iter(kept[0].values()))
+    tokens = windows.get("tokens", np.ones(len(measured)))  # of earlier versions: texts, cut evenly
+    if not measured.any():
+        return None
+    return values[:, measured], windows["document"][measured], tokens[measured]
 
 
 def add_intervals(table: DataFrame, losses: Losses) -> None:

@@ -28,8 +28,8 @@ SIZES = "windows", "tokens", "compared_windows"  # sizes of a test set
 def load_runs(paths: Iterable[str | Path]) -> dict[Path, dict[str, Any]]:
     """Read the results of every run in the folders, or below them, in the order of their names.
 
-    Raises UserError for a path that is not a folder or has no run, and for an unreadable
-    results.json.
+    Raises UserError for a path that is not a folder or has no run, for an unreadable results.json,
+    and for one whose figures on dialogues are means over windows, not over tokens.
     """
     folders: dict[Path, Path] = {}
     fix = "Name the --save folder of a run"
@@ -40,7 +40,13 @@ def load_runs(paths: Iterable[str | Path]) -> dict[Path, dict[str, Any]]:
         if not files:
             raise UserError(f"RUN {path}", f"no {RESULTS} is there", fix)
         folders |= {file.parent.resolve(): file.parent for file in files}
-    return {folder: read_results(folder) for folder in folders.values()}
+    runs = {folder: read_results(folder) for folder in folders.values()}
+    for folder, results in runs.items():
+        by_token = "revision of figures" in results.get("fingerprint", {}).get("measuring", {})
+        if not by_token and any("dialogues" in test for test in results["evaluation"]):
+            problem = "an earlier version has averaged its figures on dialogues over windows"
+            raise UserError(f"RUN {folder}", problem, "Run it again, or name other folders")
+    return runs
 
 
 def tables(runs: Runs) -> list[DataFrame]:
