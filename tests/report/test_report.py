@@ -231,6 +231,35 @@ def test_other_windows_are_never_paired(paired: Path, tmp_path: Path, words: Wor
         assert str(error).startswith(f"--against {wrong[-1]}: ")
 
 
+def test_methods_are_compared_without_being_told(paired: Path, tmp_path: Path) -> None:
+    """On the same text; magnitude, which reads none, with each."""
+    rng, names = numpy.random.default_rng(1), {"uk": 20.0}
+    loss = losses([rng.normal(3, 0.5, 18)])
+    for method, on in (("ria", "uk"), ("ria", "en"), ("magnitude", None)):
+        write_run(tmp_path / f"more/{method}-{on}", method, names, on=on, losses=loss)
+    report(*paired.glob("*-0"), tmp_path / "more")
+    found = {
+        (each["method"], each["calibrated_on"], each["minus"])
+        for each in lines("differences.csv", figure="loss", measured_on="uk")
+    }
+    by_text = {(method, "en", "uk") for method in ("ria", "wanda")}
+    by_method = {("ria", on, "wanda") for on in ("uk", "en")}
+    reads_none = {("magnitude", "none", f"{m} 50% {on}") for m in ("ria", "wanda") for on in names}
+    reads_none |= {("magnitude", "none", f"{m} 50% en") for m in ("ria", "wanda")}
+    assert found == by_text | by_method | reads_none
+
+
+def test_the_rise_is_over_the_dense_model_of_the_same_settings(tmp_path: Path) -> None:
+    for dtype, dense, own in (("float32", 20.0, 30.0), ("bfloat16", 25.0, 50.0)):
+        of_run = {"fingerprint": {"pruning": {"--dtype": dtype}}}
+        write_run(tmp_path / f"dense-{dtype}", "dense", {"uk": dense}, **of_run)
+        more = {"fingerprint": {"pruning": {"--dtype": dtype, "--nsamples": 8}}}
+        write_run(tmp_path / f"wanda-{dtype}", "wanda", {"uk": own}, on="uk", **more)
+    report(tmp_path)
+    rises = {each["dtype"]: each["rise"] for each in lines(method="wanda")}
+    assert {name: float(rise) for name, rise in rises.items()} == {"float32": 0.5, "bfloat16": 1.0}
+
+
 def test_windows_count_by_their_tokens(tmp_path: Path) -> None:
     """The rest of a cut dialogue, of four tokens, beside windows of 130."""
     counts = numpy.array([130] * 17 + [4])
