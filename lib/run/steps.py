@@ -117,7 +117,8 @@ def prune(run: Run, runner: BlockRunner) -> SparsityCheck:
     if errors := pruner.errors():
         run.results["errors"] = errors
     if flags.save_masks:
-        masks = packed_masks(runner, pruner.pruned)
+        # every rank fetches the blocks, only the main one keeps masks
+        masks = packed_masks(runner, pruner.pruned if run.dist.is_main else ())
         if run.dist.is_main:
             write_masks(flags.save_masks, masks)
             run.print(f"masks: {flags.save_masks}")

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import os
 import signal
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from support import content, ended, python, wait_until
 
+from lib.model.masks import write_masks
 from lib.util import ranks
 from lib.util.errors import UserError, describe_error
 from lib.util.files import check_new_folder, staged_folder, temporary_folder
@@ -25,6 +28,19 @@ def test_what_lies_beside_a_new_folder_is_not_taken_over(tmp_path: Path) -> None
             (stage / "config.json").write_text("{}")
     assert content(tmp_path) == before
     check_new_folder("--save_model", str(tmp_path / "new"))  # which may be continued
+
+
+def test_others_may_read_what_the_umask_lets_them(tmp_path: Path) -> None:
+    """safetensors keeps what it writes from them."""
+    before = os.umask(0o027)
+    try:
+        with staged_folder(tmp_path / "new", "OUT") as stage:
+            save_file({"a": torch.zeros(2)}, stage / "model.safetensors")
+        write_masks(tmp_path / "masks", {"a": ((2, 4), torch.zeros(1, dtype=torch.uint8))})
+    finally:
+        os.umask(before)
+    for file in (tmp_path / "new/model.safetensors", tmp_path / "masks"):
+        assert file.stat().st_mode & 0o777 == 0o640, file
 
 
 @pytest.mark.parametrize("target", ["disk", "gone"])
