@@ -28,7 +28,7 @@ from ..data.languages import script_of
 from ..data.sources import parse_sources
 from ..run.flags import POSITIVE
 from ..util.cli import make_parser
-from ..util.errors import UserError
+from ..util.errors import UserError, counted
 from ..util.files import check_writable, write_text
 from ..util.progress import progress, quiet
 
@@ -104,7 +104,8 @@ def main(argv: list[str]) -> None:
                 file.flush()
                 _check_ends(args, left_out, len(batch))
     reasons = [f"{number} that {reason}" for reason, number in left_out.items() if reason]
-    print(f"{out}: {count} dialogues" + f"; left out: {', '.join(reasons)}" * bool(reasons))
+    left = f"; left out: {', '.join(reasons)}" * bool(reasons)
+    print(f"{out}: {counted(count, 'dialogue')}{left}")
 
 
 def _writer(args: argparse.Namespace, config: Any, prompts: list[Any]) -> dict[str, Any]:

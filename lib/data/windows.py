@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers import BatchEncoding, PreTrainedTokenizerBase
 
-from ..util.errors import UserError
+from ..util.errors import UserError, counted
 from . import hub
 from .chats import Dialogue, Document
 from .documents import Corpus, Documents, are_dialogues
@@ -180,8 +180,8 @@ def packed_dialogues(
 
     yield from packed(samples(), spec.seqlen, prompted)
     if left_out:
-        what = "%s: the chat template rejects %d dialogues, which are left out: %s"
-        log.warning(what, source, len(left_out), next(iter(left_out.values())))
+        what, why = counted(len(left_out), "dialogue"), next(iter(left_out.values()))
+        log.warning("%s: the chat template rejects %s, left out: %s", source, what, why)
 
 
 def _drawn_texts(

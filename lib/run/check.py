@@ -439,4 +439,4 @@ def check_room(run: Run, flag: str, folder: str | Path) -> None:
     problem = f"training needs up to {gib(size)} there, and {gib(free)} are free"
     if size > free:
         raise UserError(f"{flag} {folder}", problem, "Make room, or name a folder on another disk")
-    run.print(f"{flag} {folder}: {problem}")
+    run.print(f"disk of {flag} {folder}: {problem}")

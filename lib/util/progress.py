@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -38,7 +39,7 @@ def progress(
         mininterval=seconds,
         maxinterval=seconds,
         delay=seconds if in_log else 0,
-        ncols=0 if in_log else None,
+        ncols=0 if in_log else _columns(),
         file=_Lines() if in_log else None,
         smoothing=0.1,
         disable=not shown,
@@ -54,6 +55,14 @@ def progress(
 
         on_step(step, 0)
         yield on_progress
+
+
+def _columns() -> int | None:
+    """Return None for the width of the terminal, or 80 for one that does not know its own."""
+    try:
+        return None if os.get_terminal_size(sys.stderr.fileno()).columns else 80
+    except OSError:
+        return None
 
 
 class _Lines:

@@ -369,7 +369,7 @@ def test_a_model_is_compressed_though_it_was_interrupted(
             raise KeyboardInterrupt
         return 1 if module == "commands.export" else call_here(module, *flags)
 
-    monkeypatch.setattr("lib.commands.export.__main__.check_installed", lambda to: None)
+    monkeypatch.setattr("lib.commands.export.__main__.check_installed", lambda *_: None)
     replace_call(once_interrupted)
     interrupted = 3  # a rehearsal, dense, small
     done = compress(*argv)

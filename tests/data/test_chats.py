@@ -117,7 +117,7 @@ def test_dialogues_share_windows_and_none_is_lost(
     spec = data.WindowSpec(tokenizer, seqlen, seed=1)
     test = data.test_set(source, spec)
     assert test.documents.tolist() == sorted({*test.documents.tolist()})  # each begins another one
-    assert "rejects 1 dialogues" in caplog.text and "no system role" in caplog.text
+    assert "rejects 1 dialogue," in caplog.text and "no system role" in caplog.text
     windows = test.windows
     assert isinstance(windows, Windows) and windows.counted[:, :-1].any(1).all()
     texts = [each[1]["content"] + "<end>" for each in every]

@@ -141,7 +141,7 @@ def begin(
             check_new(Path(run.gguf), args.out)
         for new, engine in run.exports.items():
             check_new_folder("OUT", new)
-            check_installed(engine)
+            check_installed("--for", engine)
     return run
 
 
