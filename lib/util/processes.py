@@ -63,8 +63,8 @@ def call(module: str, *argv: object) -> int:
     """Run `main(ARGV)` of a module in a separate process and return its exit status.
 
     The process ends with this one. At Ctrl-C, which a terminal sends to both, this one waits for
-    it; if it does not end in GRACE_SECONDS, or at any other end of this one, it is terminated. If this one is killed, the process notices the
-    end of its stdin.
+    it; if it does not end in GRACE_SECONDS, or at any other end of this one, it is terminated. If
+    this one is killed, the process notices the end of its stdin.
     """
     command, environment = started_by(f"{PACKAGE}.util.cli", module, *argv)
     environment[ENDS_WITH_STDIN] = "1"

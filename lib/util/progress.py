@@ -9,7 +9,7 @@ import logging
 import os
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 from tqdm import tqdm
 
@@ -39,7 +39,7 @@ def progress(
         mininterval=seconds,
         maxinterval=seconds,
         delay=seconds if in_log else 0,
-        ncols=0 if in_log else _columns(),
+        **({"ncols": 0} if in_log else _size()),
         file=_Lines() if in_log else None,
         smoothing=0.1,
         disable=not shown,
@@ -57,12 +57,12 @@ def progress(
         yield on_progress
 
 
-def _columns() -> int | None:
-    """Return None for the width of the terminal, or 80 for one that does not know its own."""
-    try:
-        return None if os.get_terminal_size(sys.stderr.fileno()).columns else 80
-    except OSError:
-        return None
+def _size() -> dict[str, int]:
+    """Return the size of a bar, {} for that of the terminal: some do not know their own."""
+    with suppress(OSError):
+        if not os.get_terminal_size(sys.stderr.fileno()).columns:
+            return {"ncols": 80, "nrows": 24}
+    return {}
 
 
 class _Lines:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import io
 import os
 import signal
+import sys
+import threading
 from pathlib import Path
 
 import pytest
@@ -12,9 +15,10 @@ from safetensors.torch import save_file
 from support import content, ended, python, wait_until
 
 from lib.model.masks import write_masks
-from lib.util import ranks
+from lib.util import processes, ranks
 from lib.util.errors import UserError, describe_error
 from lib.util.files import check_new_folder, staged_folder, temporary_folder
+from lib.util.progress import progress
 
 
 def test_what_lies_beside_a_new_folder_is_not_taken_over(tmp_path: Path) -> None:
@@ -103,3 +107,26 @@ def test_a_rank_that_sees_one_gpu(launcher: str, monkeypatch: pytest.MonkeyPatch
         monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
         with pytest.raises(UserError, match="this machine lacks cuda:3, which its rank 3"):
             ranks.local_device(first)
+
+
+def test_what_a_command_starts_ends_though_it_alone_is_interrupted(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """By `kill -INT`; a terminal interrupts both."""
+    sleeping = [sys.executable, "-c", "import time; time.sleep(600)"]
+    monkeypatch.setattr(processes, "started_by", lambda *_: (sleeping, dict(os.environ)))
+    monkeypatch.setattr(processes, "GRACE_SECONDS", 0.2)
+    soon = threading.Timer(0.5, os.kill, (os.getpid(), signal.SIGINT))
+    soon.start()
+    with pytest.raises(KeyboardInterrupt):
+        processes.call("main")
+
+
+def test_a_terminal_without_a_width_gets_a_bar(monkeypatch: pytest.MonkeyPatch) -> None:
+    size = os.terminal_size((0, 0))
+    monkeypatch.setattr("lib.util.progress.os.get_terminal_size", lambda _: size)
+    monkeypatch.setattr("lib.util.progress.sys.stderr", terminal := io.StringIO())
+    terminal.isatty, terminal.fileno = lambda: True, lambda: 2
+    with progress(4, "pruning", "block") as bar:
+        bar(2)
+    assert "pruning:  50%|" in terminal.getvalue()
