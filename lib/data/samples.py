@@ -16,6 +16,7 @@ class Sample:
 
     ids: Tensor  # (tokens,), int64
     mask: Tensor  # (tokens,), bool
+    empty: int = 0  # answers that do not count, as they have no text
 
 
 @dataclass(frozen=True, eq=False)

@@ -166,13 +166,16 @@ def packed_dialogues(
 ) -> Iterator[Windows]:
     """Yield the windows of documents, some of them dialogues (`lib.data.samples.packed`).
 
-    Logs at the end how many dialogues the chat template rejected.
+    Logs at the end how many dialogues the chat template rejected, and how many answers are empty.
     """
     left_out: dict[Document, str] = {}
+    empty: dict[Document, int] = {}
 
     def samples() -> Iterator[Sample]:
         for document in documents:
             sample = sample_of(spec.tokenizer, document, spec.bos)
+            if sample.empty:
+                empty[document] = sample.empty
             if len(sample.ids):
                 yield sample
             elif document:
@@ -182,6 +185,9 @@ def packed_dialogues(
     if left_out:
         what, why = counted(len(left_out), "dialogue"), next(iter(left_out.values()))
         log.warning("%s: the chat template rejects %s, left out: %s", source, what, why)
+    if number := sum(empty.values()):
+        what, how = counted(number, "answer"), "such as calls of tools; they do not count"
+        log.warning("%s: the chat template writes no text for %s, %s", source, what, how)
 
 
 def _drawn_texts(

@@ -47,7 +47,7 @@ class Completions:
             prompts = [(decode(run.tokenizer, ids), ids.tolist()) for ids in test.prompts]
             self.prompts += [(test.name, *prompt) for prompt in prompts]
             for dialogue in test.dialogues:
-                ids = prompt_of(run.tokenizer, dialogue.prompt)
+                ids = prompt_of(run.tokenizer, dialogue.prompt, dialogue.tools)
                 if 0 < len(ids) < window - NEW_TOKENS:
                     self.asked.append((test.name, dialogue.prompt[-1]["content"], ids))
         longest = max((len(ids) for *_, ids in self.asked), default=0)

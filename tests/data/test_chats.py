@@ -14,7 +14,7 @@ from support import ALONE, refused
 
 from lib.data import templates
 from lib.data import windows as data
-from lib.data.chats import Dialogue
+from lib.data.chats import Dialogue, row_of
 from lib.data.documents import Corpus
 from lib.data.samples import Windows
 from lib.data.sources import parse_source
@@ -158,3 +158,31 @@ def test_a_dialogue_is_one_document_and_a_rest_needs_its_own_prompt(tmp_path: Pa
         assert ("quiet town<end>" in "".join(counted)) == later
         windows, _ = data.calibration_windows([source], spec, 8)  # which also has the rests
         assert len(windows) == 8
+
+
+def test_tools_are_rendered_and_empty_answers_do_not_count(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    call = {"role": "assistant", "content": "", "tool_calls": [templates.CALL]}
+    said = [SAID[0], call, templates.RESULT | {"content": "вода"}, SAID[1]]
+    tools = templates.TOOLS
+    holed = [{"type": "function", "function": templates.FUNCTION | {"strict": None}}]
+    for given in (tools, json.dumps(tools), holed):
+        row = {"messages": said, "tools": given}
+        parquet.write_table(pyarrow.Table.from_pylist([row]), tmp_path / "a.parquet")
+        for column in ("text", "messages"):
+            table = Corpus(parse_source(str(tmp_path / "a.parquet"), FLAG, column=column))
+            for corpus in (table, corpus_of(tmp_path, row)):
+                (document,) = corpus.documents("train")
+                assert document.tools == tools
+                assert row_of(document)["tools"] == tools
+    line = refused(corpus_of(tmp_path, row | {"tools": "none"}).documents, "train")
+    assert "line 1: " in line and "tools" in line
+    tokenizer = chats.tokenizer_with(chats.LLAMA_3)
+    tokenizer.chat_template = "{{ tools | tojson }}" + chats.LLAMA_3
+    assert json.dumps(tools)[:40] in document_text(tokenizer, document)
+    assert json.dumps(tools)[:40] in tokenizer.decode(prompt_of(tokenizer, said[:1], tools))
+    sample = sample_of_dialogue(tokenizer, document)
+    assert tokenizer.decode(sample.ids[sample.mask]) == f"{ANSWERED}<|eot|>" and sample.empty == 1
+    data.test_set(corpus_of(tmp_path, row), data.WindowSpec(tokenizer, 512))
+    assert "writes no text for 1 answer," in caplog.text
