@@ -46,7 +46,13 @@ from ..util.host import gib
 from ..util.progress import quiet
 from ..util.ranks import DistContext, local_device
 from ..util.resume import JOB, RunFolder, begun_with
-from ..vocabulary import TrimmedVocabulary, trim_vocabulary
+from ..vocabulary import (
+    MEASURED_BYTES,
+    MOST_ROWS,
+    SavesTooLittle,
+    TrimmedVocabulary,
+    trim_vocabulary,
+)
 from .fingerprint import EARLIER, fingerprint, first_difference
 from .flags import named, shown
 from .lm_eval import check_tasks
@@ -94,7 +100,7 @@ def check(
     schedule = _schedule(flags, model, corpora, dist) if flags.recover else None
     vocabulary = None
     if flags.trim_vocabulary:
-        vocabulary = _choose_tokens(model, corpora, dist, seconds)
+        vocabulary = _choose_tokens(flags, model, corpora, dist, seconds)
     tokenizer = vocabulary.tokenizer if vocabulary else model.tokenizer
     teacher = _open_teacher(flags, model, vocabulary) if flags.teacher else None
     spec = WindowSpec(tokenizer, model.window, seed=flags.seed)
@@ -231,7 +237,7 @@ def _set_date(flags: Flags, tokenizer: Any, dist: DistContext) -> None:
 
 
 def _choose_tokens(
-    model: Model, corpora: Corpora, dist: DistContext, seconds: dict[str, float]
+    flags: Flags, model: Model, corpora: Corpora, dist: DistContext, seconds: dict[str, float]
 ) -> TrimmedVocabulary:
     """Choose the tokens to keep; the smaller tokenizer is checked on every test text.
 
@@ -251,9 +257,18 @@ def _choose_tokens(
             dist=dist,
             rows=rows,
             config_ids=ids,
+            price=flags.vocabulary_price,
+            kept=flags.vocabulary_rows,
         )
+        left = len(vocabulary.rows)
+        if flags.vocabulary_rows is None and left > MOST_ROWS * rows:
+            problem = f"{left:,} of {rows:,} rows would stay, which saves too little"
+            fix = "Leave the flag out, or give more text, or --vocabulary_rows"
+            raise SavesTooLittle("--trim_vocabulary", problem, fix)
         lines = vocabulary.verify(corpora.tests)
-        vocabulary.hold_out(corpora.tests[0], model.window)
+        if "measured_on" not in vocabulary.record:
+            size = MEASURED_BYTES * (1 if dist.device.type == "cpu" else 4)
+            vocabulary.hold_out(corpora.tests[0], model.window, size, flags.eval_windows)
     dist.print(vocabulary.summary(), *lines)
     return vocabulary
 

@@ -3,10 +3,10 @@
 An interrupted run is resumed only with the same fingerprint, and all ranks of a run must have the
 same. A sweep skips a run that was finished with it. Flags that change the result count by value;
 models and texts count by content, paths do not count. The version of this program counts, and the
-revision of the pruning method, of the quantizer and of the figures (by held-out text, training
-keeps its best state); a method in a user's file counts by content. On one machine and with as many
-threads, the same fingerprint gives the same bytes; another processor or number of threads changes
-rounding.
+revisions of the pruning method, of the quantizer, of the rule that chooses tokens and of the figures
+(by held-out text, training keeps its best state); a method in a user's file counts by content. On
+one machine and with as many threads, the same fingerprint gives the same bytes; another processor
+or number of threads changes rounding.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from .. import __version__
+from ..data import token_choice
 from ..eval import REVISION
 from ..methods.gptq import GPTQ
 from ..methods.registry import is_file, label, split_file
@@ -69,6 +70,7 @@ def fingerprint(run: Run, weights: bool) -> dict[str, dict[str, Any]]:
     pruning |= digests or {}
     if run.vocabulary:
         pruning["tokens of --trim_vocabulary"] = run.vocabulary.digest
+        pruning["revision of --trim_vocabulary"] = token_choice.REVISION
     if windows.training:
         pruning["windows of --recover"] = windows.training.record["digest"][:16]
         pruning["revision of figures"] = REVISION
