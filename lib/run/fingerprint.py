@@ -3,7 +3,7 @@
 An interrupted run is resumed only with the same fingerprint, and all ranks of a run must have the
 same. A sweep skips a run that was finished with it. Flags that change the result count by value;
 models and texts count by content, paths do not count. The version of this program counts, and the
-revisions of the pruning method, of the quantizer, of the rule that chooses tokens and of the figures
+revisions of the pruning method, of the quantizer, of the rule that chooses tokens and of figures
 (by held-out text, training keeps its best state); a method in a user's file counts by content. On
 one machine and with as many threads, the same fingerprint gives the same bytes; another processor
 or number of threads changes rounding.

@@ -56,8 +56,11 @@ def make_plan(run: Compression, texts: TextNames) -> CompressionPlan:
 
     args = run.args
     # distillation does not help a chat model that was quantized on dialogues
-    untrained = texts.chat and run.gguf and not args.megabytes
+    untrained = (texts.chat or texts.plain_chat) and run.gguf and not args.megabytes
     tokens = 0 if untrained and args.recover is None else args.recover
+    if untrained and not texts.chat and args.recover is None:
+        problem = "a chat model would unlearn to answer on plain text"
+        print(f"planned without training: {problem}; --recover TOKENS trains it", flush=True)
     for trims in (True, False):
         job = check_plan(run, texts, tokens, trims)
         if job.schedule and args.recover is not None:

@@ -15,7 +15,7 @@ from ...data.documents import PIECE_CHARACTERS, Corpus, are_dialogues, pieces_of
 from ...data.languages import language_text
 from ...data.sources import PART, parse_source, parse_sources
 from ...util import processes
-from ...util.errors import UserError
+from ...util.errors import UserError, counted
 from ...util.files import write_text
 from .compression import Compression
 
@@ -35,6 +35,7 @@ class TextNames:
     vocabulary: list[str]  # for --vocabulary_data
     tests: list[str] | None  # None: those of the data
     chat: bool = False  # the data has dialogues
+    plain_chat: bool = False  # the model is a chat model, but the data has none
 
 
 def fetch_text(run: Compression) -> TextNames:
@@ -74,7 +75,8 @@ def fetch_text(run: Compression) -> TextNames:
 def answer_prompts(run: Compression, texts: TextNames) -> TextNames:
     """Let a chat model write its calibration dialogues, if the data has none.
 
-    dialogues/ gets them, the last ones as a test set: two thirds of the calibration text.
+    The texts are checked first, as answers take minutes. dialogues/ gets them, the last ones as a
+    test set: two thirds of the calibration text.
     """
     from ...model.pretrained import load_tokenizer
     from ...run.windows import default_tests
@@ -87,24 +89,28 @@ def answer_prompts(run: Compression, texts: TextNames) -> TextNames:
         return texts
     if any(are_dialogues(Corpus(source).documents("train")) for source in sources):
         return replace(texts, chat=True)
+    plain = replace(texts, plain_chat=True)
     if not args.dialogues:
-        return texts
+        return plain
+    check_texts(run, texts)
     run.announce("Chat model: it answers prompts, and its answers become calibration text")
     run.keep()
     written = run.folder / f"{DIALOGUES}.jsonl"
     flags = ["--count", args.dialogues, "--minutes", args.minutes / 5, "--device", run.device]
     flags += ["--cache_dir", parsed.cache_dir] if parsed.cache_dir else []
     flags += ["--trust_remote_code"] if parsed.trust_remote_code else []
+    flags += ["--language", args.language] if args.language else []
     of_people = [[f"aya:{args.language}"]] if args.language and not args.data else []
     for prompts in [*of_people, [source.text for source in sources]]:
-        arguments = ["--data", *prompts, "--column", parsed.column, *flags]
+        arguments = ["--data", *prompts, "--column", parsed.column, "--optional", *flags]
         if not processes.call("commands.dialogues", args.model, written, *arguments):
             break
     lines = written.read_text("utf-8").split("\n") if written.is_file() else []
     rows = [f"{line}\n" for line in lines if line.strip()]
     if len(rows) < FEW_DIALOGUES:
-        print(f"{len(rows)} dialogues are too few; plain text is used instead", flush=True)
-        return texts
+        few = f"{counted(len(rows), 'dialogue')}, fewer than {FEW_DIALOGUES}"
+        print(f"{few}: the model is quantized on plain text instead", flush=True)
+        return plain
     folder.mkdir(exist_ok=True)
     held_out = min(TEST_DIALOGUES, len(rows) // 4)
     write_text(folder / "train.jsonl", "".join(rows[:-held_out]))
@@ -113,6 +119,15 @@ def answer_prompts(run: Compression, texts: TextNames) -> TextNames:
     data = [f"{each.text}={(each.weight or 1) / total:.6g}" for each in sources]
     tests = args.eval_data or [*(texts.tests or default_tests(sources)), str(folder)]
     return replace(texts, data=[*data, f"{folder}=2"], tests=tests, chat=True)
+
+
+def check_texts(run: Compression, texts: TextNames) -> None:
+    """Raise UserError if the texts have no window to calibrate on, or none to test on."""
+    from .plan import check_job, model_flags
+
+    flags = ["--device", run.device, *model_flags(run, texts, trims=False), *run.format]
+    flags += ["--nsamples", "1", *(["--eval_data", *texts.tests] if texts.tests else [])]
+    check_job([*flags, *run.passed_on, "--save_model", run.args.out], recover=0)
 
 
 def without_tests(texts: TextNames, job: Run) -> TextNames:
