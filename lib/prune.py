@@ -355,13 +355,12 @@ class Pruned:
 @contextmanager
 def _of_arguments() -> Iterator[None]:
     """Name the arguments of `prune` in an error inside that names flags of main.py."""
-    names = {"sparsity_ratio": "sparsity", "sparsity_type": "sparsity", "prune_method": "method"}
     try:
         yield
     except UserError as error:
-        said = (error.what, error.problem, error.fix)
-        named = (re.sub(r"--(\w+)", lambda it: names.get(it[1], it[1]), part) for part in said)
-        raise UserError(*named) from error
+        flag = r"--(?:prune_)?(\w+?)(?:_ratio|_type)?\b"
+        said = (re.sub(flag, r"\1", part) for part in (error.what, error.problem, error.fix))
+        raise UserError(*said) from error
 
 
 @_of_arguments()

@@ -109,7 +109,8 @@ def answer(args: argparse.Namespace, began: float) -> None:
                     break
                 batch = left[start : start + args.batch_size]
                 torch.manual_seed(args.seed + count)
-                answers = continue_rows(model, [ids for *_, ids in batch], args.tokens)
+                prompts = [ids for *_, ids in batch]
+                answers = continue_rows(model, prompts, args.tokens, lambda _: bar(0))
                 ended += sum(len(answer) < args.tokens for answer in answers)
                 for (messages, tools, _), answer in zip(batch, answers, strict=True):
                     text = decode(tokenizer, answer).strip()

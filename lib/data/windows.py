@@ -34,7 +34,6 @@ STREAM_LIMIT = 200_000  # documents of a stream tried before giving up
 TEST_CHARACTERS = 4_000_000  # limit of a large set's test text
 TEST_BYTES = 1024  # measured per token of a window: about 256 windows
 PROMPT = 16  # tokens per prompt
-ASKED = 32  # test dialogues whose prompts are answered
 PROMPT_CHARACTERS = 50 * PROMPT  # characters of a document that are tokenized for its prompt
 APART = 4  # windows of plain text start at least 1/4 window apart, on average
 log = logging.getLogger(__name__)
@@ -290,7 +289,7 @@ def test_set(
         plain = dict(skip_special_tokens=True, clean_up_tokenization_spaces=False)
         size = sum(len(spec.tokenizer.decode(ids, **plain).encode()) for ids in answers)
         more = {"dialogues": len(texts), "answer_tokens": int(counted.sum())}
-        asked = list(islice((each for each in texts if isinstance(each, Dialogue)), ASKED))
+        asked = list(islice((each for each in texts if isinstance(each, Dialogue)), n_prompts))
     else:
         windows, size, documents, count = _text_windows(corpus, spec, texts, most)
         length = min(PROMPT, spec.seqlen // 2)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import logging
 import os
 import sys
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 
@@ -27,7 +28,8 @@ def progress(
     """Yield a function that advances a progress bar on stderr by a number of units.
 
     `total` is None if the end is not known. The function also takes a short note, which is
-    printed at the end of the bar. `on_step` gets the name `step`, by default `what`.
+    printed at the end of the bar. With 0 units it shows that time passes. `on_step` gets the name
+    `step`, by default `what`.
     """
     in_log = not sys.stderr.isatty()
     number, step = 0, step or what
@@ -49,9 +51,13 @@ def progress(
             nonlocal number
             if note:
                 bar.set_postfix_str(note, refresh=False)
-            bar.update(done)
-            number += 1
-            on_step(step, number)
+            if done:
+                bar.update(done)
+                number += 1
+                on_step(step, number)
+            elif shown and time.time() - bar.last_print_t >= seconds:
+                bar.last_print_t = time.time()
+                bar.refresh()
 
         on_step(step, 0)
         yield on_progress

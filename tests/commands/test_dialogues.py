@@ -121,7 +121,7 @@ def test_what_compress_asks_for_is_no_error() -> None:
 
 def test_no_chat_model(monkeypatch: pytest.MonkeyPatch) -> None:
 
-    def endless(model: object, asked: list, tokens: int) -> list[list[int]]:
+    def endless(model: object, asked: list, tokens: int, _: object) -> list[list[int]]:
         return len(asked) * [24 * [5]]
 
     monkeypatch.setattr("lib.run.completions.continue_rows", endless)

@@ -61,8 +61,9 @@ def main(argv: list[str]) -> None:
             complete_card(run)
             compare(run, convert(run))
         except (KeyboardInterrupt, SystemExit):
-            if (run.folder / PLAN).is_file():
-                print("the same command continues", file=sys.stderr, flush=True)
+            kept = (run.folder / PLAN).is_file()
+            how = "continues" if kept else "begins again, as nothing is finished"
+            print(f"the same command {how}", file=sys.stderr, flush=True)
             raise
 
 
@@ -132,7 +133,8 @@ def begin(
     identity["revision of figures"] = REVISION
     passed_on = without(passed_on, ["vocabulary_data"])
     run = Compression(args, passed_on, parsed, flags | identity, str(device), checkpoint, config)
-    if run.has(SMALL) and not Path(args.out).exists():  # OUT was moved away: start again
+    if run.has(SMALL) and not Path(args.out).exists():
+        print(f"{args.out} was moved away: {run.folder} is deleted, to begin again", flush=True)
         shutil.rmtree(run.folder)
         run.plan, run.began = None, time.monotonic()
     if not run.plan:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import time
 from contextlib import redirect_stdout
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -26,7 +25,7 @@ CPU_WINDOWS, CPU_SEQLEN, CPU_REHEARSED = 32, 512, 2
 CHAT_WINDOWS = 64  # for a chat model, which is not trained
 GPU_WINDOWS, GPU_SEQLEN, GPU_REHEARSED = 128, 1024, 64  # few web texts are longer
 CPU_TRIMMING, GPU_TRIMMING = 2**14, 2**16  # bytes of text that measure the cost of trimming
-REHEARSAL = "rehearsal"  # folder in that of the command
+REHEARSAL = "rehearsal"  # folder in that of the command; -whole: with the whole vocabulary
 # flags of main.py that the rehearsal leaves out, or sets itself
 NOT_REHEARSED = [*named(step="allocate"), *named(step="quantize"), *named(step="pack"), "nsamples"]
 NOT_REHEARSED += named(output=True)
@@ -166,7 +165,8 @@ def rehearse(
     run.announce(f"Rehearsing with a few windows, to measure {' and '.join(whats)}")
     share = CPU_TRIMMING if run.on_cpu else GPU_TRIMMING
     share /= sum(test.record["bytes"] for test in job.windows.tests)
-    tests = cut_tests(job, run.folder / REHEARSAL, share if job.vocabulary else 0, rehearsed=True)
+    name = REHEARSAL if job.vocabulary else f"{REHEARSAL}-whole"
+    tests = cut_tests(job, run.folder / name, share if job.vocabulary else 0, rehearsed=True)
     flags, left_out = [*flags, "--eval_data", *tests], named(changes=True)
     if planned:
         flags += run.format if plan.type == run.args.quantize else []
@@ -177,8 +177,7 @@ def rehearse(
     else:
         flags += ["--completions", "0", "--eval_only"]
         left_out = [*left_out, "completions"]
-    start = time.monotonic()
-    return run.run_main(flags, REHEARSAL, left_out), time.monotonic() - start
+    return run.rehearse(flags, name, left_out)
 
 
 def trimming_problem(vocabulary: dict[str, Any], language: str | None) -> str | None:

@@ -79,7 +79,6 @@ def answer_prompts(run: Compression, texts: TextNames) -> TextNames:
     test set: two thirds of the calibration text.
     """
     from ...model.pretrained import load_tokenizer
-    from ...run.windows import default_tests
 
     args, parsed, folder = run.args, run.parsed, run.folder / DIALOGUES
     if parsed.no_chat_template:
@@ -92,6 +91,8 @@ def answer_prompts(run: Compression, texts: TextNames) -> TextNames:
     plain = replace(texts, plain_chat=True)
     if not args.dialogues:
         return plain
+    if (folder / "test.jsonl").exists():  # an interrupted command has asked
+        return with_dialogues(run, texts, folder)
     check_texts(run, texts)
     run.announce("Chat model: it answers prompts, and its answers become calibration text")
     run.keep()
@@ -114,10 +115,20 @@ def answer_prompts(run: Compression, texts: TextNames) -> TextNames:
     folder.mkdir(exist_ok=True)
     held_out = min(TEST_DIALOGUES, len(rows) // 4)
     write_text(folder / "train.jsonl", "".join(rows[:-held_out]))
-    write_text(folder / "test.jsonl", "".join(rows[-held_out:]))
+    write_text(folder / "test.jsonl", "".join(rows[-held_out:]))  # last: all are there
+    run.keep()
+    return with_dialogues(run, texts, folder)
+
+
+def with_dialogues(run: Compression, texts: TextNames, folder: Path) -> TextNames:
+    """Return the texts with the dialogues in `folder`."""
+    from ...run.windows import default_tests
+
+    column = run.parsed.column
+    sources = parse_sources(texts.data, "--data", mixture=True, column=column)
     total = sum(source.weight or 1 for source in sources)
     data = [f"{each.text}={(each.weight or 1) / total:.6g}" for each in sources]
-    tests = args.eval_data or [*(texts.tests or default_tests(sources)), str(folder)]
+    tests = run.args.eval_data or [*(texts.tests or default_tests(sources)), str(folder)]
     return replace(texts, data=[*data, f"{folder}=2"], tests=tests, chat=True)
 
 
@@ -146,8 +157,8 @@ def without_tests(texts: TextNames, job: Run) -> TextNames:
 def cut_tests(job: Run, folder: Path, share: float, rehearsed: bool = False) -> list[str]:
     """Write a share of each test text, at least about two windows; return the files' names.
 
-    Dialogues are kept whole and, as each is answered, all of them. In a rehearsal they are cut too,
-    to two beside the first test text, on which the cost of trimming is measured.
+    Dialogues are kept whole, and all of them. In a rehearsal they are cut too, to two beside the
+    first test text, on which the cost of trimming is measured.
     """
     from ...data.windows import test_documents
 
@@ -157,7 +168,8 @@ def cut_tests(job: Run, folder: Path, share: float, rehearsed: bool = False) -> 
         texts = list(test_documents(corpus))
         random.Random(0).shuffle(texts)
         left = math.ceil(test.record["bytes"] * max(share, 2 / len(test.windows)))
-        if test.dialogues and not (rehearsed and share and not files):
+        chats = "dialogues" in test.record
+        if chats and not (rehearsed and share and not files):
             texts, left = texts[: 2 if rehearsed else None], math.inf
         files.append(str(folder / (re.sub(r"[^\w.-]+", "_", test.name) + ".jsonl")))
         lines = []
