@@ -23,6 +23,7 @@ SMALLER = {  # flags that remove neurons or experts for --megabytes
 # on a CPU main.py's 128 windows of up to 4096 tokens would take most of the time
 CPU_WINDOWS, CPU_SEQLEN, CPU_REHEARSED = 32, 512, 2
 CHAT_WINDOWS = 64  # for a chat model, which is not trained
+CHAT_PROMPTS = 8  # answered by the original and by the small model
 GPU_WINDOWS, GPU_SEQLEN, GPU_REHEARSED = 128, 1024, 64  # few web texts are longer
 CPU_TRIMMING, GPU_TRIMMING = 2**14, 2**16  # bytes of text that measure the cost of trimming
 REHEARSAL = "rehearsal"  # folder in that of the command; -whole: with the whole vocabulary
@@ -148,6 +149,7 @@ def choose_flags(
         summary = [size]
     made_by = [*base, *([*smaller_flags(run), removed] if removed else [])]
     made_by += run.format if type_ != Q8_0 else []
+    made_by += ["--completions", str(CHAT_PROMPTS)] if texts.chat else []
     tests = [test.source.text for test in job.corpora.tests]
     plan = CompressionPlan(common, made_by, type_, tests, job.flags.nsamples, tokens)
     return plan, base, summary

@@ -104,7 +104,8 @@ def answer_prompts(run: Compression, texts: TextNames) -> TextNames:
     of_people = [[f"aya:{args.language}"]] if args.language and not args.data else []
     for prompts in [*of_people, [source.text for source in sources]]:
         arguments = ["--data", *prompts, "--column", parsed.column, "--optional", *flags]
-        if not processes.call("commands.dialogues", args.model, written, *arguments):
+        failed = processes.call("commands.dialogues", args.model, written, *arguments)
+        if not failed and written.is_file():
             break
     lines = written.read_text("utf-8").split("\n") if written.is_file() else []
     rows = [f"{line}\n" for line in lines if line.strip()]
