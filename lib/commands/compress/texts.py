@@ -134,12 +134,14 @@ def with_dialogues(run: Compression, texts: TextNames, folder: Path) -> TextName
 
 
 def check_texts(run: Compression, texts: TextNames) -> None:
-    """Raise UserError if the texts have no window to calibrate on, or none to test on."""
-    from .plan import check_job, model_flags
+    """Raise UserError if texts have no window to calibrate or to test on, or OUT has no room."""
+    from ...run.check import check_disk
+    from .plan import check_job, files_beside, model_flags
 
     flags = ["--device", run.device, *model_flags(run, texts, trims=False), *run.format]
     flags += ["--nsamples", "1", *(["--eval_data", *texts.tests] if texts.tests else [])]
-    check_job([*flags, *run.passed_on, "--save_model", run.args.out], recover=0)
+    job = check_job([*flags, *run.passed_on, "--save_model", run.args.out], recover=0)
+    check_disk(job, "OUT", run.args.out, files_beside(run, job), tables=False)  # to be trimmed
 
 
 def without_tests(texts: TextNames, job: Run) -> TextNames:
