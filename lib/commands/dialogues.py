@@ -181,7 +181,7 @@ def _prompts(
             else:
                 text = document[:PASSAGE]
                 text = whole_sentences(text) or text if len(document) > PASSAGE else text
-                content = f"{request}\n\n{text.strip()}"
+                content = f"{request}\n\n{text}".strip()
                 messages, tools = [{"role": "user", "content": content}], None
             ids = prompt_of(tokenizer, messages, tools)
             if 0 < len(ids) <= limit and tuple(ids) not in seen:

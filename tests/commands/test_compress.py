@@ -459,7 +459,7 @@ def test_a_chat_model_is_compressed_on_what_it_says(
     monkeypatch.setattr("lib.run.completions.continue_rows", answers)
     monkeypatch.setattr(dialogues, "script_of", lambda text: "LATIN")
     for language in ("en", "uk"):
-        monkeypatch.setitem(dialogues.REQUESTS, language, "?")
+        monkeypatch.setitem(dialogues.REQUESTS, language, "")
     tiny.write_texts("uk", [*tiny.sentences(80), *tiny.sentences(160, 2, words=3)], 8)
     argv = [*BASE, "--language", "uk", "--recover", "1024"]
     done = compress(*argv, "--dialogues", "40")
@@ -507,7 +507,7 @@ def test_a_model_is_not_made_small_on_the_answers_of_another(
     monkeypatch.setattr("lib.run.completions.continue_rows", answers)
     monkeypatch.setattr(dialogues, "script_of", lambda text: "LATIN")
     for language in ("en", "uk"):
-        monkeypatch.setitem(dialogues.REQUESTS, language, "?")
+        monkeypatch.setitem(dialogues.REQUESTS, language, "")
     replace_call(once_answered)
     for name, seed in (("A", 0), ("B", 1)):
         model = tiny.tiny_llama()
