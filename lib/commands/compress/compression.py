@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ...run.flags import FLAGS, without
+from ...run.flags import FLAGS, named, without
 from ...run.results import RESULTS, read_results
 from ...util import processes
 from ...util.cli import typed
@@ -137,9 +137,11 @@ class Compression:
 def joined(flags: list[str], passed_on: list[str], left_out: Sequence[str] = ()) -> list[str]:
     """Return flags of main.py, then those passed on without `left_out`.
 
-    Flags that need another one that is not there, such as of a method or of training, are left out.
+    Flags that need another one that is not there, such as of a method or of training, are left out,
+    and flags on the vocabulary where its tokens are chosen.
     """
-    flags = [*flags, *without(passed_on, left_out)]
+    chosen = named(step="trim") if "--vocabulary_rows" in flags else []
+    flags = [*flags, *without(passed_on, [*left_out, *chosen])]
     names = {word.partition("=")[0].removeprefix("--") for word in flags}
     return without(flags, [one.name for one in FLAGS if one.needs and not names & {*one.needs}])
 

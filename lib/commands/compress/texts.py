@@ -14,6 +14,7 @@ from ...data.chats import Dialogue, row_of
 from ...data.documents import PIECE_CHARACTERS, Corpus, are_dialogues, pieces_of
 from ...data.languages import language_text
 from ...data.sources import PART, parse_source, parse_sources
+from ...run.flags import named, without
 from ...util import processes
 from ...util.errors import UserError, counted
 from ...util.files import write_text
@@ -138,9 +139,10 @@ def check_texts(run: Compression, texts: TextNames) -> None:
     from ...run.check import check_disk
     from .plan import check_job, files_beside, model_flags
 
-    flags = ["--device", run.device, *model_flags(run, texts, trims=False), *run.format]
+    flags = ["--device", run.device, *model_flags(run, texts), *run.format]
     flags += ["--nsamples", "1", *(["--eval_data", *texts.tests] if texts.tests else [])]
-    job = check_job([*flags, *run.passed_on, "--save_model", run.args.out], recover=0)
+    flags += without(run.passed_on, named(step="trim"))
+    job = check_job([*flags, "--save_model", run.args.out], recover=0)
     check_disk(job, "OUT", run.args.out, files_beside(run, job), tables=False)  # to be trimmed
 
 
