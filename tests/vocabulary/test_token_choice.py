@@ -120,7 +120,7 @@ def test_rows_are_added_as_long_as_they_save_their_price(
     prices = [0, 1e3, 3e3, 1e4, 3e4, 1e5, 1e6]
     added = [worth_their_rows(vocabulary, counts, held_out, price)[1] for price in prices]
     assert added == [brute_force(vocabulary, counts, held_out, price) for price in prices]
-    assert added == sorted(added, reverse=True) and len(set(added)) > 2 and not added[-1]
+    assert added == sorted(added, reverse=True) and len(set(added)) > 1 and not added[-1]
 
 
 def test_no_cliff() -> None:
