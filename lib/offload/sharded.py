@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import copy
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, Self
 
@@ -20,6 +20,7 @@ import torch
 import torch.distributed as torch_dist
 from accelerate.hooks import add_hook_to_module, remove_hook_from_module
 from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
 
 from ..formats.grids import Grid
 from ..model.blocks import BlockRunner
@@ -29,6 +30,8 @@ from ..util.errors import UserError
 from ..util.ranks import DistContext
 from ..util.resume import RECOVERY, RunFolder
 from .store import FetchHook, FileBlockStore, remove_hook
+
+PART = 2**22  # numbers of a gradient that are copied at a time
 
 
 def is_sharded(runner: BlockRunner) -> bool:
@@ -101,6 +104,15 @@ def local(tensor: Tensor) -> Tensor:
     return tensor.to_local() if hasattr(tensor, "to_local") else tensor
 
 
+def squares(gradient: Tensor) -> Tensor:
+    """Return the sum of squares of a gradient (n,), float64.
+
+    It takes no copy of the gradient, and in one float32 sum most of 10^8 terms would be lost.
+    """
+    norms = [torch.linalg.vector_norm(each, dtype=torch.float64) for each in gradient.split(PART)]
+    return torch.stack(norms).square().sum()
+
+
 def ranks_of_state(folder: RunFolder) -> set[int]:
     """Return the numbers of ranks of the checkpoints in a folder; 1: not sharded."""
     parts = (file.stem.split("-of-") for file in folder.files() if file.stem.startswith(RECOVERY))
@@ -143,13 +155,17 @@ class WholeWeights:
     def __exit__(self, *error: object) -> None:
         pass
 
+    def forward(self, run: Callable[[], Tensor]) -> Tensor:
+        """Return `run()`, a forward pass through `blocks` whose output is back-propagated."""
+        return run()
+
     def sum_gradients_(self, gradient: Tensor, n_sharded: int, loss: Tensor) -> Tensor:
         """Sum a buffer of gradients and the loss over ranks in place; return the gradient's norm.
 
         The first `n_sharded` gradients are of shards, and no sums.
         """
         self.dist.sum_([gradient, loss])
-        return gradient.norm()
+        return squares(gradient).sqrt()
 
     def write_state(self, tensors: dict[str, Tensor], facts: dict[str, Any]) -> None:
         """Write a checkpoint to `folder`, after `facts["step"]` steps."""
@@ -185,7 +201,7 @@ class ShardedWeights:
         self.runner, self.dist = runner, runner.dist
         self.stores = [(one, ShardedStore(one.weights)) for one in (runner, teacher)]
         store = self.stores[0][1]
-        self.blocks, self.dims = store.twins, {}
+        self.blocks, self.root, self.dims = store.twins, store.root, {}
         for index, dims in enumerate(store.dims):
             self.dims |= {f"{index}.{path}": dim for path, dim in dims.items()}
 
@@ -204,10 +220,13 @@ class ShardedWeights:
             runner.weights = store.files
             store.close(write_back=runner is self.runner and kind is None)
 
+    def forward(self, run: Callable[[], Tensor]) -> Tensor:
+        return self.root(run)
+
     def sum_gradients_(self, gradient: Tensor, n_sharded: int, loss: Tensor) -> Tensor:
-        replicated, squares = gradient[n_sharded:], gradient[:n_sharded].square().sum()
-        self.dist.sum_([replicated, loss, squares])
-        return (squares + replicated.norm().square()).sqrt()
+        replicated, of_shards = gradient[n_sharded:], squares(gradient[:n_sharded])
+        self.dist.sum_([replicated, loss, of_shards])
+        return (of_shards + squares(replicated)).sqrt()
 
     def write_state(self, tensors: dict[str, Tensor], facts: dict[str, Any]) -> None:
         """Write each rank's checkpoint, then remove the one before."""
@@ -253,6 +272,21 @@ class ShardedWeights:
         return whole.flatten(0, 1)
 
 
+class Together(nn.Module):
+    """The FSDP root of blocks: every forward pass that is back-propagated is a call of it.
+
+    Under one root, blocks hold one whole float32 gradient between them, and share streams. With a
+    root each, they would hold all gradients until the backward pass ends.
+    """
+
+    def __init__(self, blocks: nn.ModuleList) -> None:
+        super().__init__()
+        self.blocks = blocks
+
+    def forward(self, run: Callable[[], Tensor]) -> Tensor:
+        return run()
+
+
 class ShardedStore(FileBlockStore):
     """The blocks of a store of files, sharded over the ranks.
 
@@ -265,10 +299,14 @@ class ShardedStore(FileBlockStore):
     collective = True
 
     def __init__(self, files: FileBlockStore) -> None:
+        from torch.distributed.fsdp import fully_shard
+
         vars(self).update(vars(files))  # shares the list `places`, which `close` writes
         self.files = files
         self.dims = [sharded_dims(block, self.dist.size) for block in self.blocks]
-        self.twins = nn.ModuleList(self._twin(index) for index in range(len(self.blocks)))
+        mesh = DeviceMesh.from_group(torch_dist.group.WORLD, self.device.type)
+        self.twins = nn.ModuleList(self._twin(index, mesh) for index in range(len(self.blocks)))
+        self.root = fully_shard(Together(self.twins), mesh=mesh)
 
     def fetch(self, index: int) -> None:
         twin = self.twins[index]
@@ -291,9 +329,8 @@ class ShardedStore(FileBlockStore):
             remove_hook_from_module(block)
             add_hook_to_module(block, FetchHook(self.files, index))
 
-    def _twin(self, index: int) -> nn.Module:
+    def _twin(self, index: int, mesh: DeviceMesh) -> nn.Module:
         """Return a copy of a block, sharded by FSDP; only this rank's shard of it is read."""
-        from torch.distributed.device_mesh import DeviceMesh
         from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
         from torch.distributed.tensor import Shard
 
@@ -303,7 +340,7 @@ class ShardedStore(FileBlockStore):
         dims = {one: dim_of[path] for path, one in twin.named_parameters()}
         fully_shard(
             twin,
-            mesh=DeviceMesh.from_group(torch_dist.group.WORLD, self.device.type),
+            mesh=mesh,
             reshard_after_forward=True,
             shard_placement_fn=lambda one: Shard(dims[one]),
             mp_policy=MixedPrecisionPolicy(reduce_dtype=torch.float32),

@@ -189,7 +189,7 @@ class Memory:
             return 0
         inside = sum(self._sizes(teacher.skeleton) if teacher else self._inside)
         if self.offloaded and self.ranks > 1:
-            inside = self._shard(inside) + self._block if stage == "train" else 0
+            inside = self._shard(inside) if stage == "train" else 0
         return inside + (self._outside(teacher.skeleton, self.rows) if teacher else 0)
 
     def stream(self, windows: int) -> int:
@@ -417,6 +417,9 @@ class Memory:
         if stage == "train":
             for name, size in self._training.items():
                 yield name, size, True
+            if self.offloaded:  # the block that is gathered next, a gradient, and its float32 sum
+                numbers = max(self._sizes(self.model.small)) // self.model.dtype.itemsize
+                yield "passing blocks", (2 * self.model.dtype.itemsize + FLOAT) * numbers, True
             yield "best weights", self._shard(sum(self._sizes(self.model.small))), not self.gpu
             held_out = local_windows(len(self.run.windows.training.held_out), dist)
             yield "held-out states", self.stream(len(held_out)), not self.gpu
