@@ -27,15 +27,15 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from .data.samples import Windows, as_windows, join_rows
 from .data.training import TrainingText
 from .eval import perplexities
 from .formats.grids import Grid
 from .formats.packed.errors import PackedError
-from .model.blocks import BlockRunner, iter_logits, run_block
+from .model.blocks import BlockRunner, iter_logits
 from .model.reference import DenseReference, dense_states, tail_of
+from .offload.fetched import FetchedWeights
 from .offload.sharded import ShardedWeights, WholeWeights, answered, is_sharded, local, shard_of
 from .util import progress
 from .util.deterministic import deterministic
@@ -285,7 +285,8 @@ class Recoverer:
     ) -> None:
         self.runner, self.teacher, self.text = runner, teacher, text
         self.reference = DenseReference(tail_of(teacher), dense_states(teacher, [text.held_out]))
-        self.weights = (ShardedWeights if is_sharded(runner) else WholeWeights)(runner, teacher)
+        kind = WholeWeights if runner.weights.resident else FetchedWeights
+        self.weights = (ShardedWeights if is_sharded(runner) else kind)(runner, teacher)
         self.parts = trained_parts(
             runner, whole, master_weights, schedule.rank, schedule.seed, self.weights
         )
@@ -422,7 +423,7 @@ class Recoverer:
         self.n_sharded = sum(leaf.numel() for replicated, leaf in every if not replicated)
         sizes = [leaf.numel() for leaf in self.leaves]
         # with one buffer, one sum over ranks serves all replicated leaves
-        self.gradient = torch.zeros(sum(sizes), device=self.runner.device)
+        self.gradient = torch.zeros(sum(sizes), device=self.leaves[0].device)
         for leaf, gradient in zip(self.leaves, self.gradient.split(sizes), strict=True):
             leaf.grad = gradient.view_as(leaf)
         kind = partial(torch.optim.AdamW, fused=True)
@@ -521,18 +522,7 @@ class Recoverer:
         runner, teacher, ids = self.runner, self.teacher, windows.ids.to(self.runner.device)
         (teacher_states,) = teacher.run_blocks([windows], state_device=runner.device)
         states = runner.capture(windows, len(ids), runner.device)
-        run = run_block
-        if runner.checkpointed:
-            run = partial(checkpoint, run_block, use_reentrant=False)
-
-        def forward() -> Tensor:
-            hidden = states.hidden  # (n, tokens, hidden)
-            every = zip(self.weights.blocks, states.block_args, strict=True)
-            for block, ((args, kwargs),) in every:
-                hidden = run(block, hidden, args, kwargs)
-            return hidden
-
-        hidden = self.weights.forward(forward)
+        hidden = self.weights.forward(states)
         last = hidden.detach().requires_grad_()
         loss = divergence_(
             logits=lambda positions: runner.logits_from_hidden(ids, last, positions),

@@ -10,26 +10,26 @@ afterwards.
 
 from __future__ import annotations
 
-import copy
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any, Self
 
 import torch
 import torch.distributed as torch_dist
-from accelerate.hooks import add_hook_to_module, remove_hook_from_module
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
+from torch.utils.checkpoint import checkpoint
 
 from ..formats.grids import Grid
-from ..model.blocks import BlockRunner
+from ..model.blocks import BlockRunner, HiddenStates, run_block
 from ..model.linears import find_linears
 from ..model.store import set_tensor
 from ..util.errors import UserError
 from ..util.ranks import DistContext
 from ..util.resume import RECOVERY, RunFolder
-from .store import FetchHook, FileBlockStore, remove_hook
+from .store import FileBlockStore, TrainedStore
 
 PART = 2**22  # numbers of a gradient that are copied at a time
 
@@ -90,7 +90,12 @@ def shard_of(tensor: Tensor, dim: int | None, dist: DistContext) -> Tensor:
 def shard_of_masters(
     masters: Tensor, grid: Grid, dim: int | None, dist: DistContext
 ) -> tuple[Tensor, Grid]:
-    """Return copies of this rank's shard of the masters of a parameter, and of their grid."""
+    """Return copies of this rank's shard of the masters of a parameter, and of their grid.
+
+    A single rank, which trains blocks on the host, has all of them there.
+    """
+    if dist.size == 1:
+        return masters.cpu(), Grid(grid.form, grid.transposed, grid.scales.cpu())
     if dim is None:
         return masters, grid
     scales = grid.scales.view(masters.shape[dim], -1, grid.scales.shape[-1])
@@ -155,9 +160,14 @@ class WholeWeights:
     def __exit__(self, *error: object) -> None:
         pass
 
-    def forward(self, run: Callable[[], Tensor]) -> Tensor:
-        """Return `run()`, a forward pass through `blocks` whose output is back-propagated."""
-        return run()
+    def forward(self, states: HiddenStates) -> Tensor:
+        """Return a batch's hidden states (n, tokens, hidden) after the last block, with a graph."""
+        hidden, run = states.hidden, run_block
+        if self.runner.checkpointed:
+            run = partial(checkpoint, run_block, use_reentrant=False)
+        for block, ((args, kwargs),) in zip(self.blocks, states.block_args, strict=True):
+            hidden = run(block, hidden, args, kwargs)
+        return hidden
 
     def sum_gradients_(self, gradient: Tensor, n_sharded: int, loss: Tensor) -> Tensor:
         """Sum a buffer of gradients and the loss over ranks in place; return the gradient's norm.
@@ -220,8 +230,8 @@ class ShardedWeights:
             runner.weights = store.files
             store.close(write_back=runner is self.runner and kind is None)
 
-    def forward(self, run: Callable[[], Tensor]) -> Tensor:
-        return self.root(run)
+    def forward(self, states: HiddenStates) -> Tensor:
+        return self.root(partial(WholeWeights.forward, self, states))
 
     def sum_gradients_(self, gradient: Tensor, n_sharded: int, loss: Tensor) -> Tensor:
         replicated, of_shards = gradient[n_sharded:], squares(gradient[:n_sharded])
@@ -287,22 +297,19 @@ class Together(nn.Module):
         return run()
 
 
-class ShardedStore(FileBlockStore):
+class ShardedStore(TrainedStore):
     """The blocks of a store of files, sharded over the ranks.
 
-    FSDP manages copies of the blocks, `twins`. The model's own blocks are empty except inside
-    `on_device`, which gathers one whole, so runs with replaced forwards gather nothing. All ranks
-    must call `on_device`, and each twin, the same number of times.
+    FSDP manages the `twins`. `on_device` gathers a block whole, so runs with replaced forwards
+    gather nothing. All ranks must call `on_device`, and each twin, the same number of times.
     """
 
-    zero_copy = False
     collective = True
 
     def __init__(self, files: FileBlockStore) -> None:
         from torch.distributed.fsdp import fully_shard
 
-        vars(self).update(vars(files))  # shares the list `places`, which `close` writes
-        self.files = files
+        super().__init__(files)
         self.dims = [sharded_dims(block, self.dist.size) for block in self.blocks]
         mesh = DeviceMesh.from_group(torch_dist.group.WORLD, self.device.type)
         self.twins = nn.ModuleList(self._twin(index, mesh) for index in range(len(self.blocks)))
@@ -319,23 +326,12 @@ class ShardedStore(FileBlockStore):
         super().evict(index)
         self.twins[index].reshard()
 
-    def close(self, write_back: bool) -> None:
-        """Let the model fetch its blocks from the files; `write_back`: as they are here."""
-        for index, block in enumerate(self.blocks):
-            if write_back:
-                with self.on_device(index, write_back=True):
-                    for parameter in block.parameters():  # FSDP cannot free what numpy has seen
-                        parameter.data = parameter.data.clone()
-            remove_hook_from_module(block)
-            add_hook_to_module(block, FetchHook(self.files, index))
-
     def _twin(self, index: int, mesh: DeviceMesh) -> nn.Module:
         """Return a copy of a block, sharded by FSDP; only this rank's shard of it is read."""
         from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
         from torch.distributed.tensor import Shard
 
-        twin = copy.deepcopy(self.blocks[index])  # without weights
-        remove_hook(twin)
+        twin = self.empty_twin(index)
         dim_of = self.dims[index]
         dims = {one: dim_of[path] for path, one in twin.named_parameters()}
         fully_shard(
