@@ -74,7 +74,7 @@ def child(folder: str) -> None:
         trained.set()
 
     def checked(memory: Memory) -> None:
-        seen.update(planned=memory.total("train"), before=anonymous())
+        seen.update(planned=memory.needed("train"), before=anonymous())
         check(memory)
 
     Recoverer.run, Memory.check = run, checked

@@ -77,7 +77,7 @@ class FetchedBlock(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        """Give the twin's parameters their gradients, and call their hooks, as FSDP does."""
+        """Give the twin's parameters their gradients, which calls their hooks."""
         store, block = ctx.store, ctx.store.blocks[ctx.index]
         hidden = ctx.saved_tensors[0].detach().requires_grad_()
         with store.on_device(ctx.index), torch.enable_grad():
@@ -89,7 +89,5 @@ class FetchedBlock(torch.autograd.Function):
             run_block(block, hidden, *ctx.more).backward(gradient)
             for fetched, parameter in pairs:
                 if fetched.grad is not None:
-                    parameter.grad, fetched.grad = fetched.grad.to(parameter.device), None
-                    for hook in parameter._post_accumulate_grad_hooks.values():
-                        hook(parameter)
+                    parameter.backward(fetched.grad.to(parameter.device))
         return None, None, hidden.grad, None, None

@@ -560,6 +560,9 @@ class Memory:
     def _ways(self, stage: str) -> Iterator[str]:
         """Yield flags with which a stage would fit, and the memory that it would need."""
         others = {"": self} if stage == "train" else {}
+        alone = replace(self, run=replace(self.run, batch_size=1))
+        if stage == "train" and self.run.batch_size > 1 and alone.fits():
+            yield "--batch_size 1" + f" ({gib(alone.needed(stage))})" * (not self.on_host_alone)
         for name, value in ((flag.name, each) for flag in flags_of(stage) for each in flag.smaller):
             flags, schedule = copy.copy(self.flags), self.run.schedule
             if getattr(flags, name) == value or (stage == "prune" and flags.removes):
@@ -573,7 +576,8 @@ class Memory:
                 other = replace(other, offloaded=other.wants_offloading())
             if other.fits() if stage == "train" else other.fits(stage):
                 size = gib(other.needed(stage))
-                if other.on_host_alone:
+                short = self.needed_of_host(stage) > self.host and not self.on_host_alone
+                if other.on_host_alone or short:
                     size = f"{gib(other.needed_of_host(stage))} of the host's"
                 yield f"--{name} {value}" + f" ({size})" * (stage != "allocate")
             elif stage == "train":
