@@ -315,7 +315,7 @@ class Memory:
                     worst, at_most = sums + most, {"statistics": sums, "solver": most}
         if method.dense_stream:
             at_most["dense block"] = self._block
-        whole = not self.flags.sparsity.m and workspace is PruningMethod.workspace
+        whole = workspace is PruningMethod.workspace and not self.flags.sparsity.m
         if self.gpu and whole and not neurons:  # masks of whole matrices
             largest = max(prod(linear.shape) for linear in self._linears)
             at_most["solver"] = max(at_most["solver"], SORTED * largest)
@@ -540,10 +540,10 @@ class Memory:
             begun_by = {flag.name: flag.doing for flag in flags_of(stage) if flag.doing}
             flag, doing = next(iter(begun_by.items()), ("model", "the model"))
             device, given = "card" if self.gpu else "machine", shown(self.flags, flag)
-            card = replace(self, offloaded=False) if self.on_host_alone else self
-            problem = f"{doing} needs {gib(card.needed(stage))} of memory, and the {device} "
-            problem += f"has {gib(self.free)} free"
             short = self.needed_of_host(stage) > self.host
+            whole = replace(self, offloaded=self.offloaded and not (short and self.on_host_alone))
+            problem = f"{doing} needs {gib(whole.needed(stage))} of memory, and the {device} "
+            problem += f"has {gib(self.free)} free"
             if short:
                 host = f"needs {gib(self.needed_of_host(stage))} of the host's memory, of which "
                 host += f"{gib(self.host)} are free"

@@ -281,8 +281,12 @@ def test_what_is_kept_on_disk_and_what_the_model_takes_there(
     weights = load_file(tmp_path / "model" / "model.safetensors").values()
     assert results(tmp_path / "out")["dense_bytes"] == sum(one.nbytes for one in weights)
     monkeypatch.setattr(load, "load", None)  # what follows is not of interest
-    for optimizer, state in (("adamw", 2 + 4 + 8), ("adamw8bit", 2 + 4 + 2)):
+    prune = "--prune_method", "wanda"
+    cases = (("adamw", 2 + 4 + 8, ()), ("adamw8bit", 2 + 4 + 2, ()), ("adamw", 2 + 4 + 8, prune))
+    for optimizer, state, flags in cases:
         more = ["--recover", 64, "--recover_optimizer", optimizer, "--resume", tmp_path / "kept"]
+        more += flags
         with pytest.raises(TypeError), redirect_stdout(io.StringIO()) as out:
             main.main([*map(str, [*argv, *more, "--save", tmp_path / "out"])])
-        assert f"training needs up to {gib(2 * state * blocks)} there" in out.getvalue()
+        size = (2 * state + bool(flags) * 2) * blocks
+        assert f"training needs up to {gib(size)} there" in out.getvalue()
