@@ -331,9 +331,12 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, module) {
 @cache
 def install():
     """Make `cuda` the pretended device in this process, and return what controls it."""
+    import torch
     from torch.utils import cpp_extension
 
-    name = f"pretended_cuda_{hashlib.sha256(CPP.encode()).hexdigest()[:8]}"
+    # each release of torch has a build of its own
+    digest = hashlib.sha256(f"{torch.__version__}{CPP}".encode()).hexdigest()
+    name = f"pretended_cuda_{digest[:8]}"
     root = os.environ.get("TORCH_EXTENSIONS_DIR") or cpp_extension.get_default_build_root()
     source = Path(root, name, "source.cpp")
     source.parent.mkdir(parents=True, exist_ok=True)
