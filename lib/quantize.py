@@ -20,7 +20,7 @@ from .formats.packed.linear import why_dense
 from .methods.gptq import GPTQ, MasterWeights
 from .model.blocks import BlockRunner
 from .model.matrix import PrunableLinear, SaveDtypes
-from .offload.sharded import is_sharded, shard_of_masters, sharded_dims
+from .offload.sharded import shard_of_masters, sharded_dims
 from .prune import UNREACHED, BlockWalker
 from .util.errors import UserError, first_of
 from .util.resume import QUANTIZED, START, of_block
@@ -168,8 +168,11 @@ class Quantizer(BlockWalker):
                 view.copy_(value)
 
     def _shard_masters(self) -> None:
-        """Keep only this rank's shard of a block's masters if ranks will share the training."""
-        if not (self.master_dtype and is_sharded(self.runner)):
+        """Keep only this rank's shard of a block's masters if ranks will share the training.
+
+        If blocks are trained on the host, the masters move there.
+        """
+        if not self.master_dtype or self.runner.weights.resident:
             return
         dims = sharded_dims(self.runner.blocks[self.index], self.dist.size)
         prefix = f"{self.runner.name}.{self.index}."

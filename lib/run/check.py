@@ -474,14 +474,17 @@ def disk_free(path: str | Path) -> int:
 
 
 def check_room(run: Run, flag: str, folder: str | Path) -> None:
-    """Print the maximum size of the training checkpoints. Raises UserError if the disk is full."""
+    """Print the maximum size of checkpoints and blocks. Raises UserError if the disk is full."""
     schedule = run.schedule
     if not schedule:
         return
     # bytes per weight: its best value, its float32 master, and two averages
-    state, eight_bits = run.model.dtype.itemsize, schedule.optimizer == "adamw8bit"
+    state = each = run.model.dtype.itemsize
+    eight_bits = schedule.optimizer == "adamw8bit"
     state += 0 if schedule.rank else 6 if eight_bits else 12
     size = 2 * state + (6 if run.flags.quantizes else 0)  # old and new state exist together
+    size += each * bool(run.flags.prune_method)  # pruned blocks, and trained ones that are fetched
+    size += each * (run.is_sharded or run.device.type != "cpu")
     size *= sum(weight.numel() for weight in run.model.small_blocks.parameters())
     kept = sum(file.stat().st_size for file in Path(folder).rglob("*.safetensors"))
     free = disk_free(folder) + kept

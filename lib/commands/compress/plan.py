@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import shutil
 from contextlib import redirect_stdout
+from dataclasses import replace
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -326,9 +327,9 @@ def untrainable(job: Run, folder: str) -> str | None:
     from ...run.memory import local_memory
     from ...util.host import gib
 
-    memory = local_memory(job)
-    needed = memory.total("train") + sum(memory.passing["train"].values())
-    if needed > memory.free or not memory.fits():
+    memory = replace(local_memory(job), offloaded=False)  # it is slow with blocks on the host
+    if not memory.fits():
+        needed = memory.needed("train")
         problem = f"training takes about {gib(needed)} of memory, and {gib(memory.free)} are free"
         return f"{problem}; --recover_rank 16 takes less"
     try:
