@@ -70,6 +70,9 @@ KINDS = {  # name: model, and flags
     "iq4_nl, trained": f"llama --quantize iq4_nl {TRAIN}",
     "iq4_nl, transposed": "transposed --quantize iq4_nl",
     "iq4_nl, experts": f"mixture --prune_method reap {FEWER} --quantize iq4_nl {TRAIN}",
+    "q5_0": "bfloat16 --trim_vocabulary --quantize q5_0",
+    "q5_0, trained": f"transposed --prune_method wanda --quantize q5_0 {TRAIN}",
+    "q3_k": f"wide --quantize q3_k {TRAIN}",  # only one of its layers has such rows
     "iq4_nl, neurons": f"wide --prune_method sparsegpt {NEURONS} --quantize iq4_nl {TRAIN}",
     # trained
     "trained": f"bfloat16 --prune_method wanda {HALF} {TRAIN}",
@@ -102,7 +105,7 @@ POINTS = (  # what a kind is there for
     ("one window", "by 3 ranks"),
     ("int4, trained", "by 2 ranks"),
 )
-GRIDS = "q4_0", "iq4_nl"  # of which a matrix is made in blocks of 32 inputs
+GRIDS = "q4_0", "iq4_nl", "q5_0", "q3_k"  # with few values in each block of 32 inputs
 
 
 def has(kind: str, *flags: str) -> bool:
@@ -223,7 +226,7 @@ def on_grid(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         rows = tensor.mT if ".h." in name else tensor  # GPT-2's are (in, out)
         if rows.shape[-1] % 32 == 0:
             blocks = rows.float().reshape(-1, 32).sort().values
-            if bool(((blocks.diff() != 0).sum(1) < 16).all()):
+            if bool(((blocks.diff() != 0).sum(1) < 28).all()):
                 found[name] = tensor
     return found
 

@@ -158,8 +158,8 @@ def _metadata(
     tags.append("trimmed" if results.get("vocabulary") else None)
     tags.append(results.get("quantized", {}).get("format"))
     base_model = model if is_hub_id else base.get("base_model")
-    bits = 4 if results.get("quantized") else results.get("packed", {}).get("bits", 16)
-    relation = "quantized" if bits < 16 else "finetune"
+    bits = results.get("packed", {}).get("bits", 16)
+    relation = "quantized" if results.get("quantized") or bits < 16 else "finetune"
     hub_sets, languages = zip((None, None), *map(_set_and_language, sources), strict=True)
     return ModelCardData(
         model_name=Path(results["flags"].get("save_model") or model).name,

@@ -195,8 +195,8 @@ GROUPS: dict[str, list[Flag]] = {
          metavar="RULE", needs=("prune_method",), doing="measuring errors", smaller=("uniform",)),
 ],
 "quantization and packing": [
-    Flag("quantize", "quantize", "4 bits with calibration text; q4_0: every engine; iq4_nl: only "
-         "llama.cpp; int4: packed", choices=("q4_0", "iq4_nl", "int4"),
+    Flag("quantize", "quantize", "with calibration text; q4_0: every engine; q3_k, iq4_nl, q5_0: "
+         "only llama.cpp; int4: packed", choices=("q4_0", "q3_k", "iq4_nl", "q5_0", "int4"),
          excludes={"load_bit": "weights can be quantized only once"},
          set_by=COMPRESS, doing="quantizing"),
     Flag("replace_sparse_layers", "pack", "save sparse layers packed; fast as 2:4 on CUDA "

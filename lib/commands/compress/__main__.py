@@ -2,7 +2,7 @@
 For users who want a small model and have some minutes; main.py offers each step by itself.
 
     langprune compress MODEL OUT --language uk [--minutes 30] [--megabytes N] [--for mlx]
-        [--quantize iq4_nl]
+        [--quantize q5_0]
 
 The vocabulary is trimmed to the language, and the weights are quantized to llama.cpp's q4_0 with
 text in it; a base model is trained from there. OUT is a dense folder that every engine loads, and
@@ -285,7 +285,8 @@ def _parser() -> argparse.ArgumentParser:
     text += "CPUs (default: any)"
     targets = dict(choices=(ANY, PACKED, *ENGINES), nargs="+", default=[ANY])
     add("--for", help=text, dest="target", metavar="ENGINE", **targets)
-    text = "q4_0: every engine; iq4_nl: less loss at the same size, only for llama.cpp and ollama"
+    text = "q4_0: every engine; only for llama.cpp and ollama: iq4_nl, less loss at that size, and "
+    text += "q3_k, q5_0, of three and five bits"
     kinds = dict(choices=GRID_TYPES, default=GRID)
     add("--quantize", help=f"{text} (default: {GRID})", **kinds)
     text = "size limit of the GGUF file, reached by removing neurons or MoE experts (default: none)"
