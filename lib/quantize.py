@@ -51,7 +51,7 @@ def check_quantized(runner: BlockRunner, fmt: Int4) -> dict[str, Any]:
     left = [name for name, type_ in types.items() if not type_]
     record = {"format": fmt.name, "tensors": len(types) - len(left), "left": left}
     several = set(filter(None, types.values())) != {fmt.name}
-    return record | ({"types": types} if several else {})
+    return record | ({"types": getattr(fmt, "types", types)} if several else {})
 
 
 def quantize(

@@ -6,6 +6,8 @@ types, which packing does not use. CONTRIBUTING.md says how to add one.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor
 
@@ -22,6 +24,7 @@ from .packed.layout import look_up, tiles
 TO_TOP = 13  # steps of five significant bits from 1/12 of a number to what rounds to 1/8 of it
 LARGEST = 2.0**12  # eight times this is a float16 number
 LEAST = 2.0**-24  # smallest float16 number
+Q8_0 = "q8_0"
 FEW_VALUES = 16  # rows with so few values may be on a grid by chance
 ROWS = 16  # rows that show the type of a matrix
 SHARES = torch.linspace(0.67, 1.15, 12).tolist()  # of scales that would reach the largest value
@@ -48,6 +51,7 @@ class Q4_0(Int4):
     group = 32
     block = 32  # inputs in a block of llama.cpp's
     packs = False
+    instead: str | None = None  # type of rows that do not fit
     ggml_rule_agrees = True  # whether llama.cpp's own rule finds its scales and codes
 
     @property
@@ -215,12 +219,14 @@ class Q3_K(Q5_0):
     bits_per_weight = 8 * 110 / 256
     group = 16
     block = 256
+    instead = "iq4_nl"
+    has_zero = False  # nor has that
     shared = 16  # groups that share a d
     lowest, highest = -4, 3
     levels = torch.arange(-4.0, 4)
 
     def of(self, name: str, in_features: int) -> Int4 | None:
-        return super().of(name, in_features) or GRIDS["iq4_nl"].of(name, in_features)
+        return super().of(name, in_features) or GRIDS[self.instead].of(name, in_features)
 
     def fit_units(self, matrix: Tensor, costs: Tensor | None = None) -> Tensor:
         """Return d (out, groups), the better one of two powers of two that use most integers."""
@@ -317,6 +323,30 @@ class Grid:
         return weight.mT if self.transposed else weight
 
 
+class Types:
+    """A type for each tensor, by its name; tensors without one become q8_0.
+
+    Beside names of GRIDS a type may be q8_0, for values that are rounded only in a GGUF file.
+    """
+
+    packs = has_zero = ggml_rule_agrees = False
+    group = Q3_K.group  # the least
+
+    def __init__(self, name: str, types: Mapping[str, str]) -> None:
+        self.name, self.types = name, types
+
+    conversion_note = "gguf --type auto will write the scales and codes of"
+
+    def of(self, name: str, in_features: int) -> Int4 | None:
+        """Return the format of a tensor; None if it keeps its values."""
+        return GRIDS.get(self.types.get(name, Q8_0))
+
+    def bits_of(self, name: str, in_features: int) -> float:
+        """Return the bits of a weight in a GGUF file, with its share of a scale."""
+        fits = in_features % 32 == 0
+        return BITS[self.types.get(name, Q8_0)] if fits else 16
+
+
 def held_type(matrix: Tensor) -> str | None:
     """Return llama.cpp's type on whose grid a matrix (out, in) is, by some of its rows, or None."""
     rows = matrix[:: -(-len(matrix) // ROWS)]
@@ -327,4 +357,5 @@ def held_type(matrix: Tensor) -> str | None:
 
 
 GRIDS = {fmt.name: fmt for fmt in (Q4_0(), IQ4_NL(), Q5_0(), Q3_K())}  # llama.cpp's types
+BITS = {name: form.bits_per_weight for name, form in GRIDS.items()} | {Q8_0: 8.5}
 FORMATS: dict[str, Values | Int4] = {fmt.name: fmt for fmt in PACKED.values()} | GRIDS

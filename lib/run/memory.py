@@ -28,7 +28,6 @@ from ..calibration.output_error import TOKENS
 from ..data.samples import Windows
 from ..data.training import HELD_OUT, TrainingText
 from ..data.windows import TestSet
-from ..formats.grids import FORMATS
 from ..methods.gptq import GPTQ
 from ..methods.registry import method_of
 from ..methods.sparsity import EXPERTS
@@ -202,7 +201,7 @@ class Memory:
         """Bytes of the hidden states that a stage holds between blocks, besides a batch's."""
         flags, streams, windows = self.flags, {}, max(1, self.windows)
         # before every block, and the gradient
-        if flags.prune_method and flags.allocation != "uniform":
+        if "allocate" in self._active:
             few = min(-(-ALLOCATION_WINDOWS // self.ranks), windows)
             streams["allocate"] = self.stream(few) * (len(self._inside) + 1)
         method = flags.prune_method and method_of(flags.prune_method)
@@ -381,7 +380,7 @@ class Memory:
         taken = {
             "load": True,
             "measure": True,
-            "allocate": flags.prune_method and flags.allocation != "uniform",
+            "allocate": (flags.prune_method and flags.allocation != "uniform") or flags.megabytes,
             "prune": flags.prune_method,
             "quantize": flags.quantizes,
             "train": self.run.schedule,
@@ -412,7 +411,7 @@ class Memory:
             if stage == "quantize":
                 yield "masters", each * self._shard(numbers), True
             if stage in ("quantize", "train", "save"):
-                size = FLOAT * numbers // FORMATS[self.flags.format].group
+                size = FLOAT * numbers // self.run.form.group
                 yield "scales", size if stage == "save" else self._shard(size), True
         if stage == "train":
             for name, size in self._training.items():
@@ -447,9 +446,9 @@ class Memory:
     @cached_property
     def _quantized(self) -> int:
         """Number of quantized weights."""
-        form, numbers = FORMATS[self.flags.format], 0
-        for linear in self._linears:
-            takes = linear.expert is None if form.packs else form.supports_width(linear.shape[1])
+        form, numbers = self.run.form, 0
+        for linear in self._linears:  # --quantize auto may take all whose rows fit
+            takes = linear.expert is None if form.packs else linear.shape[1] % 32 == 0
             numbers += takes * prod(linear.shape)
         return numbers
 

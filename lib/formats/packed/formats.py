@@ -136,6 +136,11 @@ class Int4(Values):
         """Return the format of the tensor `name`, by the weights in its rows; None: its dtype."""
         return self if self.supports_width(in_features) else None
 
+    def bits_of(self, name: str, in_features: int) -> float:
+        """Return the bits of a weight in a file, with its share of a scale."""
+        form = self.of(name, in_features)
+        return form.bits_per_weight if form else 16
+
     def nearest(self, matrix: Tensor) -> Tensor:
         """Return the matrix (out, in) rounded to the best grid, float32."""
         return self.round_to(matrix, self.fit_scales(matrix))
