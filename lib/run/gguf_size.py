@@ -40,18 +40,24 @@ def gguf_bytes(run: Run, model: nn.Module, form: Any, outer: float) -> float:
     return size
 
 
+def sizes_and_rest(run: Run, model: nn.Module, outer: float) -> tuple[Costs, float]:
+    """Return {tensor: {type: bytes}} of `model`, and the bytes of the rest of its file."""
+    rows = model.get_input_embeddings().num_embeddings
+    rows = len(run.vocabulary.rows) if run.vocabulary else rows
+    sizes = sizes_of(model, run.model.blocks_name, rows)
+    whole = gguf_bytes(run, model, Types(AUTO, {}), outer)  # as q8_0
+    return sizes, whole - sum(types[Q8_0] for types in sizes.values())
+
+
 def room_for_types(run: Run) -> tuple[Costs, float]:
     """Return {tensor: {type: bytes}}, and the bytes that --megabytes leaves for these tensors.
 
     Raises UserError if that is too little for the smallest types, or enough for the largest.
     """
-    model, most, flag = run.model.small, 1e6 * run.flags.megabytes, shown(run.flags, "megabytes")
-    rows = model.get_input_embeddings().num_embeddings
-    rows = len(run.vocabulary.rows) if run.vocabulary else rows
-    sizes = sizes_of(model, run.model.blocks_name, rows)
-    whole = gguf_bytes(run, model, Types(AUTO, {}), vocabulary_bytes(run))  # as q8_0
-    rest = whole - sum(types[Q8_0] for types in sizes.values())
-    if (least := rest + sum(min(types.values()) for types in sizes.values())) > most:
+    most, flag = 1e6 * run.flags.megabytes, shown(run.flags, "megabytes")
+    sizes, rest = sizes_and_rest(run, run.model.small, vocabulary_bytes(run))
+    least, whole = (rest + sum(map(each, map(dict.values, sizes.values()))) for each in (min, max))
+    if least > most:
         problem = f"the smallest file takes about {least / 1e6:.3g} MB"
         raise UserError(flag, problem, "Give more, or a smaller model")
     if whole <= most:
