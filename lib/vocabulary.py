@@ -5,12 +5,10 @@
 
 It keeps every token that the sources' train text uses, with all tokens that it is merged from. It
 also keeps the bytes, special and added tokens, and the tokens of the chat template and the configs.
-A small text does not use all tokens of its language. Therefore 10% of the documents are held out of
-a first count. If that count's tokens split them into over RISE more tokens, unused tokens are added
-until the rise is below GOAL. The most likely ones for the text's scripts come first. They also fill
-the rows up to a multiple of 64. Reserved special tokens are removed, unless a text, the template or
-a config uses them. All other rows of the embedding and the head are removed, which makes the model
-smaller in every engine.
+A small text does not use all tokens of its language: the likely ones are kept too, as far as a
+held-out tenth of the documents shows that they are worth their rows (lib/data/token_choice.py).
+Reserved special tokens are removed, unless a text, the template or a config uses them. All other
+rows of the embedding and the head are removed, which makes the model smaller in every engine.
 
     trimmed = trim_vocabulary(...)      reads no weights, returns the smaller tokenizer
     trimmed.verify(tests)                checks that test texts decode to the same text
@@ -24,14 +22,14 @@ import hashlib
 import json
 import math
 import re
-from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import chain
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
-from tokenizers import Tokenizer
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
@@ -39,46 +37,48 @@ from .data.chats import Document
 from .data.documents import Corpus, pieces_of
 from .data.samples import Sample, Windows, join, packed
 from .data.templates import document_text
+from .data.token_choice import PRICE, choose, round_up
 from .data.trimmed_tokenizer import FLAG, TrimmableTokenizer
 from .data.windows import sample_of, test_documents
 from .model.checkpoint import Checkpoint
-from .util.errors import UserError
+from .util.errors import UserError, first_line
+from .util.files import write_text
 from .util.progress import progress
-from .util.quirks import MISLEADING_ROWS
 from .util.ranks import DistContext
 
-RISE = 0.003  # rise in tokens of held-out text above which the text is too small
-GOAL = 0.001  # rise below which the kept likely tokens are enough
 HELD_OUT = 10  # every tenth document is held out
-HELD_CHARACTERS = 1_000_000  # largest amount of held-out text
-UNLIKELY = 3e-8  # expected share of a token in a text below which it is not worth a row
-MEASURED_BYTES = 2**15  # bytes of a test text on which both vocabularies are measured
-MEASURED_TOKENS = 1024  # largest window for that, in tokens
+MOST_ROWS = 0.9  # share of rows above which trimming saves too little
+MEASURED_BYTES = 2**14  # of a test text, on which a CPU measures both vocabularies
+MEASURED_TOKENS = 512  # largest window for that, in tokens
 TOO_COSTLY = 0.02  # rise of bits per byte above which a warning is printed
 HUB_CHARACTERS = 100_000_000  # counted in a Hub dataset; local text is counted in full
 BATCH_CHARACTERS = 4_000_000  # tokenized at a time, on all cores
-COMMON_LETTER = 1e-4  # least share of the texts' tokens with a letter for the letter to be common
-MULTIPLE = 64  # granularity of rows, for fast matrix products on GPUs
 # scripts and signs that are rare in texts, some beyond the first 65,536
 RARE_SIGNS = "🦉🏳️‍🌈 漢字の書き方 한국어 ไทย ꙮ𝔘𐍈 ﷽ ⅷ\u200b\ufeff\t\r\n  \x00¤"
 PROOF_TOKENS = 256  # tokens of a test window whose logits are compared
+LIST = "vocabulary.json"  # in --save: the tokens of a run, for --vocabulary_rows of another
 NOTE = (
     "The vocabulary was trimmed: fewer tokens share the probability, so perplexity falls by "
     "itself. Compare with other vocabularies by bits per byte."
 )
 
 
+class SavesTooLittle(UserError):
+    """Over MOST_ROWS of the rows would stay."""
+
+
 @dataclass
 class TrimmedVocabulary:
     """The smaller vocabulary.
 
-    `rows` (rows,) holds the original row of each new one; rows beyond the tokenizer's ids have no
-    token. `record` goes into results.json.
+    `rows` (rows,) holds the original row of each new one; those after the `ids` have no token.
+    `record` goes into results.json.
     """
 
     original_tokenizer: PreTrainedTokenizerBase
     tokenizer: PreTrainedTokenizerBase
     rows: Tensor
+    ids: list[int]  # original ids of the tokens that stay
     record: dict[str, Any] = field(default_factory=dict)
     # windows by the original and by the trimmed tokenizer, and the number of bytes that count
     held_out: tuple[Windows, Windows, int] | None = None
@@ -115,52 +115,92 @@ class TrimmedVocabulary:
             )
         return lines
 
-    def hold_out(self, corpus: Corpus, seqlen: int) -> None:
+    def hold_out(self, corpus: Corpus, seqlen: int, size: int, most: int | None = None) -> None:
         """Set `held_out` to windows by both tokenizers: a test text, or the answers of dialogues.
 
-        At most MEASURED_BYTES, spread over the documents. A text's first token is predicted too,
-        from BOS or an end token, so that all its bytes count.
+        About `size` bytes and at most `most` windows, spread over the documents; window i has the
+        same text by both. A text's first token is predicted too, from BOS or an end token, so that
+        all its bytes count.
         """
-        seqlen = min(seqlen, MEASURED_TOKENS)
         documents = test_documents(corpus)
-        piece = re.compile(rf"\S[\s\S]{{0,{seqlen}}}(?=\s|$)")  # rarely over seqlen tokens
+        seqlen = min(seqlen, MEASURED_TOKENS * (1 if isinstance(documents[0], str) else 2))
+        # cut at blanks, if there are any
+        piece = re.compile(rf"\S(?:[\s\S]{{0,{seqlen}}}(?=\s|$)|[\s\S]{{0,{seqlen}}})")
         pieces: list[Document] = []
         for document in documents:
             pieces += piece.findall(document) if isinstance(document, str) else [document]
-        step = max(1, sum(len(str(each).encode()) for each in pieces) // MEASURED_BYTES)
-        size, cuts, tokenizers = 0, ([], []), (self.original_tokenizer, self.tokenizer)
+        step = max(1, sum(len(each.encode()) for each in pieces) // size)
+        groups: list[list[tuple[Sample, Sample, int]]] = []  # one for each window
+        filled = [0, 0]  # tokens in the last one
         for document in pieces[::step]:
-            pair = [self._sample(each, document) for each in tokenizers]
-            if all(0 < len(sample.ids) <= seqlen for sample in pair):
+            pair = self._samples(document)
+            while isinstance(document, str) and max(len(one.ids) for one in pair) > seqlen:
+                document = document[: len(document) // 2]
+                pair = self._samples(document)
+            lengths = [len(one.ids) for one in pair]
+            if max(lengths) > seqlen or not all(one.mask[1:].any() for one in pair):
+                continue
+            text = document
+            if not isinstance(document, str):
                 counted = pair[0].ids[pair[0].mask]
                 text = self.original_tokenizer.decode(counted, clean_up_tokenization_spaces=False)
-                size += len((document if isinstance(document, str) else text).encode())
-                for cut, sample in zip(cuts, pair, strict=True):
-                    cut.append(sample)
-        if size:
-            self.held_out = (*(join(list(packed(cut, seqlen))) for cut in cuts), size)
-            self.record["measured_on"] = {"name": corpus.source.name, "bytes": size}
+            if not groups or any(sum(pair) > seqlen for pair in zip(filled, lengths, strict=True)):
+                groups.append([])
+                filled = [0, 0]
+            groups[-1].append((*pair, len(text.encode())))
+            filled = [*map(sum, zip(filled, lengths, strict=True))]
+        if groups := groups[:most]:
+            size = sum(length for group in groups for *_, length in group)
+            by_tokenizer = (
+                join([*chain(*(packed([each[which] for each in g], seqlen) for g in groups))])
+                for which in (0, 1)
+            )
+            self.held_out = (*by_tokenizer, size)
+            name, model = corpus.source.name, self.original_tokenizer.name_or_path
+            self.record["measured_on"] = {"name": name, "bytes": size, "model": model}
 
-    @staticmethod
-    def _sample(tokenizer: PreTrainedTokenizerBase, document: Document) -> Sample:
+    def _samples(self, document: Document) -> list[Sample]:
+        """Return a document's tokens by both tokenizers; before a text is BOS or an end token."""
+        tokenizers = self.original_tokenizer, self.tokenizer
         if not isinstance(document, str):
-            return sample_of(tokenizer, document)
-        begins = tokenizer.bos_token_id
-        begins = tokenizer.eos_token_id if begins is None else begins
-        (ids,) = encode_all(tokenizer, [document])
-        ids = torch.tensor([begins or 0, *ids])
-        return Sample(ids, torch.arange(len(ids)) > 0)
+            return [sample_of(each, document) for each in tokenizers]
+        samples = []
+        for tokenizer in tokenizers:
+            begins = tokenizer.bos_token_id
+            begins = tokenizer.eos_token_id if begins is None else begins
+            ids = torch.tensor([begins or 0, *encode_all(tokenizer, [document])[0]])
+            samples.append(Sample(ids, torch.arange(len(ids)) > 0))
+        return samples
 
-    def record_cost(self, nats_original: float, nats_trimmed: float) -> list[str]:
-        """Record both models' losses on `held_out`, summed in nats; return lines on the cost."""
-        record, size = self.record, self.held_out[-1]
-        original, trimmed = (nats / math.log(2) / size for nats in (nats_original, nats_trimmed))
-        record |= {"bits_per_byte_original": original, "bits_per_byte_trimmed": trimmed}
-        cost = trimmed / original - 1
-        name = record["measured_on"]["name"]
+    def record_cost(self, original: Tensor, trimmed: Tensor) -> None:
+        """Record what trimming costs by both models' losses on `held_out`, (n,) each, in nats.
+
+        The interval is that of a ratio of sums over independent windows (Cochran, Sampling
+        Techniques, 1977, section 6.4), with an approximation of Student's t.
+        """
+        record, size, count = self.record, self.held_out[-1], len(original)
+        ratio = trimmed.sum().item() / original.sum().item()
+        bits = original.sum().item() / math.log(2) / size
+        record |= {"bits_per_byte_original": bits, "bits_per_byte_trimmed": bits * ratio}
+        record["cost_interval"] = None
+        if (freedom := count - 1) > 2:
+            spread = (trimmed - ratio * original).square().sum().item() * count / freedom
+            spread *= (1.96 + 2.37 / freedom + 2.82 / freedom**2) ** 2
+            half = math.sqrt(spread) / original.sum().item()
+            record["cost_interval"] = [ratio - 1 - half, ratio - 1 + half]
+
+    def cost_lines(self) -> list[str]:
+        """Return what trimming costs; a line that names what would help, if it is much."""
+        record = self.record
+        if "bits_per_byte_original" not in record:
+            return [f"{FLAG}: its cost cannot be measured, since the test text has no window"]
+        bits = [record[f"bits_per_byte_{name}"] for name in ("original", "trimmed")]
+        cost, measured_on = bits[1] / bits[0] - 1, record["measured_on"]
+        interval = record["cost_interval"]
+        between = f" (95% interval {interval[0]:+.2%} to {interval[1]:+.2%})" if interval else ""
         lines = [
-            f"trimming costs {cost:+.2%} bits per byte on {size:,} bytes of {name}: original "
-            f"{original:.4f}, trimmed {trimmed:.4f}"
+            f"trimming costs {cost:+.2%} bits per byte{between} on {measured_on['bytes']:,} bytes "
+            f"of {measured_on['name']}: original {bits[0]:.4f}, trimmed {bits[1]:.4f}"
         ]
         if cost > TOO_COSTLY:
             lines.append(
@@ -207,8 +247,15 @@ class TrimmedVocabulary:
             return line
         why = "the texts are too short to hold any out"
         if record["rise"] is not None:
-            why = f"held-out text took {record['rise']:+.2%} tokens without them"
+            why = f"held-out text took about {record['rise']:+.2%} tokens without them"
         return f"{line}, and {record['likely']} likely ones are kept, since {why}"
+
+    def write(self, folder: Path) -> None:
+        """Write LIST, from which another run takes the same tokens."""
+        tokens = self.original_tokenizer.convert_ids_to_tokens(self.ids)
+        kept = {"ids": self.ids, "tokens": tokens, "rows": self.rows.tolist()}
+        text = json.dumps(kept | {"record": self.record}, ensure_ascii=False)
+        write_text(folder / LIST, text)
 
 
 def trim_vocabulary(
@@ -220,88 +267,80 @@ def trim_vocabulary(
     *,
     rows: int,
     config_ids: set[int],
+    price: float = PRICE,
+    kept: int | str | None = None,
 ) -> TrimmedVocabulary:
     """Count the train text of `corpora`, choose the tokens, and make the smaller tokenizer.
 
-    `rows` is the number of rows of the model's embedding, `config_ids` are the ids in its configs.
-    Raises UserError if the tokenizer cannot be trimmed.
+    `rows` is the number of rows of the model's embedding, `config_ids` are the ids in its configs,
+    `kept` is the number of rows to keep (None: by the `price`), or a file with those of an earlier
+    run. Raises UserError if the tokenizer cannot be trimmed.
     """
     tokens = TrimmableTokenizer(tokenizer, str(checkpoint))
-    required = tokens.required_ids() | tokens.template_ids()
-    required |= config_ids & tokens.id_to_token.keys()
-    reserved = tokens.reserved_ids() - required
-    required = {part for index in required for part in tokens.merge_parts(index)}
-    unnamed = sorted(i for i in config_ids if i < rows and i not in tokens.id_to_token)
-    counts, held = count_tokens(corpora, tokenizer, dist)
-    used = [i for i in counts.nonzero().flatten().tolist() if i in tokens.id_to_token]
-    if used and used[-1] >= rows:
-        raise UserError(
-            FLAG,
-            f"the texts use token {tokens.id_to_token[used[-1]]!r} with the id {used[-1]}, "
-            f"but the embedding of {checkpoint} has {rows} rows",
-            "Resize it to the tokenizer, or remove the added tokens",
-        )
-    options = dict(
-        reserved=reserved | {i for i in tokens.id_to_token if i >= rows}, n_unnamed=len(unnamed)
-    )
-    rise, likely = _likely_tokens(tokens, counts, held, required, options)
-    chosen = choose_tokens(tokens, counts, required, likely=likely, **options)
-    model_ids = {tokens.token_to_id[token] for token in tokens.model_tokens}
-    kept = sorted(chosen, key=lambda index: (index not in model_ids, index))  # added tokens last
-    order = _row_order(tokens, kept, unnamed=unnamed, rows=rows)
-    smaller = tokens.trimmed_tokenizer(kept, config, checkpoint.trust_remote_code)
-    trimmed = TrimmedVocabulary(tokenizer, smaller, torch.tensor(order))
-    trimmed.record = {
-        "rows": len(order),
-        "rows_before": rows,
-        "tokens": len(kept),
-        "tokens_before": len(tokens.id_to_token),
-        "used": len(used),
-        "rise": rise,
-        "likely": likely,
-        "reserved": len(reserved - chosen),
-        "sources": [corpus.source.text for corpus in corpora],
-        "digest": trimmed.digest,
-    }
+    if isinstance(kept, str):
+        ids, order, record = _read_list(kept, tokens, rows)
+    else:
+        vocabulary = tokens.vocabulary(config_ids, rows)
+        unnamed = sorted(i for i in config_ids if i < rows and i not in tokens.id_to_token)
+        counts, held_out = count_tokens(corpora, tokenizer, dist)
+        used = [i for i in np.flatnonzero(counts).tolist() if i in tokens.id_to_token]
+        if used and used[-1] >= rows:
+            raise UserError(
+                FLAG,
+                f"the texts use token {tokens.id_to_token[used[-1]]!r} with the id {used[-1]}, "
+                f"but the embedding of {checkpoint} has {rows} rows",
+                "Resize it to the tokenizer, or remove the added tokens",
+            )
+        options = dict(price=price, rows=kept, n_unnamed=len(unnamed))
+        choice = choose(vocabulary, counts, held_out, **options)
+        model_ids = {tokens.token_to_id[token] for token in tokens.model_tokens}
+        ids = sorted(choice.ids, key=lambda i: (i not in model_ids, i))  # added tokens last
+        order = _row_order(tokens, ids, unnamed=unnamed, rows=rows)
+        if kept and len(order) > kept:
+            problem = "bytes, special tokens and the chat template take more"
+            raise UserError(f"--vocabulary_rows {kept}", problem, f"Give at least {len(order)}")
+        record = {
+            "rows": len(order),
+            "rows_before": rows,
+            "tokens": len(ids),
+            "tokens_before": len(tokens.id_to_token),
+            "used": choice.used,
+            "rise": choice.rise,
+            "likely": choice.likely,
+            "reserved": len(tokens.reserved_ids() - set(ids)),
+            "sources": [corpus.source.text for corpus in corpora],
+        }
+    smaller = tokens.trimmed_tokenizer(ids, config, checkpoint.trust_remote_code)
+    trimmed = TrimmedVocabulary(tokenizer, smaller, torch.tensor(order), ids, record)
+    record["digest"] = trimmed.digest
     return trimmed
 
 
-def _likely_tokens(
-    tokens: TrimmableTokenizer,
-    counts: Tensor,
-    held: list[str],
-    required: set[int],
-    options: dict[str, Any],
-) -> tuple[float | None, int]:
-    """Return the rise in tokens of `held` by the tokens of other text, and how many more it needs.
+def measured_bytes(device: str) -> int:
+    """Return the bytes of text on which trimming is measured; a GPU measures more."""
+    return MEASURED_BYTES * (1 if device == "cpu" else 4)
 
-    The first count is `counts` (tokens,) without `held`. The second value is the least number of
-    unused tokens, most likely first, for a rise of at most GOAL, or all if none suffices. It is
-    all, and the rise None, if no text could be held out.
-    """
-    ids = encode_all(tokens.tokenizer, held)
-    before = sum(map(len, ids))
-    used = torch.tensor([*chain(*ids)], dtype=torch.long)
-    first = counts - torch.bincount(used, minlength=len(counts))
 
-    order, most = _fill_order(tokens, first)
-    if not held:
-        return None, most
-
-    def rise(likely: int) -> float:
-        kept = choose_tokens(tokens, first, required, likely=likely, order=order, **options)
-        bare = Tokenizer.from_str(json.dumps(tokens.trimmed_json(sorted(kept))))
-        cut = bare.encode_batch_fast(held, add_special_tokens=False)
-        return sum(len(each.ids) for each in cut) / max(before, 1) - 1
-
-    bare_rise = rise(0)
-    if bare_rise <= RISE:
-        return bare_rise, 0
-    low, high = 0, -(-most // MULTIPLE)
-    while high - low > 1:
-        middle = (low + high) // 2
-        low, high = (low, middle) if rise(middle * MULTIPLE) <= GOAL else (middle, high)
-    return bare_rise, high * MULTIPLE
+def _read_list(
+    file: str, tokens: TrimmableTokenizer, rows: int
+) -> tuple[list[int], list[int], dict[str, Any]]:
+    """Return ids, rows and record of a LIST. Raises UserError if it is not for these tokens."""
+    what = f"--vocabulary_rows {file}"
+    try:
+        kept = json.loads(Path(file).read_text("utf-8"))
+        ids, order, record = kept["ids"], kept["rows"], kept["record"]
+        same = [tokens.id_to_token.get(index) for index in ids] == kept["tokens"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        fix = f"Name the {LIST} of an earlier run"
+        raise UserError(what, f"it cannot be read ({first_line(error)})", fix) from error
+    if not same or record["rows_before"] != rows:
+        problem = f"its tokens are not those of {tokens.name}"
+        raise UserError(what, problem, "Name one of a model with the same vocabulary")
+    measured_on = record.get("measured_on", {}).get("model")
+    if measured_on != tokens.tokenizer.name_or_path or "bits_per_byte_original" not in record:
+        costs = "measured_on", "bits_per_byte_original", "bits_per_byte_trimmed", "cost_interval"
+        record = {key: value for key, value in record.items() if key not in costs}
+    return ids, order, record
 
 
 def _row_order(
@@ -313,87 +352,23 @@ def _row_order(
     otherwise be removed.
     """
     spare = [i for i in range(rows) if i not in tokens.id_to_token and i not in unnamed]
-    missing = min(_round_up(len(kept) + len(unnamed)), rows) - len(kept) - len(unnamed)
+    missing = min(round_up(len(kept) + len(unnamed)), rows) - len(kept) - len(unnamed)
     order = [*kept, *sorted(unnamed + spare[: max(0, missing)])]
     used = set(order)
     dropped = (i for i in range(rows - 1, -1, -1) if i not in used)
     return [i if i < rows else next(dropped, rows - 1) for i in order]
 
 
-def choose_tokens(
-    tokens: TrimmableTokenizer,
-    counts: Tensor,
-    required: set[int],
-    *,
-    reserved: set[int] | frozenset[int] = frozenset(),
-    n_unnamed: int = 0,
-    likely: int = 0,
-    order: list[int] | None = None,
-) -> set[int]:
-    """Return the tokens to keep: `required`, and those with `counts` (tokens,) above 0.
-
-    `required` is closed over merges, and every other token comes with its parts. Tokens of
-    `_fill_order` fill the vocabulary, with `n_unnamed` rows without a token, by `likely` more and
-    up to a multiple of MULTIPLE; a token is added only if its parts fit. `reserved` tokens are kept
-    only if texts use them.
-    """
-    order, used, chosen = order or _fill_order(tokens, counts)[0], counts > 0, set(required)
-    chosen.update(*(tokens.merge_parts(index) for index in order if used[index]))
-    limit = _round_up(len(chosen) + likely + n_unnamed) - n_unnamed
-    for index in order:
-        if len(chosen) == limit:
-            break
-        if index not in chosen and index not in reserved:
-            new = tokens.merge_parts(index) - chosen
-            chosen |= new if len(chosen) + len(new) <= limit else set()
-    return chosen
-
-
-def _fill_order(tokens: TrimmableTokenizer, counts: Tensor) -> tuple[list[int], int]:
-    """Return all tokens, by falling count and then most likely first, and how many are likely.
-
-    A tokenizer learns its most frequent tokens first. By Zipf's law, the token of rank r among
-    the N of a script thus has about 1 / (r ln N) of that script's share of the text. Tokens with
-    letters that are not common in the text, and those below UNLIKELY, come last.
-    """
-    n_letters: Counter[str] = Counter()
-    shares: Counter[str | None] = Counter()  # by script; None: no letters
-    used = [(i, n) for i, n in enumerate(counts.tolist()) if n and i in tokens.id_to_token]
-    for index, n in used:
-        shares[tokens.scripts[index]] += n
-        for letter in set(tokens.texts[index]):
-            n_letters[letter] += n
-    total = sum(shares.values())
-    common = {letter for letter, n in n_letters.items() if n >= COMMON_LETTER * total}
-    by_count = [index for index, _ in sorted(used, key=lambda item: (-item[1], item[0]))]
-    ranks: Counter[str | None] = Counter()
-    sizes = Counter(tokens.scripts.values())
-    expected: dict[int, float] = {}
-    for index, script in sorted(tokens.scripts.items()):
-        ranks[script] += 1
-        zipf = ranks[script] * math.log(sizes[script] + 1)
-        known = bool(tokens.texts[index]) and common.issuperset(tokens.texts[index])
-        expected[index] = shares[script] / total / zipf if known and total else 0.0
-    unused = sorted(tokens.id_to_token.keys() - set(by_count), key=lambda i: (-expected[i], i))
-    return by_count + unused, sum(expected[index] >= UNLIKELY for index in unused)
-
-
-def _round_up(rows: int) -> int:
-    """Return the next multiple of MULTIPLE that is not in MISLEADING_ROWS."""
-    rounded = rows + -rows % MULTIPLE
-    return rounded + MULTIPLE if rounded in MISLEADING_ROWS else rounded
-
-
 def count_tokens(
     corpora: Sequence[Corpus], tokenizer: PreTrainedTokenizerBase, dist: DistContext
-) -> tuple[Tensor, list[str]]:
-    """Return how often each token occurs in the train text, (tokens,) int64, and a sample.
+) -> tuple[np.ndarray, np.ndarray]:
+    """Return how often each token occurs in the train text and in its held-out part, (ids,) each.
 
-    The sample is every HELD_OUT-th text (a piece if texts are few), up to HELD_CHARACTERS. The
-    processes of `dist` share the texts. Raises UserError for any problem with them.
+    Every HELD_OUT-th text is held out (a piece if texts are few). The processes of `dist` share the
+    texts. Raises UserError for any problem with them.
     """
     n_tokens = max(tokenizer.get_vocab().values()) + 1
-    counts, held, room = torch.zeros(n_tokens, dtype=torch.long), [], HELD_CHARACTERS
+    counts = torch.zeros(2, n_tokens, dtype=torch.long)  # of all text, and of the held-out part
     for corpus in corpora:
         source, documents = corpus.source, corpus.documents("train")
         if not source.hub and len(documents) < HELD_OUT:
@@ -402,18 +377,17 @@ def count_tokens(
         what, seen = f"counting tokens of {source.name}", 0
         with progress(total, what, "text", dist.is_main) as on_progress:
             for batch in batches(documents, limit):
-                for document in batch[-(seen + 1) % HELD_OUT :: HELD_OUT]:
-                    if room > 0:
-                        held.append(document_text(tokenizer, document))
-                        room -= len(held[-1])
+                texts = [document_text(tokenizer, each) for each in batch[dist.rank :: dist.size]]
+                for place, ids in enumerate(encode_all(tokenizer, texts)):
+                    number = seen + dist.rank + place * dist.size
+                    counted = torch.bincount(torch.tensor(ids, dtype=torch.long))
+                    for row in (0, 1) if number % HELD_OUT == HELD_OUT - 1 else (0,):
+                        counts[row, : len(counted)] += counted
                 seen += len(batch)
-                local = [document_text(tokenizer, each) for each in batch[dist.rank :: dist.size]]
-                ids = torch.tensor([*chain(*encode_all(tokenizer, local))], dtype=torch.long)
-                counts += torch.bincount(ids, minlength=n_tokens)
                 on_progress(len(batch))
     counts = counts.to(dist.device)
     dist.sum_([counts])
-    return counts.cpu(), held
+    return tuple(counts.cpu().numpy())
 
 
 def encode_all(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[list[int]]:

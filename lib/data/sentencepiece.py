@@ -23,10 +23,11 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
+from .token_kinds import BYTE_TOKENS
+
 FILE = "tokenizer.model"
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)  # ModelProto.SentencePiece.Type
 UNREACHED = -1e6  # score of tokens without a merge
-BYTE_TOKENS = {f"<0x{number:02X}>" for number in range(256)}
 
 CHECK = "llama_cpp_check"  # field of tokenizer_config.json
 # the text of llama.cpp's convert_hf_to_gguf_update.py whose ids identify a tokenizer

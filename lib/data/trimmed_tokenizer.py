@@ -16,22 +16,20 @@ import logging
 import re
 import tempfile
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence, Set
 from copy import deepcopy
-from functools import cache, cached_property
-from itertools import pairwise
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 from jinja2 import Environment, TemplateSyntaxError, nodes
-from tokenizers import decoders, pre_tokenizers
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from ..util.errors import UserError
-from .languages import script_of
-from .sentencepiece import BYTE_TOKENS, CHECK, check_of
+from .sentencepiece import CHECK, check_of
 from .templates import dated_texts, examples
 from .token_ids import map_token_ids
+from .token_kinds import BYTE_OF_LETTER, BYTE_TOKENS, Bpe, Unigram, Vocabulary
 
 FLAG = "--trim_vocabulary"
 TEMPLATE = 2**16  # longest accepted chat template, in characters; several times the longest in use
@@ -111,54 +109,30 @@ class TrimmableTokenizer:
         self.model_tokens = [t for t, _ in vocab] if self.kind == "Unigram" else list(vocab)
         if len(set(self.model_tokens)) < len(self.model_tokens):
             raise _unsupported(name, "one with duplicate tokens")
-        self.parts: dict[int, set[int]] = {}  # cache of `merge_parts`
-        self.ranks: dict[tuple[str, str], int] = {}
+
+    def vocabulary(self, config_ids: Set[int] = frozenset(), rows: int | None = None) -> Vocabulary:
+        """Return what `choose` needs to know; tokens in `config_ids` are required.
+
+        Tokens that have none of the model's `rows` are reserved.
+        """
+        required = self.required_ids() | self.template_ids()
+        required |= config_ids & self.id_to_token.keys()
+        reserved = self.reserved_ids() - required
+        reserved |= {i for i in self.id_to_token if rows is not None and i >= rows}
+        options = dict(tokens=self.id_to_token, required=required, reserved=reserved)
+        options["byte_level"], model = self.is_byte_level, self.data["model"]
+        if self.kind == "Unigram":
+            scores = {self.token_to_id[token]: score for token, score in model["vocab"]}
+            return Unigram(**options, scores=scores)
+        ranks: dict[tuple[str, str], float] = {}
         for rank, merge in enumerate(model.get("merges") or ()):
-            self.ranks.setdefault(tuple(merge), rank)
-
-    @cached_property
-    def texts(self) -> dict[int, str]:
-        """The decoded text of each token; "" for a byte, or a part of a letter."""
-        level = decoders.ByteLevel() if self.is_byte_level else None
-        texts = {}
-        for index, token in self.id_to_token.items():
-            text = level.decode([token]) if level else token
-            is_part = token in BYTE_TOKENS or "\ufffd" in text
-            texts[index] = "" if is_part else text
-        return texts
-
-    @cached_property
-    def scripts(self) -> dict[int, str | None]:
-        """The script of most letters of each token; None without letters."""
-        return {index: script_of(text) for index, text in self.texts.items()}
+            ranks.setdefault(tuple(merge), rank)
+        return Bpe(**options, ranks=ranks)
 
     @property
     def is_byte_level(self) -> bool:
         components = (self.data["pre_tokenizer"], self.data["decoder"])
         return any(part.get("type") == "ByteLevel" for part in _components(components))
-
-    def merge_parts(self, index: int) -> set[int]:
-        """Return the ids of a token and of all tokens in its merges.
-
-        A token without merges (a special one, or one that is only matched whole) needs only itself.
-        """
-        if index in self.parts:
-            return self.parts[index]
-        token = self.id_to_token[index]
-        pieces = list(token)
-        parts = {token, *pieces}
-        while len(pieces) > 1:
-            ranked = [
-                (self.ranks[pair], place)
-                for place, pair in enumerate(pairwise(pieces))
-                if pair in self.ranks
-            ]
-            if not ranked:
-                return self.parts.setdefault(index, {index})
-            _, place = min(ranked)
-            pieces[place : place + 2] = ["".join(pieces[place : place + 2])]
-            parts.add(pieces[place])
-        return self.parts.setdefault(index, {self.token_to_id[part] for part in parts})
 
     def reserved_ids(self) -> set[int]:
         """Return the reserved special tokens, such as `<unused42>`.
@@ -185,7 +159,7 @@ class TrimmableTokenizer:
         texts = (part.get(key) for part in _components(components) for key in SUBSTITUTES)
         needed |= {text for text in texts if isinstance(text, str)}
         if self.is_byte_level:
-            needed |= set(pre_tokenizers.ByteLevel.alphabet())
+            needed |= set(BYTE_OF_LETTER)
         elif model.get("byte_fallback") and BYTE_TOKENS <= self.token_to_id.keys():
             needed |= BYTE_TOKENS
         else:

@@ -16,6 +16,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+from ..data.token_choice import MULTIPLE, PRICE
 from ..methods.registry import EXPERT_METHODS, METHODS, is_file
 from ..methods.sparsity import (
     ALLOCATIONS,
@@ -72,6 +73,7 @@ NATURAL = _number(int, lambda value: value >= 0, "at least 0")
 WINDOW = _number(int, lambda value: value >= 2, "at least 2")
 SHARE = _number(float, lambda value: 0 <= value < 1, "at least 0 and below 1")
 SIZE = _number(float, lambda value: value > 0, "above 0")
+PRICED = _number(float, lambda value: value >= 0, "at least 0")
 RATE = _number(float, lambda value: 0 < value < 1, "above 0 and below 1")
 
 
@@ -84,6 +86,15 @@ def _one_of(names: tuple[str, ...], ends: str, more: str) -> Callable[[str], str
         return text
 
     return parse
+
+
+def _rows(text: str) -> int | str:
+    """Parse a number of rows that GPUs multiply fast, or a file."""
+    if text.endswith(".json"):
+        return text
+    if (value := int(text)) < MULTIPLE or value % MULTIPLE:
+        raise argparse.ArgumentTypeError(f"{text}: must be a multiple of {MULTIPLE}, or FILE.json")
+    return value
 
 
 METHOD = _one_of((*METHODS, *EXPERT_METHODS), ".py:", "FILE.py:CLASS")
@@ -213,6 +224,13 @@ GROUPS: dict[str, list[Flag]] = {
     Flag("vocabulary_data", "trim", "more text whose tokens are kept; requires "
          "--trim_vocabulary", several=True, metavar="SOURCE",
          needs=("trim_vocabulary",), decides=CONTENT),
+    Flag("vocabulary_price", "trim", "tokens saved per million for which an unused one stays; "
+         "requires --trim_vocabulary", PRICE, PRICED, metavar="TOKENS",
+         needs=("trim_vocabulary",), decides=CONTENT),
+    Flag("vocabulary_rows", "trim", "so many rows stay, or those of vocabulary.json of a run; "
+         "requires --trim_vocabulary", parse=_rows, metavar="N|FILE",
+         shown="by --vocabulary_price", needs=("trim_vocabulary",),
+         excludes={"vocabulary_price": "the rows are given"}, decides=CONTENT),
 ],
 "recovery training": [
     Flag("recover", "recover", "train on this many tokens, with the dense model as teacher; "
@@ -248,8 +266,8 @@ GROUPS: dict[str, list[Flag]] = {
          shown="the test text of the data, or a held-out tenth", decides=CONTENT, set_by=SWEEP),
     Flag("eval_windows", "eval", "number of windows per test text, evenly over its documents",
          parse=POSITIVE, metavar="N", shown="all", decides=FIGURES),
-    Flag("completions", "eval", "prompts per test text that both models complete, for "
-         "results.json", 3, NATURAL, metavar="N", decides=NOTHING, in_card=False),
+    Flag("completions", "eval", "prompts per test text that both models complete or answer",
+         3, NATURAL, metavar="N", decides=NOTHING, in_card=False),
     Flag("tasks", "tasks", "tasks of lm-eval to run at the end (Wanda: --eval_zero_shot); "
          "requires lm-eval", parse=lambda names: names.split(","), metavar="NAME,...",
          decides=FIGURES, in_card=False),

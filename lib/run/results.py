@@ -1,6 +1,7 @@
 """results.json: one dictionary with the settings and figures of a run.
 
-Beside it, allocation.json has the share of zeros that each linear layer should have, not rounded.
+Beside it, allocation.json has the share of zeros that each linear layer should have, not rounded,
+and vocabulary.json the tokens of a trimmed vocabulary.
 A run fills only the keys that it has figures for. Obsolete keys in files of earlier versions
 (`abilities`, `fidelity`, `depth`, `products`) are ignored. The keys, in an example:
 
@@ -29,8 +30,9 @@ A run fills only the keys that it has figures for. Obsolete keys in files of ear
         "vocabulary": {
             "note": "...", "rows": 30000, "rows_before": 262144, "digest": "...",
             "rise": 0.02, "likely": 512,    # of held-out text with used tokens; tokens added
-            "measured_on": {"name": "uk", "bytes": 65536},
-            "bits_per_byte_original": 0.75, "bits_per_byte_trimmed": 0.76},
+            "measured_on": {"name": "uk", "bytes": 16384, "model": "owner/name"},
+            "bits_per_byte_original": 0.75, "bits_per_byte_trimmed": 0.76,
+            "cost_interval": [0.005, 0.02]},                # 95%, of the rise as a share
         "recovery": {
             "tokens": 300000, "seconds": 60.0, "teacher": "owner/name", "cross_entropy": 0.2,
             "text": {...}, "curve": [{                      # `trained`: mean loss of the steps
@@ -128,9 +130,11 @@ def write_losses(folder: Path, losses: Mapping[str, Tensor]) -> str:
     """Write the figures of each test window beside results.json; return the file's name.
 
     For test set 0 of `evaluation`, arrays (windows,) are `0.loss`, float32, the mean negative
-    log-likelihood in nats per token, and `0.document`, int32, the number of the document with the
-    window's middle token. If the dense model was measured, there are also `0.dense_loss`, `0.kl` in
-    nats per token, and `0.agreement`; windows that were not compared have nan.
+    log-likelihood in nats per token, `0.tokens`, int32, the number of tokens that it counts, and
+    `0.document`, int32, the number of the document with the window's middle token, or of the
+    dialogue that the window begins with. If the dense model was measured, there are also
+    `0.dense_loss`, `0.kl` in nats per token, and `0.agreement`; windows that were not compared have
+    nan.
     """
     import numpy
 

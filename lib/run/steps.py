@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
+from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
@@ -15,9 +16,11 @@ from torch import Tensor
 from ..calibration import mixed_types
 from ..calibration.allocation import Allocation, kept_allocation
 from ..calibration.allocation import allocate as choose_allocation
+from ..data.samples import Windows
 from ..eval import COMPARED_POSITIONS, perplexities, perplexity, some_logits
 from ..formats.grids import Grid, Types
 from ..model.blocks import BlockRunner
+from ..model.device import checkpoint_dtype, dtype_name
 from ..model.masks import packed_masks, write_masks
 from ..model.reference import (
     DenseReference,
@@ -67,20 +70,30 @@ def trim(run: Run, runner: BlockRunner) -> None:
     total = sum(map(len, held_out))
     with run.timed("trim", "measuring trimming" if total else "", total, "window") as bar:
         size = footprint(model)
-        nats = [perplexities(runner, [each], bar)[0]["nats"] for each in held_out[:1]]
+        nats = [_nats_by_window(runner, each, bar) for each in held_out[:1]]
         rows = vocabulary.rows.to(run.device)
         before = some_logits(model, rows[window]).index_select(-1, rows)
         keep_rows_(model, vocabulary.rows)
         after, flag = some_logits(model, window), "--trim_vocabulary"
         difference = check_same_outputs(before, after, flag, "whole and trimmed", least=1e-5)
-        nats += [perplexities(runner, [each], bar)[0]["nats"] for each in held_out[1:]]
+        nats += [_nats_by_window(runner, each, bar) for each in held_out[1:]]
     saved = size - footprint(model)
     run.results["trimmed_bytes"] = parameter_bytes(model, runner.save_dtype)
     vocabulary.record |= {"bytes_dropped": saved, "logits_differ": difference}
+    if nats:
+        vocabulary.record_cost(*nats)
     run.print(
         f"trimmed: {gib(size)} -> {gib(size - saved)}; logits differ by {difference:.1g}",
-        *(vocabulary.record_cost(*nats) if nats else ()),
+        *vocabulary.cost_lines(),
     )
+
+
+def _nats_by_window(
+    runner: BlockRunner, windows: Windows, on_progress: Callable[[int], None]
+) -> Tensor:
+    """Return the sums of the losses in each of the windows, (n,)."""
+    (figures,) = perplexities(runner, [windows], on_progress)
+    return figures["by_window"]["loss"].double() * windows.counted[:, :-1].sum(1)
 
 
 def dense_reference(run: Run, dense: BlockRunner) -> DenseReference:
@@ -122,7 +135,8 @@ def prune(run: Run, runner: BlockRunner) -> SparsityCheck:
     if errors := pruner.errors():
         run.results["errors"] = errors
     if flags.save_masks:
-        masks = packed_masks(runner, pruner.pruned)
+        # every rank fetches the blocks, only the main one keeps masks
+        masks = packed_masks(runner, pruner.pruned if run.dist.is_main else ())
         if run.dist.is_main:
             write_masks(flags.save_masks, masks)
             run.print(f"masks: {flags.save_masks}")
@@ -257,6 +271,10 @@ def check_quantized(run: Run, runner: BlockRunner, before: Tensor) -> None:
     record = check_quantized_weights(runner, form)
     record["difference"] = relative_difference(before, first_logits(run, runner))
     run.results["quantized"] = record
+    if (checkpoint := checkpoint_dtype(run.model.config)) != run.model.save_dtype:
+        names = map(dtype_name, (run.model.save_dtype, checkpoint))
+        note = "Weights of other layers are saved in {}; the checkpoint has {}.".format(*names)
+        run.results["notes"] = [*run.results.get("notes", []), note]
     run.print(
         f"{form.name}: {form.conversion_note} {record['tensors']} tensors; "
         f"quantization changed the logits by {record['difference']:.2%}"
@@ -302,6 +320,8 @@ def record(run: Run, runner: BlockRunner) -> None:
     if run.layers:
         text = json.dumps(run.layers, indent=0) + "\n"
         write_text(folder / ALLOCATION, text)
+    if run.vocabulary:
+        run.vocabulary.write(folder)
     write_log(folder, run.results)
     if run.flags.save_model:
         write_card(run, run.flags.save_model)

@@ -67,7 +67,8 @@ def named_corpora(flags: Flags) -> Corpora:
     more = parse_sources(flags.vocabulary_data or [], "--vocabulary_data", **as_named)
     uses_sources = flags.names_text or not more or flags.reads_train
     kept = [*sources, *more] if uses_sources else more
-    kept = list({s.text: s for s in kept}.values()) if flags.trim_vocabulary else []
+    counts = flags.trim_vocabulary and not isinstance(flags.vocabulary_rows, str)
+    kept = list({s.text: s for s in kept}.values()) if counts else []
     names = flags.eval_data or default_tests([*sources, *kept])
     flag = "--eval_data" if flags.eval_data else "--eval_data (default)"
     tests = parse_sources(names, flag, **as_named)

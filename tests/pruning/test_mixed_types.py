@@ -40,7 +40,7 @@ def test_a_cost_is_the_divergence_of_rounding_one_tensor(name: str) -> None:
         divergence = (dense.exp() * (dense - found)).sum()
         ratios[key] = float(types["iq4_nl"] / share / divergence)
         assert types["iq4_nl"] > 2 * types["q5_0"] > 20 * types["q8_0"]
-    assert all(0.5 < ratio < 2 for ratio in ratios.values()), ratios
+    assert all(0.4 < ratio < 2.5 for ratio in ratios.values()), ratios
     assert 0.8 < torch.tensor([*ratios.values()]).log().mean().exp() < 1.25
 
 

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import chats
 import kinds
+import numpy as np
 import pytest
 import tiny
-import torch
 from kinds import EN, KINDS, RESERVED, UK
 from sentencepiece import SentencePieceProcessor
 from support import ALONE, refused, representative
@@ -21,15 +21,11 @@ from lib.data.documents import Corpus
 from lib.data.sentencepiece import CHECK, CHECK_TEXT, FILE, check_of, digest, write_tokenizer_model
 from lib.data.sources import parse_sources
 from lib.data.templates import examples
+from lib.data.token_choice import choose
 from lib.data.trimmed_tokenizer import TrimmableTokenizer
 from lib.data.windows import encode, token_bytes
 from lib.model.checkpoint import Checkpoint
-from lib.vocabulary import (
-    RARE_SIGNS,
-    TrimmedVocabulary,
-    choose_tokens,
-    trim_vocabulary,
-)
+from lib.vocabulary import RARE_SIGNS, TrimmedVocabulary, trim_vocabulary
 
 UNHEARD = [
     "📐 emoji 🏳️‍🌈",
@@ -112,14 +108,13 @@ def test_words_of_the_chat_template_stay(uk: Path) -> None:
 
 def test_what_no_text_uses_fills_up_by_the_letters_of_the_texts(uk: Path) -> None:
     tokenizer = kinds.byte_fallback(600)
-    tokens = TrimmableTokenizer(tokenizer, "m")
-    latin = {i for i, t in tokens.id_to_token.items() if len(t) > 1 and t.strip("▁").isascii()}
-    counts = torch.zeros(len(tokens.id_to_token), dtype=torch.long)
+    vocabulary = TrimmableTokenizer(tokenizer, "m").vocabulary()
+    latin = {i for i, t in vocabulary.tokens.items() if len(t) > 1 and t.strip("▁").isascii()}
+    counts = np.zeros(len(vocabulary.tokens), dtype=np.int64)
     for letter in set("".join(UK)) | {"▁"}:
-        counts[tokens.token_to_id[letter]] = 100
-    required = tokens.required_ids()
-    chosen = choose_tokens(tokens, counts, required)
-    unused = {i for i in chosen - required if not counts[i]}
+        counts[vocabulary.ids[letter]] = 100
+    chosen = set(choose(vocabulary, counts, held_out=counts // 10, price=1e6).ids)
+    unused = {i for i in chosen - vocabulary.required if not counts[i]}
     assert len(chosen) % 64 == 0 and unused and not unused & latin
 
 
@@ -195,7 +190,7 @@ def test_rows_that_another_program_takes_for_another_model_are_avoided(
     uk: Path, monkeypatch
 ) -> None:
     rows = len(trimmed(kinds.byte_level(), uk).rows)
-    monkeypatch.setattr("lib.vocabulary.MISLEADING_ROWS", {rows})
+    monkeypatch.setattr("lib.data.token_choice.MISLEADING_ROWS", {rows})
     assert len(trimmed(kinds.byte_level(), uk).rows) == rows + 64
 
 

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from ...run.run import Run
 
 Q8_0 = "q8_0"  # of embedding and head, and of all if that is small enough
+Q8_0_BITS = 8 + 16 / 32  # per weight, with its share of a scale
 
 
 def choose_size(job: Run, type_: str, megabytes: float | None) -> tuple[str, str | None, str]:

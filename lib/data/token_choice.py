@@ -1,0 +1,180 @@
+"""Choose the tokens that a text needs: the rule of vocabulary trimming, from counts alone.
+
+Every token that the text uses is kept, with the tokens that it is merged from. A small text does
+not use all tokens of its language, so unused ones are added, the most likely first, by a price: as
+long as a row saves at least `price` tokens per million of held-out text. Which tokens save how much
+is known without another pass over the text: a removed token is cut as the vocabulary says
+(lib/data/token_kinds.py). Plain Python.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Iterable, Set
+from typing import TYPE_CHECKING, NamedTuple
+
+from ..util.quirks import MISLEADING_ROWS
+from .token_kinds import Vocabulary
+
+if TYPE_CHECKING:
+    import numpy as np
+
+REVISION = 2  # incremented when the same counts give other tokens
+PRICE = 0.2  # tokens per million of held-out text that a row saves at least
+PRICES = [2 ** (step / 4) for step in range(-4, 5)]  # factors: the mean of what they ask for
+UNLIKELY = 3e-8  # expected share of a token in a text below which it is not worth a row
+COMMON_LETTER = 1e-4  # least share of the texts' tokens with a letter for the letter to be common
+MULTIPLE = 64  # granularity of rows, for fast matrix products on GPUs
+
+
+class Choice(NamedTuple):
+    """The tokens to keep."""
+
+    ids: list[int]
+    used: int  # number of tokens that the text uses
+    likely: int  # number of unused tokens that are worth their rows
+    rise: float | None  # of held-out text's tokens without these, a share; None: none held out
+
+
+def choose(
+    vocabulary: Vocabulary,
+    counts: np.ndarray,
+    held_out: np.ndarray,
+    *,
+    price: float = PRICE,
+    rows: int | None = None,
+    n_unnamed: int = 0,
+) -> Choice:
+    """Return the tokens to keep by how often a text has each, `counts` (ids,).
+
+    `held_out` (ids,) are the counts of a part of the text, a tenth of its documents: without it,
+    the other tokens show what the language lacks. If nothing was held out, all likely tokens are
+    kept. Tokens fill the rows up to a multiple of MULTIPLE, less `n_unnamed` rows without a token.
+
+    With `rows`, so many rows are kept instead: all required tokens, even if they are more, then
+    used ones by falling count, then likely ones.
+    """
+    order, likely = likely_order(vocabulary, counts)
+    used = _used(vocabulary, counts)
+    kept = _with_parts(vocabulary, vocabulary.required)
+    rise = None
+    if held_out.any():
+        rise, likely = worth_their_rows(vocabulary, counts - held_out, held_out, price)
+    if rows is None:
+        kept |= _with_parts(vocabulary, used)
+        limit = round_up(len(kept) + likely + n_unnamed) - n_unnamed
+    else:
+        limit = rows - n_unnamed
+    for index in order:
+        if len(kept) >= limit:
+            break
+        if counts[index] or index not in vocabulary.reserved:
+            new = vocabulary.with_parts(index, kept)
+            kept |= new if len(kept) + len(new) <= limit else set()
+    return Choice(sorted(kept), len(used), likely, rise)
+
+
+def worth_their_rows(
+    vocabulary: Vocabulary, counts: np.ndarray, held_out: np.ndarray, price: float
+) -> tuple[float, int]:
+    """Return the rise in tokens of held-out text by the tokens of other text, and how many to add.
+
+    `counts` (ids,) are those of the other text. For a price, the number maximizes the tokens saved
+    less the price of the rows: the last rows save at least their price, and any further ones less.
+    A few held-out tokens decide about thousands of rows where a price is near the mean saving of a
+    stretch; the number is therefore the mean of those for prices from half to twice the given one.
+    """
+    order, likely = likely_order(vocabulary, counts)
+    kept = _with_parts(vocabulary, [*vocabulary.required, *_used(vocabulary, counts)])
+    takes: dict[int, int] = {}  # pieces into which a missing token of the text is cut
+    cut_with: dict[int, set[int]] = {}  # {token: those that are cut into fewer if it is kept}
+    for index in _used(vocabulary, held_out):
+        if index not in kept:
+            takes[index], without = _cut(vocabulary, index, kept)
+            for each in without:
+                cut_with.setdefault(each, set()).add(index)
+    total = held_out.sum().item()
+    rise = sum(held_out[index].item() * (n - 1) for index, n in takes.items()) / total
+    rows, saved = [0], [0]  # after each token that is added
+    for index in order:
+        if len(rows) > likely:
+            break
+        if index in kept or index in vocabulary.reserved:
+            continue
+        new = vocabulary.with_parts(index, kept)
+        kept |= new
+        rows.append(rows[-1] + len(new))
+        saved.append(saved[-1])
+        for each in set().union(*(cut_with.get(part, ()) for part in new)):
+            before, takes[each] = takes[each], _cut(vocabulary, each, kept)[0]
+            saved[-1] += held_out[each].item() * (before - takes[each])
+    best = []
+    for factor in PRICES:
+        costs = [price * factor * n - 1e6 / total * s for n, s in zip(rows, saved, strict=True)]
+        best.append(rows[costs.index(min(costs))])
+    return rise, round(sum(best) / len(best))
+
+
+def _cut(vocabulary: Vocabulary, index: int, kept: Set[int]) -> tuple[int, list[int]]:
+    """Return the number of `kept` tokens into which a token's text is cut, and the missing ones."""
+    count, missing, left = 0, [], [index]
+    while left:
+        index = left.pop()
+        if index in kept:
+            count += 1
+            continue
+        missing.append(index)
+        pieces = vocabulary.pieces(index)
+        count += 0 if pieces else max(1, len(vocabulary.tokens[index].encode()))  # into bytes
+        left += pieces
+    return count, missing
+
+
+def _used(vocabulary: Vocabulary, counts: np.ndarray) -> list[int]:
+    """Return the tokens with counts (ids,) above 0; ids without a token do not count."""
+    return [index for index in counts.nonzero()[0].tolist() if index in vocabulary.tokens]
+
+
+def _with_parts(vocabulary: Vocabulary, ids: Iterable[int]) -> set[int]:
+    """Return tokens with all tokens that they are merged from."""
+    kept: set[int] = set()
+    for index in ids:
+        kept |= vocabulary.with_parts(index, kept)
+    return kept
+
+
+def likely_order(vocabulary: Vocabulary, counts: np.ndarray) -> tuple[list[int], int]:
+    """Return all tokens, by falling count and then most likely first, and how many are likely.
+
+    A tokenizer learns its most frequent tokens first. By Zipf's law, the token of rank r among
+    the N of a script thus has about 1 / (r ln N) of that script's share of the text. Tokens with
+    letters that are not common in the text, and those below UNLIKELY, come last.
+    """
+    tokens, texts, scripts = vocabulary.tokens, vocabulary.texts, vocabulary.scripts
+    n_letters: Counter[str] = Counter()
+    shares: Counter[str | None] = Counter()  # by script; None: no letters
+    used = [(index, counts[index].item()) for index in _used(vocabulary, counts)]
+    for index, n in used:
+        shares[scripts[index]] += n
+        for letter in set(texts[index]):
+            n_letters[letter] += n
+    total = sum(shares.values())
+    common = {letter for letter, n in n_letters.items() if n >= COMMON_LETTER * total}
+    by_count = [index for index, _ in sorted(used, key=lambda item: (-item[1], item[0]))]
+    ranks: Counter[str | None] = Counter()
+    sizes = Counter(scripts.values())
+    expected: dict[int, float] = {}
+    for index, script in sorted(scripts.items()):
+        ranks[script] += 1
+        zipf = ranks[script] * math.log(sizes[script] + 1)
+        known = bool(texts[index]) and common.issuperset(texts[index])
+        expected[index] = shares[script] / total / zipf if known and total else 0.0
+    unused = sorted(tokens.keys() - set(by_count), key=lambda i: (-expected[i], i))
+    return by_count + unused, sum(expected[index] >= UNLIKELY for index in unused)
+
+
+def round_up(rows: int) -> int:
+    """Return the next multiple of MULTIPLE that is not in MISLEADING_ROWS."""
+    rounded = rows + -rows % MULTIPLE
+    return rounded + MULTIPLE if rounded in MISLEADING_ROWS else rounded

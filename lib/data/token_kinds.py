@@ -1,0 +1,130 @@
+"""Vocabularies of tokenizers by kind: how the text of each token is cut if the token is removed.
+
+Plain Python without torch, transformers and tokenizers, for tokenizer.json and GGUF files alike.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Set
+from dataclasses import dataclass, field
+from functools import cached_property
+from itertools import pairwise
+
+from .languages import script_of
+
+BYTE_TOKENS = {f"<0x{number:02X}>" for number in range(256)}
+# byte-level tokenizers write each byte as a letter: printable ones of Latin-1 as themselves
+PRINTABLE = {*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(0xAE, 0x100)}
+OTHERS = [number for number in range(256) if number not in PRINTABLE]
+BYTE_OF_LETTER = {chr(number): number for number in PRINTABLE}
+BYTE_OF_LETTER |= {chr(256 + place): number for place, number in enumerate(OTHERS)}
+
+
+@dataclass
+class Vocabulary:
+    """Tokens that are matched whole, as special ones; the kinds below know how others are cut.
+
+    `tokens` are as the tokenizer writes them, by id. `required` ones are always kept, `reserved`
+    ones only if a text uses them.
+    """
+
+    tokens: Mapping[int, str]
+    required: Set[int] = frozenset()
+    reserved: Set[int] = frozenset()
+    byte_level: bool = False  # each letter of a token is a byte
+
+    @cached_property
+    def ids(self) -> dict[str, int]:
+        return {token: index for index, token in self.tokens.items()}
+
+    @cached_property
+    def texts(self) -> dict[int, str]:
+        """The text of each token; "" for a byte, or a part of a letter."""
+        return {index: self._text(token) for index, token in self.tokens.items()}
+
+    @cached_property
+    def scripts(self) -> dict[int, str | None]:
+        """The script of most letters of each token; None without letters."""
+        return {index: script_of(text) for index, text in self.texts.items()}
+
+    def _text(self, token: str) -> str:
+        if self.byte_level and BYTE_OF_LETTER.keys() >= set(token):
+            token = bytes(BYTE_OF_LETTER[letter] for letter in token).decode(errors="replace")
+        return "" if token in BYTE_TOKENS or "\ufffd" in token else token
+
+    def parts(self, index: int) -> tuple[int, ...]:
+        """Return the tokens that a token is merged from, and needs; () if it needs none."""
+        return ()
+
+    def pieces(self, index: int) -> tuple[int, ...]:
+        """Return the tokens that a removed token's text is cut into; () if these are bytes."""
+        return self.parts(index)
+
+    def with_parts(self, index: int, kept: Set[int]) -> set[int]:
+        """Return a token and the tokens that it needs, without those in `kept`."""
+        new, left = set(), [index]
+        while left:
+            index = left.pop()
+            if index not in kept and index not in new:
+                new.add(index)
+                left += self.parts(index)
+        return new
+
+
+@dataclass
+class Bpe(Vocabulary):
+    """Byte-pair encoding; `ranks` are the merges, of which the lowest comes first."""
+
+    ranks: Mapping[tuple[str, str], float] = field(default_factory=dict)
+    _cuts: dict[int, tuple[tuple[int, ...], bool]] = field(default_factory=dict, repr=False)
+
+    def rank(self, first: str, second: str) -> float | None:
+        """Return the rank of a merge; None if these two are not merged."""
+        return self.ranks.get((first, second))
+
+    def parts(self, index: int) -> tuple[int, ...]:
+        cut, is_merged = self._cut(index)
+        return cut if is_merged else ()
+
+    def pieces(self, index: int) -> tuple[int, ...]:
+        return self._cut(index)[0]
+
+    def _cut(self, index: int) -> tuple[tuple[int, ...], bool]:
+        """Return the two tokens of a token's last merge, and True.
+
+        If the merges do not make the token from its letters, return what they do make, and False.
+        """
+        if index in self._cuts:
+            return self._cuts[index]
+        pieces = last = [*self.tokens[index]]
+        ranks = [self.rank(*pair) for pair in pairwise(pieces)]
+        while known := [rank for rank in ranks if rank is not None]:
+            place, last = ranks.index(min(known)), [*pieces]
+            pieces[place : place + 2] = [pieces[place] + pieces[place + 1]]
+            del ranks[place]
+            for each in range(max(0, place - 1), min(place + 1, len(ranks))):
+                ranks[each] = self.rank(pieces[each], pieces[each + 1])
+        is_merged = len(pieces) < len(last) == 2
+        cut = tuple(map(self.ids.get, last if is_merged else pieces))
+        self._cuts[index] = (() if None in cut or cut == (index,) else cut), is_merged
+        return self._cuts[index]
+
+
+@dataclass
+class Unigram(Vocabulary):
+    """Unigram: a text is cut into the tokens with the highest sum of `scores`, (tokens,) by id."""
+
+    scores: Mapping[int, float] = field(default_factory=dict)
+
+    def pieces(self, index: int) -> tuple[int, ...]:
+        text = self.tokens[index]
+        best: list[tuple[float, tuple[int, ...]]] = [(0.0, ())]  # of each beginning of the text
+        for end in range(1, len(text) + 1):
+            cuts = [
+                (best[start][0] + self.scores[piece], (*best[start][1], piece))
+                for start in range(end)
+                if (piece := self.ids.get(text[start:end], index)) != index and piece in self.scores
+            ]
+            best.append(max(cuts, default=(-math.inf, ())))
+        return best[-1][1]
