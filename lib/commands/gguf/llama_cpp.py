@@ -14,11 +14,12 @@ import signal
 import subprocess
 import sys
 import tempfile
+import time
 import urllib.error
 import urllib.request
 from collections import Counter
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from functools import partial
 from hashlib import sha256
 from pathlib import Path
@@ -29,6 +30,7 @@ from unittest import mock
 from ...run.plan import AUTO
 from ...util.errors import UserError
 from ...util.processes import started_by
+from ...util.progress import progress
 from ...util.quirks import OLDER_LAYER_FIELDS, TEXT_PREFIX
 from . import GRID_TYPES
 
@@ -38,6 +40,7 @@ OUTER = ("token_embd.weight", "output.weight")
 PER_LAYER = "per_layer_token_embd.weight"  # also with a row for each token
 BY_TYPE = {"general.file_type", "general.quantization_version"}  # fields that a type may change
 LIMIT = 600  # seconds for one child, and for one answer of llama.cpp
+QUIET_SECONDS = 5  # before a bar shows that a child still works
 PACE = 1e7  # bytes per further second for a child, far slower than any disk
 FORCED = 1000.0  # added to a logit to make it the highest
 FILE_TYPES = {"Q3_K": "Q3_K_S"}  # llama.cpp's names of whole files, by the type of most tensors
@@ -55,23 +58,29 @@ def run_child(what: str, function: Callable[..., Any], *, size: float = 0, **arg
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "answer.json"
         command, environment = started_by(__name__, function.__module__, function.__name__, file)
-        try:
-            process = subprocess.run(
-                command,
-                input=json.dumps(arguments),
-                env=environment | {"HF_HUB_OFFLINE": "1"},
-                capture_output=True,
-                text=True,
-                errors="replace",
-                timeout=seconds,
-            )
-        except subprocess.TimeoutExpired:
-            fix = "Check the model's chat template, or wait until this machine is less busy"
-            raise UserError(what, f"it did not end within {seconds:.0f} s", fix) from None
+        pipes = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE)
+        options = dict(env=environment | {"HF_HUB_OFFLINE": "1"}, text=True, errors="replace")
+        end, given = time.monotonic() + seconds, json.dumps(arguments)
+        with (
+            subprocess.Popen(command, **pipes, **options) as process,
+            progress(None, "llama.cpp works", "answer", delay=QUIET_SECONDS) as bar,
+        ):
+            try:
+                while process.returncode is None:
+                    with suppress(subprocess.TimeoutExpired):
+                        _, said = process.communicate(given, timeout=min(1, seconds))
+                    bar(0)  # the time runs on
+                    given = None  # is sent once
+                    if process.returncode is None and time.monotonic() > end:
+                        fix = "Check the model's chat template, or wait until the machine is idle"
+                        raise UserError(what, f"it did not end within {seconds:.0f} s", fix)
+            except BaseException:
+                process.kill()
+                raise
         answer = json.loads(file.read_text("utf-8")) if file.is_file() else {}
     if "result" in answer:
         return answer["result"]
-    code, last = process.returncode, process.stderr.strip().rpartition("\n")[2]
+    code, last = process.returncode, said.strip().rpartition("\n")[2]
     end = signal.Signals(-code).name if code < 0 else f"status {code}"
     reason = answer.get("error") or f"it ended with {end}, and its last line is: {last or '-'}"
     raise UserError(what, reason, answer.get("fix") or "Please report this")
