@@ -321,7 +321,7 @@ class Recoverer:
         alone = "" if schedule.ce_weight else ", distillation only"
         count = f"{len(self.grids)} of {len(self.parts)} tensors"
         titles = {grid.form.label for grid in self.grids.values()}
-        grids = f", {count} as {titles.pop()}," if titles else ""
+        grids = f", {count} as {' and '.join(sorted(titles))}," if titles else ""
         return [
             f"recovery: {how} {self.trained:,} weights{grids} in {schedule.steps} steps of "
             f"{schedule.windows * schedule.seqlen:,} tokens, "

@@ -29,7 +29,6 @@ from ..calibration.output_error import TOKENS
 from ..data.samples import Windows
 from ..data.training import HELD_OUT, TrainingText
 from ..data.windows import TestSet
-from ..formats.grids import FORMATS
 from ..methods.base import PruningMethod
 from ..methods.gptq import GPTQ
 from ..methods.registry import method_of
@@ -226,6 +225,8 @@ class Memory:
     def _by_error(self) -> bool:
         """Whether a backward pass through the dense model measures the cost of errors."""
         flags, prunes = self.flags, "prune" in self._solved
+        if flags.megabytes:  # of each type of a tensor
+            return True
         return prunes and (flags.allocation == "error" or flags.method_class.needs_gradients)
 
     @property
@@ -436,7 +437,7 @@ class Memory:
             if stage == "quantize":
                 yield "masters", each * self._shard(numbers), not self.on_host_alone
             if stage in ("quantize", "train", "save"):
-                size = FLOAT * numbers // FORMATS[self.flags.format].group
+                size = FLOAT * numbers // self.run.form.group
                 where = stage == "save" or not self.on_host_alone
                 yield "scales", size if stage == "save" else self._shard(size), where
         if stage == "train":
@@ -480,9 +481,9 @@ class Memory:
     @cached_property
     def _quantized(self) -> int:
         """Number of quantized weights."""
-        form, numbers = FORMATS[self.flags.format], 0
-        for linear in self._linears:
-            takes = linear.expert is None if form.packs else form.supports_width(linear.shape[1])
+        form, numbers = self.run.form, 0
+        for linear in self._linears:  # --quantize auto may take all whose rows fit
+            takes = linear.expert is None if form.packs else linear.shape[1] % 32 == 0
             numbers += takes * prod(linear.shape)
         return numbers
 

@@ -42,7 +42,8 @@ SHORT = 256  # tokens of the shorter window
 PLACES = 8  # beginnings of each window
 TOP = 256  # most likely tokens compared after each beginning
 # largest distances from the model; with one matrix 10% too large it is 0.08, with other weights 1.4
-LIMITS = {"f32": 0.01, "f16": 0.05, "bf16": 0.2, "q8_0": 0.5, "q4_0": 1.2, "iq4_nl": 0.5}
+LIMITS = {"f32": 0.01, "f16": 0.05, "bf16": 0.2, "q8_0": 0.5, "q4_0": 1.2, "q5_0": 0.5}
+LIMITS |= {"iq4_nl": 0.5, "q3_k": 0.5, "auto": 0.5}
 LINES = [
     "Річка тече повз старе місто; пам'ять про під'їзд, ґанок і їжака не згасла.",
     "It's what they've said: the river doesn't wait, we'LL see. I'm sure, you'd agree?",
