@@ -1,0 +1,207 @@
+"""Call llama.cpp's own functions, which the package xllamacpp exports (llama.h).
+
+The package's server answers one text at a time and gives no probabilities of a whole text. The two
+structures of parameters change between versions, so they are passed on as they come.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import math
+import os
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ...util.errors import UserError
+
+INSTALL = "pip install -r requirements-trim.txt"
+FUNCTIONS = "llama_model_load_from_file llama_tokenize llama_detokenize llama_decode".split()
+Pointer, Int = ctypes.c_void_p, ctypes.c_int32
+Ints = ctypes.POINTER(ctypes.c_int32)
+Log = ctypes.CFUNCTYPE(None, ctypes.c_int, ctypes.c_char_p, Pointer)
+
+
+class _Params(ctypes.Structure):
+    """Any of llama.cpp's structures of default parameters; this one is larger than all."""
+
+    _fields_ = [("unknown", ctypes.c_byte * 1024)]
+
+
+class _Batch(ctypes.Structure):
+    """llama_batch."""
+
+    _fields_ = [("n_tokens", Int), ("token", Ints)]
+    _fields_ += [(name, Pointer) for name in ("embd", "pos", "n_seq_id", "seq_id", "logits")]
+
+
+@cache
+def _library() -> tuple[Any, list[str], Any]:
+    """Return llama.cpp, the lines that it has logged, and the function that collects them."""
+    try:
+        from xllamacpp import xllamacpp
+
+        llama = ctypes.CDLL(xllamacpp.__file__)
+        for name in FUNCTIONS:
+            getattr(llama, name)
+    except (ImportError, OSError, AttributeError) as error:
+        problem = f"xllamacpp is not installed, or does not export llama.cpp's functions ({error})"
+        raise UserError("trim", problem, f"Run {INSTALL}") from error
+    results = {
+        "llama_model_default_params": (_Params,),
+        "llama_context_default_params": (_Params,),
+        "llama_model_load_from_file": (Pointer, ctypes.c_char_p, _Params),
+        "llama_init_from_model": (Pointer, Pointer, _Params),
+        "llama_model_get_vocab": (Pointer, Pointer),
+        "llama_get_memory": (Pointer, Pointer),
+        "llama_memory_clear": (None, Pointer, ctypes.c_bool),
+        "llama_model_free": (None, Pointer),
+        "llama_free": (None, Pointer),
+        "llama_set_n_threads": (None, Pointer, Int, Int),
+        "llama_decode": (Int, Pointer, _Batch),
+        "llama_get_logits": (ctypes.POINTER(ctypes.c_float), Pointer),
+        "llama_vocab_n_tokens": (Int, Pointer),
+        "llama_vocab_bos": (Int, Pointer),
+        "llama_vocab_eos": (Int, Pointer),
+        "llama_tokenize": (Int, Pointer, ctypes.c_char_p, Int, Ints, Int, *[ctypes.c_bool] * 2),
+        "llama_detokenize": (
+            *(Int, Pointer, Ints, Int, ctypes.c_char_p, Int),
+            *[ctypes.c_bool] * 2,
+        ),
+        "llama_log_set": (None, Log, Pointer),
+    }
+    for name, (result, *arguments) in results.items():
+        function = getattr(llama, name)
+        function.restype, function.argtypes = result, arguments
+    lines: list[str] = []
+    log = Log(lambda _, text, __: lines.append(text.decode(errors="replace").strip()))
+    llama.llama_log_set(log, None)
+    llama.llama_backend_init()
+    return llama, lines, log
+
+
+class Llama:
+    """A model of a file in llama.cpp. Raises ValueError if it does not load."""
+
+    def __init__(self, path: Path) -> None:
+        self.llama, lines, _ = _library()
+        lines.clear()
+        params = self.llama.llama_model_default_params()
+        self.model = self.llama.llama_model_load_from_file(os.fsencode(path), params)
+        if not self.model:
+            errors = [line for line in lines if "error" in line] or lines or [""]
+            raise ValueError(f"llama.cpp does not load {path.name}: {errors[0]}")
+        self.vocabulary = self.llama.llama_model_get_vocab(self.model)
+        self.rows = self.llama.llama_vocab_n_tokens(self.vocabulary)
+
+    def free(self) -> None:
+        self.llama.llama_model_free(self.model)
+
+    @property
+    def first(self) -> int:
+        """The id that begins a text: BOS, else an end token."""
+        ends = (self.llama.llama_vocab_bos, self.llama.llama_vocab_eos)
+        return next((i for each in ends if (i := each(self.vocabulary)) >= 0), 0)
+
+    def encode(self, text: str) -> np.ndarray:
+        """Return the ids (tokens,) of a text, whose special tokens count as such."""
+        data = text.encode()
+        ids = np.empty(len(data) + 16, np.int32)
+        place = ids.ctypes.data_as(Ints)
+        n = self.llama.llama_tokenize(
+            self.vocabulary, data, len(data), place, len(ids), False, True
+        )
+        return ids[:n].copy()
+
+    def encode_all(self, texts: Sequence[str]) -> list[np.ndarray]:
+        """Return the ids of texts, encoded on all cores."""
+        with ThreadPoolExecutor(threads()) as pool:  # ctypes releases the interpreter's lock
+            return [*pool.map(self.encode, texts)]
+
+    def decode(self, ids: np.ndarray) -> bytes:
+        """Return the text of ids (tokens,), special tokens too."""
+        ids = np.ascontiguousarray(ids, np.int32)
+        size = 64 + 32 * len(ids)
+        while True:
+            text = ctypes.create_string_buffer(size)
+            place = ids.ctypes.data_as(Ints)
+            n = self.llama.llama_detokenize(
+                self.vocabulary, place, len(ids), text, size, False, True
+            )
+            if n >= 0:
+                return text.raw[:n]
+            size = -n
+
+    def logits(self, windows: Sequence[Sequence[int]]) -> Iterator[np.ndarray]:
+        """Yield the logits (tokens, rows) of each window."""
+        params = self.llama.llama_context_default_params()
+        context = self.llama.llama_init_from_model(self.model, params)
+        if not context:
+            raise ValueError("llama.cpp does not begin to compute")
+        self.llama.llama_set_n_threads(context, threads(), threads())
+        for window in windows:
+            n, outputs = len(window), np.ones(len(window), np.int8)
+            self.llama.llama_memory_clear(self.llama.llama_get_memory(context), True)
+            batch = _Batch(n, (Int * n)(*window), logits=outputs.ctypes.data)
+            if status := self.llama.llama_decode(context, batch):
+                raise ValueError(f"llama.cpp cannot compute a window (status {status})")
+            values = self.llama.llama_get_logits(context)
+            yield np.ctypeslib.as_array(values, (n, self.rows)).copy()
+        self.llama.llama_free(context)
+
+
+def threads() -> int:
+    """Return the number of threads: OMP_NUM_THREADS, else all cores."""
+    return int(os.environ.get("OMP_NUM_THREADS") or os.cpu_count() or 1)
+
+
+def compare(
+    before: str, after: str, windows: list[list[list[int]]], kept: list[int], places: int
+) -> dict[str, Any]:
+    """Compare the log-probabilities of two files; `kept` are the rows of the second in the first.
+
+    `windows` are pairs of the same text's ids in both. Returns the losses of each window in nats
+    (`before`, `after`), and the largest `distance` of log-probabilities after `places` beginnings
+    with the same tokens in both, after the constant that the removed tokens held.
+    """
+    rows, losses = np.array(kept), {"before": [], "after": []}
+    alike = [i for i, (old, new) in enumerate(windows) if old == rows[new].tolist()]
+    chosen: dict[int, list[int]] = {}  # places of each window
+    for number in range(places if alike else 0):
+        window = alike[number % len(alike)]
+        length = len(windows[window][0])
+        turn = number // len(alike) + 1
+        chosen.setdefault(window, []).append(turn * length // (places // len(alike) + 2))
+    expected: dict[int, np.ndarray] = {}
+    distance, beginnings = 0.0, 0
+    for which, (name, path) in enumerate((("before", before), ("after", after))):
+        model = Llama(Path(path))
+        ids = [pair[which] for pair in windows]
+        for number, logits in enumerate(model.logits(ids)):
+            logits = logits.astype(np.float64)
+            top = logits.max(-1)
+            normalizer = top + np.log(np.exp(logits - top[:, None]).sum(-1))
+            target = logits[np.arange(len(logits) - 1), ids[number][1:]]
+            losses[name].append(float((normalizer[:-1] - target).sum()))
+            if number in chosen:
+                values = logits[sorted({*chosen[number]})]
+                values = values[:, rows] if which == 0 else values
+                top = values.max(-1, keepdims=True)
+                values -= top + np.log(np.exp(values - top).sum(-1, keepdims=True))
+                if which == 0:
+                    expected[number] = values
+                else:
+                    distance = max(distance, float(np.abs(values - expected[number]).max()))
+                    beginnings += len(values)
+        model.free()
+    if not math.isfinite(distance):
+        raise ValueError("llama.cpp's log-probabilities are not finite")
+    return losses | {
+        "distance": distance,
+        "beginnings": beginnings,
+        "values": beginnings * len(rows),
+    }
