@@ -12,6 +12,7 @@ import re
 from collections import Counter
 from collections.abc import Sequence, Set
 from dataclasses import replace
+from functools import cached_property
 
 import numpy as np
 
@@ -212,7 +213,7 @@ class GgufVocabulary:
         options = dict(tokens=dict(enumerate(self.tokens)), byte_level=self.kind == "gpt2")
         if self.kind in ("gpt2", "gemma4"):
             ranks: dict[tuple[str, str], float] = {}
-            for rank, merge in enumerate(self._merges()):
+            for rank, merge in enumerate(self._merges):
                 ranks.setdefault(merge, rank)
             options["ranks"] = ranks
         elif self.kind in ("llama", "t5"):
@@ -227,6 +228,7 @@ class GgufVocabulary:
                 options["scores"] = {i: s for i, s in options["scores"].items() if usable[i]}
         return KINDS[self.kind](**options, required=required, reserved=reserved - required)
 
+    @cached_property
     def _merges(self) -> list[tuple[str, str]]:
         """Return the two tokens of each merge: cut at the first blank after the first byte."""
         pairs = []
@@ -250,7 +252,7 @@ class GgufVocabulary:
                 value = value[rows]
             elif name == MERGES:
                 texts = {self.tokens[index] for index in kept}
-                merges = zip(value, self._merges(), strict=True)
+                merges = zip(value, self._merges, strict=True)
                 value = [m for m, (a, b) in merges if {a, b, a + b} <= texts]
             elif ID_FIELDS.fullmatch(name):
                 if np.ndim(value):
