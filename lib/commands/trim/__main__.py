@@ -60,10 +60,10 @@ def main(arguments: list[str]) -> None:
         raise UserError(f"OUT {args.out}", "the name does not end with .gguf", "Give one that does")
     for path in (out, partial_of(out)):
         if path.exists() or path.is_symlink():
-            raise UserError(f"OUT {args.out}", f"{path.name} exists", "Name a new file")
+            raise UserError(f"OUT {args.out}", f"{path.name} exists", "Name a new file, or remove it")
     check_writable("OUT", str(out.parent))
     if args.keep and (args.rows or args.price != PRICE):
-        flag = "--rows" if args.rows else "--price"
+        flag = f"--rows {args.rows}" if args.rows else f"--price {args.price}"
         raise UserError(flag, "--keep gives the tokens", "Leave one of the two out")
     if not (args.keep or args.language or args.data):
         fix = "Give --language, --data or --keep"

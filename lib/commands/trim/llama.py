@@ -9,6 +9,7 @@ from __future__ import annotations
 import ctypes
 import math
 import os
+import re
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
@@ -94,7 +95,8 @@ class Llama:
         self.model = self.llama.llama_model_load_from_file(os.fsencode(path), params)
         if not self.model:
             errors = [line for line in lines if "error" in line] or lines or [""]
-            raise ValueError(f"llama.cpp does not load {path.name}: {errors[0]}")
+            reason = re.sub(r"^.*error loading model( \w+)?: ", "", errors[0])
+            raise ValueError(f"llama.cpp does not load it ({reason})")
         self.vocabulary = self.llama.llama_model_get_vocab(self.model)
         self.rows = self.llama.llama_vocab_n_tokens(self.vocabulary)
 
