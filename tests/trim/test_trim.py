@@ -22,6 +22,7 @@ pytest.importorskip("xllamacpp")
 
 from lib.commands.trim.__main__ import LIMIT, main  # noqa: E402
 from lib.commands.trim.llama import Llama, compare  # noqa: E402
+from lib.commands.vocabulary import main as write_list  # noqa: E402
 from lib.data.gguf_file import Field, GgufFile, write  # noqa: E402
 from lib.data.gguf_vocabulary import GgufVocabulary  # noqa: E402
 
@@ -173,6 +174,20 @@ def test_an_id_that_llama_cpp_assumes_is_written(tmp_path: Path) -> None:
     assert fields["tokenizer.ggml.eos_token_id"].value == 3
 
 
+def test_llama_cpp_tells_models_apart_by_their_number_of_tokens(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    changed = {"general.architecture": (ggufs.STRING, "deepseek2")}
+    changed["deepseek2.block_count"] = (ggufs.UINT32, 47)
+    file = GgufFile(ggufs.model(tmp_path / "in.gguf", changed=changed), "IN")
+    GgufVocabulary(file).check_count(480)
+    with pytest.raises(UserError, match="another model by its 154880 tokens"):
+        GgufVocabulary(file).check_count(154880)
+    monkeypatch.setattr("lib.data.gguf_vocabulary.TELLING_ROWS", (502,))
+    with pytest.raises(UserError, match="by its 502 tokens"):
+        GgufVocabulary(file)
+
+
 def test_the_proof_notices_other_bytes(texts: Path, tmp_path: Path) -> None:
     source = ggufs.model(tmp_path / "in.gguf")
     out = tmp_path / "out.gguf"
@@ -220,6 +235,29 @@ def test_a_dry_run_writes_nothing(
     said = capsys.readouterr().out
     assert "rows stay" in said and "MB become" in said and "tokens" in said
     assert [path.name for path in tmp_path.iterdir()] == ["in.gguf"]
+
+
+def test_lists_for_drafters_have_ids_of_the_whole_model(
+    texts: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source = ggufs.model(tmp_path / "in.gguf")
+    argv = [str(source), "--data", str(texts), "--rows", "384", "--map"]
+    write_list([*argv, "tensorrt-edge", str(tmp_path / "edge")])
+    assert ": 384 of 502 tokens" in (said := capsys.readouterr().out), said
+    share = float(said.partition("uk: ")[2].partition("%")[0])
+    data = (tmp_path / "edge/vocab_map.safetensors").read_bytes()
+    length = int.from_bytes(data[:8], "little")
+    assert json.loads(data[8 : 8 + length])["vocab_map"]["dtype"] == "I32"
+    ids = np.frombuffer(data[8 + length :], "<i4").tolist()
+    counts = json.loads((tmp_path / "edge/reduced_vocab.json").read_text("utf-8"))
+    assert counts["vocab_size"] == 502 and counts["reduced_vocab_size"] == len(ids) == 384
+    assert fields_of(source)["tokenizer.ggml.eos_token_id"] in ids
+    rows = (texts / "test.jsonl").read_text("utf-8").splitlines()
+    held = [i for row in rows for i in Llama(source).encode(json.loads(row)["text"]).tolist()]
+    assert abs(share / 100 - sum(i in ids for i in held) / len(held)) < 1e-4
+    torch = pytest.importorskip("torch")
+    write_list([*argv, "sglang", str(tmp_path / "hot.pt")])
+    assert torch.load(tmp_path / "hot.pt", weights_only=True) == ids
 
 
 WITHOUT = """

@@ -2,8 +2,6 @@
 For users who have a GGUF file of any size and run it for one language, or a few.
 
     bash launch.sh trim IN.gguf OUT.gguf --language uk
-    bash launch.sh trim IN.gguf OUT.gguf --data texts/uk texts/code --rows 32768
-    bash launch.sh trim DRAFT.gguf SMALL.gguf --keep OUT.gguf.vocabulary.json
 
 The tokens that the text uses stay, with those from which they are merged, all bytes and special
 tokens, and the likely ones that are worth their rows. The rows of all others are left out of each
@@ -20,32 +18,33 @@ import re
 import shutil
 import time
 from collections.abc import Sequence
-from importlib.util import find_spec
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from ...data.documents import Corpus, check_corpus, pieces_of
 from ...data.gguf_file import GgufFile, Tensor, header, write
-from ...data.gguf_vocabulary import GgufVocabulary, tokenizer_model
-from ...data.languages import language_text
+from ...data.gguf_vocabulary import GgufVocabulary
 from ...data.lines import LINES
-from ...data.sources import has_test, parse_source, parse_sources
-from ...data.token_choice import PRICE, Choice, choose
-from ...util.cli import make_parser
+from ...data.token_choice import PRICE
+from ...util.cli import make_parser, typed
 from ...util.errors import UserError, first_line
 from ...util.files import check_writable, partial_of, sync, temporary_folder, write_text
 from ...util.host import available, gib
 from ...util.progress import progress
 from ..gguf.llama_cpp import run_child
-from .llama import INSTALL, Llama, compare
+from .choosing import add_text_flags, choose_by_text, corpora_of, tokenizer_of
+from .llama import Llama, compare
 
 HELD_OUT = 10  # every tenth document is held out of the count
 MOST_ROWS = 0.9  # share of rows above which trimming saves too little
 MOST_CHARACTERS = 100_000_000  # counted of each source
 BATCH = 2_000_000  # characters encoded at a time
+EXAMPLES = """examples:
+  {0} IN.gguf OUT.gguf --language uk en
+  {0} IN.gguf OUT.gguf --data texts/uk texts/code --rows 32768 --dry_run
+  {0} DRAFT.gguf SMALL.gguf --keep OUT.gguf.vocabulary.json"""
 WINDOWS, POSITIONS = 24, 512  # pieces of test text whose predictions are compared, and tokens
 LIMIT = 1e-5  # largest difference of log-probabilities
 MANY = 2_000  # test documents of each source that are compared
@@ -60,7 +59,9 @@ def main(arguments: list[str]) -> None:
         raise UserError(f"OUT {args.out}", "the name does not end with .gguf", "Give one that does")
     for path in (out, partial_of(out)):
         if path.exists() or path.is_symlink():
-            raise UserError(f"OUT {args.out}", f"{path.name} exists", "Name a new file, or remove it")
+            raise UserError(
+                f"OUT {args.out}", f"{path.name} exists", "Name a new file, or remove it"
+            )
     check_writable("OUT", str(out.parent))
     if args.keep and (args.rows or args.price != PRICE):
         flag = f"--rows {args.rows}" if args.rows else f"--price {args.price}"
@@ -68,24 +69,17 @@ def main(arguments: list[str]) -> None:
     if not (args.keep or args.language or args.data):
         fix = "Give --language, --data or --keep"
         raise UserError(f"IN {args.source}", "no text says which tokens to keep", fix)
-    if missing := [name for name in ("gguf", "xllamacpp") if find_spec(name) is None]:
-        raise UserError(f"IN {args.source}", f"{missing[0]} is not installed", f"Run {INSTALL}")
-    named = [(language_text(tag)[1], "--language") for tag in args.language]
-    sources = [parse_source(text, flag, as_text=True) for text, flag in named]
-    sources += parse_sources(args.data, "--data", column=args.column, as_text=True)
-    corpora = [Corpus(each, bool(each.path) and not has_test(each)) for each in sources]
-    for corpus in corpora:
-        check_corpus(corpus, "train")
+    corpora = corpora_of(args)
     file = GgufFile(Path(args.source), f"IN {args.source}")
     vocabulary = GgufVocabulary(file, frozenset(args.drop))
 
     with temporary_folder() as folder:
-        before = _tokenizer(folder / "before.gguf", vocabulary, range(vocabulary.rows))
+        before = tokenizer_of(folder / "before.gguf", vocabulary, range(vocabulary.rows))
         record: dict[str, Any] = {"rows_before": vocabulary.rows, "sources": []}
         if args.keep:
             kept = _listed(args.keep, vocabulary)
         else:
-            choice = _choose(args, corpora, vocabulary, before)
+            choice = choose_by_text(args, corpora, vocabulary, before)
             kept = choice.ids
             record |= {"used": choice.used, "likely": choice.likely, "rise": choice.rise}
         if len(kept) > MOST_ROWS * vocabulary.rows:
@@ -105,7 +99,7 @@ def main(arguments: list[str]) -> None:
         print(f"vocabulary: {rows}{used}; {megabytes}", flush=True)
         if dropped := [name for name in file.fields if name not in fields]:
             print(f"fields left out: {', '.join(dropped)}")
-        after = _tokenizer(folder / "after.gguf", vocabulary, kept)
+        after = tokenizer_of(folder / "after.gguf", vocabulary, kept)
         tests = {"built-in lines": [*LINES, *(c for line in LINES for c in line)]}
         for corpus in corpora:
             tests[corpus.source.name] = [*islice(corpus.documents("test"), MANY)]
@@ -144,74 +138,6 @@ def main(arguments: list[str]) -> None:
     for projector in Path(args.source).absolute().parent.glob("*mmproj*.gguf"):
         print(f"{projector.name} beside IN works with OUT as it is")
     print(f"not verified: {', '.join(missing)}", flush=True)
-
-
-def _tokenizer(path: Path, vocabulary: GgufVocabulary, kept: Sequence[int]) -> Llama:
-    """Return llama.cpp's tokenizer with the tokens `kept`, from a file of a few megabytes."""
-    for _ in write(path, *tokenizer_model(vocabulary.trimmed(kept)[0])):
-        pass
-    try:
-        return Llama(path)
-    except ValueError as error:
-        fix = "Only a vocabulary that llama.cpp reads can be trimmed"
-        raise UserError(vocabulary.file.what, str(error), fix) from error
-    finally:
-        path.unlink()
-
-
-def _choose(
-    args: argparse.Namespace, corpora: Sequence[Corpus], vocabulary: GgufVocabulary, llama: Llama
-) -> Choice:
-    """Count the train texts, every tenth document apart, and choose the tokens."""
-    encode, counts = llama.encode_all, np.zeros((2, vocabulary.rows), np.int64)
-    beside = Path(args.source).absolute().parent / "tokenizer.json"
-    if beside.is_file() and find_spec("tokenizers"):  # ten times as fast
-        from tokenizers import Tokenizer
-
-        tokenizer = Tokenizer.from_file(str(beside))
-
-        def fast(texts: list[str]) -> list[np.ndarray]:
-            batch = tokenizer.encode_batch_fast(texts, add_special_tokens=False)
-            return [np.array(encoding.ids, np.int32) for encoding in batch]
-
-        proof = [*LINES]
-        for corpus in corpora:
-            proof += islice(corpus.documents("test"), 64)
-        if all(map(np.array_equal, fast(proof), encode(proof))):
-            encode = fast
-            print(f"{beside} gives the same tokens, and counts them")
-    number = 0
-    for corpus in corpora:
-        documents = corpus.documents("train")
-        if not corpus.source.hub and len(documents) < HELD_OUT:
-            documents = [piece for text in documents for piece in pieces_of(text)]
-        total = MOST_CHARACTERS
-        if not corpus.source.hub:
-            total = min(total, sum(map(len, documents)))
-        with progress(total, f"counting tokens of {corpus.source.name}", "B") as on_progress:
-            batch, left = [], total
-            for text in (*documents, None) if not corpus.source.hub else documents:
-                if text is not None:
-                    batch.append(text)
-                    left -= len(text)
-                    if sum(map(len, batch)) < BATCH and left > 0:
-                        continue
-                for ids in encode(batch):
-                    np.add.at(counts[0], ids, 1)
-                    if number % HELD_OUT == HELD_OUT - 1:
-                        np.add.at(counts[1], ids, 1)
-                    number += 1
-                on_progress(sum(map(len, batch)))
-                batch = []
-                if left <= 0:
-                    break
-    needed = {int(i) for ids in llama.encode_all(vocabulary.template_texts()) for i in ids}
-    tokens = vocabulary.vocabulary(needed)
-    choice = choose(tokens, counts[0], counts[1], price=args.price, rows=args.rows)
-    if args.rows and len(choice.ids) > args.rows:
-        problem = "bytes, special tokens and the chat template take more"
-        raise UserError(f"--rows {args.rows}", problem, f"Give at least {len(choice.ids)}")
-    return choice
 
 
 def _listed(path: str, vocabulary: GgufVocabulary) -> list[int]:
@@ -369,18 +295,18 @@ def _predict(
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = make_parser("trim", __doc__)
+    called = typed("trim")
+    parser = make_parser(
+        "trim",
+        __doc__,
+        epilog=EXAMPLES.format(called),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     add = parser.add_argument
     add("source", metavar="IN.gguf", help="GGUF file; of several parts, any one")
     add("out", metavar="OUT.gguf", help="new file to write")
-    text = "languages to keep, as BCP 47 tags; reads FineWeb2 from the Hub"
-    add("--language", nargs="+", default=[], metavar="TAG", help=text)
-    text = "texts whose tokens stay: files, folders or Hub datasets"
-    add("--data", nargs="+", default=[], metavar="SOURCE", help=text)
-    add("--column", default="text", help="column of the texts (default: text)")
+    add_text_flags(parser)
     add("--rows", type=int, metavar="N", help="number of rows (default: by --price)")
-    text = f"tokens saved per million for which an unused one stays (default: {PRICE})"
-    add("--price", type=float, default=PRICE, metavar="TOKENS", help=text)
     text = "keep the tokens of this .vocabulary.json, as for a draft and its target"
     add("--keep", metavar="FILE", help=text)
     text = "leave these fields out, which may hold ids and are unknown"
