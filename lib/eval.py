@@ -26,6 +26,7 @@ from .model.blocks import (
 from .model.reference import DenseReference, compared_windows, local_windows
 from .util.errors import UserError
 
+REVISION = 2  # incremented when the same model and text give other figures
 FIGURES = "loss", "dense_loss", "kl", "agreement"  # per window, as named in the losses file
 COMPARED_POSITIONS = 64  # positions of a window compared before and after packing
 TRIED_WINDOWS, TRIED_TOKENS = 4, 256  # for testing whether the model needs its BOS token
@@ -46,14 +47,15 @@ def perplexities(
 ) -> list[dict[str, Any]]:
     """Return the figures of each test set, windows (n, tokens), with masks of counted tokens.
 
-    `perplexity`: exp of the mean over windows of each window's mean negative log-likelihood, with
-    its `standard_error` from the spread over windows (nan for a single one). `nats`: the sum over
-    all predicted tokens. With `reference`, over `compared_windows` windows: `dense_nats` and
-    `model_nats`, both models' mean negative log-likelihood per token. `dense_sum_nats`: the dense
-    model's sum. `loss_change`: the mean of their difference per window. `kl`: the mean KL(dense ||
-    model) in nats per token. `top1_agreement`: the share of positions with the same most likely
-    token. The last three have standard errors. `only_compared`: all figures are for these windows.
-    `by_window`: {one of FIGURES: float32 (windows,)}, nan for windows that were not compared.
+    All means are per counted token, not per window. `perplexity`: exp of the mean negative
+    log-likelihood, with its `standard_error` (nan for a single window or dialogue). `nats`: the sum
+    over all counted tokens. With `reference`, over `compared_windows` windows: `dense_nats` and
+    `model_nats`, both models' mean negative log-likelihood. `dense_sum_nats`: the dense model's
+    sum. `loss_change`: the difference of the two. `kl`: the mean KL(dense || model) in nats.
+    `top1_agreement`: the share of positions with the same most likely token. The last three have
+    standard errors. `only_compared`: all figures are for these windows. `by_window`: means of each
+    window, {one of FIGURES: float32 (windows,)}, nan for windows that were not compared, and their
+    counted `tokens`, int32 (windows,).
 
     The ranks of `runner.dist` share the windows, as they did for `reference`. `on_progress` is
     called with the number of this rank's finished windows. Raises UserError if a loss is not
@@ -79,53 +81,75 @@ def perplexities(
             figures[number][:, which] = _figures(runner, states, batch, weights, compare).double()
     dist.sum_(figures)
     return [
-        _means(runner, weights[of, :-1].sum(1), by_window[:, of], compared=reference is not None)
-        for weights, by_window, of in zip(counted, figures, chosen, strict=True)
+        _means(runner, test[of], by_window[:, of].cpu(), compared=reference is not None)
+        for test, by_window, of in zip(tests, figures, chosen, strict=True)
     ]
 
 
 def _means(
-    runner: BlockRunner, counts: Tensor, by_window: Tensor, compared: bool
+    runner: BlockRunner, windows: Windows, by_window: Tensor, compared: bool
 ) -> dict[str, Any]:
-    """Average FIGURES (figures, n) over windows with `counts` (n,) predicted tokens."""
+    """Average FIGURES (figures, n), the means of each of n windows, over all counted tokens."""
     losses, dense, *divergences = by_window
-    mean = losses.mean().item()
+    counts, documents = windows.counted[:, :-1].sum(1), windows.documents
+    mean, error = ratio_mean(losses, counts, documents)
     if not math.isfinite(mean):
         fix = "Use --dtype float32, or download the model again"
         raise UserError(runner.named, "activations are not finite", fix)
     value = exp(mean)
     means = {
         "perplexity": value,
-        "standard_error": value * _standard_error(losses),
-        "nats": (losses * counts.to(losses.device)).sum().item(),
-        "by_window": {"loss": losses.float().cpu()},
+        "standard_error": value * error,
+        "nats": (losses * counts).sum().item(),
+        "by_window": {"tokens": counts.int(), "loss": losses.float()},
     }
     if compared:
         chosen = compared_windows(len(counts))
         for name, values in zip(FIGURES[1:], by_window[1:], strict=True):
             kept = torch.full((len(counts),), math.nan)
-            kept[chosen] = values[chosen].float().cpu()
+            kept[chosen] = values[chosen].float()
             means["by_window"][name] = kept
         figures = {"loss_change": losses - dense}
         figures |= zip(("kl", "top1_agreement"), divergences, strict=True)
+        figures |= {"dense_nats": dense, "model_nats": losses}
+        documents = documents if documents is None else documents[chosen]
         for name, values in figures.items():
-            means[name] = values[chosen].mean().item()
-            means[f"{name}_standard_error"] = _standard_error(values[chosen])
+            mean, error = ratio_mean(values[chosen], counts[chosen], documents)
+            means |= {name: mean} | ({} if "nats" in name else {f"{name}_standard_error": error})
         means["compared_windows"] = len(chosen)
-        means["dense_nats"] = dense[chosen].mean().item()
-        means["dense_sum_nats"] = (dense * counts.to(dense.device))[chosen].sum().item()
-        means["model_nats"] = losses[chosen].mean().item()
+        means["dense_sum_nats"] = (dense * counts)[chosen].sum().item()
     return means
+
+
+def ratio_mean(
+    values: Tensor, counts: Tensor, documents: Tensor | None = None
+) -> tuple[float, float]:
+    """Return the mean per token of `values` (n,), means of windows of `counts` (n,) tokens each,
+    and its standard error; nan for a single document.
+
+    The mean is a ratio of two sums, over windows that are drawn with their document: the error is
+    that of the linearized ratio, clustered by `documents` (n,), by default each window (Cochran,
+    Sampling Techniques, 1977, chapters 6 and 9A). If all windows count equally and are documents,
+    both are those of a plain mean, to the bit.
+    """
+    weights = counts / counts.double().mean()
+    mean = (weights * values).mean()
+    of, number = torch.arange(len(counts)), len(counts)
+    if documents is not None:
+        _, of = documents.unique(return_inverse=True)
+        number = int(of.max()) + 1
+
+    def sums(each: Tensor) -> Tensor:  # of each document, over a document's mean number of windows
+        return torch.zeros(number).double().index_add_(0, of, each) * (number / len(counts))
+
+    spread = sums(weights * values) - mean * (sums(weights) - 1)
+    error = spread.std().item() / math.sqrt(number) if number > 1 else math.nan
+    return mean.item(), error
 
 
 def exp(nats: float) -> float:
     """Return the perplexity of a mean loss; inf if it exceeds a float."""
     return math.exp(nats) if nats < 700 else math.inf
-
-
-def _standard_error(values: Tensor) -> float:
-    """Return the standard error of the mean of values (n,); nan for a single one."""
-    return values.std().item() / math.sqrt(len(values)) if len(values) > 1 else math.nan
 
 
 def _figures(

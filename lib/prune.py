@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import copy
 import random
+import re
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -351,6 +352,18 @@ class Pruned:
         return unpacked(self.packed)
 
 
+@contextmanager
+def _of_arguments() -> Iterator[None]:
+    """Name the arguments of `prune` in an error inside that names flags of main.py."""
+    try:
+        yield
+    except UserError as error:
+        flag = r"--(?:prune_)?(\w+?)(?:_ratio|_type)?\b"
+        said = (re.sub(flag, r"\1", part) for part in (error.what, error.problem, error.fix))
+        raise UserError(*said) from error
+
+
+@_of_arguments()
 def prune(
     model: PreTrainedModel,
     calibration: Tensor | Sequence[str] | None = None,
@@ -382,7 +395,12 @@ def prune(
         problem = f"{method.__name__} needs windows or texts"
         raise UserError("calibration", problem, "Give some")
     if isinstance(calibration, Tensor):
+        if calibration.ndim != 2 or calibration.is_floating_point() or not calibration.numel():
+            problem = f"its shape is {tuple(calibration.shape)}, its dtype {calibration.dtype}"
+            raise UserError("calibration", problem, "Give windows of token ids (windows, tokens)")
         length = calibration.shape[1]
+    elif isinstance(calibration, str):
+        raise UserError("calibration", "it is a single text", "Give a list of texts")
     elif calibration is not None:
         calibration = _text_windows(tokenizer, calibration, length, nsamples, seed)
     with _runner_of(model, length, batch_size, wanted) as runner:
@@ -422,8 +440,14 @@ def _runner_of(
 ) -> Iterator[BlockRunner]:
     """Yield a runner of the model's blocks in place; afterwards the model's modes are restored.
 
-    Raises UserError if they cannot run one by one, are not finite, or too narrow for the pattern.
+    Raises UserError if they lie on several devices, cannot run one by one, are not finite, or too
+    narrow for the pattern.
     """
+    devices = sorted({str(each.device) for each in model.parameters()})
+    if len(devices) > 1 or devices == ["meta"]:
+        problem = f"its weights are on {' and '.join(devices)}"
+        fix = "Load it on one device, without device_map or offloading"
+        raise UserError("model", problem, fix)
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
     training, device = model.training, next(model.parameters()).device
     width = model.config.get_text_config(decoder=True).hidden_size

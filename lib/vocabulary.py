@@ -48,7 +48,7 @@ from .util.ranks import DistContext
 
 HELD_OUT = 10  # every tenth document is held out
 MOST_ROWS = 0.9  # share of rows above which trimming saves too little
-MEASURED_BYTES = 2**14  # of a test text, on which both vocabularies are measured on a CPU
+MEASURED_BYTES = 2**14  # of a test text, on which a CPU measures both vocabularies
 MEASURED_TOKENS = 512  # largest window for that, in tokens
 TOO_COSTLY = 0.02  # rise of bits per byte above which a warning is printed
 HUB_CHARACTERS = 100_000_000  # counted in a Hub dataset; local text is counted in full
@@ -316,6 +316,11 @@ def trim_vocabulary(
     return trimmed
 
 
+def measured_bytes(device: str) -> int:
+    """Return the bytes of text on which trimming is measured; a GPU measures more."""
+    return MEASURED_BYTES * (1 if device == "cpu" else 4)
+
+
 def _read_list(
     file: str, tokens: TrimmableTokenizer, rows: int
 ) -> tuple[list[int], list[int], dict[str, Any]]:
@@ -331,7 +336,8 @@ def _read_list(
     if not same or record["rows_before"] != rows:
         problem = f"its tokens are not those of {tokens.name}"
         raise UserError(what, problem, "Name one of a model with the same vocabulary")
-    if record.get("measured_on", {}).get("model") != tokens.tokenizer.name_or_path:
+    measured_on = record.get("measured_on", {}).get("model")
+    if measured_on != tokens.tokenizer.name_or_path or "bits_per_byte_original" not in record:
         costs = "measured_on", "bits_per_byte_original", "bits_per_byte_trimmed", "cost_interval"
         record = {key: value for key, value in record.items() if key not in costs}
     return ids, order, record

@@ -1,6 +1,6 @@
 """Tiny random models of many architectures, a tiny tokenizer and tiny texts: no network, seconds.
 
-Every model is float32, seeded, has two or three decoder blocks, 320 tokens and linears whose input
+Every model is float32, seeded, has two or three decoder blocks, VOCAB rows and linears whose input
 widths are multiples of 8, so that 2:4 and 4:8 divide them. Sliding windows span 8 tokens: shorter
 than the windows of any test. Weights and biases are drawn wide enough that a wrong mask, mixed-up
 positions or a lost bias shows in the logits.
@@ -29,7 +29,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-VOCAB = 320
+VOCAB = 384  # more than the tokenizer has, so that trimming removes some
 WINDOW = 8  # tokens seen by a sliding-window layer
 BOS, EOS, PAD = "<s>", "</s>", "<pad>"
 WORDS = "сонце ріка ліс тихо пливе над старим містом the old river runs past a quiet town".split()
@@ -121,7 +121,7 @@ LINEAR |= dict(linear_key_head_dim=8, linear_value_head_dim=8)
 WITH_3D = dict(head_dim=8, rope_parameters=ROPE | ROPE_3D)
 IMAGE = VOCAB - 1
 AROUND = dict(boi_token_index=VOCAB - 2, eoi_token_index=VOCAB - 3)
-QWEN = dict(image_token_id=IMAGE, video_token_id=318)
+QWEN = dict(image_token_id=IMAGE, video_token_id=IMAGE - 1)
 QWEN |= dict(vision_start_token_id=317, vision_end_token_id=316)
 LLAMA = dict(model_type="llama")
 

@@ -3,10 +3,11 @@ For users of main.py with a chat model; `compress` does it without being asked.
 
     langprune dialogues MODEL OUT.jsonl --data aya:uk [--count 256]
 
-The prompts are the messages before the first answer of a dialogue, or passages of plain text.
-Answers are sampled with the model's generation_config. OUT.jsonl has a row for each dialogue, with
-the settings that wrote it; it can be read and edited. The same command continues after its last
-row. Answers that do not end, or are in another script than the prompts, are left out.
+The prompts are the messages before the first answer of a dialogue, or ask to summarize a passage of
+plain text. Answers are sampled with the model's generation_config; one that does not end is cut
+after its last sentence. OUT.jsonl has a row for each dialogue, with the settings that wrote it; it
+can be read and edited. The same command continues after its last row. Answers that have no whole
+sentence, or are in another script than the prompts, are left out.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import argparse
 import hashlib
 import json
 import random
+import re
 import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -22,29 +24,41 @@ from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..data.chats import Dialogue
+from ..data.chats import TOOLS, Dialogue, Document
 from ..data.documents import Corpus, check_corpus, pieces_of
-from ..data.languages import script_of
+from ..data.languages import REQUESTS, script_of
 from ..data.sources import parse_sources
 from ..run.flags import POSITIVE
 from ..util.cli import make_parser
-from ..util.errors import UserError
+from ..util.errors import UserError, counted
 from ..util.files import check_writable, write_text
 from ..util.progress import progress, quiet
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-TRIED = 8  # first answers, at least half of which must end
+TRIED = 8  # first answers, of which at least ENDED must end by themselves
+ENDED = 2
 MORE = 4  # maximum number of prompts per wanted dialogue
 PASSAGE = 600  # maximum characters of a passage of plain text
 IDENTIFYING = 64  # first prompts, whose digest identifies all
 WRITER = "written_by"  # key of a row: the settings of its answer
 ENDLESS = "do not end"
+SENTENCES = re.compile(r"(?s).*(?:[.!?…][\"'»”’)\]]*(?=\s|$)|[。！？।։؟])")
 
 
 def main(argv: list[str]) -> None:
     args, began = _parser().parse_args(argv), time.monotonic()
+    try:
+        answer(args, began)
+    except UserError as error:
+        if not args.optional:
+            raise
+        print(f"no dialogues: {error}", flush=True)
+
+
+def answer(args: argparse.Namespace, began: float) -> None:
+    """Write OUT.jsonl until --count or --minutes, counted from `began`, are reached."""
     out = Path(args.out)
     if out.suffix != ".jsonl":
         raise UserError(f"OUT {out}", "the name does not end with .jsonl", "Give one that does")
@@ -69,17 +83,20 @@ def main(argv: list[str]) -> None:
     window = window_length(config, None)
     args.tokens = min(args.tokens, window // 2)
     limit = window - args.tokens
-    asked = list(islice(_prompts(corpora, tokenizer, limit, args.seed), MORE * args.count))
+    request = REQUESTS.get((args.language or "").partition("-")[0], REQUESTS["en"])
+    prompts = _prompts(corpora, tokenizer, limit, args.seed, request)
+    asked = list(islice(prompts, MORE * args.count))
     if not asked:
         problem = f"no prompt has 1 to {limit} tokens"
         raise UserError(f"--data {' '.join(args.data)}", problem, "Add some")
-    writer = _writer(args, config, [messages for messages, _ in asked[:IDENTIFYING]])
+    writer = _writer(args, config, [messages for messages, *_ in asked[:IDENTIFYING]])
     count = len(answered := _answered(out, writer))
-    places = (place for place, (messages, _) in enumerate(asked) if messages in answered)
+    places = (place for place, (messages, *_) in enumerate(asked) if messages in answered)
     left = asked[max(places, default=-1) + 1 :] if count < args.count else []
-    left_out: Counter[str | None] = Counter()
+    left_out, ended = Counter[str | None](), 0
     if left:
-        script = script_of(" ".join(messages[-1]["content"] for messages, _ in asked))
+        texts = (messages[-1]["content"].removeprefix(request) for messages, *_ in asked)
+        script = script_of(" ".join(texts))
         dtype = pick_dtype("auto", config, device)
         model = load_model(checkpoint, config, dtype=dtype, device_map={"": device})
         out.parent.mkdir(parents=True, exist_ok=True)
@@ -90,21 +107,27 @@ def main(argv: list[str]) -> None:
                     break
                 batch = left[start : start + args.batch_size]
                 torch.manual_seed(args.seed + count)
-                answers = continue_rows(model, [ids for _, ids in batch], args.tokens)
-                for (messages, _), answer in zip(batch, answers, strict=True):
+                prompts = [ids for *_, ids in batch]
+                answers = continue_rows(model, prompts, args.tokens, lambda _: bar(0))
+                ended += sum(len(answer) < args.tokens for answer in answers)
+                for (messages, tools, _), answer in zip(batch, answers, strict=True):
                     text = decode(tokenizer, answer).strip()
-                    problem = _problem(answer, text, args.tokens, script)
+                    if endless := len(answer) == args.tokens:
+                        text = whole_sentences(text)
+                    problem = _problem(endless, text, script)
                     left_out[problem] += 1
                     if not problem and count < args.count:
                         said = [*messages, {"role": "assistant", "content": text}]
-                        row = {"messages": said, WRITER: writer}
+                        row = {"messages": said} | ({TOOLS: tools} if tools else {})
+                        row |= {WRITER: writer}
                         file.write(json.dumps(row, ensure_ascii=False) + "\n")
                         count += 1
                         bar(1)
                 file.flush()
-                _check_ends(args, left_out, len(batch))
+                _check_ends(args, left_out.total(), ended, len(batch))
     reasons = [f"{number} that {reason}" for reason, number in left_out.items() if reason]
-    print(f"{out}: {count} dialogues" + f"; left out: {', '.join(reasons)}" * bool(reasons))
+    left = f"; left out: {', '.join(reasons)}" * bool(reasons)
+    print(f"{out}: {counted(count, 'dialogue')}{left}")
 
 
 def _writer(args: argparse.Namespace, config: Any, prompts: list[Any]) -> dict[str, Any]:
@@ -121,45 +144,63 @@ def _writer(args: argparse.Namespace, config: Any, prompts: list[Any]) -> dict[s
     }
 
 
-def _problem(answer: list[int], text: str, most: int, script: str | None) -> str | None:
+def whole_sentences(text: str) -> str:
+    """Return a text to the end of its last whole sentence, "" if it has none."""
+    return found[0] if (found := SENTENCES.match(text)) else ""
+
+
+def _problem(endless: bool, text: str, script: str | None) -> str | None:
     """Return why an answer is left out, in words that follow `that`; None if it is kept."""
-    if len(answer) == most:
-        return ENDLESS
     if not text:
-        return "are empty"
+        return ENDLESS if endless else "are empty"
     return None if script_of(text) in (script, None) else "are in another script than the prompts"
 
 
-def _check_ends(args: argparse.Namespace, left_out: Counter[str | None], new: int) -> None:
-    """Raise UserError if most of the first answers do not end; the last `new` of them are new."""
-    tried = left_out.total()
-    ended = tried - left_out[ENDLESS]
-    if tried - new < TRIED <= tried and 2 * ended < tried:
+def _check_ends(args: argparse.Namespace, tried: int, ended: int, new: int) -> None:
+    """Raise UserError if few of the first answers end; the last `new` of those tried are new."""
+    if tried - new < TRIED <= tried and ended < ENDED:
         problem = f"only {ended} of {tried} answers end within {args.tokens} tokens"
         raise UserError(f"MODEL {args.model}", problem, "Use a chat model, or more --tokens")
 
 
 def _prompts(
-    corpora: Sequence[Corpus], tokenizer: PreTrainedTokenizerBase, limit: int, seed: int
-) -> Iterator[tuple[list[dict[str, Any]], list[int]]]:
-    """Yield messages and tokens of distinct prompts, one source after another."""
+    corpora: Sequence[Corpus],
+    tokenizer: PreTrainedTokenizerBase,
+    limit: int,
+    seed: int,
+    request: str,
+) -> Iterator[tuple[list[dict[str, Any]], Any, list[int]]]:
+    """Yield messages, tools and tokens of distinct prompts, one source after another."""
     from ..data.templates import prompt_of
-    from ..data.windows import shuffle_stream
 
     seen = set()
     for corpus in corpora:
-        for document in shuffle_stream(corpus.documents("train"), random.Random(seed)):
+        for document in _passages(corpus, random.Random(seed)):
             if isinstance(document, Dialogue):
-                messages = document.prompt
+                messages, tools = document.prompt, document.tools
             else:
-                passage = next(iter(pieces_of(document)), "")[:PASSAGE]
-                cut = max(passage.rfind(end) for end in (". ", "! ", "? ", "\n")) + 1
-                passage = passage[:cut] if len(passage) == PASSAGE and cut else passage
-                messages = [{"role": "user", "content": passage.strip()}]
-            ids = prompt_of(tokenizer, messages)
+                text = document[:PASSAGE]
+                text = whole_sentences(text) or text if len(document) > PASSAGE else text
+                content = f"{request}\n\n{text}".strip()
+                messages, tools = [{"role": "user", "content": content}], None
+            ids = prompt_of(tokenizer, messages, tools)
             if 0 < len(ids) <= limit and tuple(ids) not in seen:
                 seen.add(tuple(ids))
-                yield messages, ids
+                yield messages, tools, ids
+
+
+def _passages(corpus: Corpus, rng: random.Random) -> Iterator[Document]:
+    """Yield dialogues, and of each text the first passage; then further passages of the texts."""
+    from ..data.windows import shuffle_stream
+
+    more: list[Document] = []
+    for document in shuffle_stream(corpus.documents("train"), rng):
+        first, *others = pieces_of(document) or [None]
+        more += others
+        if first is not None:
+            yield first
+    rng.shuffle(more)
+    yield from more
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -170,6 +211,8 @@ def _parser() -> argparse.ArgumentParser:
     data = "prompts, in the form of main.py's --calibration_data: dialogues, texts or aya:LANGUAGE"
     add("--data", nargs="+", required=True, metavar="SOURCE", help=data)
     add("--column", default="text", help="column of the texts (default: text)")
+    text = "language of the texts, such as uk: the model is asked in it (default: in English)"
+    add("--language", metavar="TAG", help=text)
     add("--count", type=POSITIVE, default=256, help="number of dialogues (default: 256)")
     add("--tokens", type=POSITIVE, default=512, help="maximum length of an answer (default: 512)")
     add("--minutes", type=float, default=float("inf"), help="time limit in minutes (default: none)")
@@ -179,6 +222,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--cache_dir", help="folder for weights from the Hub (default: the Hub's cache)")
     text = "run Python code that comes with the model, if you trust it"
     add("--trust_remote_code", action="store_true", help=text)
+    add("--optional", action="store_true", help=argparse.SUPPRESS)  # mistakes are no errors
     return parser
 
 

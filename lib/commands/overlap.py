@@ -93,7 +93,8 @@ def masks_of(path: Path) -> Masks:
             return Masks(path, label, calibration, shapes, read)
         saved = results.get("flags", {}).get("save_model")
         if not saved:
-            raise UserError(f"RUN {path}", "it saved no model", "Run it again with --save_model")
+            fix = "Name its file of --save_masks, or run it again with --save_model"
+            raise UserError(f"RUN {path}", "it saved no model", fix)
         name = Path(saved).name
         folder = next(filter(Path.is_dir, [Path(saved), path / name, path.parent / name]), None)
         if folder is None:

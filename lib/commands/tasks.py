@@ -83,7 +83,9 @@ def last_words(
     documents = chain.from_iterable(batches(texts, CHARACTERS))
     # each with the spans whose words are asked for
     asked = [
-        (each, [(0, len(each))]) if isinstance(each, str) else rendered(tokenizer, each.messages)
+        (each, [(0, len(each))])
+        if isinstance(each, str)
+        else rendered(tokenizer, each.messages, tools=each.tools)
         for each in documents
     ]
     words = (

@@ -14,7 +14,8 @@ PAIRS = (  # columns of a question, and of its answer
     (("instruction", "input"), "response"),
     (("inputs",), "targets"),
 )
-COLUMNS = {*LISTS, *(name for names, answer in PAIRS for name in (*names, answer))}
+TOOLS = "tools"  # column of the tools that a model may call, in the form of templates
+COLUMNS = {*LISTS, TOOLS, *(name for names, answer in PAIRS for name in (*names, answer))}
 SHAPES = (
     "messages or conversation (role, content), conversations (from, value), prompt and completion, "
     "instruction (and input) and output or response, inputs and targets"
@@ -34,13 +35,18 @@ class DialogueError(ValueError):
 
 @dataclass(frozen=True)
 class Dialogue:
-    """Messages as a chat template takes them, in JSON; a document like a text."""
+    """Messages and tools as a chat template takes them, in JSON; a document like a text."""
 
     json: str
+    tools_json: str = "null"
 
     @property
     def messages(self) -> list[dict[str, Any]]:
         return json.loads(self.json)
+
+    @property
+    def tools(self) -> list[dict[str, Any]] | None:
+        return json.loads(self.tools_json)
 
     @property
     def prompt(self) -> list[dict[str, Any]]:
@@ -56,7 +62,7 @@ class Dialogue:
         return self
 
     def encode(self) -> bytes:
-        return self.json.encode()
+        return f"{self.json}{self.tools_json if self.tools else ''}".encode()
 
 
 Document = str | Dialogue
@@ -65,7 +71,8 @@ Document = str | Dialogue
 def row_of(document: Document, column: str = "text") -> dict[str, object]:
     """Return a row from which a document could be read."""
     if isinstance(document, Dialogue):
-        return {"messages": document.messages}
+        tools = {TOOLS: document.tools} if document.tools else {}
+        return {"messages": document.messages} | tools
     return {"text": document, column: document}
 
 
@@ -76,19 +83,21 @@ def dialogue_of(row: Mapping[str, object], column: str) -> Dialogue | None:
     """
     for name in (column, *LISTS):
         if isinstance(row.get(name), list):
-            return _dialogue(row[name])
+            return _dialogue(row[name], row.get(TOOLS))
     for names, answer in PAIRS:
         if answer in row and any(name in row for name in names):
             parts = [row[name] for name in (*names, answer) if row.get(name)]
             if any(isinstance(part, list) for part in parts):  # lists of messages
-                return _dialogue([message for part in parts for message in part])
+                messages = [message for part in parts for message in part]
+                return _dialogue(messages, row.get(TOOLS))
             asked = {"role": "user", "content": "\n\n".join(map(str, parts[:-1]))}
-            return _dialogue([asked, {"role": "assistant", "content": row[answer]}])
+            said = {"role": "assistant", "content": row[answer]}
+            return _dialogue([asked, said], row.get(TOOLS))
     raise LookupError
 
 
-def _dialogue(rows: list[Any]) -> Dialogue | None:
-    messages = []
+def _dialogue(rows: list[Any], tools: Any) -> Dialogue | None:
+    messages, tools = [], _tools(tools)
     for row in rows:
         row = row if isinstance(row, dict) else {}
         role, content = (
@@ -110,4 +119,23 @@ def _dialogue(rows: list[Any]) -> Dialogue | None:
         except UnicodeEncodeError:
             raise DialogueError("the text has half of a surrogate pair", "Repair it") from None
         messages.append({"role": ROLES[role], "content": content or ""} | more)
-    return Dialogue(json.dumps(messages, ensure_ascii=False)) if messages else None
+    return Dialogue(json.dumps(messages, ensure_ascii=False), tools) if messages else None
+
+
+def _tools(value: Any) -> str:
+    """Return a row's tools, a list or its JSON, as JSON."""
+    try:
+        value = json.loads(value) if isinstance(value, str) and value.strip() else value
+        if value and not all(isinstance(each, dict) for each in list(value)):
+            raise ValueError
+    except (ValueError, TypeError):
+        fix = 'Write a list of {"type": "function", "function": ...}'
+        raise DialogueError(f"the tools {str(value)[:80]} are not a list", fix) from None
+    return json.dumps(_without_nulls(value) or None, ensure_ascii=False)
+
+
+def _without_nulls(value: Any) -> Any:
+    """Return JSON without the nulls with which a table fills fields that a row lacks."""
+    if isinstance(value, dict):
+        return {name: _without_nulls(each) for name, each in value.items() if each is not None}
+    return [_without_nulls(each) for each in value] if isinstance(value, list) else value

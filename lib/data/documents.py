@@ -19,7 +19,7 @@ from pathlib import Path
 
 from ..util.errors import UserError, first_line, one_line
 from . import hub
-from .chats import COLUMNS, Dialogue, Document
+from .chats import COLUMNS, TOOLS, Dialogue, Document
 from .sources import FILES, JOINED, PLAIN, Source, folder_files, is_parted, text_of
 
 TEXT_CHARACTERS = 2**25  # limit of plain text, whose tokens are in memory at once
@@ -274,7 +274,9 @@ def _parquet(source: Source, path: Path) -> Iterator[Document | None]:
 
     try:
         schema = parquet.read_schema(path)
-        names = schema.names if source.column not in schema.names else [source.column]
+        own = [source.column, TOOLS]
+        names = schema.names if source.column not in schema.names else own
+        names = [name for name in names if name in schema.names]
         columns = [name for name in names if name == source.column or name in COLUMNS]
         if not columns:
             text_of(source, dict.fromkeys(schema.names), path)  # raises the error

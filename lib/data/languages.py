@@ -24,6 +24,24 @@ INDIVIDUAL = dict(
 )
 # scripts that Japanese mixes; a short text may have only one of them
 JAPANESE = "HIRAGANA KATAKANA KATAKANA-HIRAGANA IDEOGRAPHIC CJK".split()
+# asks a chat model for an answer of a few sentences, with a text after it
+REQUESTS = {
+    "ar": "لخّص هذا النص في جملتين أو ثلاث:",
+    "cs": "Shrň tento text ve dvou nebo třech větách:",
+    "de": "Fasse diesen Text in zwei oder drei Sätzen zusammen:",
+    "en": "Summarize this text in two or three sentences, in the language of the text:",
+    "es": "Resume este texto en dos o tres frases:",
+    "fr": "Résume ce texte en deux ou trois phrases :",
+    "it": "Riassumi questo testo in due o tre frasi:",
+    "ja": "この文章を二、三文で要約してください：",
+    "ko": "이 글을 두세 문장으로 요약해 주세요:",
+    "nl": "Vat deze tekst samen in twee of drie zinnen:",
+    "pl": "Streść ten tekst w dwóch lub trzech zdaniach:",
+    "pt": "Resuma este texto em duas ou três frases:",
+    "tr": "Bu metni iki veya üç cümleyle özetle:",
+    "uk": "Перекажи цей текст двома-трьома реченнями:",
+    "zh": "用两三句话概括这段文字：",
+}
 SCRIPTS = {"Hans": "Hani", "Hant": "Hani", "Kore": "Hang"}
 
 

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 
 @dataclass(frozen=True, eq=False)
@@ -15,6 +16,7 @@ class Sample:
 
     ids: Tensor  # (tokens,), int64
     mask: Tensor  # (tokens,), bool
+    empty: int = 0  # answers that do not count, as they have no text
 
 
 @dataclass(frozen=True, eq=False)
@@ -24,6 +26,7 @@ class Windows:
     ids: Tensor  # (windows, tokens), int64
     mask: Tensor | None = None  # (windows, tokens), bool: prediction targets
     positions: Tensor | None = None  # (windows, tokens), int64: from 0 in each document
+    documents: Tensor | None = None  # (windows,), int64: the dialogue that each begins with
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -54,8 +57,9 @@ def as_windows(windows: Tensor | Windows) -> Windows:
 
 
 def join(parts: Sequence[Windows]) -> Windows:
-    """Join windows that have a mask and positions."""
-    return Windows(*map(torch.cat, zip(*(vars(part).values() for part in parts), strict=True)))
+    """Join windows; only if all have a mask, positions or documents, the whole has them."""
+    fields = zip(*(vars(part).values() for part in parts), strict=True)
+    return Windows(*(None if any(one is None for one in f) else torch.cat(f) for f in fields))
 
 
 def join_rows(first: Windows, more: Windows) -> Windows:
@@ -84,32 +88,42 @@ def windows_of(samples: Sequence[Sample], seqlen: int, bos: int | None = None) -
     return Windows(ids, mask & (positions > 0), positions)  # first tokens are no targets
 
 
-def packed(samples: Iterable[Sample], seqlen: int) -> Iterator[Windows]:
+def packed(samples: Iterable[Sample], seqlen: int, prompted: bool = False) -> Iterator[Windows]:
     """Yield windows of whole samples, and of long ones cut, that have prediction targets.
 
-    The next sample fills up a window; its tokens count only in the window after it.
+    The next sample fills up a window; its tokens count only in the window after it. `prompted`: in
+    the rest of a dialogue that was cut, the first answer does not count, as its prompt was cut off;
+    a rest without another answer is left out.
     """
     begun: list[Sample] = []
-    first = None
-    for sample in samples:
-        for piece in map(Sample, sample.ids.split(seqlen), sample.mask.split(seqlen)):
+    first, begins = None, 0  # a sample to fill up the last window; number of the first in `begun`
+    for number, sample in enumerate(samples):
+        is_text = bool(sample.mask.all())
+        pieces = map(Sample, sample.ids.split(seqlen), sample.mask.split(seqlen))
+        for place, piece in enumerate(pieces):
+            if prompted and place and not is_text:
+                answers = (piece.mask & ~F.pad(piece.mask, (1, -1))).cumsum(0)
+                piece = Sample(piece.ids, piece.mask & (answers > 1))
+                if not piece.mask.any():
+                    continue
             first = first or piece
             length = sum(len(each.ids) for each in begun)
             if begun and length + len(piece.ids) > seqlen:
-                yield from _filled(begun, piece, seqlen)
+                yield from _filled(begun, piece, seqlen, begins)
                 begun = []
+            begins = begins if begun else number
             begun.append(piece)
     if begun:
-        yield from _filled(begun, first, seqlen)
+        yield from _filled(begun, first, seqlen, begins)
 
 
-def _filled(begun: list[Sample], more: Sample, seqlen: int) -> Iterator[Windows]:
+def _filled(begun: list[Sample], more: Sample, seqlen: int, number: int) -> Iterator[Windows]:
     missing = seqlen - sum(len(sample.ids) for sample in begun)
     uncounted = Sample(more.ids, torch.zeros_like(more.ids).bool())
     fillers = [uncounted] * -(-missing // len(more.ids))
     window = windows_of([*begun, *fillers], seqlen)[:1]
     if window.counted[:, :-1].any():
-        yield window
+        yield replace(window, documents=torch.tensor([number]))
 
 
 def prepend(windows: Tensor, bos: int) -> Tensor:

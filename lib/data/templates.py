@@ -141,7 +141,7 @@ def rendered(
     tokenizer: PreTrainedTokenizerBase,
     messages: list[dict[str, Any]],
     follows: bool = False,
-    **more: bool,
+    **more: Any,
 ) -> tuple[str, list[tuple[int, int]]]:
     """Return the result of `Template.render`, or no text if the template rejects the messages.
 
@@ -156,9 +156,14 @@ def rendered(
     return rendering or ("", [])
 
 
-def prompt_of(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, Any]]) -> list[int]:
+def prompt_of(
+    tokenizer: PreTrainedTokenizerBase,
+    messages: list[dict[str, Any]],
+    tools: list[dict[str, Any]] | None = None,
+) -> list[int]:
     """Return the prompt tokens of an immediate answer, without thinking; [] for no messages."""
-    text = rendered(tokenizer, messages, True, enable_thinking=False)[0] if messages else ""
+    more = dict(enable_thinking=False, tools=tools)
+    text = rendered(tokenizer, messages, True, **more)[0] if messages else ""
     return tokenizer(text, add_special_tokens=False, verbose=False).input_ids
 
 
@@ -166,19 +171,26 @@ def document_text(tokenizer: PreTrainedTokenizerBase, document: str | Dialogue) 
     """Return a document's text; "" for a dialogue that the template rejects."""
     if isinstance(document, str):
         return document
-    return rendered(tokenizer, document.messages)[0]
+    return rendered(tokenizer, document.messages, tools=document.tools)[0]
 
 
 def sample_of_dialogue(tokenizer: PreTrainedTokenizerBase, dialogue: Dialogue) -> Sample:
-    """Return a dialogue's tokens; the mask marks those that an assistant has written."""
-    text, spans = rendered(tokenizer, dialogue.messages)
+    """Return a dialogue's tokens; the mask marks those that an assistant has written.
+
+    Answers without text, such as calls of tools that a template leaves out, do not count.
+    """
+    text, spans = rendered(tokenizer, dialogue.messages, tools=dialogue.tools)
     encoding = tokenizer(text, add_special_tokens=False, verbose=False)
     if not encoding.is_fast:
         name = f"--model {tokenizer.name_or_path}"
         problem = "its tokenizer has no tokenizer.json, which dialogues require"
         raise UserError(name, problem, "Add --no_chat_template")
     starts, ends = torch.tensor(encoding[0].offsets, dtype=torch.long).view(-1, 2).T
+    ids, empty = torch.tensor(encoding.input_ids, dtype=torch.long), 0
     mask = torch.zeros(len(starts), dtype=torch.bool)
     for start, end in spans:
-        mask |= (ends > start) & (starts < end)
-    return Sample(torch.tensor(encoding.input_ids, dtype=torch.long), mask)
+        answer = (ends > start) & (starts < end)
+        says = bool(tokenizer.decode(ids[answer], skip_special_tokens=True).strip())
+        mask |= answer & says
+        empty += not says
+    return Sample(ids, mask, empty)

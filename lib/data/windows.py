@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers import BatchEncoding, PreTrainedTokenizerBase
 
-from ..util.errors import UserError
+from ..util.errors import UserError, counted
 from . import hub
 from .chats import Dialogue, Document
 from .documents import Corpus, Documents, are_dialogues
@@ -34,7 +34,6 @@ STREAM_LIMIT = 200_000  # documents of a stream tried before giving up
 TEST_CHARACTERS = 4_000_000  # limit of a large set's test text
 TEST_BYTES = 1024  # measured per token of a window: about 256 windows
 PROMPT = 16  # tokens per prompt
-ASKED = 32  # test dialogues whose prompts are answered
 PROMPT_CHARACTERS = 50 * PROMPT  # characters of a document that are tokenized for its prompt
 APART = 4  # windows of plain text start at least 1/4 window apart, on average
 log = logging.getLogger(__name__)
@@ -162,26 +161,32 @@ def _draw_windows(corpus: Corpus, spec: WindowSpec, count: int) -> tuple[Windows
 
 
 def packed_dialogues(
-    source: Source, spec: WindowSpec, documents: Iterable[Document]
+    source: Source, spec: WindowSpec, documents: Iterable[Document], prompted: bool = False
 ) -> Iterator[Windows]:
     """Yield the windows of documents, some of them dialogues (`lib.data.samples.packed`).
 
-    Logs at the end how many dialogues the chat template rejected.
+    Logs at the end how many dialogues the chat template rejected, and how many answers are empty.
     """
     left_out: dict[Document, str] = {}
+    empty: dict[Document, int] = {}
 
     def samples() -> Iterator[Sample]:
         for document in documents:
             sample = sample_of(spec.tokenizer, document, spec.bos)
+            if sample.empty:
+                empty[document] = sample.empty
             if len(sample.ids):
                 yield sample
             elif document:
                 left_out[document] = template_of(spec.tokenizer).problem
 
-    yield from packed(samples(), spec.seqlen)
+    yield from packed(samples(), spec.seqlen, prompted)
     if left_out:
-        what = "%s: the chat template rejects %d dialogues, which are left out: %s"
-        log.warning(what, source, len(left_out), next(iter(left_out.values())))
+        what, why = counted(len(left_out), "dialogue"), next(iter(left_out.values()))
+        log.warning("%s: the chat template rejects %s, left out: %s", source, what, why)
+    if number := sum(empty.values()):
+        what, how = counted(number, "answer"), "such as calls of tools; they do not count"
+        log.warning("%s: the chat template writes no text for %s, %s", source, what, how)
 
 
 def _drawn_texts(
@@ -240,7 +245,7 @@ class TestSet:
 
     Its `bytes` are the UTF-8 bytes of the predicted tokens (`token_bytes`), all except the first of
     each window. So bits per byte = summed loss / ln 2 / bytes, however the tokenizer splits words.
-    `prompts` are beginnings of documents.
+    Special tokens have none. `prompts` are beginnings of documents.
     """
 
     __test__ = False  # pytest must not collect this class
@@ -249,7 +254,8 @@ class TestSet:
     record: dict
     prompts: Sequence[Tensor] = ()  # (tokens,) each, int64
     dialogues: Sequence[Dialogue] = ()  # dialogues whose prompts are answered
-    documents: Tensor | None = None  # (windows,), int64: the document of the middle token
+    # (windows,), int64: the document of the middle token, or the dialogue that a window begins with
+    documents: Tensor | None = None
 
     @property
     def ids(self) -> Tensor:
@@ -263,24 +269,27 @@ def test_set(
 
     The remainder after the last whole window is dropped. A large set is cut to the first documents
     (`hub.TEST_DOCUMENTS`) and `TEST_BYTES`, equally for every tokenizer. With `bos` each window is
-    that token and seqlen - 1 tokens of the text. Dialogues are packed, only the assistant's tokens
-    are measured, and each window counts as a document. `most` limits the number of windows, which
-    are evenly spaced. Raises UserError if the text is shorter than one window.
+    that token and seqlen - 1 tokens of the text. Dialogues are packed, and only the assistant's
+    tokens are measured; the rest of a dialogue that was cut is not, see `packed`. `most` limits the
+    number of windows, which are evenly spaced. Raises UserError if the text is shorter than one
+    window.
     """
     source, texts = corpus.source, test_documents(corpus)
     prompts, asked, more = [], [], {}
     if are_dialogues(texts):
-        cut = list(packed_dialogues(source, spec, texts))
+        cut = list(packed_dialogues(source, spec, texts, prompted=True))
         if not cut:
-            raise source.error("the chat template rejects all test dialogues", "Give others")
-        documents = torch.tensor(spread(count := len(cut), most))
-        windows = join([cut[number] for number in documents])
-        counted = windows.counted[:, :-1]
+            problem = f"no window of {spec.seqlen} tokens has a question with its answer"
+            problem += ", or the chat template rejects all test dialogues"
+            raise source.error(problem, "Give others, or a larger --seqlen")
+        count = len(cut)
+        windows = join([cut[number] for number in spread(count, most)])
+        documents, counted = windows.documents, windows.counted[:, :-1]
         answers = [ids[mask] for ids, mask in zip(windows.ids[:, 1:], counted, strict=True)]
-        words = (spec.tokenizer.decode(ids, clean_up_tokenization_spaces=False) for ids in answers)
-        size = sum(len(text.encode()) for text in words)
+        plain = dict(skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        size = sum(len(spec.tokenizer.decode(ids, **plain).encode()) for ids in answers)
         more = {"dialogues": len(texts), "answer_tokens": int(counted.sum())}
-        asked = list(islice((each for each in texts if isinstance(each, Dialogue)), ASKED))
+        asked = list(islice((each for each in texts if isinstance(each, Dialogue)), n_prompts))
     else:
         windows, size, documents, count = _text_windows(corpus, spec, texts, most)
         length = min(PROMPT, spec.seqlen // 2)

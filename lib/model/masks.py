@@ -18,7 +18,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from ..util.errors import UserError
-from ..util.files import check_writable
+from ..util.files import check_writable, share
 from .blocks import BlockRunner
 
 SHAPES = "shapes"  # metadata key
@@ -63,6 +63,7 @@ def write_masks(file: str | Path, masks: Packed) -> None:
     partial.parent.mkdir(parents=True, exist_ok=True)
     tensors = {name: bits for name, (_, bits) in masks.items()}
     save_file(tensors, partial, {SHAPES: json.dumps(shapes)})
+    share(partial)
     partial.replace(file)
 
 

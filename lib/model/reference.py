@@ -96,6 +96,7 @@ def shared_states(folder: Path, key: str, compute: Callable[[], States]) -> Stat
 def tail_of(runner: BlockRunner) -> BlockRunner:
     """Return a runner with a copy of the model whose blocks have no weights."""
     tail = copy.copy(runner)
+    tail.weights = None  # they hold the dense model's blocks, which the caller may free
     tail.model = fresh_copy(runner.model, with_blocks=False)
     tail.blocks = decoder_blocks(tail.model)[1]
     return tail

@@ -228,7 +228,9 @@ def figures_table(
         table.setdefault(row, {}).update({name: cell for name, cell in cells.items() if cell})
 
     if costs[0] and (sample := trimmed.get("measured_on")):
-        name = f"{escape(sample['name'])}, a sample of {sample['bytes']:,} bytes, bits per byte"
+        # in windows, where more text precedes each token, bits per byte are lower
+        size = f"{sample['bytes']:,} bytes of short passages"
+        name = f"{escape(sample['name'])}, bits per byte on {size}"
         add(name, {first: f"{costs[0]:.4f}", dense: f"{costs[1]:.4f}"})
     untrained = results.get("recovery", {}).get("before", {}) if is_trained(results) else {}
     of_original = {test["name"]: test for test in (original or {}).get("evaluation", [])}

@@ -35,7 +35,7 @@ from ..model.matrix import unread_of
 from ..model.pretrained import LONGEST_WINDOW, load_config, load_tokenizer, window_length
 from ..model.processor import processor_ids
 from ..model.rows import config_token_ids, keep_rows_, trimmable_rows
-from ..model.saving import text_alone
+from ..model.saving import parameter_bytes, text_alone
 from ..model.skeleton import build_skeleton, changed_shapes, decoder_blocks
 from ..offload.sharded import check_rows, ranks_of_state
 from ..recover import CROSS_ENTROPY, TrainSchedule
@@ -47,10 +47,10 @@ from ..util.progress import quiet
 from ..util.ranks import DistContext, local_device
 from ..util.resume import JOB, RunFolder, begun_with
 from ..vocabulary import (
-    MEASURED_BYTES,
     MOST_ROWS,
     SavesTooLittle,
     TrimmedVocabulary,
+    measured_bytes,
     trim_vocabulary,
 )
 from .fingerprint import EARLIER, fingerprint, first_difference
@@ -68,6 +68,7 @@ from .windows import (
     same_texts,
 )
 
+PACKED_AT_MOST = 8  # times as many bytes has the dense model, in 32 bits and packed in 4
 OTHER_TEACHER = "Name the dense model that it was made from"
 
 
@@ -129,6 +130,8 @@ def check(
     )
     if run.is_sharded:
         check_rows(model.small_blocks, model.blocks_name, dist.size)
+    if flags.save_model:
+        check_disk(run, "--save_model", flags.save_model)
     place = folder_of(flags)
     run.fingerprint = fingerprint(run, bool(place and flags.changes) or shared is not None)
     run.folder = open_folder(run)
@@ -267,7 +270,7 @@ def _choose_tokens(
             raise SavesTooLittle("--trim_vocabulary", problem, fix)
         lines = vocabulary.verify(corpora.tests)
         if "measured_on" not in vocabulary.record:
-            size = MEASURED_BYTES * (1 if dist.device.type == "cpu" else 4)
+            size = measured_bytes(dist.device.type)
             vocabulary.hold_out(corpora.tests[0], model.window, size, flags.eval_windows)
     dist.print(vocabulary.summary(), *lines)
     return vocabulary
@@ -436,6 +439,40 @@ def _cannot_continue(run: Run, folder: RunFolder, flag: str, path: str) -> tuple
     return None
 
 
+def check_disk(run: Run, flag: str, path: str, more: float = 0, tables: bool = True) -> None:
+    """Raise UserError if the saved model, and `more` bytes, do not fit on the disk of `path`.
+
+    `tables`: with the embedding and other tables by tokens. A packed model is smaller than dense,
+    here by the most that packing can save. Blocks that wait in the run's own folders become part of
+    the model.
+    """
+    model, flags, dropped = run.model.small, run.flags, 0
+    rows = model.get_input_embeddings().num_embeddings
+    gone = unread_of(model) if flags.text_only else ()
+    for name, weight in model.named_parameters():
+        by_token = weight.shape[:1] == (rows,) and not name.startswith(f"{run.model.blocks_name}.")
+        left = (len(run.vocabulary.rows) if run.vocabulary else rows) if tables else 0
+        share = left / rows if by_token else name not in gone
+        dropped += (1 - share) * weight.numel()
+    dense = parameter_bytes(model, run.model.save_dtype) - dropped * run.model.save_dtype.itemsize
+    size = more + (dense / PACKED_AT_MOST if flags.packs or flags.load_bit else dense)
+    own = {str(partial_of(path)), flags.resume, flags.offload_folder} - {None}
+    files = (file for each in own for file in Path(each).rglob("*.safetensors"))
+    waiting = sum(file.stat().st_size for file in files)
+    free = disk_free(path) + waiting
+    if size > free:
+        problem = f"it takes about {gib(size)} there, and {gib(free)} are free"
+        raise UserError(f"{flag} {path}", problem, "Make room, or name a folder on another disk")
+
+
+def disk_free(path: str | Path) -> int:
+    """Return the free bytes on the disk of a path, which need not exist."""
+    place = Path(path).absolute()
+    while not place.exists():
+        place = place.parent
+    return shutil.disk_usage(place).free
+
+
 def check_room(run: Run, flag: str, folder: str | Path) -> None:
     """Print the maximum size of the training checkpoints. Raises UserError if the disk is full."""
     schedule = run.schedule
@@ -447,11 +484,8 @@ def check_room(run: Run, flag: str, folder: str | Path) -> None:
     size = 2 * state + (6 if run.flags.quantizes else 0)  # old and new state exist together
     size *= sum(weight.numel() for weight in run.model.small_blocks.parameters())
     kept = sum(file.stat().st_size for file in Path(folder).rglob("*.safetensors"))
-    place = Path(folder).absolute()
-    while not place.exists():
-        place = place.parent
-    free = shutil.disk_usage(place).free + kept
+    free = disk_free(folder) + kept
     problem = f"training needs up to {gib(size)} there, and {gib(free)} are free"
     if size > free:
         raise UserError(f"{flag} {folder}", problem, "Make room, or name a folder on another disk")
-    run.print(f"{flag} {folder}: {problem}")
+    run.print(f"disk of {flag} {folder}: {problem}")

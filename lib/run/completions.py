@@ -6,14 +6,15 @@ that a model always writes the same text. The model and its generation settings 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from itertools import count
 from typing import Any
 from unittest import mock
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
-from transformers import GenerationConfig, PreTrainedTokenizerBase
+from transformers import GenerationConfig, PreTrainedTokenizerBase, StoppingCriteriaList
 
 from ..data.languages import is_in, script_of, words_of
 from ..data.templates import prompt_of
@@ -29,11 +30,10 @@ REPLACEMENT = "\ufffd"  # tokenizers decode a partial character to it
 
 
 class Completions:
-    """Continues `--completions` prompts of every test set, with one model after another.
+    """Continues or, of dialogues, answers `--completions` prompts of every test set.
 
-    In test sets of dialogues all prompts are answered, unless --completions is 0. Every rank
-    generates all texts, so that none waits for another. If a model cannot generate, one line says
-    why, and the run continues without completions.
+    One model follows another. Every rank generates all texts, so that none waits for another. If a
+    model cannot generate, one line says why, and the run continues without completions.
     """
 
     def __init__(self, run: Run, runner: BlockRunner) -> None:
@@ -47,7 +47,7 @@ class Completions:
             prompts = [(decode(run.tokenizer, ids), ids.tolist()) for ids in test.prompts]
             self.prompts += [(test.name, *prompt) for prompt in prompts]
             for dialogue in test.dialogues:
-                ids = prompt_of(run.tokenizer, dialogue.prompt)
+                ids = prompt_of(run.tokenizer, dialogue.prompt, dialogue.tools)
                 if 0 < len(ids) < window - NEW_TOKENS:
                     self.asked.append((test.name, dialogue.prompt[-1]["content"], ids))
         longest = max((len(ids) for *_, ids in self.asked), default=0)
@@ -57,17 +57,24 @@ class Completions:
 
     def generate(self, name: str, model: nn.Module) -> None:
         """Continue every prompt with `model`; `name` is `dense`, or `model` for the pruned one."""
-        run, new_ids = self.run, []
+        run, new_ids, batches = self.run, [], []
         window = window_length(run.model.config, None)
+        for prompts, tokens in ((self.prompts, NEW_TOKENS), (self.asked, self.limit)):
+            longest = max((len(ids) for *_, ids in prompts), default=0)
+            tokens = min(tokens, window - longest)
+            step = max(1, run.batch_size * run.windows.seqlen // (longest + tokens))
+            for start in range(0, len(prompts), step):
+                batches.append(([ids for *_, ids in prompts[start : start + step]], tokens))
+        total = sum(tokens for _, tokens in batches)
+        shown = "completing" if total else ""
         try:
-            with run.timed("completions"):
-                for prompts, tokens in ((self.prompts, NEW_TOKENS), (self.asked, self.limit)):
-                    longest = max((len(ids) for *_, ids in prompts), default=0)
-                    tokens = min(tokens, window - longest)
-                    step = max(1, run.batch_size * run.windows.seqlen // (longest + tokens))
-                    for start in range(0, len(prompts), step):
-                        batch = [ids for *_, ids in prompts[start : start + step]]
-                        new_ids += continue_greedily(model, batch, tokens)
+            with run.timed("completions", shown, total, "token") as bar:
+                for batch, tokens in batches:
+                    made = count()
+                    new_ids += continue_greedily(
+                        model, batch, tokens, lambda token, made=made: (next(made), bar(token))
+                    )
+                    bar(tokens - next(made))  # the others are not generated, as all have ended
         except Exception as error:  # any model's code may fail; the pruned model must be saved
             self._skip(f"{type(model).__name__} cannot generate ({first_line(error)})")
         else:
@@ -99,14 +106,13 @@ class Completions:
 
     def records(self) -> list[dict[str, str]]:
         """Return one record for each prompt: `test`, `prompt`, and each model's completion."""
-        shown = [*self.prompts, *self.asked[: self.run.flags.completions]]
         return [
             {"test": test, "prompt": prompt}
             | {
                 name: decode_completion(self.run.tokenizer, ids, new_ids[index])
                 for name, new_ids in self.new_ids.items()
             }
-            for index, (test, prompt, ids) in enumerate(shown)
+            for index, (test, prompt, ids) in enumerate([*self.prompts, *self.asked])
         ]
 
     def _skip(self, reason: str) -> None:
@@ -115,12 +121,21 @@ class Completions:
 
 
 def continue_rows(
-    model: nn.Module, prompts: Sequence[Tensor | list[int]], tokens: int
+    model: nn.Module,
+    prompts: Sequence[Tensor | list[int]],
+    tokens: int,
+    on_token: Callable[[int], None] = lambda tokens: None,
 ) -> list[list[int]]:
     """Return the continuation of each prompt, ids (tokens,), by the model's generation settings.
 
     Each has at most `tokens` ids, cut before the first EOS. Shorter prompts are padded on the left.
+    `on_token` is called with 1 after each token of all.
     """
+
+    def go_on(ids: Tensor, *_: Any, **__: Any) -> Tensor:
+        on_token(1)
+        return torch.zeros(len(ids), dtype=torch.bool, device=ids.device)
+
     rows = [torch.as_tensor(ids).flip(0) for ids in prompts]
     ids = pad_sequence(rows, batch_first=True, padding_value=-1).flip(1).to(model.device)
     ends = model.generation_config.eos_token_id
@@ -129,6 +144,7 @@ def continue_rows(
         input_ids=ids.clamp(min=0),
         attention_mask=(ids >= 0).long(),
         max_new_tokens=tokens,
+        stopping_criteria=StoppingCriteriaList([go_on]),
         **({"eos_token_id": ends, "pad_token_id": ends[0]} if ends else {}),
     )
     rows = output[:, ids.shape[1] :].tolist()
@@ -136,13 +152,16 @@ def continue_rows(
 
 
 def continue_greedily(
-    model: nn.Module, prompts: Sequence[Tensor | list[int]], tokens: int
+    model: nn.Module,
+    prompts: Sequence[Tensor | list[int]],
+    tokens: int,
+    on_token: Callable[[int], None] = lambda tokens: None,
 ) -> list[list[int]]:
     """As `continue_rows`, but greedy: settings such as penalties do not apply."""
     ends = model.generation_config.eos_token_id
     settings = GenerationConfig(eos_token_id=ends, do_sample=False)
     with mock.patch.object(model, "generation_config", settings):
-        return continue_rows(model, prompts, tokens)
+        return continue_rows(model, prompts, tokens, on_token)
 
 
 def decode(tokenizer: PreTrainedTokenizerBase, ids: Tensor | list[int]) -> str:

@@ -3,9 +3,10 @@
 An interrupted run is resumed only with the same fingerprint, and all ranks of a run must have the
 same. A sweep skips a run that was finished with it. Flags that change the result count by value;
 models and texts count by content, paths do not count. The version of this program counts, and the
-revisions of the pruning method, of the quantizer and of the rule that chooses tokens; a method in a
-user's file counts by content. On one machine and with as many threads, the same fingerprint gives
-the same bytes; another processor or number of threads changes rounding.
+revisions of the pruning method, of the quantizer, of the rule that chooses tokens and of figures
+(by held-out text, training keeps its best state); a method in a user's file counts by content. On
+one machine and with as many threads, the same fingerprint gives the same bytes; another processor
+or number of threads changes rounding.
 """
 
 from __future__ import annotations
@@ -21,7 +22,8 @@ from pathlib import Path
 from typing import Any
 
 from .. import __version__
-from ..data.token_choice import REVISION
+from ..data import token_choice
+from ..eval import REVISION
 from ..methods.gptq import GPTQ
 from ..methods.registry import is_file, label, split_file
 from ..methods.sparsity import ALLOCATIONS
@@ -68,9 +70,10 @@ def fingerprint(run: Run, weights: bool) -> dict[str, dict[str, Any]]:
     pruning |= digests or {}
     if run.vocabulary:
         pruning["tokens of --trim_vocabulary"] = run.vocabulary.digest
-        pruning["revision of --trim_vocabulary"] = REVISION
+        pruning["revision of --trim_vocabulary"] = token_choice.REVISION
     if windows.training:
         pruning["windows of --recover"] = windows.training.record["digest"][:16]
+        pruning["revision of figures"] = REVISION
         if run.schedule.windows > run.schedule.windows_alone:  # more than one process takes
             pruning["windows of a step of --recover"] = run.schedule.windows
     if flags.prune_method:
@@ -85,6 +88,7 @@ def fingerprint(run: Run, weights: bool) -> dict[str, dict[str, Any]]:
         pruning["revision of --quantize"] = GPTQ.revision
     pruning |= {f"version of {name}": versions()[name] for name in DECIDING}
     measuring = {f"--{name}": getattr(flags, name) for name in named(decides=FIGURES)}
+    measuring["revision of figures"] = REVISION
     measuring["--batch_size"] = run.batch_size  # changes the rounding of sums
     measuring["tokenizer of --model"] = _content(flags.model, run.model.config, *SETTINGS)
     for test in windows.tests:

@@ -262,8 +262,8 @@ GROUPS: dict[str, list[Flag]] = {
          shown="the test text of the data, or a held-out tenth", decides=CONTENT, set_by=SWEEP),
     Flag("eval_windows", "eval", "number of windows per test text, evenly over its documents",
          parse=POSITIVE, metavar="N", shown="all", decides=FIGURES),
-    Flag("completions", "eval", "prompts per test text that both models complete, for "
-         "results.json", 3, NATURAL, metavar="N", decides=NOTHING, in_card=False),
+    Flag("completions", "eval", "prompts per test text that both models complete or answer",
+         3, NATURAL, metavar="N", decides=NOTHING, in_card=False),
     Flag("tasks", "tasks", "tasks of lm-eval to run at the end (Wanda: --eval_zero_shot); "
          "requires lm-eval", parse=lambda names: names.split(","), metavar="NAME,...",
          decides=FIGURES, in_card=False),

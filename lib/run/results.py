@@ -129,9 +129,11 @@ def write_losses(folder: Path, losses: Mapping[str, Tensor]) -> str:
     """Write the figures of each test window beside results.json; return the file's name.
 
     For test set 0 of `evaluation`, arrays (windows,) are `0.loss`, float32, the mean negative
-    log-likelihood in nats per token, and `0.document`, int32, the number of the document with the
-    window's middle token. If the dense model was measured, there are also `0.dense_loss`, `0.kl` in
-    nats per token, and `0.agreement`; windows that were not compared have nan.
+    log-likelihood in nats per token, `0.tokens`, int32, the number of tokens that it counts, and
+    `0.document`, int32, the number of the document with the window's middle token, or of the
+    dialogue that the window begins with. If the dense model was measured, there are also
+    `0.dense_loss`, `0.kl` in nats per token, and `0.agreement`; windows that were not compared have
+    nan.
     """
     import numpy
 

@@ -18,6 +18,7 @@ from ..data.samples import Windows
 from ..eval import COMPARED_POSITIONS, perplexities, perplexity, some_logits
 from ..formats.grids import FORMATS, Grid
 from ..model.blocks import BlockRunner
+from ..model.device import checkpoint_dtype, dtype_name
 from ..model.masks import packed_masks, write_masks
 from ..model.reference import (
     DenseReference,
@@ -129,7 +130,8 @@ def prune(run: Run, runner: BlockRunner) -> SparsityCheck:
     if errors := pruner.errors():
         run.results["errors"] = errors
     if flags.save_masks:
-        masks = packed_masks(runner, pruner.pruned)
+        # every rank fetches the blocks, only the main one keeps masks
+        masks = packed_masks(runner, pruner.pruned if run.dist.is_main else ())
         if run.dist.is_main:
             write_masks(flags.save_masks, masks)
             run.print(f"masks: {flags.save_masks}")
@@ -242,6 +244,10 @@ def check_quantized(run: Run, runner: BlockRunner, before: Tensor) -> None:
     record = check_quantized_weights(runner, form)
     record["difference"] = relative_difference(before, first_logits(run, runner))
     run.results["quantized"] = record
+    if (checkpoint := checkpoint_dtype(run.model.config)) != run.model.save_dtype:
+        names = map(dtype_name, (run.model.save_dtype, checkpoint))
+        note = "Weights of other layers are saved in {}; the checkpoint has {}.".format(*names)
+        run.results["notes"] = [*run.results.get("notes", []), note]
     run.print(
         f"{form.name}: {form.conversion_note} {record['tensors']} tensors; "
         f"quantization changed the logits by {record['difference']:.2%}"

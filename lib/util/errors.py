@@ -39,6 +39,11 @@ def first_line(error: BaseException) -> str:
     return lines[0].rstrip(".:, ")[:300]
 
 
+def counted(count: int, what: str) -> str:
+    """Return a number with its noun."""
+    return f"{count:,} {what}{'s' * (count != 1)}"
+
+
 def first_of(names: list[str]) -> str:
     """Return the first three names, and how many more there are."""
     more = f" and {len(names) - 3} more" if len(names) > 3 else ""

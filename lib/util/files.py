@@ -93,8 +93,17 @@ def sync_all(folder: Path) -> None:
             sync(path)
 
 
+def share(path: Path) -> None:
+    """Give a file the mode of new files: safetensors' are readable to their owner alone."""
+    mask = os.umask(0)
+    os.umask(mask)
+    path.chmod(0o666 & ~mask)
+
+
 def put_in_place(partial: Path, target: Path) -> None:
     """Rename a complete folder, once all of it has reached the disk."""
+    for path in partial.rglob("*.safetensors"):
+        share(path)
     sync_all(partial)
     if target.is_dir():
         target.rmdir()  # only an empty target is removed

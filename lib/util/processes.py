@@ -19,6 +19,7 @@ from .errors import PACKAGE
 
 ROOT = Path(__file__).resolve().parents[2]
 TURN_SECONDS = 3
+GRACE_SECONDS = 15  # for a process to end by itself
 ENDS_WITH_STDIN = "LANGPRUNE_ENDS_WITH_STDIN"  # environment of the processes that `call` starts
 
 
@@ -62,8 +63,8 @@ def call(module: str, *argv: object) -> int:
     """Run `main(ARGV)` of a module in a separate process and return its exit status.
 
     The process ends with this one. At Ctrl-C, which a terminal sends to both, this one waits for
-    it; any other end of this process terminates it. If this one is killed, the process notices the
-    end of its stdin.
+    it; if it does not end in GRACE_SECONDS, or at any other end of this one, it is terminated. If
+    this one is killed, the process notices the end of its stdin.
     """
     command, environment = started_by(f"{PACKAGE}.util.cli", module, *argv)
     environment[ENDS_WITH_STDIN] = "1"
@@ -71,7 +72,10 @@ def call(module: str, *argv: object) -> int:
         try:
             return process.wait()
         except KeyboardInterrupt:
-            process.wait()
+            try:
+                process.wait(GRACE_SECONDS)
+            except subprocess.TimeoutExpired:  # `kill -INT` is sent to this process alone
+                process.terminate()
             raise
         except BaseException:
             process.terminate()

@@ -6,9 +6,11 @@
 from __future__ import annotations
 
 import logging
+import os
 import sys
+import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 from tqdm import tqdm
 
@@ -26,7 +28,8 @@ def progress(
     """Yield a function that advances a progress bar on stderr by a number of units.
 
     `total` is None if the end is not known. The function also takes a short note, which is
-    printed at the end of the bar. `on_step` gets the name `step`, by default `what`.
+    printed at the end of the bar. With 0 units it shows that time passes. `on_step` gets the name
+    `step`, by default `what`.
     """
     in_log = not sys.stderr.isatty()
     number, step = 0, step or what
@@ -38,7 +41,7 @@ def progress(
         mininterval=seconds,
         maxinterval=seconds,
         delay=seconds if in_log else 0,
-        ncols=0 if in_log else None,
+        **({"ncols": 0} if in_log else _size()),
         file=_Lines() if in_log else None,
         smoothing=0.1,
         disable=not shown,
@@ -48,12 +51,24 @@ def progress(
             nonlocal number
             if note:
                 bar.set_postfix_str(note, refresh=False)
-            bar.update(done)
-            number += 1
-            on_step(step, number)
+            if done:
+                bar.update(done)
+                number += 1
+                on_step(step, number)
+            elif shown and time.time() - bar.last_print_t >= seconds:
+                bar.last_print_t = time.time()
+                bar.refresh()
 
         on_step(step, 0)
         yield on_progress
+
+
+def _size() -> dict[str, int]:
+    """Return the size of a bar, {} for that of the terminal: some do not know their own."""
+    with suppress(OSError):
+        if not os.get_terminal_size(sys.stderr.fileno()).columns:
+            return {"ncols": 80, "nrows": 24}
+    return {}
 
 
 class _Lines:

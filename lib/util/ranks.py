@@ -26,7 +26,7 @@ from torch import Tensor
 from .errors import UserError
 from .processes import environment_number
 
-JOINING = timedelta(seconds=60)  # launchers start all ranks at the same time
+JOINING = timedelta(minutes=10)  # started by hand or by srun, some import torch from a slow disk
 WAITING = timedelta(hours=1)  # for a rank that solves, reads or writes for the others
 
 
@@ -152,6 +152,8 @@ class DistContext:
         """Raise UserError if a call inside that needs the other ranks fails."""
         try:
             yield
+        except torch.OutOfMemoryError:
+            raise
         except RuntimeError as error:
             who = f"rank {1 - self.rank}" if self.size == 2 else "another rank"
             raise UserError(

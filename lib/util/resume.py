@@ -66,7 +66,8 @@ class RunFolder:
         self.digest = ""
         self._lock = ExitStack()
         check_writable(flag, str(path))
-        names = sorted(each.name for each in self.path.glob("*") if each.name != LOCK)
+        begun = f".{JOB}{PARTIAL}"  # left by a run that was killed as it wrote its first file
+        names = sorted({each.name for each in self.path.glob("*")} - {LOCK, begun})
         if names and JOB not in names:
             raise UserError(self.label, f"it holds {names[0]}, but no {JOB}", "Name another folder")
         self.path.mkdir(parents=True, exist_ok=True)

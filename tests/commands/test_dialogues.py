@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import random
 from pathlib import Path
 
 import chats
@@ -12,6 +13,9 @@ from approval import Words
 from support import Done, call, mistake, program_of
 
 from lib.commands import dialogues
+from lib.data.documents import Corpus
+from lib.data.languages import REQUESTS
+from lib.data.sources import parse_sources
 
 pytestmark = pytest.mark.usefixtures("elsewhere")
 BASE = ["model", "a.jsonl", "--data", "texts"]
@@ -67,19 +71,57 @@ def test_prompts_are_answered_and_none_is_lost() -> None:
 
 
 def test_what_is_left_out_is_counted(monkeypatch: pytest.MonkeyPatch, words: Words) -> None:
-    texts = [f"the old river {number}" for number in range(60)]
+    texts = [f"тиха ріка {number}" for number in range(60)]  # the request is no part of the script
     tiny.write_texts("texts", texts, 1)  # passages of plain text
     encode = tiny.tiny_tokenizer(add_bos=False).encode
-    answers = [encode("a quiet town"), encode("ріка"), 24 * [5], []]
+    answers = [encode("старим містом"), encode("a quiet town"), 24 * [5], []]
     monkeypatch.setattr("lib.run.completions.continue_rows", lambda *_: answers)
     words("on_the_way.txt", write(*BASE, "--batch_size", "4").out, "dialogues that are left out")
     for asked, answered in rows():
-        assert asked["content"] in texts and answered["content"] == "a quiet town"
+        request, text = asked["content"].split("\n\n")
+        assert request == REQUESTS["en"] and text in texts
+        assert answered["content"] == "старим містом"
+
+
+def test_an_answer_that_does_not_end_is_cut_after_its_last_sentence(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Two of eight end, as of a chat model that is asked for more than its limit."""
+    said = {'Ріка. Над 3.5 містом! "Тихо." Ліс': 'Ріка. Над 3.5 містом! "Тихо."'}
+    said |= {"川が。流れる": "川が。", "Ріка над 3.5": ""}
+    assert {text: dialogues.whole_sentences(text) for text in said} == said
+    tokenizer = tiny.tiny_tokenizer(add_bos=False)
+    ended, endless = tokenizer.encode("quiet town"), tokenizer.encode("the river. a quiet town")
+    endless = (endless * 24)[:24]
+    monkeypatch.setattr(dialogues, "script_of", lambda text: "LATIN")
+    answers = [ended, *[endless] * 3]
+    monkeypatch.setattr("lib.run.completions.continue_rows", lambda *_: answers)
+    write(*BASE, "--batch_size", "4")
+    contents = [answered["content"] for _, answered in rows()]
+    assert contents[0] == "quiet town" and contents[1].endswith("the river.")
+
+
+def test_one_text_has_many_passages() -> None:
+    paragraphs = [" ".join(tiny.sentences(90, seed)) for seed in range(40)]
+    Path("own.txt").write_text("\n\n".join(paragraphs), "utf-8")
+    (source,) = parse_sources(["own.txt"], "--data")
+    found = list(dialogues._passages(Corpus(source), random.Random(0)))
+    assert len(found) >= 40 and len({*found}) == len(found)
+    assert sum(map(len, found)) > 0.9 * sum(map(len, paragraphs))
+
+
+def test_what_compress_asks_for_is_no_error() -> None:
+    Path("blank.jsonl").write_text('{"text": " "}\n', "utf-8")
+    argv = ["model", "a.jsonl", "--data", "blank.jsonl", *FLAGS]
+    assert str(mistake(*argv, program=main)).startswith("--data blank.jsonl: ")
+    done = call(*argv, "--optional", program=main)
+    assert done.status == 0 and not done.err and not Path("a.jsonl").exists()
+    assert done.out.startswith("no dialogues: --data blank.jsonl: ")
 
 
 def test_no_chat_model(monkeypatch: pytest.MonkeyPatch) -> None:
 
-    def endless(model: object, asked: list, tokens: int) -> list[list[int]]:
+    def endless(model: object, asked: list, tokens: int, _: object) -> list[list[int]]:
         return len(asked) * [24 * [5]]
 
     monkeypatch.setattr("lib.run.completions.continue_rows", endless)

@@ -14,7 +14,7 @@ from support import ALONE, refused
 
 from lib.data import templates
 from lib.data import windows as data
-from lib.data.chats import Dialogue
+from lib.data.chats import Dialogue, row_of
 from lib.data.documents import Corpus
 from lib.data.samples import Windows
 from lib.data.sources import parse_source
@@ -116,14 +116,15 @@ def test_dialogues_share_windows_and_none_is_lost(
     source = corpus_of(tmp_path, *({"messages": each} for each in [*every, rejected]))
     spec = data.WindowSpec(tokenizer, seqlen, seed=1)
     test = data.test_set(source, spec)
-    assert "rejects 1 dialogues" in caplog.text and "no system role" in caplog.text
+    assert test.documents.tolist() == sorted({*test.documents.tolist()})  # each begins another one
+    assert "rejects 1 dialogue," in caplog.text and "no system role" in caplog.text
     windows = test.windows
     assert isinstance(windows, Windows) and windows.counted[:, :-1].any(1).all()
     texts = [each[1]["content"] + "<end>" for each in every]
     pairs = zip(windows.ids, windows.mask, strict=True)
     counted = "".join(tokenizer.decode(ids[mask]) for ids, mask in pairs)
-    assert counted.count("<end>") == len(texts) and all(text in counted for text in texts[:30])
-    assert abs(test.record["bytes"] - len("".join(texts).encode())) < 8 * len(windows)
+    assert counted.count("<end>") == 30 and all(text in counted for text in texts[:30])
+    assert test.record["bytes"] == len(counted.replace("<end>", "").encode())
     starts = windows.positions == 0
     assert (windows.ids[starts] == 0).sum() >= 32  # BOS, where each begins
 
@@ -135,3 +136,53 @@ def test_dialogues_share_windows_and_none_is_lost(
     assert not set(map(tuple, held_out.ids.tolist())) & set(map(tuple, trained.ids.tolist()))
     counts, _ = count_tokens([source], tokenizer, ALONE)
     assert counts[tokenizer.convert_tokens_to_ids("<end>")] == sum(map(len, every))
+
+
+def test_a_dialogue_is_one_document_and_a_rest_needs_its_own_prompt(tmp_path: Path) -> None:
+    """Each window reads a prompt before what it counts; a cut answer counts before the cut only."""
+    tokenizer = chats.tokenizer_with(chats.GEMMA)
+    answer = " ".join(tiny.WORDS * 3)  # 158 tokens
+    turns = chats.said("the old", answer, "past a", "quiet town", "and then", answer)
+    rows = [{"messages": turns}, {"messages": chats.said("who came", answer)}]
+    source = corpus_of(tmp_path, *rows)
+    for seqlen, later in ((48, False), (84, True)):
+        spec = data.WindowSpec(tokenizer, seqlen)
+        test = data.test_set(source, spec)
+        assert test.documents.tolist() == [0, 0, 1], test.documents
+        counted = []
+        for ids, mask in zip(test.ids, test.windows.mask, strict=True):
+            assert "user\n" in tokenizer.decode(ids[: mask.nonzero()[0]])
+            counted.append(tokenizer.decode(ids[mask]))
+        for text in counted:
+            assert answer.startswith(text.rstrip("\ufffd").removeprefix("quiet town<end>"))
+        assert ("quiet town<end>" in "".join(counted)) == later
+        windows, _ = data.calibration_windows([source], spec, 8)  # which also has the rests
+        assert len(windows) == 8
+
+
+def test_tools_are_rendered_and_empty_answers_do_not_count(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    call = {"role": "assistant", "content": "", "tool_calls": [templates.CALL]}
+    said = [SAID[0], call, templates.RESULT | {"content": "вода"}, SAID[1]]
+    tools = templates.TOOLS
+    holed = [{"type": "function", "function": templates.FUNCTION | {"strict": None}}]
+    for given in (tools, json.dumps(tools), holed):
+        row = {"messages": said, "tools": given}
+        parquet.write_table(pyarrow.Table.from_pylist([row]), tmp_path / "a.parquet")
+        for column in ("text", "messages"):
+            table = Corpus(parse_source(str(tmp_path / "a.parquet"), FLAG, column=column))
+            for corpus in (table, corpus_of(tmp_path, row)):
+                (document,) = corpus.documents("train")
+                assert document.tools == tools
+                assert row_of(document)["tools"] == tools
+    line = refused(corpus_of(tmp_path, row | {"tools": "none"}).documents, "train")
+    assert "line 1: " in line and "tools" in line
+    tokenizer = chats.tokenizer_with(chats.LLAMA_3)
+    tokenizer.chat_template = "{{ tools | tojson }}" + chats.LLAMA_3
+    assert json.dumps(tools)[:40] in document_text(tokenizer, document)
+    assert json.dumps(tools)[:40] in tokenizer.decode(prompt_of(tokenizer, said[:1], tools))
+    sample = sample_of_dialogue(tokenizer, document)
+    assert tokenizer.decode(sample.ids[sample.mask]) == f"{ANSWERED}<|eot|>" and sample.empty == 1
+    data.test_set(corpus_of(tmp_path, row), data.WindowSpec(tokenizer, 512))
+    assert "writes no text for 1 answer," in caplog.text

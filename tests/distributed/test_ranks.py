@@ -111,6 +111,12 @@ def test_the_others_are_out_of_reach(rank: int, monkeypatch: pytest.MonkeyPatch)
             DistContext(torch.device("cpu"))
 
 
+def test_a_lack_of_memory_is_no_rank_that_has_ended() -> None:
+    first = DistContext(torch.device("cpu"), alone=True)
+    with pytest.raises(torch.OutOfMemoryError), first.collective():
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+
 @pytest.mark.full
 def test_the_first_goes_on_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     """For tasks of lm-eval it loads the dense model again, when the others have ended."""

@@ -177,7 +177,7 @@ def test_a_folder_of_another_format_is_refused(llama, tmp_path, monkeypatch) -> 
     for folder, given, better in ((small, "q4_0", "iq4_nl"), (llama, "iq4_nl", "q4_0")):
         error = mistake(folder, out, "--type", given, program=gguf_main)
         assert error.what == f"--type {given}" and f"--type {better}" in error.fix
-    monkeypatch.setattr("lib.commands.export.__main__.check_installed", lambda to: None)
+    monkeypatch.setattr("lib.commands.export.__main__.check_installed", lambda *_: None)
     export = small, tmp_path / "new", "--to", "compressed-tensors"
     assert "--quantize iq4_nl" in str(mistake(*export, program=program_of("export")))
     assert {path.name for path in tmp_path.iterdir()} == {"small"}

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import tiny
 import torch
-from support import QUICK, refused, results, runner_of, succeed, weights, windows
+from support import QUICK, ROOT, refused, results, runner_of, succeed, weights, windows
 
 from lib.calibration.allocation import by_error
 from lib.methods.registry import method_of, parameters
@@ -73,6 +73,16 @@ def test_a_run_by_ones_own_method_is_one_by_wanda_where_the_score_is() -> None:
     assert folder.name == "model-Mine-unstructured-0.5"
     after = results(folder)["fingerprint"]["pruning"]
     assert {name for name in before if before[name] != after[name]} == {"file of --prune_method"}
+
+
+@pytest.mark.usefixtures("files")
+def test_the_example_of_contributing_runs_as_it_is_printed() -> None:
+    page = (ROOT / "CONTRIBUTING.md").read_text("utf-8")
+    Path("file.py").write_text(page.partition("```python\n")[2].partition("```")[0])
+    succeed(*GIVEN, "file.py:Mine", "--method_args", "power=1", "--save_model", "example")
+    succeed(*GIVEN, "wanda", "--save_model", "wanda-model")
+    ours, wanda = weights("example"), weights("wanda-model")
+    assert all(torch.equal(ours[name], wanda[name]) for name in wanda)
 
 
 @pytest.mark.usefixtures("files")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import pytest
@@ -51,9 +52,10 @@ def test_perplexity_in_chunks_is_the_whole_one(monkeypatch: pytest.MonkeyPatch) 
     with torch.no_grad():
         logits = runner.model(input_ids=ids).logits[:, :-1].double()
     mask = torch.rand(ids.shape, generator=torch.Generator().manual_seed(0)) < 0.7
+    mask[0, 4:] = False  # the rest of a cut text
     losses = -logits.log_softmax(-1).gather(-1, ids[:, 1:, None]).squeeze(-1) * mask[:, 1:]
-    nats, losses = losses.sum().item(), losses.sum(1) / mask[:, 1:].sum(1)
-    expected = losses.mean().exp().item()
+    nats, counts, sums = losses.sum().item(), mask[:, 1:].sum(1), losses.sum(1)
+    expected = math.exp(nats / counts.sum())
     row = 4 * tiny.VOCAB  # bytes
     for room, least in ((2**28, 1), (row * 2 * 5, 1), (1, 1), (row, 6), (1, 128)):
         monkeypatch.setattr("lib.model.blocks.LOGIT_BYTES", room)
@@ -61,8 +63,15 @@ def test_perplexity_in_chunks_is_the_whole_one(monkeypatch: pytest.MonkeyPatch) 
         [found] = perplexities(runner, [Windows(ids, mask)])
         assert found["perplexity"] == pytest.approx(expected, rel=1e-5)
         assert found["nats"] == pytest.approx(nats, rel=1e-5)
-    deviation = losses.std().item() / 2  # of the mean of four
-    assert found["standard_error"] == pytest.approx(expected * deviation, rel=1e-4)
+    assert found["by_window"]["tokens"].tolist() == counts.tolist()
+    for clusters in ([(0,), (1,), (2,), (3,)], [(0,), (1, 2), (3,)], [(0, 1, 2, 3)]):
+        documents = torch.tensor([n for n, each in enumerate(clusters) for _ in each])
+        [found] = perplexities(runner, [Windows(ids, mask, documents=documents)])
+        off = [sum(sums[n] - counts[n] * nats / counts.sum() for n in each) for each in clusters]
+        squares, number = sum(each.item() ** 2 for each in off), len(clusters)
+        scale = number / (number - 1) if number > 1 else math.nan
+        error = math.sqrt(scale * squares) / counts.sum().item()
+        assert found["standard_error"] == pytest.approx(expected * error, rel=1e-4, nan_ok=True)
 
 
 @pytest.mark.parametrize("name", ["Llama", "Gemma 3", "GPT-2", "Qwen3-MoE", "DeepSeek-V3"])

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
+
 import pytest
 import tiny
 import torch
@@ -106,8 +109,7 @@ def test_runs_are_compared_with_what_a_model_was_made_of() -> None:
     """What nothing was pruned from is the dense model; and a model that was pruned before."""
     tiny.write_model("model")
     tiny.write_texts("uk", test=5)
-    calibrated = ["--model", "model", "--calibration_data", "uk", "--trim_vocabulary"]
-    wanda = [*calibrated, "--prune_method", "wanda"]
+    wanda = ["--model", "model", "--calibration_data", "uk", "--prune_method", "wanda"]
     again = ["--model", "new", "--eval_only", "--teacher", "model", "--completions", "1"]
     runs = {
         "zero": [*wanda, "--sparsity_ratio", 0],
@@ -123,3 +125,12 @@ def test_runs_are_compared_with_what_a_model_was_made_of() -> None:
     found = results("again")
     assert found["method"] == "pruned before" and "recovery" not in found
     assert all("dense" in one for one in found["completions"])
+
+
+def test_a_reference_lets_the_dense_model_go() -> None:
+    model = tiny.tiny_llama().requires_grad_(False)
+    reference = reference_of(runner_of(model), windows(2))
+    weight = weakref.ref(model.model.layers[0].mlp.down_proj.weight)
+    del model
+    gc.collect()
+    assert weight() is None and reference.states

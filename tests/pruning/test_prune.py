@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import tiny
 import torch
+from accelerate import disk_offload
 from support import (
     CPU,
     HALF,
@@ -292,5 +293,27 @@ def test_prune_reads_texts() -> None:
     assert "tokenizer: " in refused(prune, model, texts)
     assert "nsamples 128" in refused(prune, model, texts, tokenizer=tokenizer, seqlen=64)
     assert "Wanda" in refused(prune, model)
-    with pytest.raises(ValueError, match="2:4 or 4:8"):
-        prune(model, windows(2), sparsity="3:4")
+
+
+@pytest.mark.usefixtures("elsewhere")
+def test_mistakes_name_the_argument_and_change_nothing() -> None:
+    model, ids = tiny.tiny_llama(), windows(2)
+    for options, said in (
+        ({"sparsity": "3:4"}, "2:4 or 4:8"),
+        ({"sparsity": 1.5}, "sparsity 1.5: "),
+        ({"sparsity": 0.5, "method": "frequency"}, "sparsity unstructured: "),
+        ({"method_args": {"alpha": 1}}, "method_args alpha=1: "),
+        ({"allocation": "none.json"}, "allocation none.json: "),
+        ({"method": "mine.py:Mine"}, "method mine.py:Mine: "),
+    ):
+        line = refused(prune, model, ids, **options)
+        assert said in line and "--" not in line
+    for wrong in ("a text", ids[0], ids.float(), ids[:0]):
+        assert refused(prune, model, wrong).startswith("calibration: ")
+    disk_offload(model, "away", execution_device=torch.device("cpu"))
+    assert "meta" in refused(prune, model, ids)
+    model = tiny.tiny_llama()
+    model.model.layers[1].to("meta")  # as on a second device
+    before = model.model.layers[0].mlp.up_proj.weight.clone()
+    assert "on cpu and meta" in refused(prune, model, ids)
+    assert torch.equal(model.model.layers[0].mlp.up_proj.weight, before)

@@ -39,7 +39,7 @@ def test_losses_of_every_window_stay(argv: list, tmp_path: Path) -> None:
     pruned, dense = losses("pruned"), losses("dense")
     assert {str(each.dtype) for each in pruned.values()} == {"float32", "int32"}
     assert set(dense) == {
-        f"{number}.{name}" for number in range(2) for name in ("loss", "document")
+        f"{number}.{name}" for number in range(2) for name in ("loss", "document", "tokens")
     }
     for number in range(2):
         test, own = results("pruned")["evaluation"][number], pruned[f"{number}.loss"]
@@ -72,7 +72,7 @@ def test_fewer_test_windows_at_equal_distances(argv: list) -> None:
     assert (test["windows"], test["of_windows"], test["tokens"]) == (3, windows, 96)
     assert test["compared_windows"] == 3 and f"uk: 3 of {windows} windows" in said.out
     chosen = [number * windows // 3 for number in range(3)]
-    for name in ("loss", "kl", "document"):
+    for name in ("loss", "kl", "document", "tokens"):
         assert few[f"0.{name}"] == pytest.approx(every[f"0.{name}"][chosen], rel=1e-5), name
     nats = few["0.loss"].sum() * 31
     assert test["bits_per_byte"] == pytest.approx(nats / math.log(2) / test["bytes"])

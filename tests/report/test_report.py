@@ -231,6 +231,60 @@ def test_other_windows_are_never_paired(paired: Path, tmp_path: Path, words: Wor
         assert str(error).startswith(f"--against {wrong[-1]}: ")
 
 
+def test_methods_are_compared_without_being_told(paired: Path, tmp_path: Path) -> None:
+    """On the same text; magnitude, which reads none, with each."""
+    rng, names = numpy.random.default_rng(1), {"uk": 20.0}
+    loss = losses([rng.normal(3, 0.5, 18)])
+    for method, on in (("ria", "uk"), ("ria", "en"), ("magnitude", None)):
+        write_run(tmp_path / f"more/{method}-{on}", method, names, on=on, losses=loss)
+    report(*paired.glob("*-0"), tmp_path / "more")
+    found = {
+        (each["method"], each["calibrated_on"], each["minus"])
+        for each in lines("differences.csv", figure="loss", measured_on="uk")
+    }
+    by_text = {(method, "en", "uk") for method in ("ria", "wanda")}
+    by_method = {("ria", on, "wanda") for on in ("uk", "en")}
+    reads_none = {("magnitude", "none", f"{m} 50% {on}") for m in ("ria", "wanda") for on in names}
+    reads_none |= {("magnitude", "none", f"{m} 50% en") for m in ("ria", "wanda")}
+    assert found == by_text | by_method | reads_none
+
+
+def test_the_rise_is_over_the_dense_model_of_the_same_settings(tmp_path: Path) -> None:
+    for dtype, dense, own in (("float32", 20.0, 30.0), ("bfloat16", 25.0, 50.0)):
+        of_run = {"fingerprint": {"pruning": {"--dtype": dtype}}}
+        write_run(tmp_path / f"dense-{dtype}", "dense", {"uk": dense}, **of_run)
+        more = {"fingerprint": {"pruning": {"--dtype": dtype, "--nsamples": 8}}}
+        write_run(tmp_path / f"wanda-{dtype}", "wanda", {"uk": own}, on="uk", **more)
+    report(tmp_path)
+    rises = {each["dtype"]: each["rise"] for each in lines(method="wanda")}
+    assert {name: float(rise) for name, rise in rises.items()} == {"float32": 0.5, "bfloat16": 1.0}
+
+
+def test_windows_count_by_their_tokens(tmp_path: Path) -> None:
+    """The rest of a cut dialogue, of four tokens, beside windows of 130."""
+    counts = numpy.array([130] * 17 + [4])
+    for name, shift in (("one", 0.1), ("two", 0.0)):
+        loss = numpy.linspace(1, 2, 18) + shift * (DOCUMENTS + 1)
+        loss[-1] += 9 * shift
+        own = losses([loss]) | {"0.tokens": counts}
+        write_run(tmp_path / name, "wanda", {"uk": 9.0}, on="uk", losses=own, ratio=0.4 + shift)
+    report(tmp_path, "--against", tmp_path / "two")
+    difference = 0.1 * (DOCUMENTS + 1) + 0.9 * (counts == 4)
+    expected = (difference * counts).sum() / counts.sum()
+    assert float(of_loss(measured_on="uk")["difference"]) == pytest.approx(expected, rel=1e-5)
+
+
+def test_means_over_windows_of_dialogues_are_refused(tmp_path: Path) -> None:
+    """As 0.3 wrote them; its figures on texts are read."""
+    file = write_run(tmp_path / "old", "wanda", {"chat": 9.0}, on="uk") / "results.json"
+    report(tmp_path)
+    file.write_text(file.read_text().replace('"digest"', '"dialogues": 12, "digest"'))
+    assert str(mistake(tmp_path, program=program_of("report"))).startswith(f"RUN {file.parent}: ")
+    measuring = '"fingerprint": {"measuring": {"revision of figures": 2}}, "method"'
+    file.write_text(file.read_text().replace('"method"', measuring))
+    report(tmp_path)
+
+
 def test_a_file_of_losses_that_is_damaged(paired: Path) -> None:
     file = paired / "dense/losses.npz"
     file.write_text("x")

@@ -27,19 +27,18 @@ def test_variances_of_documents_and_seeds_are_added() -> None:
     """A slow reference: loops over documents of several lengths, and Welch's degrees of freedom."""
     values = numpy.random.default_rng(1).normal(0.2, 0.3, (3, 9))
     documents = [0, 0, 0, 0, 1, 1, 2, 3, 3]
-    averaged, mean = values.mean(0), values.mean()
-    lengths = [documents.count(each) for each in range(4)]
-    effective = 81 / sum(length**2 for length in lengths)
-    squares = 0.0
-    for document in range(4):
-        squares += (
-            sum(a - mean for a, d in zip(averaged, documents, strict=True) if d == document) ** 2
-        )
-    over_documents = effective / (effective - 1) * squares / 81
-    over_seeds = stats.sem(values.mean(1)) ** 2
+    tokens = numpy.array([3, 130, 130, 90, 4, 100, 40, 6, 130])  # that windows count
+    each_token = numpy.repeat(values, tokens, axis=1)
+    of_token = numpy.repeat(documents, tokens)
+    averaged, mean, count = each_token.mean(0), each_token.mean(), tokens.sum()
+    effective = count**2 / sum((of_token == each).sum() ** 2 for each in range(4))
+    squares = sum((averaged - mean)[of_token == each].sum() ** 2 for each in range(4))
+    over_documents = effective / (effective - 1) * squares / count**2
+    over_seeds = stats.sem(each_token.mean(1)) ** 2
     total = over_documents + over_seeds
     freedom = total**2 / (over_documents**2 / (effective - 1) + over_seeds**2 / 2)
-    found = mean_interval(values, numpy.array(documents))
+    found = mean_interval(values, numpy.array(documents), tokens)
+    assert found.mean == pytest.approx(mean)
     expected = stats.t.interval(0.95, freedom, mean, math.sqrt(total))
     assert (found.low, found.high) == pytest.approx(expected)
     assert found.p == pytest.approx(2 * stats.t.sf(abs(mean) / math.sqrt(total), freedom))

@@ -177,6 +177,7 @@ def test_only_a_runs_own_files_are_removed(begun: list, tmp_path: Path) -> None:
 def test_folders_that_are_not_a_runs(argv: list, tmp_path: Path) -> None:
     kept = tmp_path / "kept"
     kept.mkdir()
+    (kept / ".job.json.partial").write_text("{")  # of a run that was killed at its first step
     (kept / "letter.txt").write_text("dear")
     assert "letter.txt" in refused(tmp_path, argv)
     (kept / "letter.txt").rename(kept / "job.json")

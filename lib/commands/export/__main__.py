@@ -31,16 +31,16 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("--to", required=True, choices=list(ENGINES), help="format of NEW")
     args = parser.parse_args(arguments)
     check_new_folder("NEW", args.new, staged=True)
-    check_installed(args.to)
+    check_installed("--to", args.to)
     # imports torch, which a wrong flag does not need
     from .convert import convert
 
     convert(args.source, args.new, args.to)
 
 
-def check_installed(to: str) -> None:
-    """Raise UserError if a package is missing that writes or verifies a format."""
+def check_installed(flag: str, to: str) -> None:
+    """Raise UserError if a package is missing that writes or verifies the format of a flag."""
     engine = ENGINES[to]
     if missing := [name for name in engine.packages if find_spec(name) is None]:
         fix = f"Run pip install -r {engine.requirements}"
-        raise UserError(f"--to {to}", f"{missing[0]} is not installed", fix)
+        raise UserError(f"{flag} {to}", f"{missing[0]} is not installed", fix)

@@ -81,7 +81,8 @@ def verify(
             compared = verify_predictions(weights, files, windows, letter_of(source.tokenizer))
             distances = compared["distances"].items()
             by = ", ".join(f"{value:.2g} in {name}" for name, value in distances)
-            print(f"predictions after {compared['places']} beginnings differ by {by}", flush=True)
+            what = f"predictions after {compared['places']} beginnings differ by {by}"
+            print(f"{what}, relative to the spread of log-probabilities", flush=True)
             proof["predictions"] = compared
             longest = max(max(lengths) for lengths in compared["windows"].values())
             missing.append(f"texts past {longest} tokens")

@@ -49,8 +49,8 @@ def picture(table: DataFrame) -> Figure | None:
     lines = math.ceil(len(groups) / columns)
     size = max(7.0, columns * width), 0.8 + lines * height
     figure = Figure(figsize=size, layout="constrained")
-    title = f"{Path(table['model'].iloc[0]).name}: bits per byte over dense, by calibration and "
-    title = textwrap.fill(f"{title}test text", int(9 * size[0]))
+    title = f"{Path(table['model'].iloc[0]).name}: bits per byte over dense"
+    title = textwrap.fill(title, int(9 * size[0]))
     figure.suptitle(title, fontsize=12, fontweight="bold")
     panels = list(figure.subplots(lines, columns, squeeze=False).flat)
     for panel in panels[len(groups) :]:

@@ -16,7 +16,7 @@ from scipy import stats
 from ...run.results import NONE
 from ...util.errors import first_of
 from ...util.markdown import EMPTY
-from .table import DENSE, row_keys
+from .table import DENSE, dense_lines, row_keys
 
 if TYPE_CHECKING:
     from pandas import DataFrame, Series
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 Losses = Mapping[Path, Mapping[str, Mapping[str, ndarray]]]  # {folder: `read_losses`}
 LEVEL = 0.95
 LIMIT = 0.05  # of the corrected p; below it a difference is significant
+ONE_KEY = ["calibrated_on"], ["method"]  # by which rows differ that are compared
 COMPARED = {"loss": "perplexity", "kl": "kl"}  # {figure by window: column of the table}
 
 
@@ -38,34 +39,43 @@ class MeanInterval(NamedTuple):
     seeds: int
 
 
-def mean_interval(values: ndarray, documents: ndarray) -> MeanInterval:
-    """Return the mean of values (seeds, windows) and its 95% interval, by Student's t.
+def mean_interval(
+    values: ndarray, documents: ndarray, tokens: ndarray | None = None
+) -> MeanInterval:
+    """Return the mean per token of values (seeds, windows) and its 95% interval, by Student's t.
 
-    `documents` (windows,) numbers the document of each window. Documents and seeds are samples, and
-    their variances are added:
+    Values are means of each window over its counted `tokens` (windows,), by default as many in all.
+    `documents` (windows,)
+    numbers the document of each window. Documents and seeds are samples, and their variances are
+    added:
 
-    - Documents, since windows of one document are alike: the cluster-robust variance of a mean
-      after averaging over seeds, G / (G - 1) * sum over documents of (sum of their windows'
-      residuals)^2 / windows^2. G = windows^2 / (sum over documents of their windows^2) is the
+    - Documents, since windows of one document are alike: the cluster-robust variance of a ratio
+      after averaging over seeds, G / (G - 1) * sum over documents of (sum of their tokens'
+      residuals)^2 / tokens^2. G = tokens^2 / (sum over documents of their tokens^2) is the
       effective number of documents (Kish), with G - 1 degrees of freedom. For equally long
       documents this is the variance of the mean of their means.
     - Seeds: (variance of the means of each seed) / seeds, with seeds - 1 degrees of freedom. With a
       single seed it is unknown, and the interval holds for that draw only.
 
-    Variation of single windows is in both, so the interval is rather too wide. The sum has the
-    degrees of freedom of Welch and Satterthwaite. A single document gives no interval.
+    Variation of single windows is in both. The sum has the degrees of freedom of Welch and
+    Satterthwaite, so an interval over few seeds can be too narrow: with 3 seeds whose deviation is
+    half that of 64 documents, 92% of intervals had the true mean. A single document gives no
+    interval.
     """
-    seeds, windows = values.shape
-    mean = values.mean()
-    _, numbers, lengths = np.unique(documents, return_inverse=True, return_counts=True)
+    tokens = np.ones(values.shape[1]) if tokens is None else tokens
+    shares = tokens / tokens.sum()
+    of_seeds = values @ shares  # (seeds,)
+    mean, seeds = of_seeds.mean(), len(values)
+    _, numbers = np.unique(documents, return_inverse=True)
+    lengths = np.bincount(numbers, shares)  # (documents,)
     count = len(lengths)
     if count < 2:
         return MeanInterval(float(mean), nan, nan, nan, count, seeds)
-    effective = windows**2 / (lengths**2).sum()
-    sums = np.bincount(numbers, values.mean(0) - mean)  # (documents,)
-    parts = [(effective / (effective - 1) * (sums**2).sum() / windows**2, effective - 1)]
+    effective = 1 / (lengths**2).sum()
+    sums = np.bincount(numbers, shares * (values.mean(0) - mean))  # (documents,)
+    parts = [(effective / (effective - 1) * (sums**2).sum(), effective - 1)]
     if seeds > 1:
-        parts.append((values.mean(1).var(ddof=1) / seeds, seeds - 1))
+        parts.append((of_seeds.var(ddof=1) / seeds, seeds - 1))
     variance = sum(part for part, _ in parts)
     if not variance:  # all values are equal
         return MeanInterval(*[float(mean)] * 3, float(mean == 0), count, seeds)
@@ -90,11 +100,12 @@ def holm(p: Sequence[float]) -> ndarray:
 
 def paired(
     one: Series, other: Series | None, losses: Losses, figure: str
-) -> tuple[ndarray, ndarray] | None:
-    """Return a figure of one line minus that of another on the same windows, and their documents.
+) -> tuple[ndarray, ndarray, ndarray] | None:
+    """Return a figure of one line minus that of another on the same windows, and of these the
+    documents and counted tokens.
 
-    Shapes: (seeds, windows), (windows,). Common seeds are paired; a model without a seed is paired
-    with each. Returns None without a common seed, or without figures by window.
+    Shapes: (seeds, windows), (windows,), (windows,). Common seeds are paired; a model without a
+    seed is paired with each. Returns None without a common seed, or without figures by window.
     """
     kept, common = [], None
     for line in (one,) if other is None else (one, other):
@@ -111,8 +122,11 @@ def paired(
     ]
     values = each[0] - each[1] if len(each) > 1 else each[0]
     measured = np.isfinite(values).all(0)
-    documents = next(iter(kept[0].values()))["document"]
-    return (values[:, measured], documents[measured]) if measured.any() else None
+    windows = next(iter(kept[0].values()))
+    tokens = windows.get("tokens", np.ones(len(measured)))  # of earlier versions: texts, cut evenly
+    if not measured.any():
+        return None
+    return values[:, measured], windows["document"][measured], tokens[measured]
 
 
 def add_intervals(table: DataFrame, losses: Losses) -> None:
@@ -121,10 +135,9 @@ def add_intervals(table: DataFrame, losses: Losses) -> None:
     That of a perplexity is of the loss minus the dense model's, if it is in the table: texts that
     are hard for both models do not widen it.
     """
-    of_dense = table[table["type"] == DENSE].drop_duplicates("measured_on")
-    dense = {line["measured_on"]: line for _, line in of_dense.iterrows()}
+    dense = dense_lines(table)
     for index, line in table.iterrows():
-        over = dense.get(line["measured_on"]) if line["type"] != DENSE else None
+        over = dense.get(index) if line["type"] != DENSE else None
         for figure, name in COMPARED.items():
             pair = paired(line, over if figure == "loss" else None, losses, figure)
             if pair is None or name not in table:
@@ -141,8 +154,9 @@ def differences(
 ) -> tuple[DataFrame, list[str]]:
     """Compare rows on the same test windows; return a line for each pair, and why others have none.
 
-    Rows that differ only in the calibration text are compared, and every row with that of
-    `against`: `dense`, or a run's folder. `difference` is a row's figure minus the other's, with
+    Rows that differ only in the calibration text are compared, rows that differ only in the method
+    (a method that reads no text with each text), and every row with that of `against`: `dense`, or
+    a run's folder. `difference` is a row's figure minus the other's, with
     `low`, `high`, and `p` by Holm's rule over all lines. Adds columns perplexity_best and kl_best
     to `table`: whether a cell is significantly below all rows that differ only in the calibration
     text.
@@ -159,7 +173,8 @@ def differences(
         apart = [key for key in keys if one[key].iloc[0] != other[key].iloc[0]]
         texts = {one["calibrated_on"].iloc[0], other["calibrated_on"].iloc[0]}
         by_text = apart == ["calibrated_on"] and NONE not in texts
-        if not by_text and is_named(one, against) == is_named(other, against):
+        by_method = apart == ["method"] or (apart == ["method", "calibrated_on"] and NONE in texts)
+        if not (by_text or by_method) and is_named(one, against) == is_named(other, against):
             continue
         names = [row_name(row.iloc[0], keys) for row in (one, other)]
         tests = [test for test in one.index if test in other.index]
@@ -169,7 +184,7 @@ def differences(
             pair = paired(first, second, losses, figure)
             line = {"one": first["index"], "other": second["index"], "by_text": by_text}
             line |= {"measured_on": test, "figure": figure} | dict(first[keys])
-            line |= {"minus": second["calibrated_on"] if by_text else names[1]}
+            line |= {"minus": second[apart[0]] if apart in ONE_KEY else names[1]}
             lines.append(line | (mean_interval(*pair)._asdict() if pair else {}))
             if pair is None and figure == "loss":
                 problem = "no losses by window with a common seed"

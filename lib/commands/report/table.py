@@ -28,8 +28,8 @@ SIZES = "windows", "tokens", "compared_windows"  # sizes of a test set
 def load_runs(paths: Iterable[str | Path]) -> dict[Path, dict[str, Any]]:
     """Read the results of every run in the folders, or below them, in the order of their names.
 
-    Raises UserError for a path that is not a folder or has no run, and for an unreadable
-    results.json.
+    Raises UserError for a path that is not a folder or has no run, for an unreadable results.json,
+    and for one whose figures on dialogues are means over windows, not over tokens.
     """
     folders: dict[Path, Path] = {}
     fix = "Name the --save folder of a run"
@@ -40,7 +40,13 @@ def load_runs(paths: Iterable[str | Path]) -> dict[Path, dict[str, Any]]:
         if not files:
             raise UserError(f"RUN {path}", f"no {RESULTS} is there", fix)
         folders |= {file.parent.resolve(): file.parent for file in files}
-    return {folder: read_results(folder) for folder in folders.values()}
+    runs = {folder: read_results(folder) for folder in folders.values()}
+    for folder, results in runs.items():
+        by_token = "revision of figures" in results.get("fingerprint", {}).get("measuring", {})
+        if not by_token and any("dialogues" in test for test in results["evaluation"]):
+            problem = "an earlier version has averaged its figures on dialogues over windows"
+            raise UserError(f"RUN {folder}", problem, "Run it again, or name other folders")
+    return runs
 
 
 def tables(runs: Runs) -> list[DataFrame]:
@@ -48,7 +54,7 @@ def tables(runs: Runs) -> list[DataFrame]:
 
     A table has a line for each row and test set. Runs that differ only in the seed are one row,
     with the means of their figures; if a seed occurs twice, the first run counts. `rise` is the
-    perplexity over the dense model's on the same test text, minus one.
+    perplexity over the dense model's on the same test text and with the same settings, minus one.
     """
     import pandas
 
@@ -134,9 +140,10 @@ def _summarised(lines: DataFrame) -> DataFrame:
     table["runs"] = groups[["seed", "folder"]].apply(lambda run: dict(run.values.tolist()))
     table = table.reset_index()
     is_dense = table["type"] == DENSE
-    dense = table[is_dense].drop_duplicates("measured_on").set_index("measured_on")
     if "perplexity" in table:
-        before = dense.reindex(table["measured_on"]).set_axis(table.index)
+        dense = dense_lines(table)
+        before = pandas.DataFrame(dense.values(), [*dense], table.columns).reindex(table.index)
+        before = before[["perplexity", "bits_per_byte"]].astype(float)
         table["rise"] = (table["perplexity"] / before["perplexity"] - 1).mask(is_dense)
         table["more_bits"] = (table["bits_per_byte"] - before["bits_per_byte"]).mask(is_dense)
     tests = list(lines["measured_on"].unique())
@@ -149,6 +156,20 @@ def _summarised(lines: DataFrame) -> DataFrame:
 
     table = table.sort_values(order, ignore_index=True, key=numbers)
     return table.drop(columns=["pruned", "test"])
+
+
+def dense_lines(table: DataFrame) -> dict[int, Series]:
+    """Return {label of a line: the dense model's line on the same test, with the same settings}.
+
+    A setting that a dense model does not have, such as nsamples, does not count.
+    """
+    settings, found = [name for name in table if name.startswith(SETTING)], {}
+    for _, dense in table[table["type"] == DENSE].iterrows():
+        alike = table["measured_on"] == dense["measured_on"]
+        for name in settings:
+            alike &= (table[name] == dense[name]) | (dense[name] == EMPTY)
+        found = dict.fromkeys(table.index[alike], dense) | found
+    return found
 
 
 def _unique_names(names: Series, identities: Series) -> Series:

@@ -35,7 +35,7 @@ TEST_COLUMNS = {
 NOTES = {
     "MB": "MB: bytes of the saved model's files, in millions.",
     "perplexity": "Perplexity: lower is better; ± is the standard deviation over seeds.",
-    "s.e.": "s.e.: standard error of the perplexity over the test windows, mean over seeds.",
+    "s.e.": "s.e.: standard error of the perplexity over windows or dialogues, mean over seeds.",
     "rise": "rise: perplexity increase over the dense model.",
     "KL": "KL: divergence from the dense model's predictions, in nats per token.",
     "agreement": "agreement: share of positions with the dense model's most likely token.",
