@@ -93,12 +93,9 @@ class GgufVocabulary:
         for name in (SCORES, TYPES):
             if name in file.fields and len(file.fields[name].value) < self.rows:
                 raise self._refused(f"{name} has fewer entries than there are tokens")
-        if missing := [
-            n for n in (SCORES,) if self.kind in ("llama", "t5") and n not in file.fields
-        ]:
-            raise self._refused(f"it has no field {missing[0]}")
-        if self.kind in ("gpt2", "gemma4") and MERGES not in file.fields:
-            raise self._refused(f"it has no field {MERGES}")
+        needed = {Bpe: MERGES, Scored: SCORES, Unigram: SCORES}.get(KINDS[self.kind], TOKENS)
+        if needed not in file.fields:
+            raise self._refused(f"it has no field {needed}")
         self.types = np.ones(self.rows, int)
         if TYPES in file.fields:
             self.types = file.fields[TYPES].value[: self.rows]
@@ -176,11 +173,10 @@ class GgufVocabulary:
         if names:
             texts += ["user\n", "assistant\n", "system\n", "tool\n", "\n", "\n\n"]
         if any("strftime" in text or "date" in text for text in texts):
-            dates = [*calendar.month_name, *calendar.month_abbr, *calendar.day_name]
-            numbers = [f"{number:02} {number}" for number in range(60)]
-            texts += (
-                [f"{a} {a}" for a in dates if a] + numbers + [f"{y}-" for y in range(2020, 2040)]
-            )
+            words = [*calendar.month_name, *calendar.month_abbr, *calendar.day_name]
+            words += [f"{number:02}" for number in range(60)]
+            words += map(str, [*range(60), *range(2020, 2040)])
+            texts += [f"{word} {word}" for word in words]
         return texts
 
     def vocabulary(self, needed: Set[int]) -> Vocabulary:
@@ -218,14 +214,12 @@ class GgufVocabulary:
             options["ranks"] = ranks
         elif self.kind in ("llama", "t5"):
             scores = self.file.fields[SCORES].value[: self.rows]
-            scores = (
-                np.where(self.types == USER_DEFINED, 0, scores) if self.kind == "t5" else scores
-            )
             options["scores"] = dict(enumerate(scores.tolist()))
             if self.kind == "t5":  # an unknown letter's score is computed from the lowest one
-                usable = np.isin(self.types, (NORMAL, USER_DEFINED, UNUSED))
                 required.add(int(np.where(self.types == NORMAL, scores, np.inf).argmin()))
-                options["scores"] = {i: s for i, s in options["scores"].items() if usable[i]}
+                own = {NORMAL: scores, UNUSED: scores, USER_DEFINED: 0 * scores}
+                types = enumerate(self.types.tolist())
+                options["scores"] = {i: float(own[t][i]) for i, t in types if t in own}
         return KINDS[self.kind](**options, required=required, reserved=reserved - required)
 
     @cached_property
@@ -257,8 +251,8 @@ class GgufVocabulary:
             elif ID_FIELDS.fullmatch(name):
                 if np.ndim(value):
                     value = [new_ids.get(i, i) for i in value.tolist() if i in new_ids or i < 0]
-                else:  # others are replaced by the default below, or have no token
-                    value = new_ids.get(value, value if value < 0 else 2**31 - 1)
+                elif value not in new_ids:  # beyond all tokens, so llama.cpp ignores it
+                    continue
             elif COUNTS.fullmatch(name):
                 value = len(kept)
             elif name == "general.name":

@@ -237,6 +237,18 @@ def test_a_dry_run_writes_nothing(
     assert [path.name for path in tmp_path.iterdir()] == ["in.gguf"]
 
 
+def test_a_file_that_llama_cpp_does_not_run(
+    texts: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """It is trimmed, and what was not compared is said."""
+    more = {"unheard_of.weight": ((32, 4), ggufs.F32, ggufs.blocks(ggufs.F32, 4, 32, 1))}
+    source = ggufs.model(tmp_path / "in.gguf", more=more)
+    main([str(source), str(tmp_path / "out.gguf"), "--data", str(texts)])
+    last = capsys.readouterr().out.splitlines()[-1]
+    assert last.startswith("not verified: predictions and bits per byte") and "tensors" in last
+    check(source, tmp_path / "out.gguf")
+
+
 def test_lists_for_drafters_have_ids_of_the_whole_model(
     texts: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

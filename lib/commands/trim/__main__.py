@@ -29,7 +29,7 @@ from ...data.gguf_vocabulary import GgufVocabulary
 from ...data.lines import LINES
 from ...data.token_choice import PRICE
 from ...util.cli import make_parser, typed
-from ...util.errors import UserError, first_line
+from ...util.errors import UserError, first_line, first_of
 from ...util.files import check_writable, partial_of, sync, temporary_folder, write_text
 from ...util.host import available, gib
 from ...util.progress import progress
@@ -37,10 +37,7 @@ from ..gguf.llama_cpp import run_child
 from .choosing import add_text_flags, choose_by_text, corpora_of, tokenizer_of
 from .llama import Llama, compare
 
-HELD_OUT = 10  # every tenth document is held out of the count
 MOST_ROWS = 0.9  # share of rows above which trimming saves too little
-MOST_CHARACTERS = 100_000_000  # counted of each source
-BATCH = 2_000_000  # characters encoded at a time
 EXAMPLES = """examples:
   {0} IN.gguf OUT.gguf --language uk en
   {0} IN.gguf OUT.gguf --data texts/uk texts/code --rows 32768 --dry_run
@@ -59,9 +56,8 @@ def main(arguments: list[str]) -> None:
         raise UserError(f"OUT {args.out}", "the name does not end with .gguf", "Give one that does")
     for path in (out, partial_of(out)):
         if path.exists() or path.is_symlink():
-            raise UserError(
-                f"OUT {args.out}", f"{path.name} exists", "Name a new file, or remove it"
-            )
+            fix = "Name a new file, or remove it"
+            raise UserError(f"OUT {args.out}", f"{path.name} exists", fix)
     check_writable("OUT", str(out.parent))
     if args.keep and (args.rows or args.price != PRICE):
         flag = f"--rows {args.rows}" if args.rows else f"--price {args.price}"
@@ -75,7 +71,10 @@ def main(arguments: list[str]) -> None:
 
     with temporary_folder() as folder:
         before = tokenizer_of(folder / "before.gguf", vocabulary, range(vocabulary.rows))
-        record: dict[str, Any] = {"rows_before": vocabulary.rows, "sources": []}
+        record: dict[str, Any] = {
+            "rows_before": vocabulary.rows,
+            "sources": [str(each.source) for each in corpora],
+        }
         if args.keep:
             kept = _listed(args.keep, vocabulary)
         else:
@@ -167,49 +166,36 @@ def _compare_tokens(
     """Compare the tokens of texts with both vocabularies, print a line, and return the counts.
 
     Raises UserError if a text has other tokens although all of its own are kept, and if it decodes
-    to another text, except for letters that became unknown, which are named.
+    to another text, except for letters and words that became unknown, which are named.
     """
     rows, known = np.array(kept), np.zeros(before.rows, bool)
     known[rows] = True
     n_alike = n_before = n_after = 0
     unknown: set[str] = set()
-    for text, old, new in zip(
-        texts, before.encode_all(texts), after.encode_all(texts), strict=True
-    ):
-        alike = np.array_equal(old, rows[new])
+
+    def differs(text: str) -> bool:
+        return before.decode(before.encode(text)) != after.decode(after.encode(text))
+
+    encoded = zip(texts, before.encode_all(texts), after.encode_all(texts), strict=True)
+    for text, old, new in encoded:
+        alike, problem = np.array_equal(old, rows[new]), ""
         n_alike += alike
         n_before += len(old)
         n_after += len(new)
-        problem = ""
         if known[old].all() and not alike:
             problem = "has other tokens"
         elif not alike and before.decode(old) != after.decode(new):
-            if kind in NOT_CAUSAL:  # without tokens for bytes
-                letters = [c for c in sorted({*text}) if not c.isspace()]
-                found = {
-                    letter
-                    for letter in letters
-                    if before.decode(before.encode(letter)) != after.decode(after.encode(letter))
-                }
-                unknown |= found
-            if kind not in NOT_CAUSAL or not found:
-                problem = "decodes differently"
+            lost = {letter for letter in text if differs(letter)} if kind in NOT_CAUSAL else set()
+            lost = lost or {word for word in text.split() if differs(word)}
+            problem = "decodes differently" * (kind not in NOT_CAUSAL or not lost)
+            unknown |= lost  # of vocabularies without bytes
         if problem:
-            fix = "Please report this"
-            raise UserError(
-                f"{name}, {text[:40]!r}", f"with the trimmed vocabulary it {problem}", fix
-            )
+            problem = f"with the trimmed vocabulary it {problem}"
+            raise UserError(f"{name}, {text[:40]!r}", problem, "Please report this")
     rise = n_after / max(n_before, 1) - 1
-    lost = (
-        f", {len(unknown)} letters became unknown: {''.join(sorted(unknown))[:40]}"
-        if unknown
-        else ""
-    )
-    print(
-        f"{name}: {n_alike:,} of {len(texts):,} texts have the same tokens, all decode to the same "
-        f"text{' but for unknown letters' * bool(unknown)}, {rise:+.2%} tokens{lost}",
-        flush=True,
-    )
+    named = f", but {len(unknown)} letters or words became unknown: {first_of(sorted(unknown))}"
+    line = f"{name}: {n_alike:,} of {len(texts):,} texts have the same tokens, all decode to the "
+    print(f"{line}same text{named * bool(unknown)}; {rise:+.2%} tokens", flush=True)
     counts = {"documents": len(texts), "alike": n_alike, "tokens_before": n_before}
     return {"name": name} | counts | {"tokens": n_after, "rise": rise, "unknown": len(unknown)}
 
@@ -243,11 +229,9 @@ def _predict(
     """Compare the predictions of both files, print and record them, and return what was not."""
     if kind in NOT_CAUSAL:
         return ["what the model computes (it predicts no next token)"]
-    if file.size + record["bytes"] > available():
-        return [
-            f"predictions and bits per byte (memory for {gib(file.size)} is short; the rise in "
-            "tokens above bounds the cost)"
-        ]
+    predictions = "predictions and bits per byte; the cost is the rise in tokens alone"
+    if 1.5 * file.size > available():  # llama.cpp maps the file, and may repack its weights
+        return [f"{predictions} (memory for {gib(file.size)} is short)"]
     some = [text[:1000] for text in texts[:: max(1, len(texts) // 100)]]
     letters = sum(map(len, some)) / sum(map(len, before.encode_all(some)))  # of a token
     most = math.ceil(letters * POSITIONS / WINDOWS)
@@ -258,16 +242,11 @@ def _predict(
     windows = [
         [[before.first, *old.tolist()], [after.first, *new.tolist()]] for old, new in encoded
     ]
-    answer = run_child(
-        "predictions",
-        compare,
-        size=10 * file.size,
-        before=str(file.paths[0]),
-        after=str(partial),
-        windows=windows,
-        kept=kept,
-        places=WINDOWS,
-    )
+    arguments = dict(before=str(file.paths[0]), after=str(partial), windows=windows, kept=kept)
+    arguments |= {"places": WINDOWS, "size": 10 * file.size}  # the time limit allows for a reading
+    answer = run_child("predictions", compare, **arguments)
+    if "reason" in answer:
+        return [f"{predictions} ({answer['reason']})"]
     if answer["distance"] > LIMIT:
         problem = f"log-probabilities differ by {answer['distance']:.2g}"
         raise UserError(f"OUT {partial.name}", problem, "Please report this")

@@ -18,13 +18,14 @@ from typing import Any
 
 import numpy as np
 
-from ...util.errors import UserError
+from ...util.errors import UserError, first_line
 
 INSTALL = "pip install -r requirements-trim.txt"
-FUNCTIONS = "llama_model_load_from_file llama_tokenize llama_detokenize llama_decode".split()
-Pointer, Int = ctypes.c_void_p, ctypes.c_int32
-Ints = ctypes.POINTER(ctypes.c_int32)
-Log = ctypes.CFUNCTYPE(None, ctypes.c_int, ctypes.c_char_p, Pointer)
+Log = ctypes.CFUNCTYPE(None, ctypes.c_int, ctypes.c_char_p, ctypes.c_void_p)
+
+
+class _Pointer(ctypes.c_void_p):
+    """A pointer; ctypes makes plain numbers of the results of c_void_p itself."""
 
 
 class _Params(ctypes.Structure):
@@ -36,8 +37,20 @@ class _Params(ctypes.Structure):
 class _Batch(ctypes.Structure):
     """llama_batch."""
 
-    _fields_ = [("n_tokens", Int), ("token", Ints)]
-    _fields_ += [(name, Pointer) for name in ("embd", "pos", "n_seq_id", "seq_id", "logits")]
+    _fields_ = [("n_tokens", ctypes.c_int32)]
+    _fields_ += [(n, ctypes.c_void_p) for n in "token embd pos n_seq_id seq_id logits".split()]
+
+
+RESULTS = {
+    "llama_model_default_params": _Params,
+    "llama_context_default_params": _Params,
+    "llama_model_load_from_file": _Pointer,
+    "llama_init_from_model": _Pointer,
+    "llama_model_get_vocab": _Pointer,
+    "llama_get_memory": _Pointer,
+    "llama_get_logits": ctypes.POINTER(ctypes.c_float),
+    "llama_tokenize": ctypes.c_int32,
+}
 
 
 @cache
@@ -47,37 +60,11 @@ def _library() -> tuple[Any, list[str], Any]:
         from xllamacpp import xllamacpp
 
         llama = ctypes.CDLL(xllamacpp.__file__)
-        for name in FUNCTIONS:
-            getattr(llama, name)
+        for name, result in RESULTS.items():
+            getattr(llama, name).restype = result
     except (ImportError, OSError, AttributeError) as error:
-        problem = f"xllamacpp is not installed, or does not export llama.cpp's functions ({error})"
-        raise UserError("trim", problem, f"Run {INSTALL}") from error
-    results = {
-        "llama_model_default_params": (_Params,),
-        "llama_context_default_params": (_Params,),
-        "llama_model_load_from_file": (Pointer, ctypes.c_char_p, _Params),
-        "llama_init_from_model": (Pointer, Pointer, _Params),
-        "llama_model_get_vocab": (Pointer, Pointer),
-        "llama_get_memory": (Pointer, Pointer),
-        "llama_memory_clear": (None, Pointer, ctypes.c_bool),
-        "llama_model_free": (None, Pointer),
-        "llama_free": (None, Pointer),
-        "llama_set_n_threads": (None, Pointer, Int, Int),
-        "llama_decode": (Int, Pointer, _Batch),
-        "llama_get_logits": (ctypes.POINTER(ctypes.c_float), Pointer),
-        "llama_vocab_n_tokens": (Int, Pointer),
-        "llama_vocab_bos": (Int, Pointer),
-        "llama_vocab_eos": (Int, Pointer),
-        "llama_tokenize": (Int, Pointer, ctypes.c_char_p, Int, Ints, Int, *[ctypes.c_bool] * 2),
-        "llama_detokenize": (
-            *(Int, Pointer, Ints, Int, ctypes.c_char_p, Int),
-            *[ctypes.c_bool] * 2,
-        ),
-        "llama_log_set": (None, Log, Pointer),
-    }
-    for name, (result, *arguments) in results.items():
-        function = getattr(llama, name)
-        function.restype, function.argtypes = result, arguments
+        problem = f"it does not export llama.cpp's functions here ({first_line(error)})"
+        raise UserError("xllamacpp", problem, f"Run {INSTALL}") from error
     lines: list[str] = []
     log = Log(lambda _, text, __: lines.append(text.decode(errors="replace").strip()))
     llama.llama_log_set(log, None)
@@ -113,11 +100,9 @@ class Llama:
         """Return the ids (tokens,) of a text, whose special tokens count as such."""
         data = text.encode()
         ids = np.empty(len(data) + 16, np.int32)
-        place = ids.ctypes.data_as(Ints)
-        n = self.llama.llama_tokenize(
-            self.vocabulary, data, len(data), place, len(ids), False, True
-        )
-        return ids[:n].copy()
+        place = ctypes.c_void_p(ids.ctypes.data)
+        size = len(data), place, len(ids)
+        return ids[: self.llama.llama_tokenize(self.vocabulary, data, *size, False, True)].copy()
 
     def encode_all(self, texts: Sequence[str]) -> list[np.ndarray]:
         """Return the ids of texts, encoded on all cores."""
@@ -126,14 +111,11 @@ class Llama:
 
     def decode(self, ids: np.ndarray) -> bytes:
         """Return the text of ids (tokens,), special tokens too."""
-        ids = np.ascontiguousarray(ids, np.int32)
-        size = 64 + 32 * len(ids)
+        ids, size = np.ascontiguousarray(ids, np.int32), 64
         while True:
-            text = ctypes.create_string_buffer(size)
-            place = ids.ctypes.data_as(Ints)
-            n = self.llama.llama_detokenize(
-                self.vocabulary, place, len(ids), text, size, False, True
-            )
+            text, place = ctypes.create_string_buffer(size), ctypes.c_void_p(ids.ctypes.data)
+            known = self.vocabulary, place, len(ids), text, size
+            n = self.llama.llama_detokenize(*known, False, True)
             if n >= 0:
                 return text.raw[:n]
             size = -n
@@ -147,8 +129,9 @@ class Llama:
         self.llama.llama_set_n_threads(context, threads(), threads())
         for window in windows:
             n, outputs = len(window), np.ones(len(window), np.int8)
+            ids = np.array(window, np.int32)
             self.llama.llama_memory_clear(self.llama.llama_get_memory(context), True)
-            batch = _Batch(n, (Int * n)(*window), logits=outputs.ctypes.data)
+            batch = _Batch(n, ids.ctypes.data, logits=outputs.ctypes.data)
             if status := self.llama.llama_decode(context, batch):
                 raise ValueError(f"llama.cpp cannot compute a window (status {status})")
             values = self.llama.llama_get_logits(context)
@@ -179,31 +162,36 @@ def compare(
         turn = number // len(alike) + 1
         chosen.setdefault(window, []).append(turn * length // (places // len(alike) + 2))
     expected: dict[int, np.ndarray] = {}
-    distance, beginnings = 0.0, 0
+    distance = beginnings = 0
     for which, (name, path) in enumerate((("before", before), ("after", after))):
-        model = Llama(Path(path))
         ids = [pair[which] for pair in windows]
-        for number, logits in enumerate(model.logits(ids)):
-            logits = logits.astype(np.float64)
-            top = logits.max(-1)
-            normalizer = top + np.log(np.exp(logits - top[:, None]).sum(-1))
-            target = logits[np.arange(len(logits) - 1), ids[number][1:]]
-            losses[name].append(float((normalizer[:-1] - target).sum()))
-            if number in chosen:
-                values = logits[sorted({*chosen[number]})]
-                values = values[:, rows] if which == 0 else values
-                top = values.max(-1, keepdims=True)
-                values -= top + np.log(np.exp(values - top).sum(-1, keepdims=True))
-                if which == 0:
-                    expected[number] = values
-                else:
+        try:
+            model = Llama(Path(path))
+            for number, logits in enumerate(model.logits(ids)):
+                logits = logits.astype(np.float64)
+                target = logits[np.arange(len(logits) - 1), ids[number][1:]]
+                losses[name].append(float((_normalizers(logits)[:-1] - target).sum()))
+                if number in chosen:
+                    values = logits[sorted({*chosen[number]})]
+                    values = values[:, rows] if which == 0 else values
+                    values = values - _normalizers(values)[:, None]
+                    if which == 0:
+                        expected[number] = values
+                        continue
                     distance = max(distance, float(np.abs(values - expected[number]).max()))
                     beginnings += len(values)
-        model.free()
+            model.free()
+        except ValueError as error:
+            if which == 0:  # not a fault of the new file
+                return {"reason": str(error)}
+            raise
     if not math.isfinite(distance):
         raise ValueError("llama.cpp's log-probabilities are not finite")
-    return losses | {
-        "distance": distance,
-        "beginnings": beginnings,
-        "values": beginnings * len(rows),
-    }
+    counts = {"beginnings": beginnings, "values": beginnings * len(rows)}
+    return losses | counts | {"distance": distance}
+
+
+def _normalizers(logits: np.ndarray) -> np.ndarray:
+    """Return the logarithms of the sums of exp(logits), (tokens,)."""
+    top = logits.max(-1)
+    return top + np.log(np.exp(logits - top[:, None]).sum(-1))
