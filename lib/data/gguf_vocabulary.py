@@ -162,6 +162,15 @@ class GgufVocabulary:
                 ids[name] = field.value
         return {name: index for name, index in ids.items() if index < self.rows}
 
+    @property
+    def named(self) -> set[int]:
+        """The ids in fields, which must stay; those to suppress need not."""
+        ids = set(self.ids.values())
+        for name, field in self.file.fields.items():
+            if ID_FIELDS.fullmatch(name) and np.ndim(field.value) and "suppress" not in name:
+                ids |= {index for index in field.value.tolist() if 0 <= index < self.rows}
+        return ids
+
     def template_texts(self) -> list[str]:
         """Return texts whose tokens the chat templates need: all of them, and dates if any."""
         fields = self.file.fields
@@ -201,11 +210,8 @@ class GgufVocabulary:
         basic = set(BYTE_OF_LETTER) if self.kind == "gpt2" else BYTE_TOKENS | {"▁", "\n"}
         if self.kind == "bert" or self.kind != "gpt2" and not BYTE_TOKENS <= ids.keys():
             basic |= {token for token in self.tokens if len(token.lstrip("▁")) <= 1}
-        required = needed | set(self.ids.values()) | bytes_ | (special - reserved)
+        required = needed | self.named | bytes_ | (special - reserved)
         required |= {ids[token] for token in basic & ids.keys()}
-        for name, field in self.file.fields.items():  # lists of ids but those to suppress
-            if ID_FIELDS.fullmatch(name) and np.ndim(field.value) and "suppress" not in name:
-                required |= {i for i in field.value.tolist() if 0 <= i < self.rows}
         options = dict(tokens=dict(enumerate(self.tokens)), byte_level=self.kind == "gpt2")
         if self.kind in ("gpt2", "gemma4"):
             ranks: dict[tuple[str, str], float] = {}

@@ -153,8 +153,7 @@ def _listed(path: str, vocabulary: GgufVocabulary) -> list[int]:
         wrong = next(i for i, a, b in zip(ids, texts, tokens, strict=False) if a != b)
         problem = f"its token {wrong} has another text than that of {vocabulary.file.what}"
         raise UserError(f"--keep {path}", problem, "Name a list of the same vocabulary")
-    needed = set(vocabulary.ids.values()) - set(ids)
-    if needed:
+    if needed := vocabulary.named - set(ids):
         problem = f"it lacks {vocabulary.tokens[min(needed)]!r}, which a field of IN names"
         raise UserError(f"--keep {path}", problem, "Trim this model first, and keep its list")
     return ids
