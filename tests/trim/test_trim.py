@@ -25,6 +25,7 @@ from lib.commands.trim.llama import Llama, compare  # noqa: E402
 from lib.commands.vocabulary import main as write_list  # noqa: E402
 from lib.data.gguf_file import Field, GgufFile, write  # noqa: E402
 from lib.data.gguf_vocabulary import GgufVocabulary  # noqa: E402
+from lib.util.quirks import PRE_TOKENIZERS  # noqa: E402
 
 ROOT = Path(__file__).resolve().parents[2]
 IDS = ("bos_token_id", "eos_token_id", "unknown_token_id")
@@ -235,6 +236,35 @@ def test_a_dry_run_writes_nothing(
     said = capsys.readouterr().out
     assert "rows stay" in said and "MB become" in said and "tokens" in said
     assert [path.name for path in tmp_path.iterdir()] == ["in.gguf"]
+
+
+@pytest.mark.parametrize("same", [True, False])
+def test_a_tokenizer_beside_counts_if_it_agrees(
+    same: bool, texts: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tokenizers = pytest.importorskip("tokenizers")
+    for name in ("alone", "beside"):
+        (tmp_path / name).mkdir()
+        ggufs.model(tmp_path / name / "in.gguf")
+    fields = {name: value for name, (_, value) in ggufs.tokenizer("gpt2").items()}
+    vocab = {token: index for index, token in enumerate(fields["tokenizer.ggml.tokens"])}
+    merges = [tuple(merge.split(" ")) for merge in fields["tokenizer.ggml.merges"]]
+    made = tokenizers.Tokenizer(tokenizers.models.BPE(vocab, merges if same else merges[:9]))
+    split = tokenizers.pre_tokenizers.Split(
+        tokenizers.Regex(next(n for n, v in PRE_TOKENIZERS.items() if v == "qwen2")), "isolated"
+    )
+    level = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    made.pre_tokenizer = tokenizers.pre_tokenizers.Sequence([split, level])
+    made.add_special_tokens([*ggufs.SPECIAL, *ggufs.RESERVED])
+    made.enable_truncation(9)  # must not count
+    made.save(str(tmp_path / "beside/tokenizer.json"))
+    lists = []
+    for name in ("alone", "beside"):
+        out = tmp_path / f"{name}.gguf"
+        main([str(tmp_path / name / "in.gguf"), str(out), "--data", str(texts)])
+        lists.append(json.loads(Path(f"{out}.vocabulary.json").read_text("utf-8"))["ids"])
+    assert ("tokenizer.json gives the same tokens" in capsys.readouterr().out) == same
+    assert lists[0] == lists[1]
 
 
 def test_a_file_that_llama_cpp_does_not_run(

@@ -77,6 +77,8 @@ def choose_by_text(
         from tokenizers import Tokenizer
 
         tokenizer = Tokenizer.from_file(str(beside))
+        tokenizer.no_truncation()
+        tokenizer.no_padding()
 
         def fast(texts: list[str]) -> list[np.ndarray]:
             batch = tokenizer.encode_batch_fast(texts, add_special_tokens=False)
