@@ -99,10 +99,14 @@ class Llama:
     def encode(self, text: str) -> np.ndarray:
         """Return the ids (tokens,) of a text, whose special tokens count as such."""
         data = text.encode()
-        ids = np.empty(len(data) + 16, np.int32)
-        place = ctypes.c_void_p(ids.ctypes.data)
-        size = len(data), place, len(ids)
-        return ids[: self.llama.llama_tokenize(self.vocabulary, data, *size, False, True)].copy()
+        size = len(data) + 16
+        while True:
+            ids = np.empty(size, np.int32)
+            known = self.vocabulary, data, len(data), ctypes.c_void_p(ids.ctypes.data), size
+            n = self.llama.llama_tokenize(*known, False, True)
+            if n >= 0:
+                return ids[:n].copy()
+            size = -n  # a normalizer can make more letters of a few
 
     def encode_all(self, texts: Sequence[str]) -> list[np.ndarray]:
         """Return the ids of texts, encoded on all cores."""
