@@ -99,7 +99,7 @@ def main(arguments: list[str]) -> None:
         if dropped := [name for name in file.fields if name not in fields]:
             print(f"fields left out: {', '.join(dropped)}")
         after = tokenizer_of(folder / "after.gguf", vocabulary, kept)
-        tests = {"built-in lines": [*LINES, *(c for line in LINES for c in line)]}
+        tests = {"lines in many scripts": [*LINES, *(c for line in LINES for c in line)]}
         for corpus in corpora:
             tests[corpus.source.name] = [*islice(corpus.documents("test"), MANY)]
         record["tests"] = [
