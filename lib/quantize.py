@@ -1,4 +1,4 @@
-"""Quantize the remaining weights to 4 bits, for the packed format or for llama.cpp.
+"""Quantize the remaining weights to few bits, for the packed format or for llama.cpp.
 
 This takes one more pass over the blocks with calibration text. The inputs of each linear layer come
 from the quantized blocks before it, and its target is the output of the unquantized model
@@ -20,7 +20,7 @@ from .formats.packed.linear import why_dense
 from .methods.gptq import GPTQ, MasterWeights
 from .model.blocks import BlockRunner
 from .model.matrix import PrunableLinear, SaveDtypes
-from .offload.sharded import is_sharded, shard_of_masters, sharded_dims
+from .offload.sharded import shard_of_masters, sharded_dims
 from .prune import UNREACHED, BlockWalker
 from .util.errors import UserError, first_of
 from .util.resume import QUANTIZED, START, of_block
@@ -32,23 +32,26 @@ NOTHING_PACKED = (
 )
 
 
-def takes(fmt: Int4, linear: PrunableLinear) -> bool:
-    """Return whether a linear layer is quantized: if it will be packed, or if its rows fit."""
+def form_of(fmt: Int4, linear: PrunableLinear) -> Int4 | None:
+    """Return the format of a linear layer; None if it won't be packed, or if its rows don't fit."""
     if fmt.packs:
-        return linear.expert is None and not why_dense(linear.module)
-    return fmt.supports_width(linear.shape[1])
+        return fmt if linear.expert is None and not why_dense(linear.module) else None
+    return fmt.of(linear.parameter_name, linear.shape[1])
 
 
 def check_quantized(runner: BlockRunner, fmt: Int4) -> dict[str, Any]:
     """Return the record of a quantized model. UserError if storing as `fmt` changes a value."""
-    tensors: dict[str, bool] = {}  # whether they are on the grid
+    types: dict[str, str | None] = {}  # of tensors; None: not quantized
     for linear in runner.each_linear():
-        tensors[linear.parameter_name] = takes(fmt, linear)
-        if tensors[linear.parameter_name] and not fmt.is_on_grid(linear.matrix()):
+        form = form_of(fmt, linear)
+        types[linear.parameter_name] = form and form.name
+        if form and not form.is_on_grid(linear.matrix()):
             problem = f"{linear.name} is not on the grid"
             raise UserError(f"--quantize {fmt.name}", problem, "Please report this")
-    left = [name for name, on_grid in tensors.items() if not on_grid]
-    return {"format": fmt.name, "tensors": len(tensors) - len(left), "left": left}
+    left = [name for name, type_ in types.items() if not type_]
+    record = {"format": fmt.name, "tensors": len(types) - len(left), "left": left}
+    several = set(filter(None, types.values())) != {fmt.name}
+    return record | ({"types": getattr(fmt, "types", types)} if several else {})
 
 
 def quantize(
@@ -88,22 +91,29 @@ class Quantizer(BlockWalker):
         every = runner.model.named_parameters(remove_duplicate=False)
         self.names = {name: first.setdefault(id(each), name) for name, each in every}
         self.saved = SaveDtypes()  # integers times scales are kept exactly
-        if not any(takes(fmt, linear) for linear in runner.each_linear()):
+        forms = [form for each in runner.each_linear() if (form := form_of(fmt, each))]
+        self.bits = sorted({form.bits for form in forms})
+        if not forms:
             if fmt.packs:
                 raise UserError(*NOTHING_PACKED)
             problem = "no linear layer has rows of a multiple of 32"
             raise UserError(f"--quantize {fmt.name}", problem, "Leave the flag out")
 
     def takes(self, linear: PrunableLinear) -> bool:
-        return takes(self.fmt, linear)
+        return form_of(self.fmt, linear) is not None
 
     def solve(self, group: Group, matrices: list[Tensor]) -> None:
-        if group.fallback:
-            every = [self._nearest_(matrix) for matrix in matrices]
-        else:
-            every = group.method.quantize_(matrices, self.fmt)
-        for linear, masters in zip(group.linears, every, strict=True):
-            self._keep_masters(linear, masters)
+        by_form: dict[Int4, list[int]] = {}  # each one is solved by itself
+        for place, linear in enumerate(group.linears):
+            by_form.setdefault(form_of(self.fmt, linear), []).append(place)
+        for form, places in by_form.items():
+            own = [matrices[place] for place in places]
+            if group.fallback:
+                every = [self._nearest_(matrix, form) for matrix in own]
+            else:
+                every = group.method.quantize_(own, form)
+            for place, masters in zip(places, every, strict=True):
+                self._keep_masters(group.linears[place], masters)
 
     def exchange_(self, group: Group, owner: int) -> None:
         super().exchange_(group, owner)
@@ -116,7 +126,8 @@ class Quantizer(BlockWalker):
         for linear in self.linears:
             if linear.name not in self.written:
                 matrix = linear.matrix()
-                self._keep_masters(linear, self._nearest_(matrix))
+                masters = self._nearest_(matrix, form_of(self.fmt, linear))
+                self._keep_masters(linear, masters)
                 linear.set_weight_(matrix)
         if self.master_dtype and (finished := self.runner.weights.finished):
             named = {
@@ -145,7 +156,7 @@ class Quantizer(BlockWalker):
         """Return lines for the user, which name every layer that was only rounded."""
         few = [name for notes in self.notes for name in sum(notes.fallbacks.values(), [])]
         in_few = sum(len(names.split(", ")) for names in few)
-        count, bits = len(self.pruned) - in_few, self.fmt.bits
+        count, bits = len(self.pruned) - in_few, " and ".join(map(str, self.bits))
         lines = [f"quantized {count} linear layers to {bits} bits, column by column"]
         if few:
             reason = "too few tokens were routed to them"
@@ -155,10 +166,10 @@ class Quantizer(BlockWalker):
             lines.append(f"quantized to nearest, {UNREACHED}: {first_of(left)}")
         return lines + self.all_warnings()
 
-    def _nearest_(self, matrix: Tensor) -> MasterWeights:
+    def _nearest_(self, matrix: Tensor, form: Int4) -> MasterWeights:
         """Round a matrix (out, in) to nearest, in place."""
-        masters = MasterWeights(matrix.clone(), self.fmt.fit_scales(matrix).float())
-        matrix.copy_(self.fmt.round_to(matrix, masters.scales))
+        masters = MasterWeights(matrix.clone(), form.fit_scales(matrix).float())
+        matrix.copy_(form.round_to(matrix, masters.scales))
         return masters
 
     def _keep_masters(self, linear: PrunableLinear, masters: MasterWeights) -> None:
@@ -168,8 +179,11 @@ class Quantizer(BlockWalker):
                 view.copy_(value)
 
     def _shard_masters(self) -> None:
-        """Keep only this rank's shard of a block's masters if ranks will share the training."""
-        if not (self.master_dtype and is_sharded(self.runner)):
+        """Keep only this rank's shard of a block's masters if ranks will share the training.
+
+        If blocks are trained on the host, the masters move there.
+        """
+        if not self.master_dtype or self.runner.weights.resident:
             return
         dims = sharded_dims(self.runner.blocks[self.index], self.dist.size)
         prefix = f"{self.runner.name}.{self.index}."
@@ -183,8 +197,9 @@ class Quantizer(BlockWalker):
         name = self.names[linear.parameter_name]
         (rows, columns), experts = linear.shape, 1 if linear.expert is None else len(parameter)
         if name not in self.master_weights:
-            sizes = experts * rows, self.fmt.n_groups(columns)
-            grid = Grid(self.fmt, linear.transposed, torch.ones(sizes, device=parameter.device))
+            form = form_of(self.fmt, linear)
+            sizes = experts * rows, form.n_groups(columns)
+            grid = Grid(form, linear.transposed, torch.ones(sizes, device=parameter.device))
             self.master_weights[name] = parameter.data.to(self.master_dtype, copy=True), grid
         masters, grid = self.master_weights[name]
         masters = masters if linear.expert is None else masters[linear.expert]

@@ -27,15 +27,15 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from .data.samples import Windows, as_windows, join_rows
 from .data.training import TrainingText
 from .eval import perplexities
 from .formats.grids import Grid
 from .formats.packed.errors import PackedError
-from .model.blocks import BlockRunner, iter_logits, run_block
+from .model.blocks import BlockRunner, iter_logits
 from .model.reference import DenseReference, dense_states, tail_of
+from .offload.fetched import FetchedWeights
 from .offload.sharded import ShardedWeights, WholeWeights, answered, is_sharded, local, shard_of
 from .util import progress
 from .util.deterministic import deterministic
@@ -285,7 +285,8 @@ class Recoverer:
     ) -> None:
         self.runner, self.teacher, self.text = runner, teacher, text
         self.reference = DenseReference(tail_of(teacher), dense_states(teacher, [text.held_out]))
-        self.weights = (ShardedWeights if is_sharded(runner) else WholeWeights)(runner, teacher)
+        kind = WholeWeights if runner.weights.resident else FetchedWeights
+        self.weights = (ShardedWeights if is_sharded(runner) else kind)(runner, teacher)
         self.parts = trained_parts(
             runner, whole, master_weights, schedule.rank, schedule.seed, self.weights
         )
@@ -305,6 +306,9 @@ class Recoverer:
         self.trained = sum(part.parameter.numel() for part in self.parts.values())
         # off once an operation is not deterministic; ranks in step cannot repeat one
         self.strict = not self.weights.in_step
+        # a power of two, exact in sums: in float16 the gradient of a mean over many tokens is 0
+        half = any(one.dtype == torch.float16 for one in self.weights.blocks.parameters())
+        self.scale = 2.0 ** (schedule.windows * schedule.seqlen).bit_length() if half else 1.0
         self.curve: list[dict[str, float]] = []  # tokens, held-out figures, mean loss of the steps
         self.best = 0  # index in the curve
         self.tokens, self.seconds = 0, 0.0  # set by `run`
@@ -317,7 +321,7 @@ class Recoverer:
         alone = "" if schedule.ce_weight else ", distillation only"
         count = f"{len(self.grids)} of {len(self.parts)} tensors"
         titles = {grid.form.label for grid in self.grids.values()}
-        grids = f", {count} as {titles.pop()}," if titles else ""
+        grids = f", {count} as {' and '.join(sorted(titles))}," if titles else ""
         return [
             f"recovery: {how} {self.trained:,} weights{grids} in {schedule.steps} steps of "
             f"{schedule.windows * schedule.seqlen:,} tokens, "
@@ -398,7 +402,8 @@ class Recoverer:
                     if self.weights.folder and (measured or late):
                         seconds = before + time.perf_counter() - began
                         state = {"step": step + 1, "losses": losses, "seconds": seconds}
-                        self._save(state | {"curve": self.curve, "best": self.best})
+                        state |= {"curve": self.curve, "best": self.best, "scale": self.scale}
+                        self._save(state)
                         kept = time.monotonic()
                     on_progress(tokens, f"loss {loss:.4f}")
             for part, best in zip(self.parts.values(), self.best_values, strict=True):
@@ -418,7 +423,7 @@ class Recoverer:
         self.n_sharded = sum(leaf.numel() for replicated, leaf in every if not replicated)
         sizes = [leaf.numel() for leaf in self.leaves]
         # with one buffer, one sum over ranks serves all replicated leaves
-        self.gradient = torch.zeros(sum(sizes), device=self.runner.device)
+        self.gradient = torch.zeros(sum(sizes), device=self.leaves[0].device)
         for leaf, gradient in zip(self.leaves, self.gradient.split(sizes), strict=True):
             leaf.grad = gradient.view_as(leaf)
         kind = partial(torch.optim.AdamW, fused=True)
@@ -448,20 +453,13 @@ class Recoverer:
     def _step(self, step: int) -> float:
         """Take one optimizer step; return its loss in nats per token."""
         schedule = self.schedule
-        try:
-            with answered(self.runner.dist):
-                loss = self._accumulate_(step)
-        except RuntimeError as error:
-            if not self.strict or "deterministic" not in str(error):
-                raise
-            self.strict = False
-            reason = str(error).partition(",")[0]
-            print(f"recovery: it is not reproducible, since {reason}", flush=True)
-            loss = self._accumulate_(step)
-        norm = self.weights.sum_gradients_(self.gradient, self.n_sharded, loss)
+        loss, norm = self._scaled_gradient(step)
+        while math.isfinite(loss.item()) and self.scale > 1 and not norm.isfinite():
+            self.scale /= 16  # some number exceeds those of float16
+            loss, norm = self._scaled_gradient(step)
         if not math.isfinite(loss.item()):
             raise self._diverged(step, "the loss is")
-        self.gradient *= (schedule.clip / (norm + 1e-6)).clamp(max=1.0)
+        self.gradient *= (schedule.clip / (norm + 1e-6)).clamp(max=1.0) / self.scale
         for group in self.optimizer.param_groups:
             group["lr"] = schedule.rate_at(step)
         # in 8-bit AdamW a zero moves with its quantization block
@@ -476,6 +474,21 @@ class Recoverer:
         except PackedError:  # integers cannot hold nan
             raise self._diverged(step, "weights are") from None
         return loss.item()
+
+    def _scaled_gradient(self, step: int) -> tuple[Tensor, Tensor]:
+        """Fill the buffer with a step's gradient times `scale`; return the loss and its norm."""
+        try:
+            with answered(self.runner.dist):
+                loss = self._accumulate_(step)
+        except RuntimeError as error:
+            if not self.strict or "deterministic" not in str(error):
+                raise
+            self.strict = False
+            reason = str(error).partition(",")[0]
+            print(f"recovery: it is not reproducible, since {reason}", flush=True)
+            loss = self._accumulate_(step)
+        norm = self.weights.sum_gradients_(self.gradient, self.n_sharded, loss)
+        return loss, norm / self.scale
 
     def _diverged(self, step: int, what: str) -> UserError:
         problem = f"in step {step + 1} of {self.schedule.steps} {what} not finite"
@@ -509,12 +522,7 @@ class Recoverer:
         runner, teacher, ids = self.runner, self.teacher, windows.ids.to(self.runner.device)
         (teacher_states,) = teacher.run_blocks([windows], state_device=runner.device)
         states = runner.capture(windows, len(ids), runner.device)
-        hidden = states.hidden  # (n, tokens, hidden)
-        for block, ((args, kwargs),) in zip(self.weights.blocks, states.block_args, strict=True):
-            if runner.checkpointed:
-                hidden = checkpoint(run_block, block, hidden, args, kwargs, use_reentrant=False)
-            else:
-                hidden = run_block(block, hidden, args, kwargs)
+        hidden = self.weights.forward(states)
         last = hidden.detach().requires_grad_()
         loss = divergence_(
             logits=lambda positions: runner.logits_from_hidden(ids, last, positions),
@@ -523,6 +531,7 @@ class Recoverer:
             tokens=tokens,
             counted=windows.counted.to(ids.device),
             ce_weight=self.schedule.ce_weight,
+            scale=self.scale,
         )
         with deterministic(runner.device, self.strict):
             hidden.backward(last.grad)
@@ -579,7 +588,7 @@ class Recoverer:
         for name, tensor in tensors:
             state[name].copy_(tensor)
         self._write_()
-        self.curve, self.best = facts["curve"], facts["best"]
+        self.curve, self.best, self.scale = facts["curve"], facts["best"], facts["scale"]
         return facts
 
 
@@ -590,13 +599,14 @@ def divergence_(
     tokens: int,
     counted: Tensor,
     ce_weight: float = 0.0,
+    scale: float = 1.0,
 ) -> Tensor:
     """KL(teacher || model) summed over `counted` positions of windows (n, seqlen), over `tokens`.
 
     `logits(positions)` and `teacher_logits(positions)` return (n, positions, vocabulary). The loss
     is `ce_weight` times cross-entropy with the text's next tokens, plus the rest times the KL
-    divergence. The inputs of `logits` get their gradients here, a chunk of positions at a time: for
-    both terms, d / d logits is the model's distribution minus the target's.
+    divergence. The inputs of `logits` get their gradients here, times `scale`, a chunk of positions
+    at a time: for both terms, d / d logits is the model's distribution minus the target's.
     """
     total, start, length = 0, 0, ids.shape[1]
     for positions, chunk in iter_logits(logits, length, ids.device):
@@ -615,7 +625,8 @@ def divergence_(
                 q[:, :count].scatter_add_(-1, labels, torch.full_like(text, ce_weight)[..., None])
             counts = counted[:, start : start + len(positions)]
             total += (loss * counts).sum() / tokens
-            gradient = log_p.exp_().sub_(q).mul_(counts.unsqueeze(-1) / tokens).to(chunk.dtype)
+            gradient = log_p.exp_().sub_(q).mul_(counts.unsqueeze(-1) / (tokens / scale))
+            gradient = gradient.to(chunk.dtype)
         start += len(positions)
         chunk.backward(gradient)
     return total

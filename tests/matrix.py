@@ -8,6 +8,7 @@ device (tests/cuda/test_matrix.py) has ways of its own on the same kinds.
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
@@ -70,6 +71,12 @@ KINDS = {  # name: model, and flags
     "iq4_nl, trained": f"llama --quantize iq4_nl {TRAIN}",
     "iq4_nl, transposed": "transposed --quantize iq4_nl",
     "iq4_nl, experts": f"mixture --prune_method reap {FEWER} --quantize iq4_nl {TRAIN}",
+    "q5_0": "bfloat16 --trim_vocabulary --quantize q5_0",
+    "q5_0, trained": f"transposed --prune_method wanda --quantize q5_0 {TRAIN}",
+    "q3_k": f"wide --quantize q3_k {TRAIN}",  # only one of its layers has such rows
+    "auto": "wide --quantize auto --megabytes 0.15",
+    "auto, trained": f"bfloat16 --trim_vocabulary --quantize auto --megabytes 0.05 {TRAIN}",
+    "types of a file": f"wide --quantize types.json {TRAIN}",
     "iq4_nl, neurons": f"wide --prune_method sparsegpt {NEURONS} --quantize iq4_nl {TRAIN}",
     # trained
     "trained": f"bfloat16 --prune_method wanda {HALF} {TRAIN}",
@@ -85,6 +92,9 @@ KINDS = {  # name: model, and flags
     "a teacher": f"pruned --teacher llama {TRAIN}",
     "dialogues": "chat --prune_method wanda --calibration_data chats --recover 96",
 }
+TYPES = {"model.layers.0.self_attn.q_proj.weight": "q5_0", "model.embed_tokens.weight": "iq4_nl"}
+TYPES |= {"model.layers.0.self_attn.v_proj.weight": "q4_0", "lm_head.weight": "q5_0"}
+TYPES |= {f"model.layers.{place}.mlp.down_proj.weight": "q3_k" for place in range(2)}
 BASE = [*QUICK, "--eval_data", "uk", "--calibration_data", "uk"]
 ALIKE = 0.999  # of all weights, where sums are rounded otherwise
 ALIKE_ON_GRID = 0.9  # there a code that is rounded otherwise changes those after it
@@ -102,7 +112,7 @@ POINTS = (  # what a kind is there for
     ("one window", "by 3 ranks"),
     ("int4, trained", "by 2 ranks"),
 )
-GRIDS = "q4_0", "iq4_nl"  # of which a matrix is made in blocks of 32 inputs
+GRIDS = "q4_0", "iq4_nl", "q5_0", "q3_k"  # with few values in each block of 32 inputs
 
 
 def has(kind: str, *flags: str) -> bool:
@@ -181,6 +191,7 @@ class Place:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         tiny.write_texts(folder / "uk", train=200, test=4)
+        (folder / "types.json").write_text(json.dumps(TYPES), "utf-8")
         chats.write(folder / "chats", chats.some(50), chats.some(8, seed=1))
 
     def argv(self, kind: str, folder: Path) -> list[object]:
@@ -215,15 +226,15 @@ class Place:
 
 
 def on_grid(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The matrices of decoder blocks whose blocks of 32 inputs have few values each."""
+    """The matrices whose blocks of 32 inputs have few values each."""
     found = {}
     for name, tensor in tensors.items():
-        if tensor.dim() < 2 or ".layers." not in name and ".h." not in name:
+        if tensor.dim() < 2:
             continue
         rows = tensor.mT if ".h." in name else tensor  # GPT-2's are (in, out)
         if rows.shape[-1] % 32 == 0:
             blocks = rows.float().reshape(-1, 32).sort().values
-            if bool(((blocks.diff() != 0).sum(1) < 16).all()):
+            if bool(((blocks.diff() != 0).sum(1) < 28).all()):
                 found[name] = tensor
     return found
 

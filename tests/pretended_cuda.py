@@ -3,8 +3,9 @@
 It fills the CUDA half of a CPU build of torch: allocator, pinned memory, and one boxed kernel for
 the dispatch key CUDA, which lets the CPU's kernels work on the same memory.
 
-What a GPU would refuse is refused: operands on two devices, integer matrix products, a generator of
-the host, more memory than there is (`set_limit`). Fresh memory is NaN.
+What a GPU would refuse is refused: operands on two devices, integer matrix products, products whose
+dtypes this release of torch does not take, a generator of the host, more memory than there is
+(`set_limit`). Fresh memory is NaN.
 
 torch's 2:4 operators keep two of four values and where they stand, in a layout of our own, and
 multiply by the decoded matrix. That shows how such tensors are made, refused, moved, saved and
@@ -35,11 +36,14 @@ CPP = r"""
 #include <c10/core/impl/DeviceGuardImplInterface.h>
 #include <pybind11/stl.h>
 #include <torch/library.h>
+#include <torch/version.h>
 #include <map>
 #include <mutex>
 #include <set>
 
 static const int DEVICES = 2;
+// whether `addmm` of 16-bit matrices adds to a float32 one
+static const bool MAY_BE_FLOAT = TORCH_VERSION_MAJOR > 2 || TORCH_VERSION_MINOR >= 10;
 using namespace at;
 using c10::DeviceIndex;
 struct Memory { size_t limit = 80e9, now = 0, peak = 0; };
@@ -282,8 +286,24 @@ static Tensor& cuda_copy_(Tensor& self, const Tensor& from, bool) {
   alias(self).copy_(alias(from));
   return self;
 }
+static void check_dtypes(const Tensor& a, const Tensor& b, ScalarType dtype) {
+  auto given = a.scalar_type();
+  bool half = given == kHalf || given == kBFloat16;
+  TORCH_CHECK(given == b.scalar_type(), "mat1 and mat2 must have the same dtype");
+  TORCH_CHECK(dtype == given || (half && dtype == kFloat), "out_dtype must be the same as input "
+      "dtype or fp32 for fp16/bf16 inputs");
+}
+static Tensor cuda_mm(const Tensor& a, const Tensor& b, ScalarType dtype) {
+  check_dtypes(a, b, dtype);
+  return at::mm(a.to(dtype), b.to(dtype));
+}
 static Tensor& cuda_addmm_out(const Tensor& self, const Tensor& a, const Tensor& b,
     ScalarType dtype, const Scalar& beta, const Scalar& alpha, Tensor& out) {
+  check_dtypes(a, b, dtype);
+  bool as_out = MAY_BE_FLOAT && self.scalar_type() == dtype;
+  TORCH_CHECK(as_out || self.scalar_type() == b.scalar_type(), "self and mat2 must have the same "
+      "dtype, but got ", self.scalar_type(), " and ", b.scalar_type());
+  TORCH_CHECK(out.scalar_type() == dtype, "out_dtype must be the dtype of the out tensor");
   return at::addmm_out(out, self, a.to(dtype), b.to(dtype), beta, alpha);
 }
 
@@ -301,9 +321,7 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, module) {
   aten.impl("set_.source_Storage", TORCH_FN(at::native::set_));
   aten.impl("set_.source_Storage_storage_offset", TORCH_FN(at::native::set_storage_cpu_));
   aten.impl("resize_", TORCH_FN(at::native::resize_));
-  aten.impl("mm.dtype", [](const Tensor& a, const Tensor& b, ScalarType dtype) {
-    return at::mm(a.to(dtype), b.to(dtype));
-  });
+  aten.impl("mm.dtype", TORCH_FN(cuda_mm));
   aten.impl("addmm.dtype_out", TORCH_FN(cuda_addmm_out));
   module.def("set_limit", [](int device, size_t limit) { memory[device].limit = limit; });
 }
@@ -313,9 +331,12 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, module) {
 @cache
 def install():
     """Make `cuda` the pretended device in this process, and return what controls it."""
+    import torch
     from torch.utils import cpp_extension
 
-    name = f"pretended_cuda_{hashlib.sha256(CPP.encode()).hexdigest()[:8]}"
+    # each release of torch has a build of its own
+    digest = hashlib.sha256(f"{torch.__version__}{CPP}".encode()).hexdigest()
+    name = f"pretended_cuda_{digest[:8]}"
     root = os.environ.get("TORCH_EXTENSIONS_DIR") or cpp_extension.get_default_build_root()
     source = Path(root, name, "source.cpp")
     source.parent.mkdir(parents=True, exist_ok=True)

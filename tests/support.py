@@ -31,7 +31,7 @@ from transformers import AutoConfig, PreTrainedModel
 import main
 from lib.calibration.allocation import Allocation, uniform
 from lib.data.samples import Windows
-from lib.formats.grids import FORMATS  # noqa: F401  for tests
+from lib.formats.grids import FORMATS, GRIDS  # noqa: F401  for tests
 from lib.formats.packed import kernels
 from lib.formats.packed.formats import PACKED  # noqa: F401  for tests
 from lib.formats.packed.linear import SparseLinear
@@ -45,7 +45,7 @@ from lib.model.matrix import PrunableLinear
 from lib.model.parts import StructureLayout, find_parts
 from lib.model.skeleton import auto_class, build_skeleton, decoder_blocks
 from lib.prune import Pruner
-from lib.quantize import Quantizer, check_quantized, takes  # noqa: F401  for tests
+from lib.quantize import Quantizer, check_quantized, form_of  # noqa: F401  for tests
 from lib.run.flags import build_parser
 from lib.run.windows import named_corpora
 from lib.util import cli
@@ -353,14 +353,12 @@ def linears_of(runner: BlockRunner, index: int = 0) -> list[PrunableLinear]:
 def linears_on(runner: BlockRunner, form) -> dict[str, bool]:
     """{weight's name: whether it is (in, out)} of all that a 4-bit format can hold."""
     linears = runner.each_linear()
-    return {
-        one.parameter_name: one.transposed for one in linears if form.supports_width(one.shape[1])
-    }
+    return {one.parameter_name: one.transposed for one in linears if form.of("", one.shape[1])}
 
 
 def packed_weights(runner: BlockRunner) -> dict[str, bool]:
     """{weight's name: whether it is (in, out)} of the linears that are packed."""
-    packed = (one for one in runner.each_linear() if takes(PACKED[4], one))
+    packed = (one for one in runner.each_linear() if form_of(PACKED[4], one))
     return {f"{linear.name}.weight": linear.transposed for linear in packed}
 
 

@@ -33,7 +33,7 @@ WAYS = {
     "by 3 ranks": {kind for kind in STEADY if has(kind, *UNEVEN)},
     "on 2 machines": {kind for kind in STEADY if has(kind, "--recover", matrix.PACK, "sharded")},
     "unpacked": {kind for kind in KINDS if has(kind, matrix.PACK)},
-    "in llama.cpp": {kind for kind in KINDS if has(kind, *matrix.GRIDS, matrix.PACK)},
+    "in llama.cpp": {kind for kind in KINDS if has(kind, "--quantize", matrix.PACK)},
 }
 
 
@@ -100,6 +100,7 @@ def by_ranks(size: int, argv: list, place: Place, each: int | None) -> None:
 def check_file(kind: str, plain: Path, folder: Path) -> None:
     """No value on the grid changes in a file, by which llama.cpp predicts as transformers does."""
     grid = next((form for form in matrix.GRIDS if has(kind, form)), None)
+    grid = "auto" if has(kind, "auto", "types.json") else grid
     file = folder / "model.gguf"
     exact = "bf16" if KINDS[kind].startswith("bfloat16") else "f32"
     succeed(plain / "model", file, "--type", grid or exact, program=program_of("gguf"))
@@ -107,7 +108,9 @@ def check_file(kind: str, plain: Path, folder: Path) -> None:
     counts = proof["tensors"]["changed"]
     if grid:
         on_grid = sum(t.numel() for t in matrix.on_grid(weights(plain / "model")).values())
-        assert counts[grid.upper()] == [0, on_grid] and on_grid
+        held = [counts[name.upper()] for name in matrix.GRIDS if name.upper() in counts]
+        assert grid.upper() in (*counts, "AUTO") and {changed for changed, _ in held} == {0}
+        assert sum(values for _, values in held) == on_grid
     else:
         assert {changed for changed, _ in counts.values()} == {0}
     distances = proof.get("predictions", {"distances": {"f32": 0}})["distances"]

@@ -212,6 +212,10 @@ def write_files() -> None:
     lines("bad/number.jsonl", {"text": 1})
     lines("bad/short.txt", "one two")
     Path("half.json").write_text("[]")
+    up = "model.layers.0.mlp.up_proj.weight"
+    types = dict(no_tensor={"nosuch": "q5_0"}, no_type={up: "q4_k"}, too_wide={up: "q3_k"})
+    for name, its in types.items():
+        Path(f"{name}.json").write_text(json.dumps(its))
     Path("texts.parquet").write_bytes(b"PAR1")
     Path("ended.partial").mkdir()  # of a run that was killed
     pairs = dict(empty="", cut="{", good='{"good": "a"}', blank='{"good": "a", "bad": " "}')

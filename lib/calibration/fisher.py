@@ -54,12 +54,14 @@ def backward_pass(
     windows: Tensor,
     uniforms: Tensor,
     on_progress: Callable[[int], Any] = lambda blocks: None,
+    at_start: Callable[[HiddenStates, Tensor], Any] = lambda states, gradient: None,
 ) -> Iterator[dict[PrunableLinear, FisherDiagonal]]:
     """Take windows (n, tokens) through the dense model and back, and yield each block's sums.
 
     The last block comes first. Its sums stay on the device until the next one, and include layers
     that no token reached. `uniforms` (n, tokens): numbers in [0, 1) that draw the labels.
-    `on_progress(1)` is called after each block, forward and back.
+    `on_progress(1)` is called after each block, forward and back. `at_start` gets the states before
+    the first block, and g there.
     """
     states, before = runner.capture(windows), []
     for index in range(len(runner.blocks)):
@@ -89,17 +91,33 @@ def backward_pass(
                 diagonals = _through_(runner, index, given, gradient)
             yield diagonals
         on_progress(1)
+    at_start(given, gradient)
 
 
 def _through_(
     runner: BlockRunner, index: int, states: HiddenStates, gradient: Tensor
 ) -> dict[PrunableLinear, FisherDiagonal]:
     """Return the sums of block `index` on `states`; `gradient` becomes that at its input."""
-    diagonals = {}
-    for linear in runner.linears(index):
-        sizes = linear.shape[1], linear.shape[0], ()
-        sums = (torch.zeros(size, dtype=torch.float64, device=runner.device) for size in sizes)
-        diagonals[linear] = FisherDiagonal(*sums)
+    device = runner.device
+    diagonals = {linear: empty_diagonal(linear, device) for linear in runner.linears(index)}
+    with torch.enable_grad(), watch_outputs([*diagonals], seeing(diagonals)):
+        for batch, (args, kwargs) in zip(states.batches, states.block_args[index], strict=True):
+            start = states.hidden[batch].to(runner.device).detach().requires_grad_()
+            end = run_block(runner.blocks[index], start, args, kwargs)
+            end.backward(gradient[batch].to(runner.device))
+            gradient[batch] = start.grad
+    return diagonals
+
+
+def empty_diagonal(linear: PrunableLinear, device: torch.device) -> FisherDiagonal:
+    """Return sums for a layer before any token."""
+    sizes = linear.shape[1], linear.shape[0], ()
+    sums = (torch.zeros(size, dtype=torch.float64, device=device) for size in sizes)
+    return FisherDiagonal(*sums)
+
+
+def seeing(diagonals: dict[PrunableLinear, FisherDiagonal]) -> Callable[..., None]:
+    """Return a function for `watch_outputs` that adds to the sums, in a pass and its backward."""
 
     def see(linear: PrunableLinear, x: Tensor, out: Tensor) -> None:
         diagonal = diagonals[linear]
@@ -112,13 +130,7 @@ def _through_(
         if out.requires_grad:
             out.register_hook(add)
 
-    with torch.enable_grad(), watch_outputs([*diagonals], see):
-        for batch, (args, kwargs) in zip(states.batches, states.block_args[index], strict=True):
-            start = states.hidden[batch].to(runner.device).detach().requires_grad_()
-            end = run_block(runner.blocks[index], start, args, kwargs)
-            end.backward(gradient[batch].to(runner.device))
-            gradient[batch] = start.grad
-    return diagonals
+    return see
 
 
 def _square_sums(x: Tensor) -> Tensor:

@@ -80,55 +80,42 @@ def worth_their_rows(
 ) -> tuple[float, int]:
     """Return the rise in tokens of held-out text by the tokens of other text, and how many to add.
 
-    `counts` (ids,) are those of the other text. For a price, the number maximizes the tokens saved
-    less the price of the rows: the last rows save at least their price, and any further ones less.
-    A few held-out tokens decide about thousands of rows where a price is near the mean saving of a
-    stretch; the number is therefore the mean of those for prices from half to twice the given one.
+    `counts` (ids,) are those of the other text. A token saves the pieces that it would be cut into,
+    as often as held-out text has it. For a price, the number maximizes the tokens saved less the
+    price of the rows: the last rows save at least their price, and any further ones less. Where the
+    price is near the mean saving of a stretch, a few tokens decide about thousands of rows; the
+    number is therefore the mean of those for prices from half to twice the given one.
     """
     order, likely = likely_order(vocabulary, counts)
     kept = _with_parts(vocabulary, [*vocabulary.required, *_used(vocabulary, counts)])
-    takes: dict[int, int] = {}  # pieces into which a missing token of the text is cut
-    cut_with: dict[int, set[int]] = {}  # {token: those that are cut into fewer if it is kept}
-    for index in _used(vocabulary, held_out):
-        if index not in kept:
-            takes[index], without = _cut(vocabulary, index, kept)
-            for each in without:
-                cut_with.setdefault(each, set()).add(index)
-    total = held_out.sum().item()
-    rise = sum(held_out[index].item() * (n - 1) for index, n in takes.items()) / total
+    missing = [index for index in _used(vocabulary, held_out) if index not in kept]
+    saves = {i: held_out[i].item() * (_n_pieces(vocabulary, i, kept) - 1) for i in missing}
     rows, saved = [0], [0]  # after each token that is added
     for index in order:
         if len(rows) > likely:
             break
-        if index in kept or index in vocabulary.reserved:
-            continue
-        new = vocabulary.with_parts(index, kept)
-        kept |= new
-        rows.append(rows[-1] + len(new))
-        saved.append(saved[-1])
-        for each in set().union(*(cut_with.get(part, ()) for part in new)):
-            before, takes[each] = takes[each], _cut(vocabulary, each, kept)[0]
-            saved[-1] += held_out[each].item() * (before - takes[each])
-    best = []
+        if index not in kept and index not in vocabulary.reserved:
+            new = vocabulary.with_parts(index, kept)
+            kept |= new
+            rows.append(rows[-1] + len(new))
+            saved.append(saved[-1] + sum(saves.get(each, 0) for each in new))
+    total, best = held_out.sum().item(), []
     for factor in PRICES:
         costs = [price * factor * n - 1e6 / total * s for n, s in zip(rows, saved, strict=True)]
         best.append(rows[costs.index(min(costs))])
-    return rise, round(sum(best) / len(best))
+    return sum(saves.values()) / total, round(sum(best) / len(best))
 
 
-def _cut(vocabulary: Vocabulary, index: int, kept: Set[int]) -> tuple[int, list[int]]:
-    """Return the number of `kept` tokens into which a token's text is cut, and the missing ones."""
-    count, missing, left = 0, [], [index]
+def _n_pieces(vocabulary: Vocabulary, index: int, kept: Set[int]) -> int:
+    """Return the number of `kept` tokens into which a token's text is cut."""
+    count, left = 0, [index]
     while left:
         index = left.pop()
-        if index in kept:
-            count += 1
-            continue
-        missing.append(index)
-        pieces = vocabulary.pieces(index)
-        count += 0 if pieces else max(1, len(vocabulary.tokens[index].encode()))  # into bytes
+        pieces = () if index in kept else vocabulary.pieces(index)
+        bytes_ = len(vocabulary.tokens[index].encode())
+        count += 0 if pieces else 1 if index in kept else max(1, bytes_)
         left += pieces
-    return count, missing
+    return count
 
 
 def _used(vocabulary: Vocabulary, counts: np.ndarray) -> list[int]:

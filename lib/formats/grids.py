@@ -1,10 +1,12 @@
-"""llama.cpp's 4-bit types, in numbers that a dense model can hold, and all formats.
+"""llama.cpp's types, in numbers that a dense model can hold, and all formats.
 
 FORMATS maps names to formats: the packed ones of packed/formats.py, and llama.cpp's
 types, which packing does not use. CONTRIBUTING.md says how to add one.
 """
 
 from __future__ import annotations
+
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor
@@ -22,6 +24,10 @@ from .packed.layout import look_up, tiles
 TO_TOP = 13  # steps of five significant bits from 1/12 of a number to what rounds to 1/8 of it
 LARGEST = 2.0**12  # eight times this is a float16 number
 LEAST = 2.0**-24  # smallest float16 number
+Q8_0 = "q8_0"
+FEW_VALUES = 16  # rows with so few values may be on a grid by chance
+ROWS = 16  # rows that show the type of a matrix
+SHARES = torch.linspace(0.67, 1.15, 12).tolist()  # of scales that would reach the largest value
 # levels of iq4_nl by code, and the code of the level nearest to each multiple of 0.5 from -128
 LEVELS = torch.tensor(
     [-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113], dtype=torch.float32
@@ -43,20 +49,28 @@ class Q4_0(Int4):
     name = "q4_0"
     label = "llama.cpp's q4_0"
     group = 32
+    block = 32  # inputs in a block of llama.cpp's
     packs = False
+    instead: str | None = None  # type of rows that do not fit
     ggml_rule_agrees = True  # whether llama.cpp's own rule finds its scales and codes
-    conversion_note = "conversion by llama.cpp will change no value of"
+
+    @property
+    def conversion_note(self) -> str:
+        """What becomes of the tensors on the grid, before their number."""
+        if self.ggml_rule_agrees:
+            return "conversion by llama.cpp will change no value of"
+        return f"gguf --type {self.name} will write the scales and codes of"
 
     def supports_width(self, in_features: int) -> bool:
         """Return whether rows are whole blocks; llama.cpp leaves others at 16 bits."""
-        return in_features % self.group == 0
+        return in_features % self.block == 0
 
     def round_to(self, matrix: Tensor, scales: Tensor) -> Tensor:
         """Return the matrix (out, in) rounded to the grid, float32, with a code -8 in every block.
 
         A block that no longer fits its scale, since its weights have changed, gets a new one.
         """
-        check_finite(matrix, 4)
+        check_finite(matrix, self.bits)
         rounded = matrix.new_empty(matrix.shape, dtype=torch.float32)
         for part in tiles(*matrix.shape, matrix.device):
             blocks = matrix[part].float().reshape(-1, self.group)
@@ -65,14 +79,15 @@ class Q4_0(Int4):
             lowest, place = codes.min(1, keepdim=True)
             far = lowest.squeeze(1) > self.lowest / 2
             if bool(far.any()):
-                steps = steps.masked_scatter(far[:, None], self._fit(blocks[far], None).float())
+                fitted = self._fit(blocks[far], None, None).float()
+                steps = steps.masked_scatter(far[:, None], fitted)
                 lowest, place = torch.div(blocks, steps, out=codes).min(1, keepdim=True)
             self.snap_(codes).add_(0)  # turns -0 into 0, as the rule has no -0
             least = codes.gather(1, place).masked_fill_(lowest <= self.lowest / 2, self.lowest)
             rounded[part] = codes.scatter_(1, place, least).mul_(steps).view(-1, matrix.shape[1])
         return rounded
 
-    def _fit(self, tile: Tensor, costs: Tensor | None) -> Tensor:
+    def _fit(self, tile: Tensor, costs: Tensor | None, units: Tensor | None) -> Tensor:
         blocks, top = self._blocks(tile)
         scales = (
             scale.clamp_(-LARGEST, LARGEST).half().float()
@@ -103,9 +118,9 @@ class IQ4_NL(Q4_0):
     name = "iq4_nl"
     label = "llama.cpp's iq4_nl"
     scaled = torch.float16
+    levels = LEVELS
     has_zero = False
     ggml_rule_agrees = False
-    conversion_note = "gguf --type iq4_nl will write the scales and codes of"
 
     def __init__(self, scale_bits: int = 6) -> None:
         self.dropped = 24 - scale_bits  # lowest bits of a float32 that scales do not have
@@ -128,7 +143,7 @@ class IQ4_NL(Q4_0):
         for part in tiles(*matrix.shape, matrix.device):
             blocks, top = (each.flatten(0, 1) for each in self._blocks(matrix[part].float()))
             its, done = top.new_zeros(len(top)), top[:, 0] == 0
-            for level in sorted(LEVELS.tolist(), key=abs, reverse=True):
+            for level in sorted(filter(None, self.levels.tolist()), key=abs, reverse=True):
                 nearest = (top / level).view(torch.int32).add_(1 << self.dropped - 1)
                 first = (nearest >> self.dropped) - self.reach << self.dropped
                 for scale in significant_steps(
@@ -142,28 +157,145 @@ class IQ4_NL(Q4_0):
         return scales, held
 
     def to_bytes(self, matrix: Tensor) -> Tensor:
-        """Return the blocks of a matrix (out, in) as llama.cpp stores them: uint8 (blocks, 18).
+        """Return the blocks of a matrix (out, in) as llama.cpp stores them: uint8 (blocks, bytes).
 
         Raises PackedError if a block is not on the grid.
         """
         scales, held = self.read(matrix)
         if not bool(held.all()):
             raise PackedError(f"its values are not on the grid of {self.name}")
-        levels = self.codes(matrix, scales).view(-1, self.group).float()
-        codes = look_up(CODES, _halves(levels))
-        pairs = codes[:, :16] | codes[:, 16:] << 4
-        return torch.cat([scales.view(-1, 1).view(torch.uint8), pairs], 1)
+        return self._packed(scales.view(-1, 1), self.codes(matrix, scales).view(-1, self.group))
 
-    def _fit(self, tile: Tensor, costs: Tensor | None) -> Tensor:
+    def _packed(self, scales: Tensor, levels: Tensor) -> Tensor:
+        codes = look_up(CODES, _halves(levels.float())).view(-1, 2, 16)
+        return torch.cat([scales.view(torch.uint8), _fields(codes, 4)], 1)
+
+    def _fit(self, tile: Tensor, costs: Tensor | None, units: Tensor | None) -> Tensor:
         blocks, top = self._blocks(tile)
         count = 5 * 2 ** (24 - self.dropped) // 16 + 2  # steps from a number to 1.4 times it
         scales = (  # float16 numbers; 127 times the largest is one too
             scale.abs().clamp_(LEAST, 256).half().float().copysign(scale)
-            for end in (LEVELS[0], LEVELS[-1])
+            for end in (self.levels[0], self.levels[-1])
             for scale in significant_steps(top / (1.25 * end), count, self.dropped)
         )
         best = self._nearest(blocks, scales, costs)
         return torch.where(top.abs() < LEAST, 0, best).squeeze(2)
+
+
+class Q5_0(IQ4_NL):
+    """llama.cpp's q5_0: codes from -16 to 15, which its own rule would place on other scales.
+
+    Scales and values are as those of iq4_nl, but there is a 0.
+    """
+
+    name = "q5_0"
+    label = "llama.cpp's q5_0"
+    bits = 5
+    lowest, highest = -16, 15
+    levels = torch.arange(-16.0, 16)
+    has_zero = True
+
+    def snap_(self, values: Tensor) -> Tensor:
+        return Int4.snap_(self, values.nan_to_num_(0))  # 0 / 0 in a block of zeros
+
+    def _packed(self, scales: Tensor, levels: Tensor) -> Tensor:
+        codes = (levels + 16).view(torch.uint8)
+        fifth, rest = (codes >> 4).view(-1, 4, 8).mT, (codes & 15).view(-1, 2, 16)
+        return torch.cat([scales.view(torch.uint8), _fields(fifth, 1), _fields(rest, 4)], 1)
+
+
+class Q3_K(Q5_0):
+    """llama.cpp's q3_k: codes from -4 to 3 in groups of 16 inputs, sixteen of which share a d.
+
+    A scale is d times an integer from -32 to 31. Here d is a power of two, so bfloat16 holds d *
+    integer * code, which has at most seven significant bits. The largest d that divides all values
+    is found again, and with the code of largest magnitude the least scale. Rows that are no
+    multiple of 256 become iq4_nl.
+    """
+
+    name = "q3_k"
+    label = "llama.cpp's q3_k"
+    bits = 3
+    bits_per_weight = 8 * 110 / 256
+    group = 16
+    block = 256
+    instead = "iq4_nl"
+    has_zero = False  # nor has that
+    shared = 16  # groups that share a d
+    lowest, highest = -4, 3
+    levels = torch.arange(-4.0, 4)
+
+    def of(self, name: str, in_features: int) -> Int4 | None:
+        return super().of(name, in_features) or GRIDS[self.instead].of(name, in_features)
+
+    def fit_units(self, matrix: Tensor, costs: Tensor | None = None) -> Tensor:
+        """Return d (out, groups), the better one of two powers of two that use most integers."""
+        units = matrix.new_empty(len(matrix), self.n_groups(matrix.shape[1]), dtype=torch.float32)
+        costs = None if costs is None else costs.float().view(-1, self.group)
+        for part in tiles(*matrix.shape, matrix.device):
+            tile = matrix[part].float()
+            blocks, top = self._blocks(tile)
+            most = top.abs().view(len(tile), -1, self.shared).amax(2)
+            (larger,) = significant_steps(most / 48, 1, 23)
+            larger = larger.clamp(2 * LEAST, 2.0**10).repeat_interleave(self.shared, 1)
+            errors = []
+            for unit in (larger, larger / 2):
+                scales = self._fit(tile, costs, unit)[:, :, None]
+                error = self.snap_(blocks / scales).mul_(scales).sub_(blocks).square_()
+                error = error if costs is None else error.mul_(costs)
+                errors.append(error.view(*most.shape, -1).sum(2))
+            halves = (errors[1] < errors[0]).repeat_interleave(self.shared, 1)
+            units[part] = torch.where(halves, larger / 2, larger)
+        return units
+
+    def read(self, matrix: Tensor) -> tuple[Tensor, Tensor]:
+        scales = matrix.new_zeros(len(matrix), self.n_groups(matrix.shape[1]), dtype=self.scaled)
+        held = torch.zeros_like(scales, dtype=torch.bool)
+        for part in tiles(*matrix.shape, matrix.device):
+            tile = matrix[part].float()
+            units = _divisor(tile.reshape(len(tile), -1, self.block))
+            units = units.repeat_interleave(self.shared, 1)
+            blocks, top = (each / units for each in self._blocks(tile))
+            its, done = torch.zeros_like(top), top == 0
+            for level in sorted(filter(None, self.levels.tolist()), key=abs, reverse=True):
+                scale = top / level
+                gives = (self.snap_(blocks / scale).mul_(scale) == blocks).all(2, keepdim=True)
+                gives &= (scale == scale.round()) & (scale >= -32) & (scale <= 31) & ~done
+                its, done = torch.where(gives, scale, its), done | gives
+            scales[part], held[part] = (its * units).squeeze(2), done.squeeze(2)
+        return scales, held
+
+    def _packed(self, scales: Tensor, levels: Tensor) -> Tensor:
+        scales, codes = scales.float().view(-1, self.shared), (levels + 4).view(torch.uint8)
+        d, third = _divisor(scales), (codes >> 2).view(-1, 8, 32)
+        rest = _fields((codes & 3).view(-1, 4, 32), 2).view(-1, 64)
+        integers = (scales / d + 32).to(torch.uint8)
+        low, high = (integers & 15).view(-1, 2, 8), (integers >> 4).view(-1, 4, 4)
+        parts = _fields(third, 1), rest, _fields(low, 4), _fields(high, 2)
+        return torch.cat([*parts, d.half().view(torch.uint8)], 1)
+
+    def _fit(self, tile: Tensor, costs: Tensor | None, units: Tensor | None) -> Tensor:
+        (blocks, top), units = self._blocks(tile), units[:, :, None]
+        scales = (
+            (top / (end * units) * share).round_().clamp_(-32, 31).mul_(units)
+            for end in (self.lowest, self.highest)
+            for share in SHARES
+        )
+        return self._nearest(blocks, scales, costs).squeeze(2)
+
+
+def _divisor(values: Tensor) -> Tensor:
+    """Return the largest power of two that divides all values (..., n): (..., 1)."""
+    bits = values.contiguous().view(torch.int32)
+    digits = bits & 0x7FFFFF | 1 << 23
+    lowest = torch.ldexp((digits & -digits).float(), (bits >> 23 & 255) - 150)
+    return lowest.masked_fill_(values == 0, 2.0**10).amin(-1, keepdim=True).clamp_(LEAST, 2.0**10)
+
+
+def _fields(values: Tensor, bits: int) -> Tensor:
+    """Return values (blocks, fields, bytes) of so many bits in bytes, the first field lowest."""
+    shifts = torch.arange(values.shape[1], dtype=torch.uint8) * bits
+    return (values << shifts[:, None]).sum(1, dtype=torch.uint8)
 
 
 def _halves(values: Tensor) -> Tensor:
@@ -191,5 +323,39 @@ class Grid:
         return weight.mT if self.transposed else weight
 
 
-GRIDS = {fmt.name: fmt for fmt in (Q4_0(), IQ4_NL())}  # llama.cpp's types
+class Types:
+    """A type for each tensor, by its name; tensors without one become q8_0.
+
+    Beside names of GRIDS a type may be q8_0, for values that are rounded only in a GGUF file.
+    """
+
+    packs = has_zero = ggml_rule_agrees = False
+    group = Q3_K.group  # the least
+
+    def __init__(self, name: str, types: Mapping[str, str]) -> None:
+        self.name, self.types = name, types
+
+    conversion_note = "gguf --type auto will write the scales and codes of"
+
+    def of(self, name: str, in_features: int) -> Int4 | None:
+        """Return the format of a tensor; None if it keeps its values."""
+        return GRIDS.get(self.types.get(name, Q8_0))
+
+    def bits_of(self, name: str, in_features: int) -> float:
+        """Return the bits of a weight in a GGUF file, with its share of a scale."""
+        fits = in_features % 32 == 0
+        return BITS[self.types.get(name, Q8_0)] if fits else 16
+
+
+def held_type(matrix: Tensor) -> str | None:
+    """Return llama.cpp's type on whose grid a matrix (out, in) is, by some of its rows, or None."""
+    rows = matrix[:: -(-len(matrix) // ROWS)]
+    if len(rows.unique()) <= FEW_VALUES:
+        return None
+    fitting = (form for form in GRIDS.values() if form.supports_width(rows.shape[1]))
+    return next((form.name for form in fitting if form.is_on_grid(rows)), None)
+
+
+GRIDS = {fmt.name: fmt for fmt in (Q4_0(), IQ4_NL(), Q5_0(), Q3_K())}  # llama.cpp's types
+BITS = {name: form.bits_per_weight for name, form in GRIDS.items()} | {Q8_0: 8.5}
 FORMATS: dict[str, Values | Int4] = {fmt.name: fmt for fmt in PACKED.values()} | GRIDS

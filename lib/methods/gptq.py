@@ -73,22 +73,33 @@ class SolverGrid(Grid):
     """The grid of a solution (in, out): columns of integers times scales times input norms.
 
     `input_norms` is (in, 1); `keep` (in, out) is 1.0 where a weight is kept, else 0.0. Scales
-    are 1 until they are fitted, group by group.
+    are 1 until they are fitted, group by group, as multiples of `units` if there are any.
     """
 
     def __init__(self, form: Int4, input_norms: Tensor, keep: Tensor) -> None:
         scales = keep.new_ones(form.n_groups(len(keep)), keep.shape[1]).T  # a column is contiguous
         super().__init__(form, True, scales)
         self.input_norms, self.keep = input_norms, keep
+        self.units: Tensor | None = None
         starts = range(0, len(keep), form.group)
         self.groups = [slice(start, min(start + form.group, len(keep))) for start in starts]
 
+    def fit_units_(self, values: Tensor) -> None:
+        """Fit the units of scales to all values (in, out)."""
+        self.units = self.form.fit_units(*self._weights(values, slice(None)))
+
     def fit_group_(self, values: Tensor, here: slice) -> None:
         """Fit the scales of a group of inputs to its values (inputs, out)."""
+        place = here.start // self.form.group
+        units = None if self.units is None else self.units[:, place, None]
+        scales = self.form.fit_scales(*self._weights(values, here), units)
+        self.scales[:, place] = scales.flatten()
+
+    def _weights(self, values: Tensor, here: slice) -> tuple[Tensor, Tensor]:
+        """Return weights (out, inputs) of values (inputs, out), and what their errors cost."""
         norms = self.input_norms[here]
-        matrix = values.mul(self.keep[here]).div_(norms).T.contiguous()
-        scales = self.form.fit_scales(matrix, costs=norms.flatten().square())
-        self.scales[:, here.start // self.form.group] = scales.flatten()
+        weights = values.mul(self.keep[here]).div_(norms).T.contiguous()
+        return weights, norms.flatten().square()
 
     def round_group_(
         self,
@@ -126,6 +137,7 @@ def round_in_order(ideal: Tensor, hessian: Tensor, grid: SolverGrid) -> tuple[Te
 
     Returns the solution on the grid, and its values before rounding. UserError if A is indefinite.
     """
+    grid.fit_units_(ideal)
     factor = cholesky(hessian.flip(0, 1)).flip(0, 1)
     factor.div_(factor.diagonal().clone())  # C
     solution, change, unrounded = (torch.empty_like(ideal) for _ in range(3))  # Q, D

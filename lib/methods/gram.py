@@ -69,10 +69,7 @@ def split(left: Tensor) -> tuple[Tensor, Tensor]:
 
 def _add_halves_(total: Tensor, a: Tensor, b: Tensor) -> None:
     """Add a b of 16-bit floats on CUDA: products are exact in float32, where tensor cores add."""
-    if hasattr(torch.ops.aten.addmm, "dtype_out"):
-        torch.addmm(total, a, b, out_dtype=torch.float32, out=total)
-    else:
-        total += torch.mm(a, b, out_dtype=torch.float32)
+    torch.addmm(total, a, b, out_dtype=torch.float32, out=total)
 
 
 def damped_cholesky_(matrix: Tensor, damping: float, unit: Tensor | float = 1.0) -> Tensor:

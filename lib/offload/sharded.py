@@ -10,25 +10,28 @@ afterwards.
 
 from __future__ import annotations
 
-import copy
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any, Self
 
 import torch
 import torch.distributed as torch_dist
-from accelerate.hooks import add_hook_to_module, remove_hook_from_module
 from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.utils.checkpoint import checkpoint
 
 from ..formats.grids import Grid
-from ..model.blocks import BlockRunner
+from ..model.blocks import BlockRunner, HiddenStates, run_block
 from ..model.linears import find_linears
 from ..model.store import set_tensor
 from ..util.errors import UserError
 from ..util.ranks import DistContext
 from ..util.resume import RECOVERY, RunFolder
-from .store import FetchHook, FileBlockStore, remove_hook
+from .store import FileBlockStore, TrainedStore
+
+PART = 2**22  # numbers of a gradient that are copied at a time
 
 
 def is_sharded(runner: BlockRunner) -> bool:
@@ -87,7 +90,12 @@ def shard_of(tensor: Tensor, dim: int | None, dist: DistContext) -> Tensor:
 def shard_of_masters(
     masters: Tensor, grid: Grid, dim: int | None, dist: DistContext
 ) -> tuple[Tensor, Grid]:
-    """Return copies of this rank's shard of the masters of a parameter, and of their grid."""
+    """Return copies of this rank's shard of the masters of a parameter, and of their grid.
+
+    A single rank, which trains blocks on the host, has all of them there.
+    """
+    if dist.size == 1:
+        return masters.cpu(), Grid(grid.form, grid.transposed, grid.scales.cpu())
     if dim is None:
         return masters, grid
     scales = grid.scales.view(masters.shape[dim], -1, grid.scales.shape[-1])
@@ -99,6 +107,15 @@ def local(tensor: Tensor) -> Tensor:
     """Return this rank's shard of a parameter or gradient, a view; all of a plain tensor."""
     tensor = tensor.detach()
     return tensor.to_local() if hasattr(tensor, "to_local") else tensor
+
+
+def squares(gradient: Tensor) -> Tensor:
+    """Return the sum of squares of a gradient (n,), float64.
+
+    It takes no copy of the gradient, and in one float32 sum most of 10^8 terms would be lost.
+    """
+    norms = [torch.linalg.vector_norm(each, dtype=torch.float64) for each in gradient.split(PART)]
+    return torch.stack(norms).square().sum()
 
 
 def ranks_of_state(folder: RunFolder) -> set[int]:
@@ -143,13 +160,22 @@ class WholeWeights:
     def __exit__(self, *error: object) -> None:
         pass
 
+    def forward(self, states: HiddenStates) -> Tensor:
+        """Return a batch's hidden states (n, tokens, hidden) after the last block, with a graph."""
+        hidden, run = states.hidden, run_block
+        if self.runner.checkpointed:
+            run = partial(checkpoint, run_block, use_reentrant=False)
+        for block, ((args, kwargs),) in zip(self.blocks, states.block_args, strict=True):
+            hidden = run(block, hidden, args, kwargs)
+        return hidden
+
     def sum_gradients_(self, gradient: Tensor, n_sharded: int, loss: Tensor) -> Tensor:
         """Sum a buffer of gradients and the loss over ranks in place; return the gradient's norm.
 
         The first `n_sharded` gradients are of shards, and no sums.
         """
         self.dist.sum_([gradient, loss])
-        return gradient.norm()
+        return squares(gradient).sqrt()
 
     def write_state(self, tensors: dict[str, Tensor], facts: dict[str, Any]) -> None:
         """Write a checkpoint to `folder`, after `facts["step"]` steps."""
@@ -185,7 +211,7 @@ class ShardedWeights:
         self.runner, self.dist = runner, runner.dist
         self.stores = [(one, ShardedStore(one.weights)) for one in (runner, teacher)]
         store = self.stores[0][1]
-        self.blocks, self.dims = store.twins, {}
+        self.blocks, self.root, self.dims = store.twins, store.root, {}
         for index, dims in enumerate(store.dims):
             self.dims |= {f"{index}.{path}": dim for path, dim in dims.items()}
 
@@ -204,10 +230,13 @@ class ShardedWeights:
             runner.weights = store.files
             store.close(write_back=runner is self.runner and kind is None)
 
+    def forward(self, states: HiddenStates) -> Tensor:
+        return self.root(partial(WholeWeights.forward, self, states))
+
     def sum_gradients_(self, gradient: Tensor, n_sharded: int, loss: Tensor) -> Tensor:
-        replicated, squares = gradient[n_sharded:], gradient[:n_sharded].square().sum()
-        self.dist.sum_([replicated, loss, squares])
-        return (squares + replicated.norm().square()).sqrt()
+        replicated, of_shards = gradient[n_sharded:], squares(gradient[:n_sharded])
+        self.dist.sum_([replicated, loss, of_shards])
+        return (of_shards + squares(replicated)).sqrt()
 
     def write_state(self, tensors: dict[str, Tensor], facts: dict[str, Any]) -> None:
         """Write each rank's checkpoint, then remove the one before."""
@@ -253,22 +282,38 @@ class ShardedWeights:
         return whole.flatten(0, 1)
 
 
-class ShardedStore(FileBlockStore):
-    """The blocks of a store of files, sharded over the ranks.
+class Together(nn.Module):
+    """The FSDP root of blocks: every forward pass that is back-propagated is a call of it.
 
-    FSDP manages copies of the blocks, `twins`. The model's own blocks are empty except inside
-    `on_device`, which gathers one whole, so runs with replaced forwards gather nothing. All ranks
-    must call `on_device`, and each twin, the same number of times.
+    Under one root, blocks hold one whole float32 gradient between them, and share streams. With a
+    root each, they would hold all gradients until the backward pass ends.
     """
 
-    zero_copy = False
+    def __init__(self, blocks: nn.ModuleList) -> None:
+        super().__init__()
+        self.blocks = blocks
+
+    def forward(self, run: Callable[[], Tensor]) -> Tensor:
+        return run()
+
+
+class ShardedStore(TrainedStore):
+    """The blocks of a store of files, sharded over the ranks.
+
+    FSDP manages the `twins`. `on_device` gathers a block whole, so runs with replaced forwards
+    gather nothing. All ranks must call `on_device`, and each twin, the same number of times.
+    """
+
     collective = True
 
     def __init__(self, files: FileBlockStore) -> None:
-        vars(self).update(vars(files))  # shares the list `places`, which `close` writes
-        self.files = files
+        from torch.distributed.fsdp import fully_shard
+
+        super().__init__(files)
         self.dims = [sharded_dims(block, self.dist.size) for block in self.blocks]
-        self.twins = nn.ModuleList(self._twin(index) for index in range(len(self.blocks)))
+        mesh = DeviceMesh.from_group(torch_dist.group.WORLD, self.device.type)
+        self.twins = nn.ModuleList(self._twin(index, mesh) for index in range(len(self.blocks)))
+        self.root = fully_shard(Together(self.twins), mesh=mesh)
 
     def fetch(self, index: int) -> None:
         twin = self.twins[index]
@@ -281,29 +326,17 @@ class ShardedStore(FileBlockStore):
         super().evict(index)
         self.twins[index].reshard()
 
-    def close(self, write_back: bool) -> None:
-        """Let the model fetch its blocks from the files; `write_back`: as they are here."""
-        for index, block in enumerate(self.blocks):
-            if write_back:
-                with self.on_device(index, write_back=True):
-                    for parameter in block.parameters():  # FSDP cannot free what numpy has seen
-                        parameter.data = parameter.data.clone()
-            remove_hook_from_module(block)
-            add_hook_to_module(block, FetchHook(self.files, index))
-
-    def _twin(self, index: int) -> nn.Module:
+    def _twin(self, index: int, mesh: DeviceMesh) -> nn.Module:
         """Return a copy of a block, sharded by FSDP; only this rank's shard of it is read."""
-        from torch.distributed.device_mesh import DeviceMesh
         from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
         from torch.distributed.tensor import Shard
 
-        twin = copy.deepcopy(self.blocks[index])  # without weights
-        remove_hook(twin)
+        twin = self.empty_twin(index)
         dim_of = self.dims[index]
         dims = {one: dim_of[path] for path, one in twin.named_parameters()}
         fully_shard(
             twin,
-            mesh=DeviceMesh.from_group(torch_dist.group.WORLD, self.device.type),
+            mesh=mesh,
             reshard_after_forward=True,
             shard_placement_fn=lambda one: Shard(dims[one]),
             mp_policy=MixedPrecisionPolicy(reduce_dtype=torch.float32),

@@ -198,6 +198,36 @@ class FileBlockStore(BlockStore):
         self.places[index] = self.dist.all_gather_object(places)[owner]
 
 
+class TrainedStore(FileBlockStore):
+    """The blocks of a store of files while they are trained: they are copies of these, `twins`.
+
+    The model's own blocks are empty except inside `on_device`.
+    """
+
+    zero_copy = False
+    twins: nn.ModuleList
+
+    def __init__(self, files: FileBlockStore) -> None:
+        vars(self).update(vars(files))  # shares the list `places`, which `close` writes
+        self.files = files
+
+    def empty_twin(self, index: int) -> nn.Module:
+        """Return a copy of a block without weights."""
+        twin = copy.deepcopy(self.blocks[index])
+        remove_hook(twin)
+        return twin
+
+    def close(self, write_back: bool) -> None:
+        """Let the model fetch its blocks from the files; `write_back`: as they are here."""
+        for index, block in enumerate(self.blocks):
+            if write_back:
+                with self.on_device(index, write_back=True):
+                    for parameter in block.parameters():  # FSDP cannot free what numpy has seen
+                        parameter.data = parameter.data.clone()
+            remove_hook_from_module(block)
+            add_hook_to_module(block, FetchHook(self.files, index))
+
+
 class FetchHook(ModelHook):
     """Keeps a block on the device while the model's own forward pass runs it."""
 

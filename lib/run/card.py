@@ -23,7 +23,7 @@ from ..methods.sparsity import SMALLER
 from ..util.errors import UserError, first_of, one_line
 from ..util.markdown import escape, padded_table
 from .flags import command_words, named
-from .plan import PRUNED_BEFORE
+from .plan import AUTO, PRUNED_BEFORE
 from .plan import packed as packed_by
 from .results import is_trained
 
@@ -158,8 +158,8 @@ def _metadata(
     tags.append("trimmed" if results.get("vocabulary") else None)
     tags.append(results.get("quantized", {}).get("format"))
     base_model = model if is_hub_id else base.get("base_model")
-    bits = 4 if results.get("quantized") else results.get("packed", {}).get("bits", 16)
-    relation = "quantized" if bits < 16 else "finetune"
+    bits = results.get("packed", {}).get("bits", 16)
+    relation = "quantized" if results.get("quantized") or bits < 16 else "finetune"
     hub_sets, languages = zip((None, None), *map(_set_and_language, sources), strict=True)
     return ModelCardData(
         model_name=Path(results["flags"].get("save_model") or model).name,
@@ -195,12 +195,13 @@ def _what_was_done(results: Mapping[str, Any]) -> str:
     goal = f"{share} fewer {kind}" if kind in SMALLER else goal
     quantized = results.get("quantized", {})
     left, form = len(quantized.get("left", ())), quantized.get("format")
+    layers = f"its linear layers{f' except {left}' * bool(left)} as llama.cpp's {form}"
     steps = {
         "sparsity_type": f"pruned by {results['method']} to {goal}",
         "recovery": "recovered" if kind or _pruned_before(results) else "trained on the texts",
         "vocabulary": "its vocabulary trimmed",
         "packed": "its sparse linear layers packed",
-        "quantized": f"its linear layers{f' except {left}' * bool(left)} as llama.cpp's {form}",
+        "quantized": "its tensors as several of llama.cpp's types" if form == AUTO else layers,
     }
     done = {key: results.get(key) for key in steps} | {"recovery": is_trained(results)}
     return ", ".join(words for key, words in steps.items() if done[key]) or "saved as it was"
@@ -295,7 +296,13 @@ def notes(results: Mapping[str, Any]) -> Iterator[str]:
         yield f"{vocabulary['rows']:,} of {vocabulary['rows_before']:,} rows of the vocabulary."
         yield vocabulary["note"]
     yield from results.get("notes", [])
-    if left := results.get("quantized", {}).get("left"):
+    quantized = results.get("quantized", {})
+    by_type: dict[str, list[str]] = {}
+    for name, kind in quantized.get("types", {}).items():
+        by_type.setdefault(kind or "16 bits", []).append(name)
+    for kind, names in by_type.items():
+        yield f"Tensors as {kind} ({len(names)}): {first_of(names)}."
+    if (left := quantized.get("left")) and not by_type:
         yield f"Linear layers at 16 bits (rows are not a multiple of 32): {first_of(left)}."
     if "recovery" in results and not is_trained(results):
         yield "Training did not help; the model before it was kept."

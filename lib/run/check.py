@@ -16,10 +16,11 @@ from torch import Tensor, nn
 
 from ..calibration.allocation import read_layers
 from ..calibration.inputs import check_widths
+from ..calibration.mixed_types import read_types
 from ..data.documents import Corpus, are_dialogues, check_corpus, read_line
 from ..data.templates import set_date, writes_date
 from ..data.windows import WindowSpec
-from ..formats.grids import FORMATS
+from ..formats.grids import FORMATS, Types
 from ..methods.sparsity import ALLOCATIONS
 from ..model.bitsandbytes import check_format, stored_bits
 from ..model.checkpoint import Checkpoint
@@ -55,8 +56,9 @@ from ..vocabulary import (
 )
 from .fingerprint import EARLIER, fingerprint, first_difference
 from .flags import named, shown
+from .gguf_size import room_for_types
 from .lm_eval import check_tasks
-from .plan import Flags
+from .plan import AUTO, Flags
 from .run import Model, Run, Teacher, kept_parts, timed
 from .save import CARD
 from .windows import (
@@ -93,6 +95,7 @@ def check(
     set_current_device(device)
     dist, seconds = DistContext(device), {}
     model = open_model(flags, device, longest)
+    form = _format(flags, model)
     if flags.device is None:
         dist.print(f"device: {device}")
     _set_date(flags, model.tokenizer, dist)
@@ -125,9 +128,12 @@ def check(
         vocabulary=vocabulary,
         schedule=schedule and replace(schedule, seqlen=seqlen),
         teacher=teacher,
+        form=form,
         shared=shared,
         seconds=seconds,
     )
+    if flags.format == AUTO:
+        room_for_types(run)  # raises if there is too little
     if run.is_sharded:
         check_rows(model.small_blocks, model.blocks_name, dist.size)
     if flags.save_model:
@@ -208,10 +214,6 @@ def open_model(flags: Flags, device: torch.device, longest: int) -> Model:
         check_widths(blocks, blocks_name, flags.sparsity)
         if flags.allocation not in ALLOCATIONS:
             read_layers(flags.allocation, blocks, blocks_name, flags.sparsity)
-    if flags.prune_method and not flags.removes and not FORMATS[flags.format].has_zero:
-        problem = f"it has no 0, as --prune_method {flags.prune_method} needs"
-        fix = "Use --quantize q4_0, or --sparsity_type neurons or experts"
-        raise UserError(shown(flags, "quantize"), problem, fix)
     if flags.text_only:
         text_alone(skeleton, checkpoint)  # raises if that is impossible
     if flags.packs:
@@ -228,6 +230,21 @@ def open_model(flags: Flags, device: torch.device, longest: int) -> Model:
         layout=layout,
         left=left,
     )
+
+
+def _format(flags: Flags, model: Model) -> Any:
+    """Return the format of the linear layers. Raises UserError if other flags exclude it."""
+    if flags.format in FORMATS:
+        form = FORMATS[flags.format]
+    else:
+        chosen = flags.format == AUTO
+        types = {} if chosen else read_types(flags.format, model.small, model.blocks_name)
+        form = Types(AUTO, types)
+    if flags.prune_method and not flags.removes and not form.has_zero:
+        problem = f"it has no 0, as --prune_method {flags.prune_method} needs"
+        fix = "Use --quantize q4_0, or --sparsity_type neurons or experts"
+        raise UserError(shown(flags, "quantize"), problem, fix)
+    return form
 
 
 def _set_date(flags: Flags, tokenizer: Any, dist: DistContext) -> None:
@@ -474,14 +491,17 @@ def disk_free(path: str | Path) -> int:
 
 
 def check_room(run: Run, flag: str, folder: str | Path) -> None:
-    """Print the maximum size of the training checkpoints. Raises UserError if the disk is full."""
+    """Print the maximum size of checkpoints and blocks. Raises UserError if the disk is full."""
     schedule = run.schedule
     if not schedule:
         return
     # bytes per weight: its best value, its float32 master, and two averages
-    state, eight_bits = run.model.dtype.itemsize, schedule.optimizer == "adamw8bit"
+    state = each = run.model.dtype.itemsize
+    eight_bits = schedule.optimizer == "adamw8bit"
     state += 0 if schedule.rank else 6 if eight_bits else 12
     size = 2 * state + (6 if run.flags.quantizes else 0)  # old and new state exist together
+    size += each * bool(run.flags.prune_method)  # pruned blocks, and trained ones that are fetched
+    size += each * (run.is_sharded or run.device.type != "cpu")
     size *= sum(weight.numel() for weight in run.model.small_blocks.parameters())
     kept = sum(file.stat().st_size for file in Path(folder).rglob("*.safetensors"))
     free = disk_free(folder) + kept

@@ -28,7 +28,7 @@ from ..methods.sparsity import (
 )
 from ..util.cli import typed
 from ..util.errors import UserError
-from .plan import FlagParser, packed
+from .plan import AUTO, QUANTIZED, FlagParser, packed
 
 DESCRIPTION = """\
 Prune and quantize a Hugging Face causal language model for one language, with text in that
@@ -72,6 +72,7 @@ POSITIVE = _number(int, lambda value: value >= 1, "at least 1")
 NATURAL = _number(int, lambda value: value >= 0, "at least 0")
 WINDOW = _number(int, lambda value: value >= 2, "at least 2")
 SHARE = _number(float, lambda value: 0 <= value < 1, "at least 0 and below 1")
+SIZE = _number(float, lambda value: value > 0, "above 0")
 PRICED = _number(float, lambda value: value >= 0, "at least 0")
 RATE = _number(float, lambda value: 0 < value < 1, "above 0 and below 1")
 
@@ -206,10 +207,13 @@ GROUPS: dict[str, list[Flag]] = {
          metavar="RULE", needs=("prune_method",), doing="measuring errors", smaller=("uniform",)),
 ],
 "quantization and packing": [
-    Flag("quantize", "quantize", "4 bits with calibration text; q4_0: every engine; iq4_nl: only "
-         "llama.cpp; int4: packed", choices=("q4_0", "iq4_nl", "int4"),
+    Flag("quantize", "quantize", "on text; q4_0: every engine; q3_k, iq4_nl, q5_0: llama.cpp; "
+         "int4: packed; auto, FILE.json: by tensor",
+         parse=_one_of((*QUANTIZED, AUTO), ".json", "FILE.json"), metavar="TYPE",
          excludes={"load_bit": "weights can be quantized only once"},
          set_by=COMPRESS, doing="quantizing"),
+    Flag("megabytes", "quantize", "size of the GGUF file, for which each tensor's type is chosen; "
+         "requires --quantize auto", parse=SIZE, metavar="N", needs=("quantize",), set_by=COMPRESS),
     Flag("replace_sparse_layers", "pack", "save sparse layers packed; fast as 2:4 on CUDA "
          "(torch's kernels) and in any pattern on x86-64 CPUs", False,
          excludes={"load_bit": "quantized weights cannot be packed"}, doing="packing"),
@@ -418,6 +422,11 @@ def _pruning_mistakes(args: argparse.Namespace) -> Iterator[UserError]:
         if args.eval_only:
             problem = "--eval_only does not quantize for llama.cpp"
             yield UserError(form, problem, "Leave out --eval_only")
+    if args.quantize == AUTO and not args.megabytes:
+        yield UserError(form, "it requires --megabytes", "Add it, or name a type")
+    if args.megabytes and args.quantize not in (None, AUTO):
+        problem = f"it requires --quantize {AUTO}, not {args.quantize}"
+        yield UserError(shown(args, "megabytes"), problem, "Leave out one of them")
     has_text = args.calibration_data or args.prune_on_c4
     rounds = args.quantize and (has_text or not packs)
     if not (method or args.eval_only or args.recover or args.trim_vocabulary or rounds):

@@ -20,7 +20,6 @@ from ..model.saving import cast
 from ..model.skeleton import decoder_blocks
 from ..model.sparsity_check import SparsityCheck
 from ..model.store import BlockStore
-from ..offload.sharded import is_sharded
 from ..offload.store import FileBlockStore, device_map
 from ..util.errors import UserError
 from ..util.files import temporary_folder
@@ -85,12 +84,12 @@ def load(run: Run, cleanup: ExitStack, folder: RunFolder | None) -> BlockRunner:
 def load_teacher(run: Run, runner: BlockRunner, cleanup: ExitStack) -> BlockRunner:
     """Load the teacher: `--teacher`, or a copy of the model before pruning.
 
-    If ranks share out the model's blocks, the teacher's are fetched whole. Raises UserError if an
+    If the blocks of a model in training are fetched, so are the teacher's. Raises UserError if an
     already pruned model is to be recovered, but has no zeros.
     """
     passes = dict(dist=run.dist, batch_size=run.batch_size, state_device=runner.state_device)
     passes["most_windows"] = runner.most_windows
-    store, resident = None, not is_sharded(runner)
+    store, resident = None, runner.weights.resident or not (run.schedule or run.dist.size > 1)
     if not run.teacher:
         model = pretrained.fresh_copy(runner.model, with_blocks=resident)
         if not resident:
@@ -157,7 +156,9 @@ def _block_folder(run: Run, cleanup: ExitStack, folder: RunFolder | None) -> Run
         path = Path(f"{run.flags.offload_folder}-rank-{run.dist.rank}")
     else:
         size = sum(parameter.nbytes for parameter in run.model.skeleton.parameters())
-        in_memory = MEMORY.is_dir() and size < shutil.disk_usage(MEMORY).free
+        # a single rank needs that memory for training its blocks on the host
+        taken = run.schedule and run.dist.size == 1
+        in_memory = MEMORY.is_dir() and size < shutil.disk_usage(MEMORY).free and not taken
         parent = MEMORY if in_memory else None
         path = cleanup.enter_context(temporary_folder(parent))
     folder = RunFolder("--offload_folder", path)

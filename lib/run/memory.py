@@ -7,7 +7,8 @@
 
 Terms of `stages` and `on_host` are resident for a stage, or certainly at some moment of it. They
 decide whether blocks are offloaded, and where hidden states are. If their sum exceeds the free
-memory, the run is refused. Terms of `passing` are estimates for a batch, and refuse nothing.
+memory, of the device or of the host, the run is refused. Terms of `passing` are estimates for a
+batch; they count in training alone.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ from ..calibration.output_error import TOKENS
 from ..data.samples import Windows
 from ..data.training import HELD_OUT, TrainingText
 from ..data.windows import TestSet
-from ..formats.grids import FORMATS
+from ..methods.base import PruningMethod
 from ..methods.gptq import GPTQ
 from ..methods.registry import method_of
 from ..methods.sparsity import EXPERTS
@@ -60,6 +61,8 @@ AVERAGES, AVERAGES_8BIT, SMALL_TENSOR = 8, 2 + 2 * 4 / 256, 4096
 # as wide: in a forward pass, and kept in a block for its backward pass
 COMPUTED, KEPT = 11, 40
 LOGITS = 4  # copies of a chunk of logits: logits, log-probabilities, the teacher's, a gradient
+# bytes per weight of a stable sort on CUDA: scores, values and indices, and those of the last pass
+SORTED = 28
 CACHED = 8  # inputs of a block's linear layers, in hidden states (formula for LLaMA)
 SHARD = 5 * 10**9  # largest file of a saved model, in bytes
 ROOM = 2  # blocks are offloaded if this many times the weights exceed the free memory
@@ -114,17 +117,22 @@ class Memory:
 
     @property
     def separable(self) -> bool:
-        """Whether blocks can be offloaded; they cannot while a single rank trains."""
-        alone = self.run.schedule and self.ranks == 1
+        """Whether blocks can be offloaded."""
         quantized = self.flags.load_bit or self.is_stored
-        return not quantized and not alone and can_share(self.model.blocks)
+        return not quantized and can_share(self.model.blocks)
+
+    @property
+    def on_host_alone(self) -> bool:
+        """Whether a single rank trains blocks that are fetched from the host one at a time."""
+        return bool(self.offloaded and self.run.schedule and self.ranks == 1)
 
     def wants_offloading(self, local_size: int = 1) -> bool:
         """Whether blocks should be offloaded: if asked for, shared by ranks, or short of memory."""
         needed = (self.run.schedule and self.ranks > 1) or (not self.gpu and local_size > 1)
         if self.gpu and not needed:
             most = ROOM * self.weights + self._teacher_at("measure")
-            needed = not self.fits() or most > self.free
+            needed = any(self.needed(stage) > self.free for stage in self.stages)
+            needed |= most > self.free and not self.run.schedule  # training them is slow
         return bool(self.flags.offload_folder or (self.separable and needed))
 
     def _shard(self, size: int) -> int:
@@ -182,14 +190,14 @@ class Memory:
     def _teacher_at(self, stage: str) -> int:
         """Return the teacher's bytes: a separate model, or a copy of the blocks.
 
-        If ranks share the trained weights, its blocks are on the disk until training.
+        If its blocks are fetched, they are on the disk until training, and then shared by ranks.
         """
         teacher = self.run.teacher
         if stage in ("load", "save") or not (teacher or self.run.schedule):
             return 0
         inside = sum(self._sizes(teacher.skeleton) if teacher else self._inside)
-        if self.offloaded and self.ranks > 1:
-            inside = self._shard(inside) + self._block if stage == "train" else 0
+        if self.offloaded and (self.ranks > 1 or self.run.schedule):
+            inside = self._shard(inside) if stage == "train" and self.ranks > 1 else 0
         return inside + (self._outside(teacher.skeleton, self.rows) if teacher else 0)
 
     def stream(self, windows: int) -> int:
@@ -201,16 +209,29 @@ class Memory:
     def _streams(self) -> dict[str, int]:
         """Bytes of the hidden states that a stage holds between blocks, besides a batch's."""
         flags, streams, windows = self.flags, {}, max(1, self.windows)
-        # before every block, and the gradient
-        if flags.prune_method and flags.allocation != "uniform":
+        method = flags.prune_method and method_of(flags.prune_method)
+        if self._by_error:  # before every block, and the gradient
             few = min(-(-ALLOCATION_WINDOWS // self.ranks), windows)
             streams["allocate"] = self.stream(few) * (len(self._inside) + 1)
-        method = flags.prune_method and method_of(flags.prune_method)
+        elif self._by_outliers:
+            streams["allocate"] = self.stream(windows)
         if method and method.observes:
             streams["prune"] = self.stream(windows) * (1 + method.dense_stream)
         if flags.quantizes:
             streams["quantize"] = 2 * self.stream(windows)
         return streams
+
+    @property
+    def _by_error(self) -> bool:
+        """Whether a backward pass through the dense model measures the cost of errors."""
+        flags, prunes = self.flags, "prune" in self._solved
+        if flags.megabytes:  # of each type of a tensor
+            return True
+        return prunes and (flags.allocation == "error" or flags.method_class.needs_gradients)
+
+    @property
+    def _by_outliers(self) -> bool:
+        return "prune" in self._solved and self.flags.allocation == "owl"
 
     @cached_property
     def masks(self) -> int:
@@ -252,8 +273,8 @@ class Memory:
     @cached_property
     def checkpointed(self) -> bool:
         """Whether training recomputes a block's activations."""
-        if not self.run.schedule:
-            return False
+        if not self.run.schedule or self.on_host_alone:
+            return self.on_host_alone
         kept = KEPT * len(self._inside) * self.stream(self.run.batch_size)
         return self.total("train") + kept > self.free
 
@@ -295,6 +316,10 @@ class Memory:
                     worst, at_most = sums + most, {"statistics": sums, "solver": most}
         if method.dense_stream:
             at_most["dense block"] = self._block
+        whole = workspace is PruningMethod.workspace and not self.flags.sparsity.m
+        if self.gpu and whole and not neurons:  # masks of whole matrices
+            largest = max(prod(linear.shape) for linear in self._linears)
+            at_most["solver"] = max(at_most["solver"], SORTED * largest)
         return at_most
 
     @cached_property
@@ -381,7 +406,7 @@ class Memory:
         taken = {
             "load": True,
             "measure": True,
-            "allocate": flags.prune_method and flags.allocation != "uniform",
+            "allocate": self._by_error or self._by_outliers,
             "prune": flags.prune_method,
             "quantize": flags.quantizes,
             "train": self.run.schedule,
@@ -404,19 +429,28 @@ class Memory:
         if stage in self._solved:
             for name, size in self._solver(stage).items():
                 yield name, size, True
-        if stage == "prune" and "allocate" in self._active:  # float64, by output
+        if stage == "prune" and self._by_error:  # float64, by output
             yield "output costs", 8 * sum(linear.shape[0] for linear in self._linears), True
         if self.flags.quantizes and self.run.schedule:  # the start of training
             numbers = self._quantized
             each = self.model.save_dtype.itemsize if self.run.schedule.rank else FLOAT
             if stage == "quantize":
-                yield "masters", each * self._shard(numbers), True
+                yield "masters", each * self._shard(numbers), not self.on_host_alone
             if stage in ("quantize", "train", "save"):
-                size = FLOAT * numbers // FORMATS[self.flags.format].group
-                yield "scales", size if stage == "save" else self._shard(size), True
+                size = FLOAT * numbers // self.run.form.group
+                where = stage == "save" or not self.on_host_alone
+                yield "scales", size if stage == "save" else self._shard(size), where
         if stage == "train":
             for name, size in self._training.items():
-                yield name, size, True
+                yield name, size, not self.on_host_alone
+            sizes, each = self._sizes(self.model.small), self.model.dtype.itemsize
+            if self.on_host_alone:
+                teacher = self.run.teacher
+                read = sum(self._sizes(teacher.skeleton) if teacher else self._inside)
+                yield "blocks", sum(sizes) + read, False
+                yield "gradient of a block", max(sizes), True
+            elif self.offloaded:  # the block that is gathered next, a gradient, its float32 sum
+                yield "passing blocks", (2 * each + FLOAT) * max(sizes) // each, True
             yield "best weights", self._shard(sum(self._sizes(self.model.small))), not self.gpu
             held_out = local_windows(len(self.run.windows.training.held_out), dist)
             yield "held-out states", self.stream(len(held_out)), not self.gpu
@@ -434,7 +468,7 @@ class Memory:
             size += self._outside(self.model.skeleton, self.rows) - self._tables
         if stage in ("train", "save") and not self.offloaded:
             size -= sum(self._inside) - sum(self._sizes(self.model.small))
-        if stage == "train" and self.offloaded:  # a rank's shard, beside a gathered block
+        if stage == "train" and self.offloaded and self.ranks > 1:  # beside a gathered block
             size += self._shard(sum(self._sizes(self.model.small)))
         return size
 
@@ -447,9 +481,9 @@ class Memory:
     @cached_property
     def _quantized(self) -> int:
         """Number of quantized weights."""
-        form, numbers = FORMATS[self.flags.format], 0
-        for linear in self._linears:
-            takes = linear.expert is None if form.packs else form.supports_width(linear.shape[1])
+        form, numbers = self.run.form, 0
+        for linear in self._linears:  # --quantize auto may take all whose rows fit
+            takes = linear.expert is None if form.packs else linear.shape[1] % 32 == 0
             numbers += takes * prod(linear.shape)
         return numbers
 
@@ -479,9 +513,20 @@ class Memory:
         """Return the resident bytes on the device in a stage; 0 if the run lacks the stage."""
         return sum(self.stages.get(stage, {}).values())
 
+    def needed(self, stage: str) -> int:
+        """Return `total`, in training with the activations of a batch."""
+        return self.total(stage) + (sum(self.passing[stage].values()) if stage == "train" else 0)
+
+    def needed_of_host(self, stage: str) -> int:
+        """Return the bytes of a stage that are on the host, if the device is another."""
+        return sum(self.on_host.get(stage, {}).values())
+
     def fits(self, stage: str | None = None) -> bool:
-        """Return whether the resident bytes of a stage, or of all, fit into the free memory."""
-        return all(self.total(each) <= self.free for each in ([stage] if stage else self.stages))
+        """Return whether a stage, or all, fit into the free memory of the device and the host."""
+        return all(
+            self.needed(each) <= self.free and self.needed_of_host(each) <= self.host
+            for each in ([stage] if stage else self.stages)
+        )
 
     def check(self) -> None:
         """Raise UserError if a stage does not fit, with flags that would make it fit.
@@ -496,17 +541,29 @@ class Memory:
             begun_by = {flag.name: flag.doing for flag in flags_of(stage) if flag.doing}
             flag, doing = next(iter(begun_by.items()), ("model", "the model"))
             device, given = "card" if self.gpu else "machine", shown(self.flags, flag)
-            problem = f"{doing} needs {gib(self.total(stage))} of memory, and the {device} "
+            short = self.needed_of_host(stage) > self.host
+            whole = replace(self, offloaded=self.offloaded and not (short and self.on_host_alone))
+            problem = f"{doing} needs {gib(whole.needed(stage))} of memory, and the {device} "
             problem += f"has {gib(self.free)} free"
+            if short:
+                host = f"needs {gib(self.needed_of_host(stage))} of the host's memory, of which "
+                host += f"{gib(self.host)} are free"
+                alone = f"{problem}; with one block at a time it {host}"
+                problem = alone if self.on_host_alone else f"{doing} {host}"
             if ways := [*self._ways(stage)]:
                 raise UserError(given, problem, f"Use {' or '.join(ways)}")
             fix = f"Leave {given} out" if stage == "train" else "Use --device cpu"
-            problem += ", even with one block at a time" * self.offloaded
+            if short and stage != "train":
+                fix = "Use fewer windows (--nsamples, --seqlen)"
+            problem += ", even with one block at a time" * (self.offloaded and not short)
             raise UserError(given, problem, f"{fix}, or use a smaller model")
 
     def _ways(self, stage: str) -> Iterator[str]:
         """Yield flags with which a stage would fit, and the memory that it would need."""
         others = {"": self} if stage == "train" else {}
+        alone = replace(self, run=replace(self.run, batch_size=1))
+        if stage == "train" and self.run.batch_size > 1 and alone.fits():
+            yield "--batch_size 1" + f" ({gib(alone.needed(stage))})" * (not self.on_host_alone)
         for name, value in ((flag.name, each) for flag in flags_of(stage) for each in flag.smaller):
             flags, schedule = copy.copy(self.flags), self.run.schedule
             if getattr(flags, name) == value or (stage == "prune" and flags.removes):
@@ -515,8 +572,15 @@ class Memory:
             if stage == "train":
                 schedule = replace(schedule, **{name.removeprefix("recover_"): value})
             other = replace(self, run=replace(self.run, flags=flags, schedule=schedule))
+            if self.gpu:
+                other = replace(other, offloaded=False)
+                other = replace(other, offloaded=other.wants_offloading())
             if other.fits() if stage == "train" else other.fits(stage):
-                yield f"--{name} {value}" + f" ({gib(other.total(stage))})" * (stage != "allocate")
+                size = gib(other.needed(stage))
+                short = self.needed_of_host(stage) > self.host and not self.on_host_alone
+                if other.on_host_alone or short:
+                    size = f"{gib(other.needed_of_host(stage))} of the host's"
+                yield f"--{name} {value}" + f" ({size})" * (stage != "allocate")
             elif stage == "train":
                 others[f" with --{name} {value}"] = other
         fewest = CARDS[-1] + 1
@@ -524,7 +588,7 @@ class Memory:
             for ranks in [each for each in CARDS if self.ranks < each < fewest]:
                 many = replace(other, ranks=ranks, offloaded=True)
                 if many.separable and many.fits(stage):
-                    yield f"{ranks} such cards with torchrun{how} ({gib(many.total(stage))} each)"
+                    yield f"{ranks} such cards with torchrun{how} ({gib(many.needed(stage))} each)"
                     fewest = ranks
                     break
 
@@ -534,6 +598,7 @@ class Memory:
         parts = [f"weights {gib(weights)}" + ", one block at a time" * self.offloaded]
         if teacher := self._teacher_at("train" if self.run.schedule else "measure"):
             parts.append(f"teacher {gib(teacher)}")
+        host = " on the host" * self.on_host_alone
         where = f" on the {'card' if self.hidden_on_device else 'host'}" * self.gpu
         every = [term for stage in self._active for term in self._terms(stage)]
         hidden = max((size for name, size, _ in every if name == "hidden states"), default=0)
@@ -541,7 +606,7 @@ class Memory:
         if self._solved:
             parts.append(f"solver {gib(max(map(self._solving, self._solved)))}")
         if self.run.schedule:
-            parts.append(f"training {gib(sum(self._training.values()))}")
+            parts.append(f"training {gib(sum(self._training.values()))}{host}")
         note = "; training recomputes activations" * self.checkpointed
         return f"memory: {', '.join(parts)}, of {gib(self.free)} free{note}"
 
@@ -573,8 +638,12 @@ def local_memory(run: Run) -> Memory:
     return replace(memory, offloaded=any(dist.all_gather_object(wanted)))
 
 
-def memory_of(config: Any, flags: str = "", *, free: float, ranks: int = 1) -> Memory:
+def memory_of(
+    config: Any, flags: str = "", *, free: float, ranks: int = 1, host: float = 2**50
+) -> Memory:
     """Return the memory of a run on GPUs with `free` bytes each; needs no weights, texts or GPU.
+
+    `host`: free bytes of the host for each of them.
 
     `config` is a config of transformers, and `flags` are those of main.py without texts. Each of
     `ranks` has its share of --nsamples and of 256 test windows.
@@ -605,5 +674,5 @@ def memory_of(config: Any, flags: str = "", *, free: float, ranks: int = 1) -> M
     batch_size = flags.batch_size or default_batch_size(device, seqlen, model.width)
     corpora = Corpora([], [], [])
     run = Run(flags, dist, model, corpora, drawn, batch_size, schedule=schedule)
-    memory = Memory(run, int(free), 2**50, ranks)
+    memory = Memory(run, int(free), int(host), ranks)
     return replace(memory, offloaded=memory.wants_offloading())

@@ -19,6 +19,8 @@ from ..util.cli import Parser
 if TYPE_CHECKING:
     from ..methods.base import PruningMethod
 
+QUANTIZED = ("q4_0", "q3_k", "iq4_nl", "q5_0", "int4")  # formats of --quantize
+AUTO = "auto"  # of --quantize: a type for each tensor, by --megabytes
 PRUNED_BEFORE = "pruned before"  # method of a run on an already pruned model
 
 
@@ -36,7 +38,7 @@ class Flags(argparse.Namespace):
 
     @property
     def format(self) -> str:
-        """The final format of the linear layers, a name of lib/formats/packed/formats.py."""
+        """The final format of the linear layers: a name of lib/formats/grids.py, AUTO or a file."""
         return self.quantize or "16"
 
     @property
@@ -97,7 +99,7 @@ class Flags(argparse.Namespace):
 
     @property
     def fake_quantizes(self) -> bool:
-        """Whether the result is a plain 16-bit checkpoint with weights on the q4_0 grid."""
+        """Whether the result is a plain 16-bit checkpoint with weights on llama.cpp's grids."""
         return self.format != "16" and not self.packs
 
     @property
@@ -113,7 +115,7 @@ class Flags(argparse.Namespace):
         if self.teacher or (self.quantizes and self.packs):
             return PRUNED_BEFORE
         if self.fake_quantizes:
-            return self.format
+            return Path(self.format).stem
         return "recovered" if self.recover else "dense"
 
     @property

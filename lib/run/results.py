@@ -43,7 +43,8 @@ A run fills only the keys that it has figures for. Obsolete keys in files of ear
         "packed_embeddings": {"modules": ["lm_head"], "bits": 8, "bytes": 5, "dense_bytes": 16},
         "quantized": {
             "format": "q4_0", "tensors": 126, "difference": 0.1,    # of logits, by all changes
-            "left": ["model.layers.0.mlp.down_proj.weight"]},       # at 16 bits
+            "left": ["model.layers.0.mlp.down_proj.weight"],        # at 16 bits
+            "types": {"model.embed_tokens.weight": "q5_0"}},        # if there are several
         "evaluation": [{                                    # one for each test set
             "name": "uk", "source": "texts/uk", "windows": 64, "tokens": 32768, "digest": "...",
             "perplexity": 20.1, "standard_error": 0.4, "bits_per_byte": 0.91,

@@ -110,6 +110,7 @@ class Run:
     vocabulary: TrimmedVocabulary | None = None
     schedule: TrainSchedule | None = None  # of the recovery training
     teacher: Teacher | None = None
+    form: Any = None  # of the linear layers; with --quantize auto chosen before they are quantized
     shared: Path | None = None  # folder of a sweep, for the dense model's states
     fingerprint: dict[str, dict[str, Any]] = field(default_factory=dict)
     folder: RunFolder | None = None  # of finished blocks, in the main rank

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import replace
@@ -12,11 +13,12 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from ..calibration import mixed_types
 from ..calibration.allocation import Allocation, kept_allocation
 from ..calibration.allocation import allocate as choose_allocation
 from ..data.samples import Windows
 from ..eval import COMPARED_POSITIONS, perplexities, perplexity, some_logits
-from ..formats.grids import FORMATS, Grid
+from ..formats.grids import Grid, Types
 from ..model.blocks import BlockRunner
 from ..model.device import checkpoint_dtype, dtype_name
 from ..model.masks import packed_masks, write_masks
@@ -39,9 +41,12 @@ from ..sparse import check_same_outputs, pack_, relative_difference
 from ..util.errors import UserError
 from ..util.files import write_text
 from ..util.host import gib
+from ..util.resume import TYPES
 from ..vocabulary import PROOF_TOKENS
 from . import lm_eval
+from .gguf_size import room_for_types
 from .load import load
+from .plan import AUTO
 from .record import (
     evaluation_record,
     finish_results,
@@ -164,7 +169,7 @@ def allocate(run: Run, runner: BlockRunner) -> Allocation:
 
 def check_zeros(run: Run, runner: BlockRunner) -> None:
     """Report zeros that become levels. Raises UserError if they must come from pruning."""
-    form = FORMATS[run.flags.format]
+    form = run.form
     if form.has_zero or not (share := SparsityCheck(runner).overall):
         return
     if share > MOST_ZEROS:
@@ -178,7 +183,7 @@ def check_zeros(run: Run, runner: BlockRunner) -> None:
 
 def measure_sparsity(run: Run, runner: BlockRunner, sparsity: SparsityCheck) -> dict:
     """Measure the zeros again; none may be lost if the format has a 0."""
-    keeps = FORMATS[run.flags.format].has_zero
+    keeps = run.form.has_zero
     return (sparsity.recheck(runner) if keeps else SparsityCheck(runner)).record()
 
 
@@ -186,7 +191,11 @@ def quantize(
     run: Run, runner: BlockRunner, sparsity: SparsityCheck
 ) -> dict[str, tuple[Tensor, Grid]]:
     """Quantize linear layers with calibration text; return the master weights, if it is trained."""
-    form, windows, masters = FORMATS[run.flags.format], run.windows.calibration, None
+    if run.flags.format == AUTO:
+        run.form = choose_types(run, runner)
+    if isinstance(run.form, Types):
+        mixed_types.round_tables_(runner.model, run.form)
+    form, windows, masters = run.form, run.windows.calibration, None
     if run.flags.recover:  # low-rank training has no memory for float32 masters
         masters = runner.save_dtype if run.schedule.rank else torch.float32
     with run.timed("quantize", "quantizing", len(runner.blocks)) as bar:
@@ -195,6 +204,24 @@ def quantize(
     run.results["notes"] = run.results.get("notes", []) + quantizer.summary()[1:]
     run.results["sparsity"] = measure_sparsity(run, runner, sparsity)
     return quantizer.master_weights
+
+
+def choose_types(run: Run, runner: BlockRunner) -> Types:
+    """Choose the type of each tensor for --megabytes."""
+    flags, weights = run.flags, runner.weights
+    if kept := weights.read_kept(TYPES):
+        return Types(AUTO, kept[1])
+    sizes, room = room_for_types(run)
+    with run.timed("choose types", "measuring types", 2 * len(runner.blocks)) as bar:
+        costs = mixed_types.measure(runner, run.windows.calibration, sizes, flags.seed, bar)
+    chosen = mixed_types.choose(costs, sizes, room)
+    if weights.finished:
+        weights.finished.write(TYPES, {}, chosen)
+    left = room - sum(sizes[name][kind] for name, kind in chosen.items())
+    counts = Counter(chosen.values()).most_common()
+    types = ", ".join(f"{count} in {kind}" for kind, count in counts)
+    run.print(f"types: {types}; about {flags.megabytes - left / 1e6:.4g} MB as GGUF")
+    return Types(AUTO, chosen)
 
 
 def recover(
@@ -240,7 +267,7 @@ def first_logits(run: Run, runner: BlockRunner) -> Tensor:
 
 def check_quantized(run: Run, runner: BlockRunner, before: Tensor) -> None:
     """Check and record that conversion will change no linear layer; `before`: `first_logits`."""
-    form = FORMATS[run.flags.format]
+    form = run.form
     record = check_quantized_weights(runner, form)
     record["difference"] = relative_difference(before, first_logits(run, runner))
     run.results["quantized"] = record
@@ -263,7 +290,7 @@ def pack(
     """Pack every sparse linear layer. Raises UserError if outputs on a window differ."""
     window = run.windows.tests[0].ids[:1].to(run.device)
     with run.timed("pack"):
-        record = pack_(runner, FORMATS[run.flags.format], window, scales, unrounded)
+        record = pack_(runner, run.form, window, scales, unrounded)
     run.results |= record
 
 

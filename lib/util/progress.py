@@ -23,13 +23,13 @@ def on_step(name: str, number: int) -> None:
 
 @contextmanager
 def progress(
-    total: int | None, what: str, unit: str, shown: bool = True, step: str = ""
+    total: int | None, what: str, unit: str, shown: bool = True, step: str = "", delay: float = 0
 ) -> Iterator[Callable[..., None]]:
     """Yield a function that advances a progress bar on stderr by a number of units.
 
     `total` is None if the end is not known. The function also takes a short note, which is
     printed at the end of the bar. With 0 units it shows that time passes. `on_step` gets the name
-    `step`, by default `what`.
+    `step`, by default `what`. A terminal shows the bar after `delay` seconds.
     """
     in_log = not sys.stderr.isatty()
     number, step = 0, step or what
@@ -40,7 +40,7 @@ def progress(
         unit=unit,
         mininterval=seconds,
         maxinterval=seconds,
-        delay=seconds if in_log else 0,
+        delay=max(delay, seconds if in_log else 0),
         **({"ncols": 0} if in_log else _size()),
         file=_Lines() if in_log else None,
         smoothing=0.1,

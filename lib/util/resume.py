@@ -37,7 +37,7 @@ from .files import PARTIAL, check_writable, exclusive_lock, sync, write_text
 JOB, LOCK = "job.json", ".lock"
 DECIDED = "decided"  # in job.json: values that the run itself derived from its input
 PRUNED, QUANTIZED, CHANGED, START = "block", "quantized", "changed", "start"  # one file per block
-ALLOCATION, RECOVERY = "allocation", "recovery"
+ALLOCATION, TYPES, RECOVERY = "allocation", "types", "recovery"
 
 
 def of_block(prefix: str, index: int) -> str:
@@ -149,7 +149,7 @@ class RunFolder:
     def files(self, ending: str = ".safetensors") -> list[Path]:
         """Return the files with work that a run would otherwise repeat."""
         names = [f"{prefix}-[0-9]*" for prefix in (PRUNED, QUANTIZED, CHANGED, START)]
-        names += [ALLOCATION, RECOVERY, f"{RECOVERY}-[0-9]*"]
+        names += [ALLOCATION, TYPES, RECOVERY, f"{RECOVERY}-[0-9]*"]
         files = (file for name in names for file in self.path.glob(name + ending))
         return [file for file in files if file.is_file()]
 

@@ -297,25 +297,39 @@ SIZES = {
 }
 
 
-@pytest.mark.parametrize("kind", ["neurons", pytest.param("experts", marks=pytest.mark.full)])
-def test_parts_are_removed_until_the_file_is_as_small(kind: str, runs: Runs) -> None:
+@pytest.mark.parametrize(
+    ("kind", "type_"),
+    [
+        ("neurons", "q4_0"),
+        ("neurons", "auto"),
+        pytest.param("experts", "q4_0", marks=pytest.mark.full),
+        pytest.param("experts", "auto", marks=pytest.mark.full),
+    ],
+)
+def test_parts_are_removed_until_the_file_is_as_small(kind: str, type_: str, runs: Runs) -> None:
+    """Where a type for each tensor may be chosen, only if the smallest types do not suffice."""
     shutil.rmtree("dense")
     tiny.write_model("dense", SIZES[kind]())
     ratios, sizes = {}, {}
-    for megabytes in (99, 4, 3, 2):
-        done = compress(*BASE, "--recover", 2048, "--nsamples", 8, "--megabytes", megabytes)
+    asked = ["--quantize", type_] if type_ == "q4_0" else []
+    large, enough, tight, least = (99, 4, 3, 2) if asked else (99, 3, 2, 1)
+    for megabytes in (large, enough, tight, least):
+        size = ["--megabytes", megabytes]
+        done = compress(*BASE, "--recover", 2048, "--nsamples", 8, *asked, *size)
         if done.status:
-            assert megabytes == 2 and done.err.startswith("error: --megabytes 2: ")
+            assert megabytes == least and done.err.startswith(f"error: --megabytes {least}: ")
             continue
         small = runs.of_main()["compressed"]
         ratios[megabytes] = small.sparsity_ratio if small.prune_method else 0.0
         assert not small.prune_method or small.sparsity_type == kind
-        assert small.quantize == (None if megabytes == 99 else "q4_0")
+        assert small.quantize == (None if megabytes == 99 else type_)
+        assert small.megabytes == (megabytes if small.quantize == "auto" else None)
         sizes[megabytes] = float(re.search(r"about ([\d.]+) MB as", done.out)[1])
         assert sizes[megabytes] <= megabytes
         for path in Path().glob("small*"):
             shutil.rmtree(path)
-    assert ratios[99] == 0 and 0 < ratios[3] < 1 and ratios[4] <= ratios[3], (ratios, sizes)
+    assert ratios[large] == 0 < ratios[tight] < 1, (ratios, sizes)
+    assert ratios[enough] <= ratios[tight] and (type_ == "q4_0" or not ratios[enough])
 
 
 def test_what_was_not_measured_is_no_number(runs: Runs) -> None:
@@ -551,7 +565,7 @@ def test_flags_for_saving_alone_are_for_the_run_that_saves() -> None:
 
 @pytest.mark.full
 @pytest.mark.usefixtures("in_this_process")
-@pytest.mark.parametrize("kind", ["q4_0", "q8_0"])
+@pytest.mark.parametrize("kind", ["q4_0", "q8_0", "auto"])
 def test_a_file_is_never_larger_than_it_is_said_to_be(
     kind: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -561,7 +575,7 @@ def test_a_file_is_never_larger_than_it_is_said_to_be(
     sizes = dict(hidden_size=256, intermediate_size=704, num_hidden_layers=4)
     tiny.write_model("dense", tiny.tiny_llama(**sizes))
     tiny.write_texts("uk", 120, 8)
-    asked = ["--megabytes", "9"] if kind == "q8_0" else []
+    asked = {"q4_0": [], "q8_0": ["--megabytes", "9"], "auto": ["--megabytes", "2"]}[kind]
     done = compress(*BASE, "--recover", "0", "--nsamples", "8", *asked)
     assert done.status == 0, done.err
     said = float(re.search(rf"about ([\d.]+) MB as {kind}", done.out)[1])

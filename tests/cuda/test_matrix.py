@@ -16,6 +16,8 @@ import torch
 from matrix import KINDS, Place, compare, curve, has
 from support import call, eager_experts, mistake, raising, reloaded, results, succeed, weights
 
+from lib.run.memory import Memory
+
 CARD, SMALL = "cuda:0", ["--nsamples", 4, "--batch_size", 2]
 # bytes: the first holds all, the second weights but no training, the third blocks one at a time
 CARDS = {"all": 10**8, "weights": 2_500_000, "a block": 1_080_000}
@@ -28,6 +30,7 @@ WAYS = {
     "as the CPU": HERE,
     "offloaded": UNTRAINED,
     "interrupted": HERE - {"one window"},
+    "trained on the host": {kind for kind in HERE if has(kind, "--recover")},
     "on the second": {kind for kind in HERE if has(kind, "--quantize", "--recover")},
 } | {f"with room for {card}": set(ON_CARDS) for card in CARDS}
 
@@ -77,6 +80,13 @@ def test_the_same_model(
                 assert call(*argv).status != 0
             succeed(*argv)
             compare(kind, there(place, kind), tmp_path)
+        elif way == "trained on the host":  # blocks of the model and its teacher are fetched
+            monkeypatch.setattr(Memory, "wants_offloading", lambda *_: True)
+            argv += ["--resume", tmp_path / "kept"]
+            with raising(KeyboardInterrupt(), "recover", 1):
+                assert "one block at a time" in call(*argv).out
+            succeed(*argv)
+            compare(kind, there(place, kind), tmp_path)
         elif way == "on the second":
             device.set_limit(0, torch.accelerator.memory_allocated(0))  # not a byte more
             succeed(*argv[:-1], "cuda:1")
@@ -111,10 +121,12 @@ def as_the_cpu(kind: str, place: Place) -> None:
 
 
 def with_room(kind: str, card: str, argv: list, folder: Path) -> None:
-    if has(kind, "--recover") and card != "all":
+    trained = has(kind, "--recover")
+    if trained and card == "a block":
         assert mistake(*argv).what.startswith("--recover ")
         assert not [*folder.glob("model*")]
         return
     done = succeed(*argv)
-    assert ("one block at a time" in done.out) == (card == "a block")
+    fetched = card == "a block" or (trained and card == "weights")  # the host has room
+    assert ("one block at a time" in done.out) == fetched
     reloaded(folder / "model", folder / "out", *matrix.BASE, "--device", CARD, *SMALL)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -138,6 +139,20 @@ def test_what_does_not_multiply_bfloat16_computes_in_float32(
             assert dtype == (torch.bfloat16 if able else torch.float32)
     config.dtype = torch.float16
     assert pick_dtype("auto", config, torch.device("cpu")) == torch.float32
+
+
+def test_products_are_refused_as_on_a_gpu() -> None:
+    """Sums of 16-bit products are float32; other dtypes than these are not mixed."""
+    half, single = (torch.ones(2, 2, dtype=it, device="cuda:0") for it in (torch.half, torch.float))
+    product = partial(torch.addmm, out_dtype=torch.float32)
+    assert product(single, half, half, out=single.clone()).eq(3).all()
+    for a, b in ((half, single), (half, half.bfloat16())):
+        with pytest.raises(RuntimeError, match="mat1 and mat2 must have the same dtype"):
+            product(single, a, b, out=single.clone())
+    with pytest.raises(RuntimeError, match="self and mat2 must have the same dtype"):
+        product(half.bfloat16(), half, half, out=single.clone())
+    with pytest.raises(RuntimeError, match="fp32 for fp16/bf16 inputs"):
+        torch.mm(half, half, out_dtype=torch.float64)
 
 
 def test_there_are_two(device: Any) -> None:

@@ -15,10 +15,11 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from lib.commands.export import codes, engines
-from lib.commands.export.__main__ import main
+from lib.commands.export.__main__ import check_installed, main
 from lib.commands.model_folder import ModelFolder
 from lib.formats.grids import FORMATS
 from lib.formats.packed.checkpoint import METHOD
+from lib.util.errors import UserError
 
 GRID = FORMATS["q4_0"]
 WIDE = dict(hidden_size=64, intermediate_size=72, head_dim=16)  # down_proj's rows are no blocks
@@ -184,3 +185,10 @@ def test_a_model_that_also_sees_is_run_whole(tmp_path: Path) -> None:
     with torch.no_grad():
         expected = model(input_ids=torch.tensor([ids]), use_cache=False).logits[0]
     torch.testing.assert_close(logits(ids), expected)
+
+
+def test_a_package_that_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("lib.commands.export.__main__.find_spec", lambda name: None)
+    for flag in ("--to", "--for"):
+        with pytest.raises(UserError, match=f"^{flag} mlx: .* is not installed. Run pip install"):
+            check_installed(flag, "mlx")

@@ -1,4 +1,4 @@
-"""What `--quantize q4_0` and `iq4_nl` hold is what llama.cpp's own rules find, to the last value.
+"""What `--quantize` holds is what llama.cpp's own rules find, or reads, to the last value.
 
 Whole runs whose files are proven are in tests/test_matrix.py.
 """
@@ -11,6 +11,7 @@ import torch
 import whole
 from support import (
     FORMATS,
+    GRIDS,
     Quantizer,
     check_quantized,
     linears_on,
@@ -25,8 +26,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 pytest.importorskip("gguf.quants", reason=f"needs the package gguf: {whole.HOW}")
 import gguf  # noqa: E402  by itself, without the package, it would be this folder
 
-Q4_0, IQ4_NL = (type(FORMATS[name]) for name in ("q4_0", "iq4_nl"))
-RULES = {name: gguf.GGMLQuantizationType[name.upper()] for name in ("q4_0", "iq4_nl")}
+Q4_0, IQ4_NL, Q5_0 = (type(FORMATS[name]) for name in ("q4_0", "iq4_nl", "q5_0"))
+RULES = {name: gguf.GGMLQuantizationType[name.upper()] for name in GRIDS}
 LEVELS = torch.tensor(gguf.quants.IQ4_NL.kvalues, dtype=torch.float32)
 
 
@@ -37,9 +38,9 @@ def converted(matrix: Tensor) -> Tensor:
 
 
 def held(values: Tensor, form) -> Tensor:
-    """What the bytes of a matrix (out, in) on the grid of iq4_nl stand for in llama.cpp."""
+    """What the bytes of a matrix (out, in) on the grid stand for in llama.cpp."""
     bytes_ = form.to_bytes(values).numpy()
-    return torch.from_numpy(gguf.quants.dequantize(bytes_, RULES["iq4_nl"]))
+    return torch.from_numpy(gguf.quants.dequantize(bytes_, RULES[form.name])) + 0  # no -0
 
 
 def same_bits(one: Tensor, two: Tensor) -> bool:
@@ -81,10 +82,12 @@ def test_ggmls_rule_finds_every_value(name: str) -> None:
         assert (values - weight).norm() < 0.98 * (converted(weight) - weight).norm()
 
 
-@pytest.mark.parametrize("bits", [4, 5, 6, 11])
+@pytest.mark.parametrize(
+    ("kind", "bits"), [*((IQ4_NL, bits) for bits in (4, 5, 6, 11)), (Q5_0, 5), (Q5_0, 6)]
+)
 @pytest.mark.parametrize("name", drawn())
-def test_scales_and_codes_are_read_back(name: str, bits: int) -> None:
-    form, weight = IQ4_NL(bits), drawn()[name][: 96 if bits < 11 else 12]
+def test_scales_and_codes_are_read_back(name: str, kind: type, bits: int) -> None:
+    form, weight = kind(bits), drawn()[name][: 96 if bits < 11 else 12]
     scales = form.fit_scales(weight)
     moved = 0.7 * weight + 0.1 * weight.std() * torch.randn_like(weight)
     for values in (form.round_to(weight, scales), form.round_to(moved, scales)):
@@ -95,12 +98,39 @@ def test_scales_and_codes_are_read_back(name: str, bits: int) -> None:
         found, _ = form.read(values)
         assert torch.equal(form.round_to(values, found), values)
         if bits < 8 and name in ("normal", "Student's t", "negative"):  # where blocks tell
-            assert torch.equal(found, scales)
+            assert kind is Q5_0 or torch.equal(found, scales)
     assert bool((scales.float().view(torch.int32) << bits + 8 == 0).all())
     if name == "normal":
         assert 0.3 < (scales < 0).float().mean() < 0.7
     if name == "all zeros":
-        assert not held(weight, IQ4_NL()).any()
+        assert not held(weight, kind()).any()
+
+
+@pytest.mark.parametrize("name", drawn())
+def test_three_bits_are_read_back(name: str) -> None:
+    """Integers times a power of two, which rows of 256 share: nothing is rounded to bfloat16."""
+    form = FORMATS["q3_k"]
+    weight = drawn()[name].view(48, 256)
+    moved = 0.7 * weight + 0.1 * weight.std() * torch.randn_like(weight)
+    for values in (form.nearest(weight), form.round_to(moved, form.fit_scales(weight))):
+        assert torch.equal(values.bfloat16().float(), values) and form.is_on_grid(values)
+        assert same_bits(held(values, form), values)
+    assert bool((form.nearest(weight)[weight == 0] == 0).all())
+    if name == "normal":
+        loss = (form.nearest(weight) - weight).square().sum() / weight.square().sum()
+        assert loss < 0.022
+
+
+def test_every_field_of_three_bits() -> None:
+    """All scales beside all codes, with the least and the largest d."""
+    form, scales = FORMATS["q3_k"], torch.arange(-32.0, 32).view(4, 16, 1)
+    codes = torch.arange(-4.0, 4).repeat(4, 16, 2)
+    for d in (2.0**-24, 2.0**-9, 2.0**10):
+        values = (d * scales * codes).view(4, 256) + 0
+        assert same_bits(held(values, form), values)
+        values[3, 7] += d / 2
+        found = form.read(values)[1]
+        assert found[:3].all() and not found[3].all()
 
 
 @pytest.mark.parametrize("bits", [4, 5, 6])
@@ -139,10 +169,11 @@ def test_what_is_off_the_grid_is_not_written() -> None:
 def test_every_kind_of_linear(name: str, form: str) -> None:
     """Rounded on text: what ggml stores in rows of blocks is (out, in), however the model does.
 
-    Zeros of the original become levels of iq4_nl, and stay zeros of q4_0.
+    Zeros of the original become levels of iq4_nl, and stay zeros of others. No row is wide enough
+    for q3_k, which becomes iq4_nl.
     """
     runner = runner_of(tiny.ALL[name]().requires_grad_(False))
-    for linear in runner.each_linear() if form == "iq4_nl" else ():
+    for linear in runner.each_linear():
         matrix = linear.matrix().clone()
         matrix[:, ::5] = 0
         linear.set_weight_(matrix)
@@ -160,6 +191,8 @@ def test_every_kind_of_linear(name: str, form: str) -> None:
         assert rows.shape[1] % 32 == 0 and not torch.equal(weight, before[key])
         if form == "q4_0":
             assert torch.equal(converted(rows), rows)
+        if form in ("q4_0", "q5_0"):
+            assert not rows[:, ::5].any()
         else:
             assert (rows == 0).float().mean() < 0.01
 
@@ -174,7 +207,8 @@ def test_a_folder_of_another_format_is_refused(llama, tmp_path, monkeypatch) -> 
         linear.set_weight_(IQ4_NL().nearest(linear.matrix()))
     tiny.write_model(small, model.bfloat16(), AutoTokenizer.from_pretrained(llama))
     gguf_main = program_of("gguf")
-    for folder, given, better in ((small, "q4_0", "iq4_nl"), (llama, "iq4_nl", "q4_0")):
+    cases = (small, "q4_0", "iq4_nl"), (small, "q5_0", "iq4_nl"), (llama, "iq4_nl", "q4_0")
+    for folder, given, better in cases:
         error = mistake(folder, out, "--type", given, program=gguf_main)
         assert error.what == f"--type {given}" and f"--type {better}" in error.fix
     monkeypatch.setattr("lib.commands.export.__main__.check_installed", lambda *_: None)

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from transformers.pytorch_utils import Conv1D
 
 from lib import recover
-from lib.data.samples import Windows
+from lib.data.samples import Windows, as_windows
 from lib.data.training import TrainingText
 from lib.formats.grids import Grid
 from lib.formats.packed.formats import PACKED
@@ -100,6 +100,45 @@ def trainer(
     )
     one.measure = own
     return one
+
+
+def in_dtype(dtype: torch.dtype, tokens: int) -> Recoverer:
+    """Of a model in this dtype, which begins a training with so many tokens per step."""
+    models = pruned()
+    for runner in models:
+        runner.model.to(dtype)
+    count = tokens // SEQLEN
+    one = trainer(models=models, schedule=schedule(tokens=count * SEQLEN, least=tokens))
+    one.text = dataclasses.replace(one.text, order=torch.arange(count) % 4)
+    one._begin()
+    return one
+
+
+@pytest.mark.parametrize("tokens", [96, 2**16])
+def test_gradients_in_float16(tokens: int) -> None:
+    """They are those of float32, however many tokens a step has."""
+    gradients = []
+    for dtype in (torch.float32, torch.float16):
+        one = in_dtype(dtype, tokens)
+        with one._gradients():
+            one._backward(as_windows(one.text.windows), tokens)
+        gradients.append(one.gradient / getattr(one, "scale", 1))
+    plain, half = gradients
+    assert half.norm().item() == pytest.approx(plain.norm().item(), rel=0.02)
+    assert F.cosine_similarity(plain, half, dim=0) > 0.999
+
+
+def test_gradients_that_exceed_float16() -> None:
+    """The step is made again with smaller ones, and leaves the weights that it leaves otherwise."""
+    trained = []
+    for scale in (2**7, 2**39):
+        one = in_dtype(torch.float16, 96)
+        one.scale = scale
+        one.run()
+        assert one.scale < 2**20
+        trained.append(state(one.runner.model))
+    for name, tensor in trained[0].items():
+        torch.testing.assert_close(trained[1][name], tensor, rtol=0.02, atol=1e-3)
 
 
 def state(model: nn.Module) -> dict[str, Tensor]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import weakref
 from contextlib import redirect_stdout
+from dataclasses import replace
 from pathlib import Path
 
 import psutil
@@ -46,6 +47,7 @@ def llama(size: str) -> AutoConfig:
 )
 def test_training_of_large_models(size: str, flags: str, gigabytes: float) -> None:
     memory = memory_of(llama(size), f"--recover 500000 {flags}", free=80e9)
+    memory = replace(memory, offloaded=False)
     assert memory.total("train") == pytest.approx(gigabytes * 1e9, rel=2e-3)
     assert memory.fits() == (gigabytes < 80)
     assert "| train | " in memory.table() and memory.passing["train"]["logits"] > 0
@@ -54,13 +56,16 @@ def test_training_of_large_models(size: str, flags: str, gigabytes: float) -> No
 def test_ranks_share_out_what_is_trained() -> None:
     flags = "--recover 500000 --recover_optimizer adamw8bit"
     one, two = (memory_of(llama("8B"), flags, free=80e9, ranks=ranks) for ranks in (1, 2))
-    assert two.offloaded and two.fits() and not one.fits()
+    assert two.offloaded and two.fits() and one.on_host_alone
+    one = replace(one, offloaded=False, host=int(64e9))
     for name in ("masters", "gradients", "averages"):
         assert 2 * two.stages["train"][name] == pytest.approx(one.stages["train"][name], rel=1e-3)
     blocks = one.stages["train"]["teacher"]
-    assert two.stages["train"]["teacher"] == pytest.approx(blocks / 2 + blocks / 32, rel=1e-6)
+    assert two.stages["train"]["teacher"] == pytest.approx(blocks / 2, rel=1e-6)
+    # beside the block in "weights": one that is gathered, a gradient, and its float32 sum
+    assert two.stages["train"]["passing blocks"] == pytest.approx(4 * blocks / 32, rel=1e-6)
     assert "teacher" not in two.stages["measure"]  # it is on the disk
-    with pytest.raises(UserError, match="or 2 such cards with torchrun [(]51.6 GiB each[)][.]$"):
+    with pytest.raises(UserError, match="or 2 such cards with torchrun [(]59.3 GiB each[)][.]$"):
         one.check()
 
 
@@ -111,7 +116,72 @@ class Large(Plain):
 
     assert solver("mine.py:Plain") == solver("wanda") > 0
     assert solver("mine.py:Heir") == solver("sparsegpt")
-    assert solver("mine.py:Large") > 40 * solver("wanda")
+    assert solver("mine.py:Large") > 40e9
+    # what a stable sort takes on CUDA, with the matrix in one piece
+    assert solver("wanda") == 28 * 4096 * 14336
+
+
+@pytest.mark.parametrize(
+    ("flags", "states"),  # of how many windows, between blocks
+    [
+        ("admm --allocation error", 81 * 8),
+        ("wanda --allocation owl", 128),
+        ("wanda --allocation layers.json", None),
+        ("mine.py:Gradients", 81 * 8),
+    ],
+)
+@pytest.mark.usefixtures("elsewhere")
+def test_what_allocation_takes(flags: str, states: int | None) -> None:
+    Path("mine.py").write_text("""
+from langprune.methods.wanda import Wanda
+
+class Gradients(Wanda):
+    needs_gradients = True
+""")
+    memory = memory_of(llama("70B"), f"--prune_method {flags}", free=80e9)
+    assert ("allocate" in memory.stages) == (states is not None)
+    if states:
+        terms = memory.stages["allocate"] | memory.on_host["allocate"]
+        assert terms["hidden states"] == states * 4096 * 8192 * 2
+
+
+@pytest.mark.parametrize(
+    ("size", "flags", "free", "host", "way"),
+    [
+        ("70B", "--prune_method sparsegpt --allocation error", 24e9, 16e9, "Use --allocation unif"),
+        ("8B", "--prune_method wanda", 24e9, 3e9, "Use fewer windows [(]--nsamples, --seqlen[)]"),
+        ("70B", "--recover 500000 --recover_rank 16", 480e9, 16e9, "Use 16 such cards"),
+        ("8B", "--recover 500000", 24e9, 64e9, "Use --recover_rank 16 [(]55.1 GiB of the host"),
+    ],
+)
+def test_a_host_that_is_too_small(
+    size: str, flags: str, free: float, host: float, way: str
+) -> None:
+    memory = memory_of(llama(size), flags, free=free, host=host)
+    with pytest.raises(UserError, match=f"of the host's memory, of which .* free[.] {way}"):
+        memory.check()
+    memory_of(llama(size), flags, free=free, host=20 * host).check()
+
+
+@pytest.mark.parametrize(
+    ("flags", "host"), [("--recover_rank 16", 64e9), ("--recover_optimizer adamw8bit", 128e9)]
+)
+def test_a_card_that_holds_the_model_and_not_its_training(flags: str, host: float) -> None:
+    flags = f"--recover 500000 --prune_method wanda {flags}"
+    memory = memory_of(llama("8B"), flags, free=24e9, host=host)
+    memory.check()
+    assert memory.on_host_alone and not memory_of(llama("8B"), flags, free=160e9).offloaded
+    names = {"masters", "gradients", "averages", "best weights", "blocks"}
+    assert names <= memory.on_host["train"].keys() and not names & memory.stages["train"].keys()
+    with pytest.raises(UserError, match="with one block at a time it needs .* of the host's"):
+        memory_of(llama("8B"), flags, free=24e9, host=host / 2).check()
+
+
+def test_activations_count_in_training() -> None:
+    flags = "--recover 500000 --recover_rank 16"
+    resident = memory_of(llama("8B"), flags, free=80e9).total("train")
+    for more, offloaded in ((5e9, True), (9e9, False)):
+        assert memory_of(llama("8B"), flags, free=resident + more).offloaded == offloaded
 
 
 GROUPS = {  # files of each group; what is left is 500, 300 of it cached
@@ -211,8 +281,12 @@ def test_what_is_kept_on_disk_and_what_the_model_takes_there(
     weights = load_file(tmp_path / "model" / "model.safetensors").values()
     assert results(tmp_path / "out")["dense_bytes"] == sum(one.nbytes for one in weights)
     monkeypatch.setattr(load, "load", None)  # what follows is not of interest
-    for optimizer, state in (("adamw", 2 + 4 + 8), ("adamw8bit", 2 + 4 + 2)):
+    prune = "--prune_method", "wanda"
+    cases = (("adamw", 2 + 4 + 8, ()), ("adamw8bit", 2 + 4 + 2, ()), ("adamw", 2 + 4 + 8, prune))
+    for optimizer, state, flags in cases:
         more = ["--recover", 64, "--recover_optimizer", optimizer, "--resume", tmp_path / "kept"]
+        more += flags
         with pytest.raises(TypeError), redirect_stdout(io.StringIO()) as out:
             main.main([*map(str, [*argv, *more, "--save", tmp_path / "out"])])
-        assert f"training needs up to {gib(2 * state * blocks)} there" in out.getvalue()
+        size = (2 * state + bool(flags) * 2) * blocks
+        assert f"training needs up to {gib(size)} there" in out.getvalue()

@@ -90,20 +90,22 @@ def brute_force(
     def pieces(index: int, kept: set[int]) -> int:
         if index in kept:
             return 1
-        cut = vocabulary.pieces(index)
-        return sum(pieces(each, kept) for each in cut) or len(vocabulary.tokens[index].encode())
+        cut = vocabulary.pieces(index) if index in vocabulary.tokens else ()
+        return sum(pieces(each, kept) for each in cut) or len(
+            vocabulary.tokens.get(index, "").encode()
+        )
 
     kept: set[int] = set()
     for index in [*vocabulary.required, *np.flatnonzero(counts).tolist()]:
         kept |= vocabulary.with_parts(index, kept)
     order, likely = likely_order(vocabulary, counts)
-    added, first = [i for i in order if i not in kept and i not in vocabulary.reserved], len(kept)
-    best = (np.inf, 0)
-    for index in [None, *added[:likely]]:
+    added = [i for i in order if i not in kept and i not in vocabulary.reserved][:likely]
+    best, known = (np.inf, 0), set(kept)
+    for index in [None, *added]:
         kept |= set() if index is None else vocabulary.with_parts(index, kept)
-        takes = sum(held_out[i] * pieces(i, kept) for i in np.flatnonzero(held_out).tolist())
-        cost = 1e6 * takes / held_out.sum() + price * (len(kept) - first)
-        best = min(best, (round(cost, 6), len(kept) - first))
+        takes = [1 if i in kept else pieces(i, known) for i in range(len(held_out))]
+        cost = 1e6 * (held_out @ takes) / held_out.sum() + price * len(kept - known)
+        best = min(best, (round(cost, 6), len(kept - known)))
     return best[1]
 
 
@@ -115,9 +117,10 @@ def test_rows_are_added_as_long_as_they_save_their_price(
     vocabulary = TrimmableTokenizer(tokenizer, "m").vocabulary()
     counts, held_out = counted(tokenizer, TEXTS[:1]), counted(tokenizer, TEXTS[1:])
     monkeypatch.setattr(token_choice, "PRICES", [1])
-    added = [worth_their_rows(vocabulary, counts, held_out, price)[1] for price in (0, 15000, 1e6)]
-    expected = [brute_force(vocabulary, counts, held_out, price) for price in (0, 15000, 1e6)]
-    assert added == expected and added[0] > added[1] > 0 == added[2]
+    prices = [0, 1e3, 3e3, 1e4, 3e4, 1e5, 1e6]
+    added = [worth_their_rows(vocabulary, counts, held_out, price)[1] for price in prices]
+    assert added == [brute_force(vocabulary, counts, held_out, price) for price in prices]
+    assert added == sorted(added, reverse=True) and len(set(added)) > 1 and not added[-1]
 
 
 def test_no_cliff() -> None:

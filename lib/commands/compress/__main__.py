@@ -2,10 +2,11 @@
 For users who want a small model and have some minutes; main.py offers each step by itself.
 
     langprune compress MODEL OUT --language uk [--minutes 30] [--megabytes N] [--for mlx]
-        [--quantize iq4_nl]
+        [--quantize q5_0]
 
 The vocabulary is trimmed to the language, and the weights are quantized to llama.cpp's q4_0 with
-text in it; a base model is trained from there. OUT is a dense folder that every engine loads, and
+text in it, or with --megabytes to the types that lose least in so many megabytes; a base model is
+trained from there. OUT is a dense folder that every engine loads, and
 OUT.gguf the same model for llama.cpp, if requirements-gguf.txt is installed. A rehearsal with a few
 windows measures the speed of this machine, and the minutes are planned by it. Training is left out
 if memory or disk do not suffice, and trimming if there is too little text. Text, plan and figures
@@ -27,6 +28,7 @@ from pathlib import Path
 from ...data.languages import language_text
 from ...data.sources import parse_source
 from ...run.flags import NATURAL, POSITIVE, build_parser, given, named, without
+from ...run.plan import AUTO
 from ...run.results import is_trained, read_results
 from ...util import processes
 from ...util.cli import make_parser, split_argv, typed
@@ -82,6 +84,8 @@ def parse(argv: list[str]) -> tuple[argparse.Namespace, argparse.Namespace, list
     if args.language:
         language_text(args.language)  # raises for an unknown tag
     args.out = args.out.rstrip("/")
+    by_size = args.megabytes and args.target == [ANY]
+    args.quantize = args.quantize or (AUTO if by_size else GRID)
     args.work_dir = args.work_dir or f"{args.out}-compress"
     passed_on = [*others, *passed_on]
     parsed = build_parser().parse_args(["--model", args.model, *passed_on])
@@ -289,10 +293,12 @@ def _parser() -> argparse.ArgumentParser:
     text += "CPUs (default: any)"
     targets = dict(choices=(ANY, PACKED, *ENGINES), nargs="+", default=[ANY])
     add("--for", help=text, dest="target", metavar="ENGINE", **targets)
-    text = "q4_0: every engine; iq4_nl: less loss at the same size, only for llama.cpp and ollama"
-    kinds = dict(choices=GRID_TYPES, default=GRID)
-    add("--quantize", help=f"{text} (default: {GRID})", **kinds)
-    text = "size limit of the GGUF file, reached by removing neurons or MoE experts (default: none)"
+    text = "q4_0: every engine; only for llama.cpp and ollama: iq4_nl, less loss at that size, "
+    text += f"q3_k and q5_0, of three and five bits (default: {GRID}, since every engine runs it; "
+    text += "with --megabytes and without --for: a type for each tensor)"
+    add("--quantize", help=text, choices=GRID_TYPES)
+    text = "size limit of the GGUF file; if three bits exceed it, or with --quantize, neurons or "
+    text += "MoE experts are removed (default: none)"
     add("--megabytes", help=text, type=POSITIVE, metavar="N")
     add("--device", help="cuda:N, xpu:N or cpu (default: the first GPU, else cpu)")
     text = "a folder for each command: text, plan, figures (default: OUT-compress)"

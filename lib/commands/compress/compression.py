@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ...run.flags import FLAGS, named, without
+from ...run.plan import AUTO
 from ...run.results import RESULTS, read_results
 from ...util import processes
 from ...util.cli import typed
@@ -84,7 +85,15 @@ class Compression:
     @property
     def format(self) -> list[str]:
         """The flags of main.py that quantize or prune the weights."""
-        return ["--quantize", self.args.quantize] if self.gguf else PACKED_PLAN.split()
+        if not self.gguf:
+            return PACKED_PLAN.split()
+        size = ["--megabytes", str(self.args.megabytes)] if self.args.quantize == AUTO else []
+        return ["--quantize", self.args.quantize, *size]
+
+    @property
+    def rehearsed_format(self) -> list[str]:
+        """The same before neurons or experts are removed, when the size may not yet be possible."""
+        return ["--quantize", "iq4_nl"] if self.args.quantize == AUTO else self.format
 
     @property
     def on_cpu(self) -> bool:

@@ -5,11 +5,13 @@ from __future__ import annotations
 import io
 import shutil
 from contextlib import redirect_stdout
+from dataclasses import replace
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ...methods.sparsity import EXPERTS, NEURONS
 from ...run.flags import build_parser, check_flags, named, without
+from ...run.plan import AUTO
 from ...util.cli import typed
 from ...util.errors import UserError
 from .compression import Compression, CompressionPlan, in_words
@@ -44,6 +46,7 @@ FIXED = 4  # repetitions of the other steps of a rehearsal: both models, proof a
 REHEARSED_TESTS = 2  # per test window of a rehearsal: as reference, and at the end
 TEST_PASSES = 6  # per test window: both models, before and after, and proof with llama.cpp
 PRUNING_PASSES = 7  # per calibration window: ADMM's passes and solving, allocation
+TYPE_PASSES = 48  # to choose types: forward and back with 8 windows, and rounding some rows
 ROUNDING_PASSES = 8  # per calibration window: dense and quantized model, and solving
 HELD_OUT_PASSES = 13  # per held-out training window: number of evaluations
 LEAST_TRAINING = 3  # per training window: teacher, model, and gradient
@@ -77,7 +80,8 @@ def make_plan(run: Compression, texts: TextNames) -> CompressionPlan:
             tokens = 0
             print(f"planned without training: {problem}", flush=True)
         plan, base, summary = choose_flags(run, texts, job, tokens or 0)
-        trains = tokens is None and plan.type != Q8_0
+        chats = texts.chat and "--prune_method" not in plan.made_by
+        trains = tokens is None and plan.type != Q8_0 and not chats
         rehearsal, wall = {}, 0.0
         if trims or args.recover is None:
             rehearsal, wall = rehearse(run, job, plan, base, trains)
@@ -109,7 +113,7 @@ def check_plan(run: Compression, texts: TextNames, tokens: int | None, trims: bo
     on_cpu = CHAT_WINDOWS if texts.chat else CPU_WINDOWS
     vocabulary = ["--vocabulary_data", *texts.vocabulary] if texts.vocabulary else []
     trimmed = ["--trim_vocabulary", *vocabulary] if trims else []
-    flags = ["--device", run.device, *model_flags(run, texts), *trimmed, *run.format]
+    flags = ["--device", run.device, *model_flags(run, texts), *trimmed, *run.rehearsed_format]
     flags += ["--nsamples", str(on_cpu if run.on_cpu else GPU_WINDOWS)]
     flags += [*smaller_flags(run), "0.5"] if run.args.megabytes else []
     flags += ["--eval_data", *texts.tests] if texts.tests else []
@@ -170,7 +174,7 @@ def choose_flags(
         base += ["--trim_vocabulary", "--vocabulary_rows", str(run.folder / LIST)]
     type_, removed, summary = "", None, []
     if run.gguf:
-        type_, removed, size = choose_size(job, run.args.megabytes)
+        type_, removed, size = choose_size(job, run.args.quantize, run.args.megabytes)
         summary = [size]
         if type_ == Q8_0 and not (removed or job.vocabulary):
             problem = "the model needs no change, since 8 bits per weight fit"
@@ -202,7 +206,7 @@ def rehearse(
     tests = cut_tests(job, run.folder / name, share if job.vocabulary else 0, rehearsed=True)
     flags, left_out = [*flags, "--eval_data", *tests], named(changes=True)
     if planned:
-        flags += run.format if plan.type == run.args.quantize else []
+        flags += run.rehearsed_format if plan.type == run.args.quantize else []
         flags += ["--nsamples", str(REHEARSED_ROUNDING), "--completions", "1"]
         tokens = (CPU_REHEARSED if run.on_cpu else GPU_REHEARSED) * job.windows.seqlen
         flags += ["--recover", str(tokens)] if trains else []
@@ -239,8 +243,9 @@ def plan_work(
     """Set `tests`, `windows` and `tokens` by a rehearsal; return them in words."""
     left = run.announce("Plan")
     most = sum(len(test.windows) for test in job.windows.tests)
-    passes = PRUNING_PASSES * job.flags.nsamples if job.flags.prune_method else 0
+    passes = PRUNING_PASSES * job.flags.nsamples if "--prune_method" in plan.made_by else 0
     most_of = dict(tests=most, rounding=job.flags.nsamples, passes=passes, trains=trains)
+    most_of["choosing"] = TYPE_PASSES if plan.type == AUTO else 0
     windows, plan.windows, plan.tokens, seconds = plan_time(rehearsal, wall, left, **most_of)
     plan.tests = cut_tests(job, run.folder / "tests", windows / most)
     more = f"about {in_words(seconds)} more"
@@ -273,12 +278,13 @@ def plan_time(
     rounding: int,
     passes: int,
     trains: bool = True,
+    choosing: int = 0,
 ) -> Times:
     """Plan the work for `left` seconds by the results of a rehearsal, which took `wall` seconds.
 
-    `tests` and `rounding` are the largest numbers of test and calibration windows. Pruning takes
-    `passes` passes and needs training after it. A model that is only quantized can skip training,
-    and does so unless it `trains`.
+    `tests` and `rounding` are the largest numbers of test and calibration windows. The choice of
+    types takes `choosing` passes. Pruning takes `passes` passes and needs training after it. A
+    model that is only quantized can skip training, and does so unless it `trains`.
     """
     spent, size, evaluation = (rehearsal[name] for name in ("seconds", "footprint", "evaluation"))
     rehearsed = sum(test["windows"] for test in evaluation)
@@ -287,7 +293,7 @@ def plan_time(
     tested = (TEST_PASSES + size["before"] / size["after"]) * passed
     windows = min(tests, max(LEAST_TESTS, int(TEST_SHARE * left / tested)))
     fixed = FIXED * (wall - sum(spent.get(step, 0) for step in SCALED))
-    fixed += windows * tested + passes * passed
+    fixed += windows * tested + (passes + choosing) * passed
     if "quantize" in spent:
         rounded = ROUNDING_PASSES * passed
         solving = max(0, spent["quantize"] - REHEARSED_ROUNDING * rounded)
@@ -326,9 +332,9 @@ def untrainable(job: Run, folder: str) -> str | None:
     from ...run.memory import local_memory
     from ...util.host import gib
 
-    memory = local_memory(job)
-    needed = memory.total("train") + sum(memory.passing["train"].values())
-    if needed > memory.free or not memory.fits():
+    memory = replace(local_memory(job), offloaded=False)  # it is slow with blocks on the host
+    if not memory.fits():
+        needed = memory.needed("train")
         problem = f"training takes about {gib(needed)} of memory, and {gib(memory.free)} are free"
         return f"{problem}; --recover_rank 16 takes less"
     try:

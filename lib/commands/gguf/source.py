@@ -22,14 +22,13 @@ from ...data.sentencepiece import (
     is_sentencepiece,
     write_tokenizer_model,
 )
-from ...formats.grids import GRIDS
+from ...formats.grids import held_type
 from ...model.processor import FILES
 from ...util.errors import UserError
 from ...util.quirks import OLDER_FIELDS, PRE_TOKENIZERS
 from ..model_folder import ModelFolder
 
 LINKED = ("*.safetensors", "*.safetensors.index.json", "generation_config.json")
-FEW_VALUES = 16  # rows with so few values may be on a grid by chance
 CODE = "auto_map"  # field that names code to run, in the folder or in a repository
 
 
@@ -81,22 +80,17 @@ def open_source(path: str) -> ModelFolder:
     return source
 
 
-def grid_of(folder: Path) -> str | None:
-    """Return llama.cpp's type that a folder was quantized to, from some rows of each matrix."""
+def types_of(folder: Path) -> set[str]:
+    """Return llama.cpp's types on whose grids the matrices of a folder are."""
+    types = set()
     for file in sorted(folder.glob("*.safetensors")):
         with safe_open(file, "pt") as tensors:
             for tensor in map(tensors.get_tensor, tensors.keys()):
                 if tensor.dim() < 2 or not tensor.is_floating_point():
                     continue
                 matrix = tensor.view(-1, *tensor.shape[-2:])[0]
-                for rows in (matrix[:8], matrix.mT[:8]):
-                    for name, form in GRIDS.items():
-                        fits = (
-                            form.supports_width(rows.shape[1]) and len(rows.unique()) > FEW_VALUES
-                        )
-                        if fits and form.is_on_grid(rows):
-                            return name
-    return None
+                types.add(held_type(matrix) or held_type(matrix.mT))
+    return types - {None}
 
 
 def pre_tokenizer_of(data: dict[str, Any]) -> str | None:

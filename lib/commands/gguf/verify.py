@@ -32,9 +32,10 @@ from ...model.pretrained import window_length
 from ...model.skeleton import auto_class
 from ...util.errors import UserError
 from ...util.host import available, gib
+from ...util.progress import progress
 from ..model_folder import ModelFolder
 from . import INSTALL, llama_cpp
-from .llama_cpp import run_child
+from .llama_cpp import QUIET_SECONDS, run_child
 
 RUNNER = "xllamacpp"
 RUNS = "llama.cpp does not run the file"
@@ -42,7 +43,8 @@ SHORT = 256  # tokens of the shorter window
 PLACES = 8  # beginnings of each window
 TOP = 256  # most likely tokens compared after each beginning
 # largest distances from the model; with one matrix 10% too large it is 0.08, with other weights 1.4
-LIMITS = {"f32": 0.01, "f16": 0.05, "bf16": 0.2, "q8_0": 0.5, "q4_0": 1.2, "iq4_nl": 0.5}
+LIMITS = {"f32": 0.01, "f16": 0.05, "bf16": 0.2, "q8_0": 0.5, "q4_0": 1.2, "q5_0": 0.5}
+LIMITS |= {"iq4_nl": 0.5, "q3_k": 0.5, "auto": 0.5}
 
 
 def verify(
@@ -227,14 +229,17 @@ def verify_predictions(
     local = dict(local_files_only=True, trust_remote_code=False)
     kind = auto_class(AutoConfig.from_pretrained(weights, **local))
     model = kind.from_pretrained(weights, dtype=torch.float32, **local).eval()
-    for window in (window for its in windows.values() for window in its):
-        length = len(window)
-        ends = sorted({max(1, length * place // PLACES) for place in range(1, PLACES + 1)})
-        prompts += [window[:end].tolist() for end in ends]
-        with torch.no_grad():
-            last = torch.tensor(ends) - 1
-            logits = model(window[None], use_cache=False, logits_to_keep=last).logits[0]
-        expected.append(logits.double().log_softmax(-1))
+    every = [window for its in windows.values() for window in its]
+    with progress(len(every), "predicting in transformers", "window", delay=QUIET_SECONDS) as bar:
+        for window in every:
+            length = len(window)
+            ends = sorted({max(1, length * place // PLACES) for place in range(1, PLACES + 1)})
+            prompts += [window[:end].tolist() for end in ends]
+            with torch.no_grad():
+                last = torch.tensor(ends) - 1
+                logits = model(window[None], use_cache=False, logits_to_keep=last).logits[0]
+            expected.append(logits.double().log_softmax(-1))
+            bar(1)
     del model
     dense = torch.cat(expected)  # (places, rows)
     distances = {}

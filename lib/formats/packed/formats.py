@@ -132,6 +132,15 @@ class Int4(Values):
         """Return whether rows can have this number of weights."""
         return True
 
+    def of(self, name: str, in_features: int) -> Int4 | None:
+        """Return the format of the tensor `name`, by the weights in its rows; None: its dtype."""
+        return self if self.supports_width(in_features) else None
+
+    def bits_of(self, name: str, in_features: int) -> float:
+        """Return the bits of a weight in a file, with its share of a scale."""
+        form = self.of(name, in_features)
+        return form.bits_per_weight if form else 16
+
     def nearest(self, matrix: Tensor) -> Tensor:
         """Return the matrix (out, in) rounded to the best grid, float32."""
         return self.round_to(matrix, self.fit_scales(matrix))
@@ -152,25 +161,34 @@ class Int4(Values):
         """Repeat scales (out, groups) for each input: float32 (out, in)."""
         return scales.float().repeat_interleave(self.group, 1)[:, :in_features]
 
-    def fit_scales(self, matrix: Tensor, costs: Tensor | None = None) -> Tensor:
+    def fit_units(self, matrix: Tensor, costs: Tensor | None = None) -> Tensor | None:
+        """Return the numbers (out, groups) whose multiples the scales must be, if there are any."""
+        return None
+
+    def fit_scales(
+        self, matrix: Tensor, costs: Tensor | None = None, units: Tensor | None = None
+    ) -> Tensor:
         """Return the scales (out, groups), of dtype `scaled`, with the least squared error.
 
-        `costs` (in,) weight the squared error of each input. A matrix from `round_to` keeps its
-        values on the grid fitted to it. Raises PackedError if the matrix holds nan or inf.
+        `costs` (in,) weight the squared error of each input. `units` are those of `fit_units`. A
+        matrix from `round_to` keeps its values on the grid fitted to it. Raises PackedError if the
+        matrix holds nan or inf.
         """
-        check_finite(matrix, 4)
+        check_finite(matrix, self.bits)
         rows, width = matrix.shape
         scales = matrix.new_empty(rows, self.n_groups(width), dtype=self.scaled)
+        units = self.fit_units(matrix, costs) if units is None else units
         if costs is not None:
             costs = F.pad(costs.float(), (0, scales.shape[1] * self.group - width))
             costs = costs.view(-1, self.group)
         for part in tiles(rows, width, matrix.device):
-            scales[part] = self._fit(matrix[part].float(), costs)
+            its = None if units is None else units[part]
+            scales[part] = self._fit(matrix[part].float(), costs, its)
         return scales
 
     def codes(self, matrix: Tensor, scales: Tensor) -> Tensor:
         """Return the integers, int8 (out, in), nearest to a matrix on the grid of `scales`."""
-        check_finite(matrix, 4)
+        check_finite(matrix, self.bits)
         codes = matrix.new_empty(matrix.shape, dtype=torch.int8)
         for part in tiles(*matrix.shape, matrix.device):
             steps = self.expand_scales(scales[part], matrix.shape[1])
@@ -202,7 +220,7 @@ class Int4(Values):
         more = bool((scale.view(torch.int16) & ((1 << (DROPPED_BITS - 16)) - 1)).any())
         return "scale has more than five significant bits" if more else ""
 
-    def _fit(self, tile: Tensor, costs: Tensor | None) -> Tensor:
+    def _fit(self, tile: Tensor, costs: Tensor | None, units: Tensor | None) -> Tensor:
         """Return scales (rows, groups) of a float32 tile (rows, in); `costs` (groups, group)."""
         rows, width = tile.shape
         groups = self.n_groups(width)

@@ -1,0 +1,211 @@
+"""Choose llama.cpp's type of each tensor for a file of a given size, by its effect on predictions.
+
+As in allocation.py, an error D in a matrix costs sum_ij F_i D_ij^2 |X_j|^2, with the Fisher
+information F of its outputs and the inputs X. D is the distance from the type's grid, to which some
+rows are rounded; an error relative to the matrix is taken to be alike in all rows. A row of an
+embedding counts as often as its token occurs, and costs as much as an error in the states before
+the first block. A head's outputs are the logits. Error compensation lowers the errors of linear
+layers, but not those of tables.
+
+A tensor's types form a curve of cost by size, of which only the lower convex hull is used. All
+tensors begin with their smallest type. Larger ones follow in the order of saved cost per byte, as
+long as they fit (the greedy solution of the knapsack problem).
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..formats.grids import BITS, GRIDS, Q8_0, Types
+from ..model.blocks import BlockRunner, HiddenStates
+from ..model.linears import experts_implementation, find_linears, watch_outputs
+from ..model.matrix import PrunableLinear
+from ..util.deterministic import deterministic
+from ..util.errors import UserError, first_line
+from .allocation import WINDOWS
+from .fisher import FisherDiagonal, backward_pass, empty_diagonal, seeing
+from .inputs import rank_windows
+
+OFFERED = "q3_k", "iq4_nl", "q5_0", Q8_0
+OF_TABLES = OFFERED[1:]
+CHUNK = 2**14  # rows of a table that are processed at a time
+SAMPLED = 64  # rows that show the error of a matrix
+COMPENSATED = 0.5  # error of a linear layer's outputs relative to rounding to nearest
+Costs = dict[str, dict[str, float]]  # {tensor: {type: nats, or bytes}}
+
+
+def sizes_of(model: nn.Module, blocks_name: str, rows: int) -> Costs:
+    """Return the bytes of every type that a tensor may have; tables get so many rows.
+
+    The model needs no weights.
+    """
+    sizes: Costs = {}
+    every = {id(weight): name for name, weight in reversed([*model.named_parameters()])}
+    for index, block in enumerate(model.get_submodule(blocks_name)):
+        for linear in find_linears(block, f"{blocks_name}.{index}")[0]:
+            parameter = getattr(linear.module, linear.parameter)
+            sizes[every[id(parameter)]] = _sizes(parameter.numel(), linear.shape[1], OFFERED)
+    for name, table in tables_of(model).items():
+        sizes[name] = _sizes(rows * table.shape[1], table.shape[1], OF_TABLES)
+    return {name: types for name, types in sizes.items() if types}
+
+
+def _sizes(count: int, width: int, offered: Sequence[str]) -> dict[str, float]:
+    fits = {kind: (GRIDS.get(kind) or GRIDS["iq4_nl"]).supports_width(width) for kind in offered}
+    return {kind: count * BITS[kind] / 8 for kind in offered if fits[kind]}
+
+
+def measure(
+    runner: BlockRunner,
+    windows: Tensor,
+    sizes: Costs,
+    seed: int = 0,
+    on_progress: Callable[[int], Any] = lambda blocks: None,
+) -> Costs:
+    """Return what each type of the tensors in `sizes` costs, in nats over all tokens.
+
+    The first of the windows (n, tokens) are used; `seed` draws labels. `on_progress(1)` is called
+    after each block, forward and back.
+    """
+    windows, dist, model = windows[:WINDOWS], runner.dist, runner.model
+    generator = torch.Generator().manual_seed(seed)
+    uniforms, _ = rank_windows(torch.rand(windows.shape, generator=generator), dist)
+    local, idle = rank_windows(windows, dist)
+    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+    first: dict[int, str] = {}  # a parameter has one type, however many names it has
+    every = model.named_parameters(remove_duplicate=False)
+    names = {name: first.setdefault(id(each), name) for name, each in every}
+    table = embedding.weight
+    slopes = torch.zeros(table.shape[1], dtype=torch.float64, device=runner.device)
+    seen = torch.zeros(len(table), dtype=torch.float64, device=runner.device)  # by token
+
+    def at_start(states: HiddenStates, gradient: Tensor) -> None:
+        for batch in states.batches:
+            ids = states.windows[batch].to(table.device)
+            growth = states.hidden[batch].float().norm() / table[ids].float().norm()
+            slope = gradient[batch].float() * growth  # some models scale their embeddings
+            slopes.add_(slope.square().sum((0, 1), dtype=torch.float64))
+            seen.add_(torch.bincount(ids.flatten(), minlength=len(table)))
+
+    logits = PrunableLinear("head", head)
+    of_head = {logits: empty_diagonal(logits, runner.device)}
+    found: Costs = {}
+
+    def add(name: str, matrix: Tensor, sums: FisherDiagonal, share: float = 1.0) -> None:
+        costs = found.setdefault(name, {})
+        for kind, cost in rounding_costs(matrix, sums, sizes.get(name, ())).items():
+            costs[kind] = costs.get(kind, 0.0) + share * cost
+
+    with (
+        deterministic(runner.device, strict=False),
+        experts_implementation(model, "eager"),
+        watch_outputs([logits], seeing(of_head)),
+    ):
+        for diagonals in backward_pass(runner, local, uniforms, on_progress, at_start):
+            dist.sum_([each for one in diagonals.values() for each in vars(one).values()], idle)
+            for linear, sums in diagonals.items():
+                add(names[linear.parameter_name], linear.matrix(), sums, COMPENSATED)
+    dist.sum_([*vars(of_head[logits]).values(), slopes, seen], idle)
+    add(first[id(head.weight)], head.weight, of_head[logits])
+    add(first[id(table)], table, FisherDiagonal(slopes, seen, seen.sum()))
+    return dist.all_gather_object(found)[0]
+
+
+def rounding_costs(matrix: Tensor, sums: FisherDiagonal, kinds: Iterable[str]) -> dict[str, float]:
+    """Return the nats that rounding a matrix (out, in) to each type costs, over all tokens."""
+    inputs = sums.inputs.float()
+    outputs = (sums.grad_sq / sums.tokens.clamp_min(1)).float()
+    parts = zip(outputs.split(CHUNK), matrix.split(CHUNK), strict=True)
+    whole = sum(float(out @ (part.float().square().to(out.device) @ inputs)) for out, part in parts)
+    rows = matrix[:: -(-len(matrix) // SAMPLED)].float().to(inputs.device)
+    total = (rows.square() @ inputs).sum().clamp_min(torch.finfo(torch.float32).tiny)
+    found = {}
+    for kind in kinds:
+        if form := GRIDS.get(kind):
+            values = form.round_to(rows, form.fit_scales(rows, inputs))
+        else:
+            blocks = rows.reshape(len(rows), -1, 32)
+            steps = blocks.abs().amax(2, keepdim=True).div_(127).clamp_min_(1e-30)
+            values = (blocks / steps).round_().mul_(steps).view_as(rows)
+        error = ((values - rows).square() @ inputs).sum() / total
+        found[kind] = whole * float(error) / 2
+    return found
+
+
+def choose(costs: Costs, sizes: Costs, budget: float) -> dict[str, str]:
+    """Return {tensor: type} for a budget of bytes; the smallest types if even they exceed it."""
+    chosen, steps, left = {}, [], budget
+    for name, size in sizes.items():
+        cost = dict.fromkeys(size, 0.0) | costs.get(name, {})  # no token reached it
+        kind = chosen[name] = min(size, key=size.get)
+        left -= size[kind]
+        while True:  # to the next corner of the lower convex hull
+            prices = {
+                each: (cost[kind] - cost[each]) / (size[each] - size[kind])
+                for each in size
+                if size[each] > size[kind] and cost[each] < cost[kind]
+            }
+            if not prices:
+                break
+            larger = max(prices, key=prices.get)
+            steps.append((prices[larger], size[larger] - size[kind], name, larger))
+            kind = larger
+    full = set()  # tensors whose next type does not fit
+    for _, more, name, kind in sorted(steps, reverse=True):
+        if name in full or more > left:
+            full.add(name)
+        else:
+            chosen[name], left = kind, left - more
+    return chosen
+
+
+def read_types(file: str, model: nn.Module, blocks_name: str) -> dict[str, str]:
+    """Return {tensor: type} of a JSON file for a model, whose weights are not read.
+
+    Raises UserError if it names another tensor or type, or one that the rows do not fit.
+    """
+    flag = f"--quantize {file}"
+    try:
+        types = json.loads(Path(file).read_text("utf-8"))
+    except (OSError, ValueError) as error:
+        problem = f"it is not JSON ({first_line(error)})"
+        raise UserError(flag, problem, "Name another") from error
+    widths = {
+        linear.parameter_name: linear.shape[1]
+        for index, block in enumerate(model.get_submodule(blocks_name))
+        for linear in find_linears(block, f"{blocks_name}.{index}")[0]
+    } | {name: weight.shape[1] for name, weight in tables_of(model).items()}
+    fix = "Give {tensor: type} of this model"
+    if not isinstance(types, dict) or not types:
+        raise UserError(flag, "it holds no {tensor: type}", fix)
+    for name, kind in types.items():
+        if name not in widths:
+            raise UserError(flag, f"it names {name}, which is no linear layer or table", fix)
+        if kind not in (*GRIDS, Q8_0):
+            offered = ", ".join((*GRIDS, Q8_0))
+            raise UserError(flag, f"{name} is {kind!r}", f"Give one of {offered}")
+        if kind != Q8_0 and not GRIDS[kind].supports_width(widths[name]):
+            problem = f"{name} has rows of {widths[name]}, which {kind} does not fit"
+            raise UserError(flag, problem, "Give another type")
+    return types
+
+
+def tables_of(model: nn.Module) -> dict[str, Tensor]:
+    """Return the weights of a model's embedding and, if it is another one, of its head, by name."""
+    modules = model.get_input_embeddings(), model.get_output_embeddings()
+    tables = {id(module.weight) for module in modules if module is not None}
+    return {name: weight for name, weight in model.named_parameters() if id(weight) in tables}
+
+
+def round_tables_(model: nn.Module, types: Types) -> None:
+    """Round embedding and head to the grids of their types, in place."""
+    for name, weight in tables_of(model).items():
+        if form := types.of(name, weight.shape[1]):
+            for part in weight.data.split(CHUNK):
+                part.copy_(form.nearest(part))

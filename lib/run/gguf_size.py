@@ -1,0 +1,85 @@
+"""The size of a run's model as a GGUF file, known before its weights are read."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+from torch import nn
+
+from ..calibration.mixed_types import Costs, sizes_of
+from ..formats.grids import BITS, Q8_0, Types
+from ..model.linears import find_linears
+from ..model.matrix import unread_of
+from ..util.errors import UserError
+from .flags import shown
+from .plan import AUTO
+from .run import Run
+
+# bytes in a GGUF file besides weights
+STRING_BYTES = 8  # length of each token and merge
+ROW_BYTES = 8  # type and score of a token
+PADDING_BYTES = 16  # name of a row without a token
+TENSOR_BYTES, HEADER_BYTES = 96, 2**12  # upper limits: name, shape and alignment; other fields
+
+
+def gguf_bytes(run: Run, model: nn.Module, form: Any, outer: float) -> float:
+    """Return an upper limit of a file of `model` in bytes; `outer` are those outside its blocks.
+
+    llama.cpp stores linear layers of whole blocks as the types of `form`, others in 16 bits, the
+    rest in 32.
+    """
+    size, path = outer, run.model.blocks_name
+    for index, block in enumerate(model.get_submodule(path)):
+        prefix = f"{path}.{index}"
+        linears = {each.parameter_name: each.shape[1] for each in find_linears(block, prefix)[0]}
+        for name, weight in block.named_parameters():
+            full = f"{prefix}.{name}"
+            bits = form.bits_of(full, linears[full]) if full in linears else 32
+            size += weight.numel() * bits / 8 + TENSOR_BYTES
+    return size
+
+
+def sizes_and_rest(run: Run, model: nn.Module, outer: float) -> tuple[Costs, float]:
+    """Return {tensor: {type: bytes}} of `model`, and the bytes of the rest of its file."""
+    rows = model.get_input_embeddings().num_embeddings
+    rows = len(run.vocabulary.rows) if run.vocabulary else rows
+    sizes = sizes_of(model, run.model.blocks_name, rows)
+    whole = gguf_bytes(run, model, Types(AUTO, {}), outer)  # as q8_0
+    return sizes, whole - sum(types[Q8_0] for types in sizes.values())
+
+
+def room_for_types(run: Run) -> tuple[Costs, float]:
+    """Return {tensor: {type: bytes}}, and the bytes that --megabytes leaves for these tensors.
+
+    Raises UserError if that is too little for the smallest types, or enough for the largest.
+    """
+    most, flag = 1e6 * run.flags.megabytes, shown(run.flags, "megabytes")
+    sizes, rest = sizes_and_rest(run, run.model.small, vocabulary_bytes(run))
+    least, whole = (rest + sum(map(each, map(dict.values, sizes.values()))) for each in (min, max))
+    if least > most:
+        problem = f"the smallest file takes about {least / 1e6:.3g} MB"
+        raise UserError(flag, problem, "Give more, or a smaller model")
+    if whole <= most:
+        problem = f"the model fits as q8_0, in about {whole / 1e6:.3g} MB"
+        raise UserError(flag, problem, "Give less, or use gguf with --type q8_0")
+    return sizes, most - rest
+
+
+def vocabulary_bytes(run: Run) -> float:
+    """Return the bytes of a GGUF file outside its blocks: tables, tokens, merges and fields."""
+    model, tokenizer = run.model.skeleton, run.tokenizer
+    all_rows, unread = model.get_input_embeddings().num_embeddings, unread_of(model)
+    rows = len(run.vocabulary.rows) if run.vocabulary else all_rows
+    size = HEADER_BYTES + 2 * len(str(tokenizer.chat_template or "").encode())
+    for name, weight in model.named_parameters():
+        if name.startswith(f"{run.model.blocks_name}.") or name in unread:
+            continue
+        table = len(weight) == all_rows
+        numbers = weight.numel() // all_rows * rows if table else weight.numel()
+        size += numbers * (BITS[Q8_0] if table else 32) / 8 + TENSOR_BYTES
+    tokens = tokenizer.get_vocab()
+    merges = json.loads(tokenizer.backend_tokenizer.to_str())["model"].get("merges") or ()
+    strings = [*tokens, *(merge if isinstance(merge, str) else " ".join(merge) for merge in merges)]
+    size += sum(STRING_BYTES + len(string.encode()) for string in strings)
+    return size + rows * ROW_BYTES + max(0, rows - len(tokens)) * (STRING_BYTES + PADDING_BYTES)
