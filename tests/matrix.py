@@ -161,10 +161,10 @@ def parameters(
 
 MODELS = {
     "llama": partial(tiny.tiny_llama, num_hidden_layers=3),
-    "bfloat16": lambda: tiny.tiny_llama(num_hidden_layers=3).bfloat16(),
+    "bfloat16": lambda: tiny.tiny_llama(num_hidden_layers=3, vocab_size=tiny.ROWS).bfloat16(),
     "odd": partial(tiny.tiny_llama, num_hidden_layers=3, intermediate_size=48),
     "wide": partial(tiny.tiny_llama, num_hidden_layers=3, intermediate_size=512),
-    "tied": partial(tiny.tiny_llama, tie_word_embeddings=True),
+    "tied": partial(tiny.tiny_llama, tie_word_embeddings=True, vocab_size=tiny.ROWS),
     "mixture": partial(tiny.build, "mixtral", **tiny.EXPERTS | dict(intermediate_size=32)),
     "transposed": tiny.ARCHITECTURES["GPT-2"],
     "mamba": tiny.HYBRIDS["Mamba"],

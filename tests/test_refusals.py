@@ -160,6 +160,7 @@ def write_models(model: Path) -> None:
     odd = dict(hidden_size=36, num_attention_heads=6, intermediate_size=60)
     tiny.write_model("narrow", tiny.tiny_llama(**odd))
     tiny.write_model("short", tiny.tiny_llama(vocab_size=200))
+    tiny.write_model("whole", tiny.tiny_llama(vocab_size=320))  # the rows that its texts need
     tiny.write_model("slow", tokenizer=ByT5Tokenizer())
     of_words = Tokenizer(models.WordLevel({"a": 0, "text": 1, "?": 2}, unk_token="?"))
     tiny.write_model("words", tokenizer=PreTrainedTokenizerFast(tokenizer_object=of_words))

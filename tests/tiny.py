@@ -29,7 +29,8 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-VOCAB = 384  # more than the tokenizer has, so that trimming removes some
+VOCAB = 320
+ROWS = 384  # of models in folders, so that trimming removes some
 WINDOW = 8  # tokens seen by a sliding-window layer
 BOS, EOS, PAD = "<s>", "</s>", "<pad>"
 WORDS = "сонце ріка ліс тихо пливе над старим містом the old river runs past a quiet town".split()
@@ -247,8 +248,8 @@ def write_model(
     model: PreTrainedModel | None = None,
     tokenizer: PreTrainedTokenizerBase | None = None,
 ) -> Path:
-    """Save a model (default: the LLaMA) and a tokenizer, as a user would have them in a folder."""
-    (tiny_llama() if model is None else model).save_pretrained(folder)
+    """Save a model (default: a LLaMA) and a tokenizer, as a user would have them in a folder."""
+    (tiny_llama(vocab_size=ROWS) if model is None else model).save_pretrained(folder)
     (tiny_tokenizer() if tokenizer is None else tokenizer).save_pretrained(folder)
     return Path(folder)
 

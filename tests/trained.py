@@ -34,9 +34,7 @@ def trained_model(cache: Path, needs_bos: bool = False) -> Path:
 
 
 def _train(needs_bos: bool) -> torch.nn.Module:
-    rows = 320 if needs_bos else tiny.VOCAB
-    model = tiny.tiny_llama(tie_word_embeddings=False, vocab_size=rows)
-    tokenizer = tiny.tiny_tokenizer()
+    model, tokenizer = tiny.tiny_llama(tie_word_embeddings=False), tiny.tiny_tokenizer()
     ids = torch.cat([tokenizer(text, return_tensors="pt").input_ids[0] for text in _texts()])
     draw = torch.Generator().manual_seed(0)
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3, weight_decay=0.0)

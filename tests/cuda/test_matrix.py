@@ -38,7 +38,7 @@ WAYS = {
 @pytest.fixture(scope="session")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Place:
     place, sizes = Place(tmp_path_factory.mktemp("matrix")), dict(hidden_size=64)
-    sizes |= dict(intermediate_size=64)
+    sizes |= dict(intermediate_size=64, vocab_size=tiny.ROWS)
     tiny.write_model(place.folder / "large", tiny.tiny_llama(num_hidden_layers=6, **sizes))
     mixture = tiny.build("mixtral", num_hidden_layers=4, **tiny.EXPERTS | sizes)
     tiny.write_model(place.folder / "large mixture", mixture)

@@ -214,11 +214,11 @@ def test_what_is_packed_and_what_stays_is_told(capsys: pytest.CaptureFixture) ->
     runner = runner_of(pruned(tiny.tiny_llama()))
     record = pack_(runner, PACKED[4], IDS)["packed_embeddings"]
     assert record["bits"] == 8 and record["modules"] == ["model.embed_tokens", "lm_head"]
-    assert record["bytes"] == 2 * 384 * (32 + 4) and record["dense_bytes"] == 2 * 384 * 32 * 4
+    assert record["bytes"] == 2 * 320 * (32 + 4) and record["dense_bytes"] == 2 * 320 * 32 * 4
     assert 0 < record["difference"] < 0.1
     runner = runner_of(pruned(tiny.tiny_llama()))
     head, query = runner.model.lm_head, runner.blocks[0].self_attn.q_proj
-    runner.model.lm_head = Head(32, 384, bias=False)
+    runner.model.lm_head = Head(32, 320, bias=False)
     runner.model.lm_head.weight = head.weight
     query.weight[query.weight == 0] = 1
     figures, out = pack_(runner, PACKED[4], IDS), capsys.readouterr().out
@@ -241,9 +241,9 @@ CONFIGS = [
     (dict(bits=4), "'group': None"),
     (dict(bits=4, group=64), "not (512,"),
     (dict(new=1), "'new': 1"),
-    (dict(embeddings={"lm_head": [384, 32]}), "embeddings"),
-    (dict(embeddings={"lm_head": [384, 32], "model.embed_tokens": [384, 31]}), "embeddings"),
-    (dict(embeddings={"lm_head": [384, 32], "model.norm": [384, 32]}), "embeddings"),
+    (dict(embeddings={"lm_head": [320, 32]}), "embeddings"),
+    (dict(embeddings={"lm_head": [320, 32], "model.embed_tokens": [320, 31]}), "embeddings"),
+    (dict(embeddings={"lm_head": [320, 32], "model.norm": [320, 32]}), "embeddings"),
 ]
 TENSORS = [  # of a checkpoint with these bits (8: and embeddings): what is done to which
     (16, f"{DOWN}.weight", lambda t: t[:8].clone(), "(8,), not (1024,)"),
@@ -251,7 +251,7 @@ TENSORS = [  # of a checkpoint with these bits (8: and embeddings): what is done
     (16, f"{DOWN}.mask", lambda t: None, f"lacks {DOWN}.mask"),
     (4, f"{DOWN}.scale", lambda t: t.float(), "torch.float32, not torch.bfloat16"),
     (4, f"{DOWN}.mask", lambda t: t | 255, "keeps 2048 weights, of 1024"),
-    (8, "lm_head.weight", lambda t: t[:5].clone(), "(5, 32), not (384, 32)"),
+    (8, "lm_head.weight", lambda t: t[:5].clone(), "(5, 32), not (320, 32)"),
     (8, "lm_head.weight", lambda t: t.float(), "torch.float32, not torch.int8"),
     (8, "lm_head.scale", lambda t: t.half(), "torch.float16, not torch.float32"),
     (8, "lm_head.scale", lambda t: t / 0, "not finite"),

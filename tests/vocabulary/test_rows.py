@@ -99,12 +99,12 @@ def test_every_number_follows(tmp_path: Path) -> None:
 
 def test_tables_that_are_not_of_the_tokens_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     head, bag, buffer = (tiny.tiny_llama() for _ in range(3))
-    head.lm_head = torch.nn.Linear(32, 448, bias=False)
+    head.lm_head = torch.nn.Linear(32, 384, bias=False)
     bag.model.embed_tokens = torch.nn.EmbeddingBag(320, 32)
     buffer.model.layers[0].mlp.register_buffer("bias_of_tokens", torch.zeros(tiny.VOCAB))
     for model, words in (
         (buffer, "model.layers.0.mlp.bias_of_tokens"),
-        (head, "384 rows in its embedding, 448 in its head"),
+        (head, "320 rows in its embedding, 384 in its head"),
         (bag, "class EmbeddingBag"),
     ):
         assert words in refused(trimmable_rows, model, Checkpoint("m"))

@@ -14,7 +14,7 @@ import pytest
 import tiny
 import torch
 from kinds import EN, UK
-from support import QUICK, call, loaded, results, succeed, weights
+from support import ALONE, QUICK, call, loaded, results, succeed, weights
 from tokenizers import AddedToken, Tokenizer
 from transformers import (
     AutoModelForCausalLM,
@@ -22,6 +22,7 @@ from transformers import (
     AutoTokenizer,
     Gemma3Processor,
     Idefics3Processor,
+    PretrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerFast,
     ProcessorMixin,
@@ -31,6 +32,10 @@ from transformers.models.idefics3.image_processing_pil_idefics3 import Idefics3I
 
 import lib.data.trimmed_tokenizer
 import lib.run.steps
+from lib.data.documents import Corpus
+from lib.data.sources import parse_sources
+from lib.model.checkpoint import Checkpoint
+from lib.vocabulary import trim_vocabulary
 
 pytestmark = pytest.mark.usefixtures("at_place")
 ROWS = 640  # more than the tokenizer has
@@ -209,6 +214,65 @@ def test_what_differs_stops_the_run(place: Path, tmp_path: Path, monkeypatch) ->
             done = call(*argv)
         assert done.status == 1 and words in done.complaints[0]
         assert not (tmp_path / "model").exists()
+
+
+def test_another_run_takes_the_same_tokens(
+    alone: tuple[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It counts nothing, and measures nothing again on the same model."""
+    called, own = [], lib.run.steps._nats_by_window
+    monkeypatch.setattr("lib.run.steps._nats_by_window", lambda *a: called.append(a) or own(*a))
+    monkeypatch.delattr("lib.vocabulary.count_tokens")
+    _, folder = alone
+    kept, before = folder / "out/vocabulary.json", results(folder / "out")["vocabulary"]
+    argv = [*TRIM, "--vocabulary_rows", kept, "--eval_data", "uk"]
+    succeed(*argv, "--save_model", tmp_path / "model", "--save", tmp_path / "out")
+    assert not called
+    after = results(tmp_path / "out")["vocabulary"]
+    assert {k: v for k, v in after.items() if before[k] != v} == {}
+    tensors = weights(folder / "model"), weights(tmp_path / "model")
+    assert all(torch.equal(tensor, tensors[1][name]) for name, tensor in tensors[0].items())
+    shutil.copytree("model", tmp_path / "other")
+    argv = ["--model", tmp_path / "other", *QUICK, "--trim_vocabulary", "--eval_data", "uk"]
+    succeed(*argv, "--vocabulary_rows", kept, "--save", tmp_path / "out")
+    assert len(called) == 2  # its weights may be others
+    other = json.loads(kept.read_text("utf-8"))
+    other["tokens"][-1] += "s"
+    (tmp_path / "wrong.json").write_text(json.dumps(other))
+    (line,) = call(*argv, "--vocabulary_rows", tmp_path / "wrong.json").complaints
+    assert "its tokens are not those of" in line
+
+
+SENTENCES = {
+    "Georgian": "საქართველოს დედაქალაქია თბილისი და მდინარე მტკვარი მის შუაგულში მიედინება.",
+    "Chinese": "北京是中华人民共和国的首都，位于华北平原的北部边缘，城市历史悠久，人口众多。",
+    "without blanks": "сонцерікалістихопливенадстариммістом" * 3000,
+}
+
+
+@pytest.mark.parametrize("script", SENTENCES)
+def test_the_cost_is_measured_in_any_script(script: str, tmp_path: Path) -> None:
+    """On windows of equal text by both tokenizers, however finely they cut it."""
+    tokenizer = kinds.byte_level(regex=False)
+    texts = tiny.write_texts(
+        tmp_path / "text", train=[*kinds.texts(UK, 40, 1)], test=[SENTENCES[script] * 4]
+    )
+    corpora = [Corpus(each) for each in parse_sources([str(texts)], "--vocabulary_data")]
+    options = dict(rows=len(tokenizer), config_ids=set())
+    trimmed = trim_vocabulary(
+        tokenizer, Checkpoint("m"), PretrainedConfig(), corpora, ALONE, **options
+    )
+    trimmed.hold_out(corpora[0], 48, 4000)
+    whole, smaller, size = trimmed.held_out
+    assert len(whole) == len(smaller) > 1 and 50 < size < 8000
+    read = []
+    for windows, reader in ((whole, tokenizer), (smaller, trimmed.tokenizer)):
+        counted = windows.mask
+        read.append([reader.decode(ids[of]) for ids, of in zip(windows.ids, counted, strict=True)])
+    assert read[0] == read[1]
+    assert sum(len(text.encode()) for text in read[0]) == pytest.approx(size, rel=0.05)
+    trimmed.hold_out(corpora[0], 48, 4000, most=1)
+    assert len(trimmed.held_out[0]) == 1
 
 
 def test_text_that_is_too_little_is_warned_of(tmp_path: Path) -> None:
