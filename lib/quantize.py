@@ -8,17 +8,19 @@ from the quantized blocks before it, and its target is the output of the unquant
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from .calibration.inputs import Group
+from .calibration.inputs import Group, rows
 from .formats.grids import Grid
 from .formats.packed.formats import Int4
 from .formats.packed.linear import why_dense
 from .methods.gptq import GPTQ, MasterWeights
-from .model.blocks import BlockRunner
+from .model.blocks import BlockRunner, Stop
+from .model.linears import watch_inputs
 from .model.matrix import PrunableLinear, SaveDtypes
 from .offload.sharded import shard_of_masters, sharded_dims
 from .prune import UNREACHED, BlockWalker
@@ -151,6 +153,27 @@ class Quantizer(BlockWalker):
             self._keep_masters(linear, MasterWeights(*fields))
         self._shard_masters()
         return True
+
+    @torch.no_grad()
+    def head_inputs(self) -> Tensor:
+        """Return the sums of the squares of the head's inputs (hidden,), float64, after a run."""
+        runner, states, last = self.runner, self.states, len(self.runner.blocks) - 1
+        head = PrunableLinear("head", runner.model.get_output_embeddings())
+        sums = torch.zeros(head.shape[1], dtype=torch.float64, device=runner.device)
+
+        def see(_: PrunableLinear, x: Tensor) -> None:
+            sums.add_(rows(x).float().square().sum(0, dtype=torch.float64))
+            raise Stop
+
+        with runner.on_device(last):
+            runner.advance_(states, last)
+        for batch in states.batches:
+            with watch_inputs([head], see), suppress(Stop):
+                runner.logits(states, batch)(
+                    torch.arange(states.windows.shape[1], device=runner.device)
+                )
+        self.dist.sum_([sums], self.idle)
+        return sums
 
     def summary(self) -> list[str]:
         """Return lines for the user, which name every layer that was only rounded."""

@@ -1,11 +1,13 @@
 """Choose llama.cpp's type of each tensor for a file of a given size, by its effect on predictions.
 
-As in allocation.py, an error D in a matrix costs sum_ij F_i D_ij^2 |X_j|^2, with the Fisher
-information F of its outputs and the inputs X. D is the distance from the type's grid, to which some
-rows are rounded; an error relative to the matrix is taken to be alike in all rows. A row of an
-embedding counts as often as its token occurs, and costs as much as an error in the states before
-the first block. A head's outputs are the logits. Error compensation lowers the errors of linear
-layers, but not those of tables.
+An error D in a matrix costs 1/2 sum_ij D_ij^2 M_ij, where M_ij is the sum of (g_i x_j)^2 over
+tokens, with inputs x and slopes g of the loss (fisher.py). M is taken to be the product of its sums
+over outputs and the outputs' shares of |g|^2: large inputs may have small slopes, such as those of
+the first token. D is the distance from the type's grid, to which some rows are rounded; an error
+relative to the matrix is taken to be alike in all rows. A row of an embedding counts as often as
+its token occurs, and costs as much as an error in the states before the first block. A head's
+outputs are the logits. Error compensation lowers the errors of linear layers, but not those of
+tables.
 
 A tensor's types form a curve of cost by size, of which only the lower convex hull is used. All
 tensors begin with their smallest type. Larger ones follow in the order of saved cost per byte, as
@@ -111,20 +113,24 @@ def measure(
             dist.sum_([each for one in diagonals.values() for each in vars(one).values()], idle)
             for linear, sums in diagonals.items():
                 add(names[linear.parameter_name], linear.matrix(), sums, COMPENSATED)
-    dist.sum_([*vars(of_head[logits]).values(), slopes, seen], idle)
-    add(first[id(head.weight)], head.weight, of_head[logits])
-    add(first[id(table)], table, FisherDiagonal(slopes, seen, seen.sum()))
+    by_head = of_head[logits]
+    dist.sum_([*vars(by_head).values(), slopes, seen], idle)
+    add(first[id(head.weight)], head.weight, by_head)
+    inputs = by_head.inputs if head.weight is table else torch.ones_like(slopes)
+    add(first[id(table)], table, FisherDiagonal(inputs, seen, seen.sum(), slopes))
     return dist.all_gather_object(found)[0]
 
 
 def rounding_costs(matrix: Tensor, sums: FisherDiagonal, kinds: Iterable[str]) -> dict[str, float]:
     """Return the nats that rounding a matrix (out, in) to each type costs, over all tokens."""
-    inputs = sums.inputs.float()
-    outputs = (sums.grad_sq / sums.tokens.clamp_min(1)).float()
+    least = torch.finfo(torch.float32).tiny
+    inputs, weighted = sums.inputs.float(), sums.weighted.float()
+    outputs = (sums.grad_sq / sums.grad_sq.sum().clamp_min(least)).float()
     parts = zip(outputs.split(CHUNK), matrix.split(CHUNK), strict=True)
-    whole = sum(float(out @ (part.float().square().to(out.device) @ inputs)) for out, part in parts)
+    each = (out @ (part.float().square().to(out.device) @ weighted) for out, part in parts)
+    whole = sum(map(float, each))
     rows = matrix[:: -(-len(matrix) // SAMPLED)].float().to(inputs.device)
-    total = (rows.square() @ inputs).sum().clamp_min(torch.finfo(torch.float32).tiny)
+    total = (rows.square() @ weighted).sum().clamp_min(least)
     found = {}
     for kind in kinds:
         if form := GRIDS.get(kind):
@@ -133,7 +139,7 @@ def rounding_costs(matrix: Tensor, sums: FisherDiagonal, kinds: Iterable[str]) -
             blocks = rows.reshape(len(rows), -1, 32)
             steps = blocks.abs().amax(2, keepdim=True).div_(127).clamp_min_(1e-30)
             values = (blocks / steps).round_().mul_(steps).view_as(rows)
-        error = ((values - rows).square() @ inputs).sum() / total
+        error = ((values - rows).square() @ weighted).sum() / total
         found[kind] = whole * float(error) / 2
     return found
 
@@ -203,9 +209,18 @@ def tables_of(model: nn.Module) -> dict[str, Tensor]:
     return {name: weight for name, weight in model.named_parameters() if id(weight) in tables}
 
 
-def round_tables_(model: nn.Module, types: Types) -> None:
-    """Round embedding and head to the grids of their types, in place."""
+def round_tables_(model: nn.Module, types: Types, inputs: Tensor | None = None) -> None:
+    """Round embedding and head to the grids of their types.
+
+    `inputs` (in,), if known: sums of the squares of the head's inputs, by which its errors count.
+    The tables become new tensors, since the dense model of comparisons shares the old ones.
+    """
+    head = model.get_output_embeddings().weight
     for name, weight in tables_of(model).items():
         if form := types.of(name, weight.shape[1]):
-            for part in weight.data.split(CHUNK):
-                part.copy_(form.nearest(part))
+            costs = inputs if weight is head else None
+            parts = (
+                form.round_to(part, form.fit_scales(part, costs)).to(weight.dtype)
+                for part in weight.split(CHUNK)
+            )
+            weight.data = torch.cat([*parts])

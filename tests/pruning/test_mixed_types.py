@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from itertools import product
 
 import pytest
@@ -11,7 +12,18 @@ from support import FORMATS, runner_of, windows
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from lib.calibration.mixed_types import COMPENSATED, Costs, choose, measure, sizes_of
+from lib.calibration.mixed_types import (
+    COMPENSATED,
+    Costs,
+    choose,
+    measure,
+    round_tables_,
+    sizes_of,
+    tables_of,
+)
+from lib.formats.grids import Types
+from lib.model.reference import tail_of
+from lib.quantize import quantize
 
 
 def log_probabilities(model: PreTrainedModel, ids: Tensor) -> Tensor:
@@ -69,3 +81,24 @@ def test_the_choice_is_nearly_the_best() -> None:
         best = min((c for c, s in every if s <= budget - step), default=float("inf"))
         assert size <= budget and cost <= best + 1e-9
     assert set(choose(costs, sizes, largest + 1).values()) == {"q8_0"}
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_tables_are_rounded_by_the_inputs_of_the_head(tied: bool) -> None:
+    """Those of the quantized model; the dense model of comparisons keeps its own tables."""
+    model = tiny.build("llama", tie_word_embeddings=tied).requires_grad_(False).float()
+    runner, ids, head = runner_of(model), windows(8), model.lm_head
+    kept, tail = head.weight.clone(), tail_of(runner)
+    inputs = quantize(runner, ids, FORMATS["iq4_nl"]).head_inputs()
+    seen = model.model(input_ids=ids).last_hidden_state
+    assert torch.allclose(inputs, seen.double().square().sum((0, 1)), rtol=1e-4)
+    inputs[::2] *= 100
+    errors = []
+    for costs in (None, inputs):
+        rounded = copy.deepcopy(model)
+        types = dict.fromkeys(tables_of(rounded), "iq4_nl")
+        round_tables_(rounded, Types("auto", types), costs)
+        errors.append(float(((rounded.lm_head.weight - kept).square() @ inputs.float()).sum()))
+    assert 0 < errors[1] < 0.9 * errors[0]
+    round_tables_(model, Types("auto", types))
+    assert torch.equal(tail.model.lm_head.weight, kept) and not torch.equal(head.weight, kept)
