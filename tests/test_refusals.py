@@ -16,11 +16,13 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, chdir, contextmanager
 from importlib.machinery import ModuleSpec
+from importlib.util import find_spec
 from pathlib import Path
 from stat import S_ISDIR
 from types import SimpleNamespace
 from typing import NamedTuple
 
+import ggufs
 import pytest
 import tiny
 import torch
@@ -240,6 +242,55 @@ def write_files() -> None:
     Path("masks/cut/model.safetensors").write_bytes(whole[:-100])
 
 
+def write_ggufs() -> None:
+    """Files that trim can't trim, each for its own reason."""
+    whole = ggufs.model(Path("whole.gguf"), table=ggufs.Q8_0, head=None)
+    shutil.copy(whole, "a-00001-of-00002.gguf")
+    Path("left.gguf.partial").touch()
+    fields = ggufs.tokenizer("gpt2")
+    tokens = fields["tokenizer.ggml.tokens"][1]
+    listed = {"ids": [1, 2], "tokens": tokens[1:3], "rows": [1, 2], "record": {}}
+    lines("kept.json", listed)
+    lines("other_tokens.json", listed | {"tokens": tokens[2:4]})
+    lines("without_end.json", listed | {"ids": [1], "tokens": tokens[1:2]})
+    Path("trim").mkdir()
+    data = whole.read_bytes()
+    info = data.index(b"token_embd.weight") + 17  # dimensions, shape, type
+    spoiled = {
+        "cut": data[:-9000],
+        "cut_early": data[:5000],
+        "big_endian": data[:4] + data[7:3:-1] + data[8:],
+        "version": data[:4] + b"\1" + data[5:],
+        "type": data[: info + 20] + b"\xfa" + data[info + 21 :],
+    }
+    for name, content in spoiled.items():
+        Path(f"trim/{name}.gguf").write_bytes(content)
+    tables = {
+        "table": ("engram.weight", len(tokens)),
+        "rows": ("output.weight", len(tokens) + 1),
+        "d2t": ("d2t", 16),
+        "tid2eid": ("blk.0.ffn_gate_tid2eid.weight", len(tokens)),
+        "ordering": ("masked_embd_ordering.weight", 16),
+    }
+    for name, (tensor, rows) in tables.items():
+        entry = (4, rows), ggufs.F32, ggufs.blocks(ggufs.F32, rows, 4, 0)
+        ggufs.model(Path(f"trim/{name}.gguf"), table=ggufs.Q8_0, head=None, more={tensor: entry})
+    twice = (ggufs.STRING, [*tokens[:-1], tokens[-2]])
+    changed_fields = {
+        "ple": {"llama.ple.layers": (ggufs.UINT32, 1)},
+        "ids": {"llama.image_token_ids_of_mine": (ggufs.INT32, [1, 2])},
+        "chameleon": {"general.architecture": (ggufs.STRING, "chameleon")},
+        "rwkv": {"tokenizer.ggml.model": (ggufs.STRING, "rwkv")},
+        "twice": {"tokenizer.ggml.tokens": twice},
+        "pre": {"tokenizer.ggml.pre": (ggufs.STRING, "nosuch")},
+    }
+    for name, changes in changed_fields.items():
+        options = dict(table=ggufs.Q8_0, head=None, changed=changes)
+        ggufs.model(Path(f"trim/{name}.gguf"), **options)
+    options = dict(table=ggufs.Q8_0, head=None, without="tokenizer.ggml.merges")
+    ggufs.model(Path("trim/no_merges.gguf"), **options)
+
+
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("place")
@@ -249,6 +300,8 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
         tiny.write_texts("uk", 40, 8)
         write_models(model)
         write_files()
+        if find_spec("gguf"):
+            write_ggufs()
     return folder
 
 
@@ -327,6 +380,8 @@ def test_one_line_and_nothing_else(
     replace_call(monkeypatch, lambda *argv: pytest.fail(f"{argv} is started"))
     before = files()
     program, *argv = shlex.split(case.line)
+    if program in ("trim", "vocabulary"):
+        pytest.importorskip("gguf")
     with world(case.world, monkeypatch):
         done, error = attempt(*argv, program=program_of(program))
     assert done.status == case.status, done

@@ -128,3 +128,37 @@ class Unigram(Vocabulary):
             ]
             best.append(max(cuts, default=(-math.inf, ())))
         return best[-1][1]
+
+
+@dataclass
+class Scored(Bpe):
+    """BPE whose merges are not listed: any two pieces that make a token, by falling `scores`.
+
+    It is SentencePiece's BPE, as llama.cpp reads it (`llama` in a GGUF file).
+    """
+
+    scores: Mapping[int, float] = field(default_factory=dict)
+
+    def rank(self, first: str, second: str) -> float | None:
+        index = self.ids.get(first + second)
+        return None if index is None else -self.scores[index]
+
+
+@dataclass
+class WordPiece(Vocabulary):
+    """WordPiece: a word is cut into the longest tokens from its beginning on.
+
+    As in a GGUF file, tokens at the beginning of a word have "▁" before them, others nothing.
+    """
+
+    def pieces(self, index: int) -> tuple[int, ...]:
+        text, place, cut = self.tokens[index], 0, []
+        while place < len(text):
+            ends = range(len(text), place, -1)
+            found = (self.ids.get(text[place:end], index) for end in ends)
+            piece = next((each for each in found if each != index), None)
+            if piece is None:  # the whole word becomes unknown, which is one token
+                return ()
+            cut.append(piece)
+            place += len(self.tokens[piece])
+        return tuple(cut)

@@ -21,6 +21,7 @@ from transformers import AutoConfig, PreTrainedTokenizerBase
 
 from ...data.chats import Dialogue
 from ...data.documents import Corpus
+from ...data.lines import LINES
 from ...data.sentencepiece import begins_with_blank
 from ...data.sources import Source
 from ...data.templates import EXAMPLES, document_text, examples, sample_of_dialogue
@@ -44,19 +45,6 @@ TOP = 256  # most likely tokens compared after each beginning
 # largest distances from the model; with one matrix 10% too large it is 0.08, with other weights 1.4
 LIMITS = {"f32": 0.01, "f16": 0.05, "bf16": 0.2, "q8_0": 0.5, "q4_0": 1.2, "q5_0": 0.5}
 LIMITS |= {"iq4_nl": 0.5, "q3_k": 0.5, "auto": 0.5}
-LINES = [
-    "Річка тече повз старе місто; пам'ять про під'їзд, ґанок і їжака не згасла.",
-    "It's what they've said: the river doesn't wait, we'LL see. I'm sure, you'd agree?",
-    "Die Straße führt über Köln nach Österreich – für 12,50 € im Jahr 2024.",
-    "L'été dernier, où étiez-vous ? « À la mer », répondit-elle.",
-    "Zażółć gęślą jaźń; příliš žluťoučký kůň; árvíztűrő tükörfúrógép.",
-    "На востоке светает, ветер стихает, и слышен только шум воды.",
-    "河水流过古老的城市。川は古い町を流れる。 강은 오래된 도시를 지나 흐른다.",
-    "مرحبا بالعالم، שלום עולם, नमस्ते दुनिया, สวัสดีชาวโลก",
-    "🦉🏳️‍🌈👩‍👩‍👧 emoji, signs → ≠ ± §, ꙮ𝔘𐍈 and ﷽",
-    "def f(x):\n\treturn {'a': x**2, \"b\": [1, 22, 333, 4444, 55555]}\n\n\n    # end  \n",
-    "  two blanks,   three;\ttabs\t\tand\r\nlines\n\n\n\nof nothing   ",
-]
 
 
 def verify(

@@ -1,0 +1,1 @@
+"""Trims the vocabulary of a GGUF file, by bytes, and proves what it has written."""

@@ -1,0 +1,291 @@
+"""Trim the vocabulary of a GGUF file, without torch and without the model in memory.
+For users who have a GGUF file of any size and run it for one language, or a few.
+
+    bash launch.sh trim IN.gguf OUT.gguf --language uk
+
+The tokens that the text uses stay, with those from which they are merged, all bytes and special
+tokens, and the likely ones that are worth their rows. The rows of all others are left out of each
+table with a row for each token; everything else is copied by bytes. Then tokens, bytes and
+predictions must be those of IN. OUT appears with OUT.vocabulary.json, its list of tokens.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import re
+import shutil
+import time
+from collections.abc import Sequence
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ...data.gguf_file import GgufFile, Tensor, header, write
+from ...data.gguf_vocabulary import GgufVocabulary
+from ...data.lines import LINES
+from ...data.token_choice import PRICE
+from ...util.cli import make_parser, typed
+from ...util.errors import UserError, first_line, first_of
+from ...util.files import check_writable, partial_of, sync, temporary_folder, write_text
+from ...util.host import available, gib
+from ...util.progress import progress
+from ..gguf.llama_cpp import run_child
+from .choosing import add_text_flags, choose_by_text, corpora_of, tokenizer_of
+from .llama import Llama, compare
+
+MOST_ROWS = 0.9  # share of rows above which trimming saves too little
+EXAMPLES = """examples:
+  {0} IN.gguf OUT.gguf --language uk en
+  {0} IN.gguf OUT.gguf --data texts/uk texts/code --rows 32768 --dry_run
+  {0} DRAFT.gguf SMALL.gguf --keep OUT.gguf.vocabulary.json"""
+WINDOWS, POSITIONS = 24, 512  # pieces of test text whose predictions are compared, and tokens
+LIMIT = 1e-5  # largest difference of log-probabilities
+MANY = 2_000  # test documents of each source that are compared
+NOT_CAUSAL = ("t5", "bert")  # kinds of vocabulary whose models predict no next token
+
+
+def main(arguments: list[str]) -> None:
+    args = _parser().parse_args(arguments)
+    out = Path(args.out).absolute()
+    listed = out.with_name(f"{out.name}.vocabulary.json")
+    if out.suffix != ".gguf":
+        raise UserError(f"OUT {args.out}", "the name does not end with .gguf", "Give one that does")
+    for path in (out, partial_of(out)):
+        if path.exists() or path.is_symlink():
+            fix = "Name a new file, or remove it"
+            raise UserError(f"OUT {args.out}", f"{path.name} exists", fix)
+    check_writable("OUT", str(out.parent))
+    if args.keep and (args.rows or args.price != PRICE):
+        flag = f"--rows {args.rows}" if args.rows else f"--price {args.price}"
+        raise UserError(flag, "--keep gives the tokens", "Leave one of the two out")
+    if not (args.keep or args.language or args.data):
+        fix = "Give --language, --data or --keep"
+        raise UserError(f"IN {args.source}", "no text says which tokens to keep", fix)
+    corpora = corpora_of(args)
+    file = GgufFile(Path(args.source), f"IN {args.source}")
+    vocabulary = GgufVocabulary(file, frozenset(args.drop))
+
+    with temporary_folder() as folder:
+        before = tokenizer_of(folder / "before.gguf", vocabulary, range(vocabulary.rows))
+        record: dict[str, Any] = {
+            "rows_before": vocabulary.rows,
+            "sources": [str(each.source) for each in corpora],
+        }
+        if args.keep:
+            kept = _listed(args.keep, vocabulary)
+        else:
+            choice = choose_by_text(args, corpora, vocabulary, before)
+            kept = choice.ids
+            record |= {"used": choice.used, "likely": choice.likely, "rise": choice.rise}
+        if len(kept) > MOST_ROWS * vocabulary.rows:
+            problem = f"{len(kept)} of {vocabulary.rows} rows would stay, over {MOST_ROWS:.0%}"
+            raise UserError(f"IN {args.source}", problem, "Give text of fewer languages, or --rows")
+        vocabulary.check_count(len(kept))
+        fields, tensors = vocabulary.trimmed(kept)
+        size = len(header(fields, tensors, file.alignment))
+        size += sum(tensor.size + -tensor.size % file.alignment for tensor in tensors)
+        digest = vocabulary.digest(kept)
+        record |= {"rows": len(kept), "digest": digest, "bytes_before": file.size, "bytes": size}
+        used = ""
+        if not args.keep:
+            used = f"; the texts use {record['used']:,}, likely are {record['likely']:,}"
+        megabytes = f"{file.size / 1e6:,.1f} MB become {size / 1e6:,.1f}"
+        rows = f"{len(kept):,} of {vocabulary.rows:,} rows stay"
+        print(f"vocabulary: {rows}{used}; {megabytes}", flush=True)
+        if dropped := [name for name in file.fields if name not in fields]:
+            print(f"fields left out: {', '.join(dropped)}")
+        after = tokenizer_of(folder / "after.gguf", vocabulary, kept)
+        tests = {"lines in many scripts": [*LINES, *(c for line in LINES for c in line)]}
+        for corpus in corpora:
+            tests[corpus.source.name] = [*islice(corpus.documents("test"), MANY)]
+        record["tests"] = [
+            _compare_tokens(name, texts, before, after, kept, vocabulary.kind)
+            for name, texts in tests.items()
+        ]
+        if args.dry_run:
+            print("nothing is written (--dry_run)")
+            return
+        if (free := shutil.disk_usage(out.parent).free) < size:
+            problem = f"it needs {gib(size)}, and its disk has {gib(free)} left"
+            raise UserError(f"OUT {args.out}", problem, "Name a file on another disk")
+        partial, start = partial_of(out), time.monotonic()
+        try:
+            with progress(size, f"writing {out.name}", "B") as on_progress:
+                for step in write(partial, fields, tensors, file.alignment):
+                    on_progress(step)
+            record["seconds_written"] = written = time.monotonic() - start
+            _check_bytes(partial, tensors)
+            seconds = time.monotonic() - start - written
+            tables = sum(tensor.kept is not None for tensor in tensors)
+            print(
+                f"written in {written:.1f} s; {tables} tables have the kept rows of IN, and "
+                f"{len(tensors) - tables} tensors are IN's, by bytes ({seconds:.1f} s)"
+            )
+            texts = [text for name in list(tests)[1:] for text in tests[name]] or LINES
+            missing = _predict(file, partial, before, after, texts, kept, vocabulary.kind, record)
+            tokens = [vocabulary.tokens[index] for index in kept]
+            kept_list = {"ids": kept, "tokens": tokens, "rows": kept, "record": record}
+            write_text(listed, json.dumps(kept_list, ensure_ascii=False))
+            partial.rename(out)
+            sync(out.parent)
+        finally:
+            partial.unlink(missing_ok=True)
+    for projector in Path(args.source).absolute().parent.glob("*mmproj*.gguf"):
+        print(f"{projector.name} beside IN works with OUT as it is")
+    print(f"not verified: {', '.join(missing)}", flush=True)
+
+
+def _listed(path: str, vocabulary: GgufVocabulary) -> list[int]:
+    """Return the ids of a list of another run, if each has the same text here."""
+    try:
+        listed = json.loads(Path(path).read_text("utf-8"))
+        ids, tokens = listed["ids"], listed["tokens"]
+        texts = [vocabulary.tokens[index] if index < vocabulary.rows else None for index in ids]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        fix = "Name the .vocabulary.json of an earlier run"
+        problem = f"it cannot be read ({first_line(error)})"
+        raise UserError(f"--keep {path}", problem, fix) from error
+    if texts != tokens:
+        wrong = next(i for i, a, b in zip(ids, texts, tokens, strict=False) if a != b)
+        problem = f"its token {wrong} has another text than that of {vocabulary.file.what}"
+        raise UserError(f"--keep {path}", problem, "Name a list of the same vocabulary")
+    if needed := vocabulary.named - set(ids):
+        problem = f"it lacks {vocabulary.tokens[min(needed)]!r}, which a field of IN names"
+        raise UserError(f"--keep {path}", problem, "Trim this model first, and keep its list")
+    return ids
+
+
+def _compare_tokens(
+    name: str, texts: list[str], before: Llama, after: Llama, kept: Sequence[int], kind: str
+) -> dict[str, Any]:
+    """Compare the tokens of texts with both vocabularies, print a line, and return the counts.
+
+    Raises UserError if a text has other tokens although all of its own are kept, and if it decodes
+    to another text, except for letters and words that became unknown, which are named.
+    """
+    rows, known = np.array(kept), np.zeros(before.rows, bool)
+    known[rows] = True
+    n_alike = n_before = n_after = 0
+    unknown: set[str] = set()
+
+    def differs(text: str) -> bool:
+        return before.decode(before.encode(text)) != after.decode(after.encode(text))
+
+    encoded = zip(texts, before.encode_all(texts), after.encode_all(texts), strict=True)
+    for text, old, new in encoded:
+        alike, problem = np.array_equal(old, rows[new]), ""
+        n_alike += alike
+        n_before += len(old)
+        n_after += len(new)
+        if known[old].all() and not alike:
+            problem = "has other tokens"
+        elif not alike and before.decode(old) != after.decode(new):
+            lost = {letter for letter in text if differs(letter)} if kind in NOT_CAUSAL else set()
+            lost = lost or {word for word in text.split() if differs(word)}
+            problem = "decodes differently" * (kind not in NOT_CAUSAL or not lost)
+            unknown |= lost  # of vocabularies without bytes
+        if problem:
+            problem = f"with the trimmed vocabulary it {problem}"
+            raise UserError(f"{name}, {text[:40]!r}", problem, "Please report this")
+    rise = n_after / max(n_before, 1) - 1
+    named = f", but {len(unknown)} letters or words became unknown: {first_of(sorted(unknown))}"
+    line = f"{name}: {n_alike:,} of {len(texts):,} texts have the same tokens, all decode to the "
+    print(f"{line}same text{named * bool(unknown)}; {rise:+.2%} tokens", flush=True)
+    counts = {"documents": len(texts), "alike": n_alike, "tokens_before": n_before}
+    return {"name": name} | counts | {"tokens": n_after, "rise": rise, "unknown": len(unknown)}
+
+
+def _check_bytes(partial: Path, tensors: Sequence[Tensor]) -> None:
+    """Read the written file, and compare each tensor's bytes with IN's."""
+    written = GgufFile(partial, f"OUT {partial.name}")  # gguf's reader takes half a minute
+    for tensor, other in zip(tensors, written.tensors, strict=True):
+        same, place = (other.name, other.kind) == (tensor.name, tensor.kind), 0
+        for part in tensor.parts():
+            data = other.data[place : place + part.size]
+            same = same and np.array_equal(part.reshape(-1), data)
+            place += part.size
+        if not same or place != other.data.size:
+            problem = f"{tensor.name} is not IN's"
+            raise UserError(f"OUT {partial.name}", problem, "Check the disk")
+
+
+def _predict(
+    file: GgufFile,
+    partial: Path,
+    before: Llama,
+    after: Llama,
+    texts: Sequence[str],
+    kept: list[int],
+    kind: str,
+    record: dict[str, Any],
+) -> list[str]:
+    """Compare the predictions of both files, print and record them, and return what was not."""
+    if kind in NOT_CAUSAL:
+        return ["what the model computes (it predicts no next token)"]
+    predictions = "predictions and bits per byte; the cost is the rise in tokens alone"
+    if 1.5 * file.size > available():  # llama.cpp maps the file, and may repack its weights
+        return [f"{predictions} (memory for {gib(file.size)} is short)"]
+    some = [text[:1000] for text in texts[:: max(1, len(texts) // 100)]]
+    letters = sum(map(len, some)) / sum(map(len, before.encode_all(some)))  # of a token
+    most = math.ceil(letters * POSITIONS / WINDOWS)
+    cut = re.compile(rf"\S(?:[\s\S]{{0,{most}}}(?=\s|$)|[\s\S]{{0,{most}}})")
+    pieces = [piece for text in texts for piece in cut.findall(text)]
+    pieces = [pieces[len(pieces) * i // WINDOWS] for i in range(min(WINDOWS, len(pieces)))]
+    encoded = zip(before.encode_all(pieces), after.encode_all(pieces), strict=True)
+    windows = [
+        [[before.first, *old.tolist()], [after.first, *new.tolist()]] for old, new in encoded
+    ]
+    arguments = dict(before=str(file.paths[0]), after=str(partial), windows=windows, kept=kept)
+    arguments |= {"places": WINDOWS, "size": 10 * file.size}  # the time limit allows for a reading
+    answer = run_child("predictions", compare, **arguments)
+    if "reason" in answer:
+        return [f"{predictions} ({answer['reason']})"]
+    if answer["distance"] > LIMIT:
+        problem = f"log-probabilities differ by {answer['distance']:.2g}"
+        raise UserError(f"OUT {partial.name}", problem, "Please report this")
+    print(
+        f"log-probabilities after {answer['beginnings']} beginnings, {answer['values']:,} values: "
+        f"equal to {answer['distance']:.1g} after one constant each"
+    )
+    record["distance"], record["beginnings"] = answer["distance"], answer["beginnings"]
+    old, new = np.array(answer["before"]), np.array(answer["after"])
+    n_bytes = sum(len(piece.encode()) for piece in pieces)
+    ratio, bits = new.sum() / old.sum(), old.sum() / math.log(2) / n_bytes
+    record |= {"bits_per_byte_original": bits, "bits_per_byte_trimmed": bits * ratio}
+    between, freedom = "", len(old) - 1
+    if freedom > 2:  # of a ratio of sums (Cochran, Sampling Techniques, 1977, section 6.4)
+        spread = np.square(new - ratio * old).sum() * len(old) / freedom
+        half = math.sqrt(spread) * (1.96 + 2.37 / freedom + 2.82 / freedom**2) / old.sum()
+        record["cost_interval"] = [ratio - 1 - half, ratio - 1 + half]
+        between = f" (95% interval {ratio - 1 - half:+.2%} to {ratio - 1 + half:+.2%})"
+    positions = sum(len(pair[0]) - 1 for pair in windows)
+    print(
+        f"trimming costs {ratio - 1:+.2%} bits per byte{between} on {n_bytes:,} bytes of test text "
+        f"({positions} tokens): original {bits:.4f}, trimmed {bits * ratio:.4f}"
+    )
+    return [f"texts past {max(len(pair[0]) for pair in windows)} tokens", "answers of the model"]
+
+
+def _parser() -> argparse.ArgumentParser:
+    called = typed("trim")
+    parser = make_parser(
+        "trim",
+        __doc__,
+        epilog=EXAMPLES.format(called),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add = parser.add_argument
+    add("source", metavar="IN.gguf", help="GGUF file; of several parts, any one")
+    add("out", metavar="OUT.gguf", help="new file to write")
+    add_text_flags(parser)
+    add("--rows", type=int, metavar="N", help="number of rows (default: by --price)")
+    text = "keep the tokens of this .vocabulary.json, as for a draft and its target"
+    add("--keep", metavar="FILE", help=text)
+    text = "leave these fields out, which may hold ids and are unknown"
+    add("--drop", nargs="+", default=[], metavar="FIELD", help=text)
+    add("--dry_run", action="store_true", help="print rows, size and tokens, and write nothing")
+    return parser

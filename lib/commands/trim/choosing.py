@@ -1,0 +1,125 @@
+"""Choose the tokens of a GGUF file by texts, which llama.cpp's own tokenizer splits."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from importlib.util import find_spec
+from itertools import chain, islice
+from pathlib import Path
+
+import numpy as np
+
+from ...data.documents import Corpus, check_corpus, pieces_of
+from ...data.gguf_file import write
+from ...data.gguf_vocabulary import GgufVocabulary, tokenizer_model
+from ...data.languages import language_text
+from ...data.lines import LINES
+from ...data.sources import has_test, parse_source, parse_sources
+from ...data.token_choice import PRICE, Choice, choose
+from ...util.errors import UserError
+from ...util.progress import progress
+from .llama import INSTALL, Llama
+
+HELD_OUT = 10  # every tenth document is held out of the count
+MOST_CHARACTERS = 100_000_000  # counted of each source
+BATCH = 2_000_000  # characters encoded at a time
+
+
+def add_text_flags(parser: argparse.ArgumentParser) -> None:
+    """Declare the flags that `corpora_of` and `choose_by_text` read, but --rows."""
+    add = parser.add_argument
+    text = "languages to keep, as BCP 47 tags; reads FineWeb2 from the Hub"
+    add("--language", nargs="+", default=[], metavar="TAG", help=text)
+    text = "texts whose tokens stay: files, folders or Hub datasets"
+    add("--data", nargs="+", default=[], metavar="SOURCE", help=text)
+    add("--column", default="text", help="column of the texts (default: text)")
+    text = f"tokens saved per million for which an unused one stays (default: {PRICE})"
+    add("--price", type=float, default=PRICE, metavar="TOKENS", help=text)
+
+
+def corpora_of(args: argparse.Namespace) -> list[Corpus]:
+    """Return the texts that --language and --data name; a tenth of a file is held out.
+
+    Raises UserError if one cannot be read, and if a package is missing.
+    """
+    if missing := [name for name in ("gguf", "xllamacpp") if find_spec(name) is None]:
+        raise UserError(f"IN {args.source}", f"{missing[0]} is not installed", f"Run {INSTALL}")
+    named = [(language_text(tag)[1], "--language") for tag in args.language]
+    sources = [parse_source(text, flag, as_text=True) for text, flag in named]
+    sources += parse_sources(args.data, "--data", column=args.column, as_text=True)
+    corpora = [Corpus(each, bool(each.path) and not has_test(each)) for each in sources]
+    for corpus in corpora:
+        check_corpus(corpus, "train")
+    return corpora
+
+
+def tokenizer_of(path: Path, vocabulary: GgufVocabulary, kept: Sequence[int]) -> Llama:
+    """Return llama.cpp's tokenizer with the tokens `kept`, from a file of a few megabytes."""
+    for _ in write(path, *tokenizer_model(vocabulary.trimmed(kept)[0])):
+        pass
+    try:
+        return Llama(path)
+    except ValueError as error:
+        fix = "Only a vocabulary that llama.cpp reads can be trimmed"
+        raise UserError(vocabulary.file.what, str(error), fix) from error
+    finally:
+        path.unlink()
+
+
+def choose_by_text(
+    args: argparse.Namespace, corpora: Sequence[Corpus], vocabulary: GgufVocabulary, llama: Llama
+) -> Choice:
+    """Count the train texts, every tenth document apart, and choose the tokens."""
+    encode, counts = llama.encode_all, np.zeros((2, vocabulary.rows), np.int64)
+    beside = Path(args.source).absolute().parent / "tokenizer.json"
+    if beside.is_file() and find_spec("tokenizers"):  # ten times as fast
+        from tokenizers import Tokenizer
+
+        tokenizer = Tokenizer.from_file(str(beside))
+        tokenizer.no_truncation()
+        tokenizer.no_padding()
+
+        def fast(texts: list[str]) -> list[np.ndarray]:
+            batch = tokenizer.encode_batch_fast(texts, add_special_tokens=False)
+            return [np.array(encoding.ids, np.int32) for encoding in batch]
+
+        proof = [*LINES]
+        for corpus in corpora:
+            proof += islice(corpus.documents("test"), 64)
+        fits = tokenizer.get_vocab_size() <= vocabulary.rows
+        if fits and all(map(np.array_equal, fast(proof), encode(proof))):
+            encode = fast
+            print(f"{beside} gives the same tokens, and counts them")
+    number = 0
+    for corpus in corpora:
+        documents = corpus.documents("train")
+        if not corpus.source.hub and len(documents) < HELD_OUT:
+            documents = [piece for text in documents for piece in pieces_of(text)]
+        total = MOST_CHARACTERS
+        if not corpus.source.hub:
+            total = min(total, sum(map(len, documents)))
+        with progress(total, f"counting tokens of {corpus.source.name}", "B") as on_progress:
+            batch, size, left = [], 0, total
+            for text in chain(documents, [None]):
+                if text is not None:
+                    batch.append(text)
+                    size += len(text)
+                    if size < min(BATCH, left):
+                        continue
+                for ids in encode(batch):
+                    np.add.at(counts[0], ids, 1)
+                    if number % HELD_OUT == HELD_OUT - 1:
+                        np.add.at(counts[1], ids, 1)
+                    number += 1
+                on_progress(size)
+                batch, size, left = [], 0, left - size
+                if left <= 0:
+                    break
+    needed = {int(i) for ids in llama.encode_all(vocabulary.template_texts()) for i in ids}
+    tokens = vocabulary.vocabulary(needed)
+    choice = choose(tokens, counts[0], counts[1], price=args.price, rows=args.rows)
+    if args.rows and len(choice.ids) > args.rows:
+        problem = "bytes, special tokens and the chat template take more"
+        raise UserError(f"--rows {args.rows}", problem, f"Give at least {len(choice.ids)}")
+    return choice

@@ -1,0 +1,332 @@
+"""GGUF files trimmed by `langprune trim`, compared with what gguf's reader and llama.cpp read."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import ggufs  # noqa: E402
+
+from lib.util.errors import UserError  # noqa: E402
+
+gguf = pytest.importorskip("gguf")
+pytest.importorskip("xllamacpp")
+
+from lib.commands.trim.__main__ import LIMIT, main  # noqa: E402
+from lib.commands.trim.llama import Llama, compare  # noqa: E402
+from lib.commands.vocabulary import main as write_list  # noqa: E402
+from lib.data.gguf_file import Field, GgufFile, write  # noqa: E402
+from lib.data.gguf_vocabulary import GgufVocabulary  # noqa: E402
+from lib.util.quirks import PRE_TOKENIZERS  # noqa: E402
+
+ROOT = Path(__file__).resolve().parents[2]
+IDS = ("bos_token_id", "eos_token_id", "unknown_token_id")
+
+
+@pytest.fixture(scope="module")
+def texts(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return ggufs.write_texts(tmp_path_factory.mktemp("texts") / "uk", ggufs.UK)
+
+
+def fields_of(path: Path) -> dict:
+    return {name: field.contents() for name, field in gguf.GGUFReader(path).fields.items()}
+
+
+def tensors_of(path: Path) -> dict[str, np.ndarray]:
+    tensors = gguf.GGUFReader(path).tensors
+    return {t.name: t.data.view(np.uint8).reshape(int(t.shape[-1]), -1) for t in tensors}
+
+
+def check(source: Path, out: Path) -> list[int]:
+    """OUT must be IN with fewer rows; returns the old id of each new one."""
+    old, new = fields_of(source), fields_of(out)
+    kept = json.loads(Path(f"{out}.vocabulary.json").read_text("utf-8"))["ids"]
+    prefix = "tokenizer.ggml."
+    tokens, small = old[f"{prefix}tokens"], new[f"{prefix}tokens"]
+    assert 100 < len(kept) < 0.9 * len(tokens)
+    for name in ("tokens", "token_type", "scores"):
+        if prefix + name in old:
+            assert new[prefix + name] == [old[prefix + name][index] for index in kept], name
+    if merges := old.get(f"{prefix}merges"):
+        there = [m for m in merges if {*m.split(" "), m.replace(" ", "")} <= set(small)]
+        assert new[f"{prefix}merges"] == there and there
+    for name in IDS:
+        assert small[new[prefix + name]] == tokens[old[prefix + name]], name
+    suppressed = [small[index] for index in new[f"{prefix}suppress_tokens"]]
+    assert suppressed == ["<s>"]  # the reserved one is removed
+    assert new["llama.vocab_size"] == len(kept)
+    assert "tokenizer.huggingface.json" not in new
+    assert "trimmed" in new["general.name"] and "trimmed" in new["general.size_label"]
+    assert not any(token.startswith("<unused") for token in small)
+    same = [n for n in old if n.startswith("llama.") and n != "llama.vocab_size"]
+    assert all(new[name] == old[name] for name in [*same, "tokenizer.chat_template"])
+    before, after = tensors_of(source), tensors_of(out)
+    assert list(before) == list(after)
+    for name, data in before.items():
+        expected = data[kept] if name in ("token_embd.weight", "output.weight") else data
+        assert np.array_equal(after[name], expected), name
+    return kept
+
+
+CASES = {
+    "gpt2": (ggufs.Q4_K, ggufs.Q6_K),
+    "llama": (ggufs.Q8_0, ggufs.IQ4_NL),
+    "gemma4": (ggufs.BF16, None),
+    "t5": (ggufs.F16, ggufs.F16),
+    "bert": (ggufs.F32, None),
+}
+
+
+@pytest.mark.parametrize("kind", CASES)
+def test_kept_rows_tokens_and_ids(
+    kind: str, texts: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    table, head = CASES[kind]
+    source = ggufs.model(tmp_path / "in.gguf", kind, table, head)
+    main([str(source), str(tmp_path / "out.gguf"), "--data", str(texts)])
+    said = capsys.readouterr().out
+    kept = check(source, tmp_path / "out.gguf")
+    before, after = Llama(source), Llama(tmp_path / "out.gguf")
+    rows, alike = np.array(kept), 0
+    for text in [*ggufs.sentences(ggufs.UK, 20, 7), *ggufs.sentences(ggufs.EN, 20, 8)]:
+        ids, new = before.encode(text), rows[after.encode(text)]
+        assert set(ids.tolist()) - set(kept) or np.array_equal(ids, new), text
+        alike += np.array_equal(ids, new)
+        if kind not in ("t5", "bert"):
+            assert before.decode(ids) == after.decode(after.encode(text))
+    assert 0 < alike
+    if kind in ("t5", "bert"):
+        assert "not verified: what the model computes" in said
+    else:
+        assert "log-probabilities after 24 beginnings" in said and "bits per byte" in said
+
+
+def test_every_table_with_a_row_for_each_token(texts: Path, tmp_path: Path) -> None:
+    """Per-layer tables, heads of MTP and a bias; a table of positions is none."""
+    rows = len(ggufs.tokenizer("gpt2")["tokenizer.ggml.tokens"][1])
+    shapes = {
+        "per_layer_token_embd.weight": (64, rows),
+        "blk.0.nextn.embed_tokens.weight": (WIDTH := 32, rows),
+        "blk.0.nextn.shared_head_head.weight": (WIDTH, rows),
+        "output.bias": (rows,),
+        "position_embd.weight": (32, rows),
+    }
+    more = {
+        name: (
+            shape,
+            ggufs.F32,
+            ggufs.blocks(ggufs.F32, shape[-1], (*shape, 1)[0] if shape[1:] else 1, 1),
+        )
+        for name, shape in shapes.items()
+    }
+    source = ggufs.model(tmp_path / "in.gguf", more=more)
+    file = GgufFile(source, "IN")
+    kept = [*range(300), rows - 1]
+    fields, tensors = GgufVocabulary(file).trimmed(kept)
+    for _ in write(tmp_path / "out.gguf", fields, tensors):
+        pass
+    before, after = tensors_of(source), tensors_of(tmp_path / "out.gguf")
+    for name in shapes:
+        whole = name == "position_embd.weight"
+        assert np.array_equal(after[name], before[name] if whole else before[name][kept]), name
+
+
+def test_a_draft_and_its_target_get_one_list(texts: Path, tmp_path: Path) -> None:
+    """Of two sizes of one vocabulary, of which one has rows without a token."""
+    target = ggufs.model(tmp_path / "target.gguf", padding=216)
+    draft = ggufs.model(tmp_path / "draft.gguf", table=ggufs.Q8_0, head=None)
+    main([str(target), str(tmp_path / "t.gguf"), "--data", str(texts), "--rows", "448"])
+    main([str(draft), str(tmp_path / "d.gguf"), "--keep", str(tmp_path / "t.gguf.vocabulary.json")])
+    assert check(target, tmp_path / "t.gguf") == check(draft, tmp_path / "d.gguf")
+    one, other = (fields_of(tmp_path / name) for name in ("t.gguf", "d.gguf"))
+    names = [name for name in one if name.startswith("tokenizer.")]
+    assert all(one[name] == other[name] for name in names) and len(names) > 5
+    assert len(one["tokenizer.ggml.tokens"]) == 448
+
+
+def test_parts_are_read_as_one(texts: Path, tmp_path: Path) -> None:
+    whole = ggufs.model(tmp_path / "in.gguf")
+    file, half = GgufFile(whole, "IN"), 5
+    for number, tensors in enumerate((file.tensors[:half], file.tensors[half:])):
+        fields = dict(file.fields) if number == 0 else {}
+        fields |= {"split.no": Field(2, number), "split.count": Field(2, 2)}
+        fields["split.tensors.count"] = Field(ggufs.INT32, len(file.tensors))
+        for _ in write(tmp_path / f"in-0000{number + 1}-of-00002.gguf", fields, tensors):
+            pass
+    for name in ("in.gguf", "in-00002-of-00002.gguf"):
+        main([str(tmp_path / name), str(tmp_path / f"small-{name}"), "--data", str(texts)])
+    one, other = (tmp_path / f"small-{name}" for name in ("in.gguf", "in-00002-of-00002.gguf"))
+    assert one.read_bytes() == other.read_bytes()
+
+
+def test_an_id_that_llama_cpp_assumes_is_written(tmp_path: Path) -> None:
+    """Without a field, GPT-2's kind ends texts with the id 11, wherever that token is then."""
+    source = ggufs.model(tmp_path / "in.gguf", without="tokenizer.ggml.eos_token_id")
+    file = GgufFile(source, "IN")
+    fields, _ = GgufVocabulary(file).trimmed([0, 1, 5, 11])
+    assert fields["tokenizer.ggml.eos_token_id"].value == 3
+
+
+def test_llama_cpp_tells_models_apart_by_their_number_of_tokens(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    changed = {"general.architecture": (ggufs.STRING, "deepseek2")}
+    changed["deepseek2.block_count"] = (ggufs.UINT32, 47)
+    file = GgufFile(ggufs.model(tmp_path / "in.gguf", changed=changed), "IN")
+    GgufVocabulary(file).check_count(480)
+    with pytest.raises(UserError, match="another model by its 154880 tokens"):
+        GgufVocabulary(file).check_count(154880)
+    monkeypatch.setattr("lib.data.gguf_vocabulary.TELLING_ROWS", (502,))
+    with pytest.raises(UserError, match="by its 502 tokens"):
+        GgufVocabulary(file)
+
+
+def test_the_proof_notices_other_bytes(texts: Path, tmp_path: Path) -> None:
+    source = ggufs.model(tmp_path / "in.gguf")
+    out = tmp_path / "out.gguf"
+    main([str(source), str(out), "--data", str(texts)])
+    kept = json.loads(Path(f"{out}.vocabulary.json").read_text("utf-8"))["ids"]
+    ids = Llama(out).encode(ggufs.sentences(ggufs.UK[:8], 1)[0]).tolist()
+    windows = [[[kept[index] for index in ids], ids]] * 4
+    honest = compare(str(source), str(out), windows, kept, 4)
+    assert honest["distance"] < LIMIT and honest["beginnings"] == 4
+    assert np.allclose(honest["before"], honest["before"][0])
+    data = bytearray(out.read_bytes())
+    row = next(t for t in gguf.GGUFReader(out).tensors if t.name == "output.weight").data_offset
+    data[row + 1] ^= 0x40  # the largest exponent of the first row's first number
+    (tmp_path / "other.gguf").write_bytes(data)
+    assert compare(str(source), str(tmp_path / "other.gguf"), windows, kept, 4)["distance"] > LIMIT
+
+
+@pytest.mark.parametrize("fault", ["disk", "bytes"])
+def test_nothing_is_left_of_a_file_that_is_not_whole(
+    fault: str, texts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = ggufs.model(tmp_path / "in.gguf")
+    module = "lib.commands.trim.__main__"
+
+    def spoiled(path: Path, *rest: object) -> object:
+        yield from write(path, *rest)
+        if path.name == "out.gguf.partial":
+            if fault == "disk":
+                raise OSError(28, "No space left on device")
+            data = bytearray(path.read_bytes())
+            data[-400] ^= 1
+            path.write_bytes(data)
+
+    monkeypatch.setattr(f"{module}.write", spoiled)
+    with pytest.raises(OSError if fault == "disk" else UserError):
+        main([str(source), str(tmp_path / "out.gguf"), "--data", str(texts)])
+    assert [path.name for path in tmp_path.iterdir()] == ["in.gguf"]
+
+
+def test_a_dry_run_writes_nothing(
+    texts: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source = ggufs.model(tmp_path / "in.gguf", "llama")
+    main([str(source), str(tmp_path / "out.gguf"), "--data", str(texts), "--dry-run"])
+    said = capsys.readouterr().out
+    assert "rows stay" in said and "MB become" in said and "tokens" in said
+    assert [path.name for path in tmp_path.iterdir()] == ["in.gguf"]
+
+
+@pytest.mark.parametrize("same", [True, False])
+def test_a_tokenizer_beside_counts_if_it_agrees(
+    same: bool, texts: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tokenizers = pytest.importorskip("tokenizers")
+    for name in ("alone", "beside"):
+        (tmp_path / name).mkdir()
+        ggufs.model(tmp_path / name / "in.gguf")
+    fields = {name: value for name, (_, value) in ggufs.tokenizer("gpt2").items()}
+    vocab = {token: index for index, token in enumerate(fields["tokenizer.ggml.tokens"])}
+    merges = [tuple(merge.split(" ")) for merge in fields["tokenizer.ggml.merges"]]
+    made = tokenizers.Tokenizer(tokenizers.models.BPE(vocab, merges if same else merges[:9]))
+    split = tokenizers.pre_tokenizers.Split(
+        tokenizers.Regex(next(n for n, v in PRE_TOKENIZERS.items() if v == "qwen2")), "isolated"
+    )
+    level = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    made.pre_tokenizer = tokenizers.pre_tokenizers.Sequence([split, level])
+    made.add_special_tokens([*ggufs.SPECIAL, *ggufs.RESERVED])
+    made.enable_truncation(9)  # must not count
+    made.save(str(tmp_path / "beside/tokenizer.json"))
+    lists = []
+    for name in ("alone", "beside"):
+        out = tmp_path / f"{name}.gguf"
+        main([str(tmp_path / name / "in.gguf"), str(out), "--data", str(texts)])
+        lists.append(json.loads(Path(f"{out}.vocabulary.json").read_text("utf-8"))["ids"])
+    assert ("tokenizer.json gives the same tokens" in capsys.readouterr().out) == same
+    assert lists[0] == lists[1]
+
+
+def test_a_file_that_llama_cpp_does_not_run(
+    texts: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """It is trimmed, and what was not compared is said."""
+    more = {"unheard_of.weight": ((32, 4), ggufs.F32, ggufs.blocks(ggufs.F32, 4, 32, 1))}
+    source = ggufs.model(tmp_path / "in.gguf", more=more)
+    main([str(source), str(tmp_path / "out.gguf"), "--data", str(texts)])
+    last = capsys.readouterr().out.splitlines()[-1]
+    assert last.startswith("not verified: predictions and bits per byte") and "tensors" in last
+    check(source, tmp_path / "out.gguf")
+
+
+def test_lists_for_drafters_have_ids_of_the_whole_model(
+    texts: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source = ggufs.model(tmp_path / "in.gguf")
+    argv = [str(source), "--data", str(texts), "--rows", "384", "--map"]
+    write_list([*argv, "tensorrt-edge", str(tmp_path / "edge")])
+    assert ": 384 of 502 tokens" in (said := capsys.readouterr().out), said
+    share = float(said.partition("uk: ")[2].partition("%")[0])
+    data = (tmp_path / "edge/vocab_map.safetensors").read_bytes()
+    length = int.from_bytes(data[:8], "little")
+    assert json.loads(data[8 : 8 + length])["vocab_map"]["dtype"] == "I32"
+    ids = np.frombuffer(data[8 + length :], "<i4").tolist()
+    counts = json.loads((tmp_path / "edge/reduced_vocab.json").read_text("utf-8"))
+    assert counts["vocab_size"] == 502 and counts["reduced_vocab_size"] == len(ids) == 384
+    assert fields_of(source)["tokenizer.ggml.eos_token_id"] in ids
+    rows = (texts / "test.jsonl").read_text("utf-8").splitlines()
+    held = [i for row in rows for i in Llama(source).encode(json.loads(row)["text"]).tolist()]
+    assert abs(share / 100 - sum(i in ids for i in held) / len(held)) < 1e-4
+    torch = pytest.importorskip("torch")
+    write_list([*argv, "sglang", str(tmp_path / "hot.pt")])
+    assert torch.load(tmp_path / "hot.pt", weights_only=True) == ids
+
+
+WITHOUT = """
+import sys
+heavy = {"torch", "transformers", "tokenizers", "datasets", "pandas", "huggingface_hub"}
+
+class Blocked:
+    def find_spec(self, name, *rest):
+        if name.partition(".")[0] in heavy:
+            raise ModuleNotFoundError(name)  # gguf itself takes some, if they are there
+
+sys.meta_path.insert(0, Blocked())
+from lib.commands.__main__ import main
+sys.argv = ["langprune", "trim", *sys.argv[1:]]
+main()
+"""
+
+
+def test_neither_torch_nor_transformers_nor_tokenizers(texts: Path, tmp_path: Path) -> None:
+    source = ggufs.model(tmp_path / "in.gguf")
+    (tmp_path / "run.py").write_text(WITHOUT)
+    argv = [sys.executable, tmp_path / "run.py", source, tmp_path / "out.gguf", "--data", texts]
+    done = subprocess.run(
+        [*map(str, argv)],
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    check(source, tmp_path / "out.gguf")
