@@ -8,19 +8,19 @@ from the quantized blocks before it, and its target is the output of the unquant
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import suppress
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from .calibration.inputs import Group, rows
+from .calibration.inputs import Group, merge, observe
+from .calibration.mixed_types import CHUNK, tables_of
 from .formats.grids import Grid
 from .formats.packed.formats import Int4
 from .formats.packed.linear import why_dense
 from .methods.gptq import GPTQ, MasterWeights
-from .model.blocks import BlockRunner, Stop
-from .model.linears import watch_inputs
+from .model.blocks import BlockRunner
 from .model.matrix import PrunableLinear, SaveDtypes
 from .offload.sharded import shard_of_masters, sharded_dims
 from .prune import UNREACHED, BlockWalker
@@ -155,25 +155,30 @@ class Quantizer(BlockWalker):
         return True
 
     @torch.no_grad()
-    def head_inputs(self) -> Tensor:
-        """Return the sums of the squares of the head's inputs (hidden,), float64, after a run."""
+    def quantize_tables_(self) -> None:
+        """After a run, quantize the head by its inputs; round another embedding to nearest.
+
+        They become new tensors, since the dense model of comparisons shares the old ones.
+        """
         runner, states, last = self.runner, self.states, len(self.runner.blocks) - 1
         head = PrunableLinear("head", runner.model.get_output_embeddings())
-        sums = torch.zeros(head.shape[1], dtype=torch.float64, device=runner.device)
-
-        def see(_: PrunableLinear, x: Tensor) -> None:
-            sums.add_(rows(x).float().square().sum(0, dtype=torch.float64))
-            raise Stop
-
+        places = torch.arange(states.windows.shape[1], device=runner.device)
         with runner.on_device(last):
             runner.advance_(states, last)
-        for batch in states.batches:
-            with watch_inputs([head], see), suppress(Stop):
-                runner.logits(states, batch)(
-                    torch.arange(states.windows.shape[1], device=runner.device)
-                )
-        self.dist.sum_([sums], self.idle)
-        return sums
+        runs = (partial(runner.logits(states, batch), places) for batch in states.batches)
+        groups = observe(runner, [head], GPTQ, ((run, {}) for run in runs))
+        [group] = merge(groups, [head], GPTQ, runner, self.idle)
+        for name, weight in tables_of(runner.model).items():
+            if form := self.fmt.of(name, weight.shape[1]):
+                table = torch.empty_like(weight)
+                for old, new in zip(weight.split(CHUNK), table.split(CHUNK), strict=True):
+                    part = old.to(torch.float32, copy=True)
+                    if weight is head.module.weight:
+                        group.method.quantize_([part], form)
+                    else:
+                        part = form.nearest(part)
+                    new.copy_(part)
+                weight.data = table
 
     def summary(self) -> list[str]:
         """Return lines for the user, which name every layer that was only rounded."""

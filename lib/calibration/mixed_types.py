@@ -6,8 +6,8 @@ over outputs and the outputs' shares of |g|^2: large inputs may have small slope
 the first token. D is the distance from the type's grid, to which some rows are rounded; an error
 relative to the matrix is taken to be alike in all rows. A row of an embedding counts as often as
 its token occurs, and costs as much as an error in the states before the first block. A head's
-outputs are the logits. Error compensation lowers the errors of linear layers, but not those of
-tables.
+outputs are the logits. Error compensation lowers the errors of linear layers and of the head, but
+not those of an embedding.
 
 A tensor's types form a curve of cost by size, of which only the lower convex hull is used. All
 tensors begin with their smallest type. Larger ones follow in the order of saved cost per byte, as
@@ -24,7 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..formats.grids import BITS, GRIDS, Q8_0, Types
+from ..formats.grids import BITS, GRIDS, Q8_0
 from ..model.blocks import BlockRunner, HiddenStates
 from ..model.linears import experts_implementation, find_linears, watch_outputs
 from ..model.matrix import PrunableLinear
@@ -36,7 +36,7 @@ from .inputs import rank_windows
 
 OFFERED = "q3_k", "iq4_nl", "q5_0", Q8_0
 OF_TABLES = OFFERED[1:]
-CHUNK = 2**14  # rows of a table that are processed at a time
+CHUNK = 2**13  # rows of a table that are processed at a time
 SAMPLED = 64  # rows that show the error of a matrix
 COMPENSATED = 0.5  # error of a linear layer's outputs relative to rounding to nearest
 Costs = dict[str, dict[str, float]]  # {tensor: {type: nats, or bytes}}
@@ -115,7 +115,7 @@ def measure(
                 add(names[linear.parameter_name], linear.matrix(), sums, COMPENSATED)
     by_head = of_head[logits]
     dist.sum_([*vars(by_head).values(), slopes, seen], idle)
-    add(first[id(head.weight)], head.weight, by_head)
+    add(first[id(head.weight)], head.weight, by_head, COMPENSATED)
     inputs = by_head.inputs if head.weight is table else torch.ones_like(slopes)
     add(first[id(table)], table, FisherDiagonal(inputs, seen, seen.sum(), slopes))
     return dist.all_gather_object(found)[0]
@@ -207,20 +207,3 @@ def tables_of(model: nn.Module) -> dict[str, Tensor]:
     modules = model.get_input_embeddings(), model.get_output_embeddings()
     tables = {id(module.weight) for module in modules if module is not None}
     return {name: weight for name, weight in model.named_parameters() if id(weight) in tables}
-
-
-def round_tables_(model: nn.Module, types: Types, inputs: Tensor | None = None) -> None:
-    """Round embedding and head to the grids of their types.
-
-    `inputs` (in,), if known: sums of the squares of the head's inputs, by which its errors count.
-    The tables become new tensors, since the dense model of comparisons shares the old ones.
-    """
-    head = model.get_output_embeddings().weight
-    for name, weight in tables_of(model).items():
-        if form := types.of(name, weight.shape[1]):
-            costs = inputs if weight is head else None
-            parts = (
-                form.round_to(part, form.fit_scales(part, costs)).to(weight.dtype)
-                for part in weight.split(CHUNK)
-            )
-            weight.data = torch.cat([*parts])

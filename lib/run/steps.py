@@ -199,7 +199,7 @@ def quantize(
     with run.timed("quantize", "quantizing", len(runner.blocks)) as bar:
         quantizer = quantize_linears(runner, windows, form, masters, bar)
         if isinstance(form, Types):
-            mixed_types.round_tables_(runner.model, form, quantizer.head_inputs())
+            quantizer.quantize_tables_()
     run.print(*quantizer.summary())
     run.results["notes"] = run.results.get("notes", []) + quantizer.summary()[1:]
     run.results["sparsity"] = measure_sparsity(run, runner, sparsity)
