@@ -8,12 +8,14 @@ from the quantized blocks before it, and its target is the output of the unquant
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from .calibration.inputs import Group
+from .calibration.inputs import Group, merge, observe
+from .calibration.mixed_types import CHUNK, tables_of
 from .formats.grids import Grid
 from .formats.packed.formats import Int4
 from .formats.packed.linear import why_dense
@@ -151,6 +153,32 @@ class Quantizer(BlockWalker):
             self._keep_masters(linear, MasterWeights(*fields))
         self._shard_masters()
         return True
+
+    @torch.no_grad()
+    def quantize_tables_(self) -> None:
+        """After a run, quantize the head by its inputs; round another embedding to nearest.
+
+        They become new tensors, since the dense model of comparisons shares the old ones.
+        """
+        runner, states, last = self.runner, self.states, len(self.runner.blocks) - 1
+        head = PrunableLinear("head", runner.model.get_output_embeddings())
+        places = torch.arange(states.windows.shape[1], device=runner.device)
+        with runner.on_device(last):
+            runner.advance_(states, last)
+        runs = (partial(runner.logits(states, batch), places) for batch in states.batches)
+        groups = observe(runner, [head], GPTQ, ((run, {}) for run in runs))
+        [group] = merge(groups, [head], GPTQ, runner, self.idle)
+        for name, weight in tables_of(runner.model).items():
+            if form := self.fmt.of(name, weight.shape[1]):
+                table = torch.empty_like(weight)
+                for old, new in zip(weight.split(CHUNK), table.split(CHUNK), strict=True):
+                    part = old.to(torch.float32, copy=True)
+                    if weight is head.module.weight:
+                        group.method.quantize_([part], form)
+                    else:
+                        part = form.nearest(part)
+                    new.copy_(part)
+                weight.data = table
 
     def summary(self) -> list[str]:
         """Return lines for the user, which name every layer that was only rounded."""

@@ -40,12 +40,13 @@ class FisherDiagonal:
     """Float64 sums over all tokens that reached one linear layer.
 
     `inputs` (in,): squares of its inputs. `grad_sq` (out,): squares of g. `tokens` (): their
-    number.
+    number. `weighted` (in,): squares of inputs, each token's times |g|^2.
     """
 
     inputs: Tensor
     grad_sq: Tensor
     tokens: Tensor
+    weighted: Tensor
 
 
 @torch.no_grad()
@@ -111,7 +112,7 @@ def _through_(
 
 def empty_diagonal(linear: PrunableLinear, device: torch.device) -> FisherDiagonal:
     """Return sums for a layer before any token."""
-    sizes = linear.shape[1], linear.shape[0], ()
+    sizes = linear.shape[1], linear.shape[0], (), linear.shape[1]
     sums = (torch.zeros(size, dtype=torch.float64, device=device) for size in sizes)
     return FisherDiagonal(*sums)
 
@@ -126,6 +127,8 @@ def seeing(diagonals: dict[PrunableLinear, FisherDiagonal]) -> Callable[..., Non
 
         def add(slope: Tensor) -> None:
             diagonal.grad_sq += _square_sums(slope)
+            norms = rows(slope).float().norm(dim=1, keepdim=True)
+            diagonal.weighted += _square_sums(rows(x.detach()) * norms)
 
         if out.requires_grad:
             out.register_hook(add)

@@ -1,11 +1,13 @@
 """Choose llama.cpp's type of each tensor for a file of a given size, by its effect on predictions.
 
-As in allocation.py, an error D in a matrix costs sum_ij F_i D_ij^2 |X_j|^2, with the Fisher
-information F of its outputs and the inputs X. D is the distance from the type's grid, to which some
-rows are rounded; an error relative to the matrix is taken to be alike in all rows. A row of an
-embedding counts as often as its token occurs, and costs as much as an error in the states before
-the first block. A head's outputs are the logits. Error compensation lowers the errors of linear
-layers, but not those of tables.
+An error D in a matrix costs 1/2 sum_ij D_ij^2 M_ij, where M_ij is the sum of (g_i x_j)^2 over
+tokens, with inputs x and slopes g of the loss (fisher.py). M is taken to be the product of its sums
+over outputs and the outputs' shares of |g|^2: large inputs may have small slopes, such as those of
+the first token. D is the distance from the type's grid, to which some rows are rounded; an error
+relative to the matrix is taken to be alike in all rows. A row of an embedding counts as often as
+its token occurs, and costs as much as an error in the states before the first block. A head's
+outputs are the logits. Error compensation lowers the errors of linear layers and of the head, but
+not those of an embedding.
 
 A tensor's types form a curve of cost by size, of which only the lower convex hull is used. All
 tensors begin with their smallest type. Larger ones follow in the order of saved cost per byte, as
@@ -22,7 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..formats.grids import BITS, GRIDS, Q8_0, Types
+from ..formats.grids import BITS, GRIDS, Q8_0
 from ..model.blocks import BlockRunner, HiddenStates
 from ..model.linears import experts_implementation, find_linears, watch_outputs
 from ..model.matrix import PrunableLinear
@@ -34,7 +36,7 @@ from .inputs import rank_windows
 
 OFFERED = "q3_k", "iq4_nl", "q5_0", Q8_0
 OF_TABLES = OFFERED[1:]
-CHUNK = 2**14  # rows of a table that are processed at a time
+CHUNK = 2**13  # rows of a table that are processed at a time
 SAMPLED = 64  # rows that show the error of a matrix
 COMPENSATED = 0.5  # error of a linear layer's outputs relative to rounding to nearest
 Costs = dict[str, dict[str, float]]  # {tensor: {type: nats, or bytes}}
@@ -111,20 +113,24 @@ def measure(
             dist.sum_([each for one in diagonals.values() for each in vars(one).values()], idle)
             for linear, sums in diagonals.items():
                 add(names[linear.parameter_name], linear.matrix(), sums, COMPENSATED)
-    dist.sum_([*vars(of_head[logits]).values(), slopes, seen], idle)
-    add(first[id(head.weight)], head.weight, of_head[logits])
-    add(first[id(table)], table, FisherDiagonal(slopes, seen, seen.sum()))
+    by_head = of_head[logits]
+    dist.sum_([*vars(by_head).values(), slopes, seen], idle)
+    add(first[id(head.weight)], head.weight, by_head, COMPENSATED)
+    inputs = by_head.inputs if head.weight is table else torch.ones_like(slopes)
+    add(first[id(table)], table, FisherDiagonal(inputs, seen, seen.sum(), slopes))
     return dist.all_gather_object(found)[0]
 
 
 def rounding_costs(matrix: Tensor, sums: FisherDiagonal, kinds: Iterable[str]) -> dict[str, float]:
     """Return the nats that rounding a matrix (out, in) to each type costs, over all tokens."""
-    inputs = sums.inputs.float()
-    outputs = (sums.grad_sq / sums.tokens.clamp_min(1)).float()
+    least = torch.finfo(torch.float32).tiny
+    inputs, weighted = sums.inputs.float(), sums.weighted.float()
+    outputs = (sums.grad_sq / sums.grad_sq.sum().clamp_min(least)).float()
     parts = zip(outputs.split(CHUNK), matrix.split(CHUNK), strict=True)
-    whole = sum(float(out @ (part.float().square().to(out.device) @ inputs)) for out, part in parts)
+    each = (out @ (part.float().square().to(out.device) @ weighted) for out, part in parts)
+    whole = sum(map(float, each))
     rows = matrix[:: -(-len(matrix) // SAMPLED)].float().to(inputs.device)
-    total = (rows.square() @ inputs).sum().clamp_min(torch.finfo(torch.float32).tiny)
+    total = (rows.square() @ weighted).sum().clamp_min(least)
     found = {}
     for kind in kinds:
         if form := GRIDS.get(kind):
@@ -133,7 +139,7 @@ def rounding_costs(matrix: Tensor, sums: FisherDiagonal, kinds: Iterable[str]) -
             blocks = rows.reshape(len(rows), -1, 32)
             steps = blocks.abs().amax(2, keepdim=True).div_(127).clamp_min_(1e-30)
             values = (blocks / steps).round_().mul_(steps).view_as(rows)
-        error = ((values - rows).square() @ inputs).sum() / total
+        error = ((values - rows).square() @ weighted).sum() / total
         found[kind] = whole * float(error) / 2
     return found
 
@@ -201,11 +207,3 @@ def tables_of(model: nn.Module) -> dict[str, Tensor]:
     modules = model.get_input_embeddings(), model.get_output_embeddings()
     tables = {id(module.weight) for module in modules if module is not None}
     return {name: weight for name, weight in model.named_parameters() if id(weight) in tables}
-
-
-def round_tables_(model: nn.Module, types: Types) -> None:
-    """Round embedding and head to the grids of their types, in place."""
-    for name, weight in tables_of(model).items():
-        if form := types.of(name, weight.shape[1]):
-            for part in weight.data.split(CHUNK):
-                part.copy_(form.nearest(part))

@@ -124,8 +124,8 @@ def load_model(
 def fresh_copy(model: nn.Module, with_blocks: bool = True) -> nn.Module:
     """Return a copy of a model that may be changed freely, or without weights in its blocks.
 
-    Matrices outside the blocks, which no run changes, share memory with the model's until they are
-    moved or cast. Vectors are copied, since they may be trained.
+    Matrices outside the blocks, which no run changes in place, share memory with the model's until
+    they are moved or cast. Vectors are copied, since they may be trained.
     """
     _, blocks = decoder_blocks(model)
     inside = {id(tensor) for tensor in (*blocks.parameters(), *blocks.buffers())}

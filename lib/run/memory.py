@@ -29,6 +29,7 @@ from ..calibration.output_error import TOKENS
 from ..data.samples import Windows
 from ..data.training import HELD_OUT, TrainingText
 from ..data.windows import TestSet
+from ..formats.grids import Types
 from ..methods.base import PruningMethod
 from ..methods.gptq import GPTQ
 from ..methods.registry import method_of
@@ -466,6 +467,8 @@ class Memory:
         size = self.weights
         if stage != "load":
             size += self._outside(self.model.skeleton, self.rows) - self._tables
+        if stage in ("quantize", "train", "save") and isinstance(self.run.form, Types):
+            size += self._outside(self.model.skeleton, self.rows)  # the dense model keeps its own
         if stage in ("train", "save") and not self.offloaded:
             size -= sum(self._inside) - sum(self._sizes(self.model.small))
         if stage == "train" and self.offloaded and self.ranks > 1:  # beside a gathered block

@@ -193,13 +193,13 @@ def quantize(
     """Quantize linear layers with calibration text; return the master weights, if it is trained."""
     if run.flags.format == AUTO:
         run.form = choose_types(run, runner)
-    if isinstance(run.form, Types):
-        mixed_types.round_tables_(runner.model, run.form)
     form, windows, masters = run.form, run.windows.calibration, None
     if run.flags.recover:  # low-rank training has no memory for float32 masters
         masters = runner.save_dtype if run.schedule.rank else torch.float32
     with run.timed("quantize", "quantizing", len(runner.blocks)) as bar:
         quantizer = quantize_linears(runner, windows, form, masters, bar)
+        if isinstance(form, Types):
+            quantizer.quantize_tables_()
     run.print(*quantizer.summary())
     run.results["notes"] = run.results.get("notes", []) + quantizer.summary()[1:]
     run.results["sparsity"] = measure_sparsity(run, runner, sparsity)

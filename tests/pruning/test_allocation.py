@@ -43,7 +43,7 @@ def sensed(
 
 
 def by_autograd(runner: BlockRunner, ids: Tensor, uniforms: Tensor) -> dict[str, list]:
-    """{linear's name: sums of squares of its inputs and of grad_sq, tokens}, window by window."""
+    """{linear's name: inputs, grad_sq, tokens and weighted inputs}, window by window."""
     model, found = runner.model, {}
     outputs: list[tuple] = []
 
@@ -61,10 +61,13 @@ def by_autograd(runner: BlockRunner, ids: Tensor, uniforms: Tensor) -> dict[str,
         labels = (sums <= drawn[:, None]).sum(-1)
         (-logits.log_softmax(-1).gather(-1, labels[:, None]).sum()).backward()
         for name, x, out in outputs:
-            one = found.setdefault(name, [0, 0, 0])
-            one[0] += x.double().square().sum(0)
-            one[1] += 0 if out.grad is None else out.grad.flatten(0, -2).double().square().sum(0)
+            one, squares = found.setdefault(name, [0, 0, 0, 0]), x.double().square()
+            one[0] += squares.sum(0)
             one[2] += len(x)
+            if out.grad is not None:
+                slopes = out.grad.flatten(0, -2).double().square()
+                one[1] += slopes.sum(0)
+                one[3] += slopes.sum(1) @ squares
     return found
 
 
@@ -95,11 +98,12 @@ def test_gradients_are_those_of_autograd_through_the_whole_model(name: str) -> N
     for batch_size in (1, 2):
         found = sensed(runner, ids, uniforms, batch_size)
         for linear, one in found.items():
-            inputs, grad_sq, tokens = expected.get(linear, (0, 0, 0))
+            inputs, grad_sq, tokens, weighted = expected.get(linear, (0, 0, 0, 0))
             assert one.tokens == tokens, linear
             assert torch.allclose(one.inputs, one.inputs.new_zeros(()) + inputs, rtol=1e-3)
-            grad_sq = one.grad_sq.new_zeros(()) + grad_sq
-            assert torch.allclose(one.grad_sq, grad_sq, rtol=1e-2, atol=1e-7), linear
+            for sums, of_autograd in ((one.grad_sq, grad_sq), (one.weighted, weighted)):
+                of_autograd = sums.new_zeros(()) + of_autograd
+                assert torch.allclose(sums, of_autograd, rtol=1e-2, atol=1e-7), linear
         assert any(one.grad_sq.any() for one in found.values())
     assert all(torch.equal(tensor, before[key]) for key, tensor in model.state_dict().items())
     assert not any(p.requires_grad or p.grad is not None for p in model.parameters())
@@ -110,8 +114,8 @@ def test_gradients_are_those_of_autograd_through_the_whole_model(name: str) -> N
 
 def diagonal(out: int, width: int, tokens: int = 10) -> FisherDiagonal:
     draw = torch.Generator().manual_seed(4)
-    sums = (torch.rand(size, generator=draw, dtype=torch.float64) + 0.1 for size in (width, out))
-    return FisherDiagonal(*sums, tokens)
+    sums = [torch.rand(size, generator=draw, dtype=torch.float64) + 0.1 for size in (width, out)]
+    return FisherDiagonal(*sums, tokens, sums[0])
 
 
 def test_the_cost_is_the_lowest_of_all_choices(monkeypatch: pytest.MonkeyPatch) -> None:

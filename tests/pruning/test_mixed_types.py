@@ -11,7 +11,15 @@ from support import FORMATS, runner_of, windows
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from lib.calibration.mixed_types import COMPENSATED, Costs, choose, measure, sizes_of
+from lib.calibration.mixed_types import (
+    Costs,
+    choose,
+    measure,
+    sizes_of,
+)
+from lib.formats.grids import Types
+from lib.model.reference import tail_of
+from lib.quantize import quantize
 
 
 def log_probabilities(model: PreTrainedModel, ids: Tensor) -> Tensor:
@@ -20,25 +28,27 @@ def log_probabilities(model: PreTrainedModel, ids: Tensor) -> Tensor:
 
 
 @pytest.mark.parametrize("name", ["Llama", "Gemma 3", "GPT-2"])
-def test_a_cost_is_the_divergence_of_rounding_one_tensor(name: str) -> None:
+def test_a_cost_is_the_divergence_of_rounding_one_tensor(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """In nats over all tokens; where the estimate's error compensation is left out."""
+    monkeypatch.setattr("lib.calibration.mixed_types.COMPENSATED", 1.0)
     torch.manual_seed(0)
     model = tiny.ALL[name]().requires_grad_(False).float()
     runner, ids = runner_of(model), windows(8)
     sizes = sizes_of(model, runner.name, model.get_input_embeddings().num_embeddings)
     dense, costs = log_probabilities(model, ids), measure(runner, ids, sizes)
     assert costs.keys() == sizes.keys()
-    tables = {id(model.get_input_embeddings().weight), id(model.get_output_embeddings().weight)}
     ratios = {}
     for key, types in costs.items():
         weight, transposed = model.get_parameter(key), name == "GPT-2" and ".h." in key
-        kept, share = weight.clone(), 1 if id(weight) in tables else COMPENSATED
+        kept = weight.clone()
         rows = weight.T if transposed else weight
         rows.copy_(FORMATS["iq4_nl"].nearest(rows))
         found = log_probabilities(model, ids)
         weight.copy_(kept)
         divergence = (dense.exp() * (dense - found)).sum()
-        ratios[key] = float(types["iq4_nl"] / share / divergence)
+        ratios[key] = float(types["iq4_nl"] / divergence)
         assert types["iq4_nl"] > 2 * types["q5_0"] > 20 * types["q8_0"]
     assert all(0.4 < ratio < 2.5 for ratio in ratios.values()), ratios
     assert 0.8 < torch.tensor([*ratios.values()]).log().mean().exp() < 1.25
@@ -69,3 +79,22 @@ def test_the_choice_is_nearly_the_best() -> None:
         best = min((c for c, s in every if s <= budget - step), default=float("inf"))
         assert size <= budget and cost <= best + 1e-9
     assert set(choose(costs, sizes, largest + 1).values()) == {"q8_0"}
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_the_head_is_quantized_by_its_inputs(tied: bool) -> None:
+    """Its outputs change less than by rounding; the dense model of comparisons keeps its own."""
+    model = tiny.build("llama", tie_word_embeddings=tied).requires_grad_(False).float()
+    runner, ids, head = runner_of(model), windows(8), model.lm_head
+    kept, tail = head.weight.clone(), tail_of(runner)
+    types = dict.fromkeys([*sizes_of(model, runner.name, len(kept))], "iq4_nl")
+    quantizer = quantize(runner, ids, Types("auto", types))
+    assert torch.equal(head.weight, kept)
+    quantizer.quantize_tables_()
+    inputs, nearest = model.model(input_ids=ids).last_hidden_state, FORMATS["iq4_nl"].nearest(kept)
+    assert FORMATS["iq4_nl"].is_on_grid(head.weight)
+    errors = [float((inputs @ (each - kept).T).norm()) for each in (head.weight, nearest)]
+    assert 0 < errors[0] < 0.9 * errors[1]
+    assert torch.equal(tail.model.lm_head.weight, kept)
+    embedding = model.get_input_embeddings().weight
+    assert FORMATS["iq4_nl"].is_on_grid(embedding) and tied == torch.equal(embedding, head.weight)
