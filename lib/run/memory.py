@@ -277,7 +277,15 @@ class Memory:
         if not self.run.schedule or self.on_host_alone:
             return self.on_host_alone
         kept = KEPT * len(self._inside) * self.stream(self.run.batch_size)
-        return self.total("train") + kept > self.free
+        return self.total("train") + kept + self._logits > self.free
+
+    @property
+    def _logits(self) -> int:
+        """Bytes of a batch's logits, in as many chunks as needed."""
+        vocabulary = self.rows or self.model.skeleton.get_input_embeddings().num_embeddings
+        most = GPU_LOGIT_BYTES if self.gpu else LOGIT_BYTES
+        tokens = self.run.batch_size * self.run.windows.seqlen
+        return LOGITS * min(most, FLOAT * tokens * vocabulary)
 
     @property
     def _solved(self) -> list[str]:
@@ -494,10 +502,6 @@ class Memory:
     def passing(self) -> Table:
         """Estimates of a batch's memory on the device."""
         batch, blocks = self.stream(self.run.batch_size), len(self._inside)
-        vocabulary = self.rows or self.model.skeleton.get_input_embeddings().num_embeddings
-        most = GPU_LOGIT_BYTES if self.gpu else LOGIT_BYTES
-        tokens = self.run.batch_size * self.run.windows.seqlen
-        logits = LOGITS * min(most, FLOAT * tokens * vocabulary)
         # with checkpoints, the inputs of all blocks are kept, and the graph of one
         train = KEPT + blocks if self.checkpointed else KEPT * blocks
         graph = {"allocate": KEPT, "train": train}
@@ -505,7 +509,7 @@ class Memory:
         for stage in self._active:
             table[stage] = {"activations": graph.get(stage, COMPUTED) * batch}
             if stage in ("measure", "allocate", "train"):
-                table[stage]["logits"] = logits
+                table[stage]["logits"] = self._logits
             elif stage in ("prune", "quantize"):
                 table[stage]["masks"] = self.masks
                 if self.cache_inputs:  # upper limit, for methods that take inputs in order

@@ -94,7 +94,7 @@ def test_the_head_is_quantized_by_its_inputs(tied: bool) -> None:
     inputs, nearest = model.model(input_ids=ids).last_hidden_state, FORMATS["iq4_nl"].nearest(kept)
     assert FORMATS["iq4_nl"].is_on_grid(head.weight)
     errors = [float((inputs @ (each - kept).T).norm()) for each in (head.weight, nearest)]
-    assert 0 < errors[0] < 0.9 * errors[1]
+    assert 0 < errors[0] < 0.95 * errors[1]
     assert torch.equal(tail.model.lm_head.weight, kept)
     embedding = model.get_input_embeddings().weight
     assert FORMATS["iq4_nl"].is_on_grid(embedding) and tied == torch.equal(embedding, head.weight)

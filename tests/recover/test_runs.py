@@ -165,11 +165,11 @@ def test_training_that_does_not_help_leaves_what_was_rounded(
     assert not changed(tmp_path / "rounded/model", tmp_path / "trained/model")
 
 
-@pytest.mark.parametrize(("kilobytes", "rank", "again"), [(830, 0, True), (780, 1, False)])
+@pytest.mark.parametrize(("kilobytes", "rank", "again"), [(900, 0, True), (920, 1, False)])
 def test_memory_counts_the_teacher_and_what_a_rank_saves(
     kilobytes: int, rank: int, again: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """All weights need 859 KB, 62 of them the teacher's; by updates of rank 1 it is 751 KB."""
+    """All weights need 1,024 KB, or 868 with activations recomputed; updates of rank 1 915."""
     monkeypatch.setattr("lib.run.memory.available", lambda: 1000 * kilobytes)
     how = ["--recover", 64, "--batch_size", 1] + ["--recover_rank", rank] * bool(rank)
     said, _ = run(tmp_path, "--model", "other", *PRUNE, *how)
@@ -212,7 +212,7 @@ def test_rounded_trained_and_measured_on_dialogues(tmp_path: Path) -> None:
     assert shown.keys() == {"test", "prompt", "dense", "model"}
     card = (tmp_path / "model/README.md").read_text("utf-8")
     assert shown["prompt"] in said and shown["prompt"] not in card
-    assert all("answers that end, of 32" in text for text in (said, card))
+    assert all("answers that end, of 1" in text for text in (said, card))
 
 
 def test_a_template_without_dialogues_changes_nothing(tmp_path: Path) -> None:
