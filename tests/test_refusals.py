@@ -336,7 +336,7 @@ def world(name: str, patch: pytest.MonkeyPatch) -> Iterator[None]:
         elif name == "no AVX2":
             patch.setattr("lib.formats.packed.kernels.supported", lambda: False)
         elif name == "a full disk":
-            patch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=100_000))
+            patch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=10_000))
         elif name == "another command":
             stack.enter_context(exclusive_lock(Path("small-compress.lock"), ""))
         elif what == "the":
