@@ -98,7 +98,6 @@ TYPES |= {f"model.layers.{place}.mlp.down_proj.weight": "q3_k" for place in rang
 BASE = [*QUICK, "--eval_data", "uk", "--calibration_data", "uk"]
 ALIKE = 0.999  # of all weights, where sums are rounded otherwise
 ALIKE_ON_GRID = 0.9  # there a code that is rounded otherwise changes those after it
-ALIKE_IN_BLOCK = 0.97  # and those of the same block: of `down`, for one
 STEPS = {"prune": "--prune_method", "quantize": "--quantize", "recover": "--recover"}
 REPORTED = "sparsity", "errors", "notes", "allocation", "quantized", "packed", "footprint"
 AGAIN = "loaded again"
@@ -304,5 +303,5 @@ def compare(kind: str, plain: Path, other: Path, exact: bool = True) -> None:
             return
     else:
         first = {name: tensor for name, tensor in one.items() if ".0." in name}
-        assert alike(first, two) >= (ALIKE_IN_BLOCK if on_grid else ALIKE)  # nothing came before
+        assert alike(first, two) >= (ALIKE_ON_GRID if on_grid else ALIKE)  # nothing came before
     assert alike(one, two) >= (ALIKE_ON_GRID if rounded else ALIKE)

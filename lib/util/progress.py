@@ -51,10 +51,10 @@ def progress(
             nonlocal number
             if note:
                 bar.set_postfix_str(note, refresh=False)
+            number += 1
+            on_step(step, number)
             if done:
                 bar.update(done)
-                number += 1
-                on_step(step, number)
             elif shown and time.time() - bar.last_print_t >= seconds:
                 bar.last_print_t = time.time()
                 bar.refresh()

@@ -64,7 +64,11 @@ def test_a_template_writes_the_date_of_the_run_and_its_tokens_stay(on: Callable)
 @pytest.mark.full
 def test_a_run_that_is_continued_on_another_day(on: Callable) -> None:
     write()
-    to = lambda name: [*PRUNE, "--trim_vocabulary", "--save", f"{name}-out", "--save_model", name]  # noqa: E731
+
+    def to(name: str) -> list:
+        run = [*PRUNE, "--seqlen", 64, "--trim_vocabulary"]
+        return [*run, "--save", f"{name}-out", "--save_model", name]
+
     resumed = [*to("resumed"), "--resume", "kept"]
     on(FIRST)
     with raising(MemoryError("none left"), "prune", 1):
@@ -105,9 +109,9 @@ def test_a_sweep_that_goes_on_on_another_day(on: Callable, monkeypatch: pytest.M
     argv = ["--models", "m", "--methods", "magnitude", "--types", "unstructured"]
     argv += ["--eval_data", "said", "--out", "runs", "--ratios", "0.5"]
     on(FIRST)
-    succeed(*argv, "--", *QUICK, program=sweep.main)
+    succeed(*argv, "--", *QUICK, "--seqlen", 64, program=sweep.main)
     on(LATER)
-    done = succeed(*argv, "0.6", "--", *QUICK, program=sweep.main)
+    done = succeed(*argv, "0.6", "--", *QUICK, "--seqlen", 64, program=sweep.main)
     assert done.out.count("finished before") == 2
     assert results("runs/m/magnitude-60")["date"] == FIRST
 
