@@ -166,7 +166,7 @@ def write_models(model: Path) -> None:
     tiny.write_model("words", tokenizer=PreTrainedTokenizerFast(tokenizer_object=of_words))
     unigram = Tokenizer(models.Unigram([("<unk>", 0.0), ("a", -1.0)], 0))
     tiny.write_model("unigram", tokenizer=PreTrainedTokenizerFast(tokenizer_object=unigram))
-    tiny.write_model("other", tiny.tiny_llama(intermediate_size=48))
+    tiny.write_model("other", tiny.tiny_llama(intermediate_size=48, vocab_size=tiny.ROWS))
     tiny.write_model("foreign", tokenizer=tiny.tiny_tokenizer(size=290))
     pruned = tiny.tiny_llama(vocab_size=tiny.ROWS)
     for block in pruned.model.layers:
