@@ -21,8 +21,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from itertools import chain
 from pathlib import Path
@@ -34,11 +33,12 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from .data.chats import Document
-from .data.documents import Corpus, pieces_of
+from .data.documents import Corpus, batches, many_documents, passages
 from .data.samples import Sample, Windows, join, packed
 from .data.templates import document_text
-from .data.token_choice import PRICE, choose, round_up
+from .data.token_choice import HELD_OUT, MOST_CHARACTERS, PRICE, choose, round_up
 from .data.trimmed_tokenizer import FLAG, TrimmableTokenizer
+from .data.trimming_cost import COSTS, cost_line, record_cost
 from .data.windows import sample_of, test_documents
 from .model.checkpoint import Checkpoint
 from .util.errors import UserError, first_line
@@ -46,13 +46,9 @@ from .util.files import write_text
 from .util.progress import progress
 from .util.ranks import DistContext
 
-HELD_OUT = 10  # every tenth document is held out
-MOST_ROWS = 0.9  # share of rows above which trimming saves too little
 MEASURED_BYTES = 2**14  # of a test text, on which a CPU measures both vocabularies
 MEASURED_TOKENS = 512  # largest window for that, in tokens
 TOO_COSTLY = 0.02  # rise of bits per byte above which a warning is printed
-HUB_CHARACTERS = 100_000_000  # counted in a Hub dataset; local text is counted in full
-BATCH_CHARACTERS = 4_000_000  # tokenized at a time, on all cores
 # scripts and signs that are rare in texts, some beyond the first 65,536
 RARE_SIGNS = "🦉🏳️‍🌈 漢字の書き方 한국어 ไทย ꙮ𝔘𐍈 ﷽ ⅷ\u200b\ufeff\t\r\n  \x00¤"
 PROOF_TOKENS = 256  # tokens of a test window whose logits are compared
@@ -82,6 +78,7 @@ class TrimmedVocabulary:
     record: dict[str, Any] = field(default_factory=dict)
     # windows by the original and by the trimmed tokenizer, and the number of bytes that count
     held_out: tuple[Windows, Windows, int] | None = None
+    held_out_name: str = ""  # of their text
 
     @property
     def digest(self) -> str:
@@ -124,11 +121,9 @@ class TrimmedVocabulary:
         """
         documents = test_documents(corpus)
         seqlen = min(seqlen, MEASURED_TOKENS * (1 if isinstance(documents[0], str) else 2))
-        # cut at blanks, if there are any
-        piece = re.compile(rf"\S(?:[\s\S]{{0,{seqlen}}}(?=\s|$)|[\s\S]{{0,{seqlen}}})")
         pieces: list[Document] = []
         for document in documents:
-            pieces += piece.findall(document) if isinstance(document, str) else [document]
+            pieces += passages(document, seqlen) if isinstance(document, str) else [document]
         step = max(1, sum(len(each.encode()) for each in pieces) // size)
         groups: list[list[tuple[Sample, Sample, int]]] = []  # one for each window
         filled = [0, 0]  # tokens in the last one
@@ -155,9 +150,7 @@ class TrimmedVocabulary:
                 join([*chain(*(packed([each[which] for each in g], seqlen) for g in groups))])
                 for which in (0, 1)
             )
-            self.held_out = (*by_tokenizer, size)
-            name, model = corpus.source.name, self.original_tokenizer.name_or_path
-            self.record["measured_on"] = {"name": name, "bytes": size, "model": model}
+            self.held_out, self.held_out_name = (*by_tokenizer, size), corpus.source.name
 
     def _samples(self, document: Document) -> list[Sample]:
         """Return a document's tokens by both tokenizers; before a text is BOS or an end token."""
@@ -173,35 +166,23 @@ class TrimmedVocabulary:
         return samples
 
     def record_cost(self, original: Tensor, trimmed: Tensor) -> None:
-        """Record what trimming costs by both models' losses on `held_out`, (n,) each, in nats.
-
-        The interval is that of a ratio of sums over independent windows (Cochran, Sampling
-        Techniques, 1977, section 6.4), with an approximation of Student's t.
-        """
-        record, size, count = self.record, self.held_out[-1], len(original)
-        ratio = trimmed.sum().item() / original.sum().item()
-        bits = original.sum().item() / math.log(2) / size
-        record |= {"bits_per_byte_original": bits, "bits_per_byte_trimmed": bits * ratio}
-        record["cost_interval"] = None
-        if (freedom := count - 1) > 2:
-            spread = (trimmed - ratio * original).square().sum().item() * count / freedom
-            spread *= (1.96 + 2.37 / freedom + 2.82 / freedom**2) ** 2
-            half = math.sqrt(spread) / original.sum().item()
-            record["cost_interval"] = [ratio - 1 - half, ratio - 1 + half]
+        """Record what trimming costs by both models' losses on `held_out`, (n,) each, in nats."""
+        losses = (each.cpu().numpy() for each in (original, trimmed))
+        record_cost(self.record, *losses, self.held_out[-1])
+        self.record["measured_on"] = {
+            "name": self.held_out_name,
+            "bytes": self.held_out[-1],
+            "model": self.original_tokenizer.name_or_path,
+        }
 
     def cost_lines(self) -> list[str]:
         """Return what trimming costs; a line that names what would help, if it is much."""
         record = self.record
-        if "bits_per_byte_original" not in record:
+        if "measured_on" not in record:
             return [f"{FLAG}: its cost cannot be measured, since the test text has no window"]
-        bits = [record[f"bits_per_byte_{name}"] for name in ("original", "trimmed")]
-        cost, measured_on = bits[1] / bits[0] - 1, record["measured_on"]
-        interval = record["cost_interval"]
-        between = f" (95% interval {interval[0]:+.2%} to {interval[1]:+.2%})" if interval else ""
-        lines = [
-            f"trimming costs {cost:+.2%} bits per byte{between} on {measured_on['bytes']:,} bytes "
-            f"of {measured_on['name']}: original {bits[0]:.4f}, trimmed {bits[1]:.4f}"
-        ]
+        measured_on = record["measured_on"]
+        lines = [cost_line(record, measured_on["bytes"], measured_on["name"])]
+        cost = record["bits_per_byte_trimmed"] / record["bits_per_byte_original"] - 1
         if cost > TOO_COSTLY:
             lines.append(
                 f"{FLAG}: more than {TOO_COSTLY:.0%} is much, since the text uses too little of "
@@ -336,9 +317,8 @@ def _read_list(
     if not same or record["rows_before"] != rows:
         problem = f"its tokens are not those of {tokens.name}"
         raise UserError(what, problem, "Name one of a model with the same vocabulary")
-    measured_on = record.get("measured_on", {}).get("model")
-    if measured_on != tokens.tokenizer.name_or_path or "bits_per_byte_original" not in record:
-        costs = "measured_on", "bits_per_byte_original", "bits_per_byte_trimmed", "cost_interval"
+    if record.get("measured_on", {}).get("model") != tokens.tokenizer.name_or_path:
+        costs = "measured_on", *COSTS
         record = {key: value for key, value in record.items() if key not in costs}
     return ids, order, record
 
@@ -370,10 +350,8 @@ def count_tokens(
     n_tokens = max(tokenizer.get_vocab().values()) + 1
     counts = torch.zeros(2, n_tokens, dtype=torch.long)  # of all text, and of the held-out part
     for corpus in corpora:
-        source, documents = corpus.source, corpus.documents("train")
-        if not source.hub and len(documents) < HELD_OUT:
-            documents = [piece for document in documents for piece in pieces_of(document)]
-        total, limit = (None, HUB_CHARACTERS) if source.hub else (len(documents), math.inf)
+        source, documents = corpus.source, many_documents(corpus, HELD_OUT)
+        total, limit = (None, MOST_CHARACTERS) if source.hub else (len(documents), math.inf)
         what, seen = f"counting tokens of {source.name}", 0
         with progress(total, what, "text", dist.is_main) as on_progress:
             for batch in batches(documents, limit):
@@ -394,19 +372,3 @@ def encode_all(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[lis
     """Return the token ids of texts, encoded on all cores, without special tokens."""
     encodings = tokenizer.backend_tokenizer.encode_batch_fast(texts, add_special_tokens=False)
     return [encoding.ids for encoding in encodings]
-
-
-def batches(texts: Iterable[Document], limit: float = math.inf) -> Iterator[list[Document]]:
-    """Yield lists of at least BATCH_CHARACTERS characters until `limit` characters were read."""
-    batch, size = [], 0
-    for text in texts:
-        batch.append(text)
-        size += len(text)
-        limit -= len(text)
-        if limit <= 0:
-            break
-        if size >= BATCH_CHARACTERS:
-            yield batch
-            batch, size = [], 0
-    if batch:
-        yield batch

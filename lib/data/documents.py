@@ -10,6 +10,7 @@ import gzip
 import hashlib
 import json
 import logging
+import math
 import re
 import zlib
 from collections.abc import Iterable, Iterator, Sequence
@@ -28,6 +29,7 @@ ROW_CHARACTERS = 64  # overhead for each
 TENTH = 10  # one document in this many is held out for evaluation
 FEW = 20  # fewer documents are first cut into pieces, at blank lines, line breaks or blanks
 PIECE_CHARACTERS = 4_000  # longest piece
+BATCH_CHARACTERS = 4_000_000  # tokenized at a time, on all cores
 NAMED = 8  # files of a folder named in a message
 PIECE = re.compile(r"(?s).{2000,4000}?\n\s*\n|.{2000,4000}?\n|.{2000,4000}?\s|.{1,4000}")
 SEPARATOR = re.compile(r"(?i)\"?sep=(.)\"?\s*")
@@ -143,6 +145,35 @@ def pieces_of(text: Document) -> list[Document]:
     if isinstance(text, Dialogue):
         return [text]
     return [piece.strip() for piece in PIECE.findall(text) if piece.strip()]
+
+
+def passages(text: str, most: int) -> list[str]:
+    """Split a text into passages of at most `most` + 1 characters, at blanks if there are any."""
+    return re.findall(rf"\S(?:[\s\S]{{0,{most}}}(?=\s|$)|[\s\S]{{0,{most}}})", text)
+
+
+def many_documents(corpus: Corpus, least: int) -> Iterable[Document]:
+    """Return the training documents, or their pieces if there are fewer than `least` local ones."""
+    documents = corpus.documents("train")
+    if corpus.source.hub or len(documents) >= least:
+        return documents
+    return [piece for document in documents for piece in pieces_of(document)]
+
+
+def batches(texts: Iterable[Document], limit: float = math.inf) -> Iterator[list[Document]]:
+    """Yield lists of at least BATCH_CHARACTERS characters until `limit` characters were read."""
+    batch, size = [], 0
+    for text in texts:
+        batch.append(text)
+        size += len(text)
+        limit -= len(text)
+        if limit <= 0:
+            break
+        if size >= BATCH_CHARACTERS:
+            yield batch
+            batch, size = [], 0
+    if batch:
+        yield batch
 
 
 def check_corpus(corpus: Corpus, split: str) -> None:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import calendar
 import hashlib
 import re
-from collections import Counter
 from collections.abc import Sequence, Set
 from dataclasses import replace
 from functools import cached_property
@@ -18,6 +17,7 @@ import numpy as np
 
 from ..util.errors import UserError
 from .gguf_file import STRING, UINT32, Field, GgufFile, Tensor, with_value
+from .sentencepiece import BYTE, CONTROL, NORMAL, UNKNOWN, UNUSED, USER_DEFINED
 from .token_kinds import (
     BYTE_OF_LETTER,
     BYTE_TOKENS,
@@ -26,6 +26,8 @@ from .token_kinds import (
     Unigram,
     Vocabulary,
     WordPiece,
+    in_families,
+    ranks_of,
 )
 
 TOKENIZER = "tokenizer.ggml."
@@ -33,7 +35,6 @@ TOKENS, SCORES, TYPES, MERGES = (
     TOKENIZER + name for name in ("tokens", "scores", "token_type", "merges")
 )
 KINDS = {"gpt2": Bpe, "gemma4": Bpe, "llama": Scored, "t5": Unigram, "bert": WordPiece}
-NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)  # token types
 
 TABLES = re.compile(
     r"(token_embd|output|per_layer_token_embd)\.weight|output\.bias"
@@ -66,9 +67,7 @@ DEFAULTS = {
 }
 # llama.cpp finds ends, prefixes and image tokens by their text, whatever their type
 LOOKS_SPECIAL = re.compile(r"[▁_]?<[^<>\s]{2,}>|\[[A-Z]+\]|\[e~\[")
-NUMBER = re.compile(r"\d+")
 RESERVED = re.compile(r"(?i)unused|reserved|placeholder|extra_id")
-RESERVED_FAMILY = 4  # tokens that differ only in a number are reserved from this many on
 LITERAL = re.compile(r"'((?:[^'\\]|\\.)*)'|\"((?:[^\"\\]|\\.)*)\"")
 
 
@@ -197,12 +196,11 @@ class GgufVocabulary:
             if special[index] or LOOKS_SPECIAL.fullmatch(token)
         }
         bytes_ = set(np.flatnonzero(self.types == BYTE).tolist())
-        sizes = Counter(NUMBER.sub("#", self.tokens[index]) for index in special - bytes_)
+        families = in_families(self.tokens[index] for index in special - bytes_)
         reserved = {
             index
             for index in special - bytes_
-            if NUMBER.search(token := self.tokens[index])
-            and sizes[NUMBER.sub("#", token)] >= RESERVED_FAMILY
+            if (token := self.tokens[index]) in families
             and (self.types[index] == CONTROL or RESERVED.search(token))
         }
         reserved |= set(np.flatnonzero(self.types == UNUSED).tolist())
@@ -214,10 +212,7 @@ class GgufVocabulary:
         required |= {ids[token] for token in basic & ids.keys()}
         options = dict(tokens=dict(enumerate(self.tokens)), byte_level=self.kind == "gpt2")
         if self.kind in ("gpt2", "gemma4"):
-            ranks: dict[tuple[str, str], float] = {}
-            for rank, merge in enumerate(self._merges):
-                ranks.setdefault(merge, rank)
-            options["ranks"] = ranks
+            options["ranks"] = ranks_of(self._merges)
         elif self.kind in ("llama", "t5"):
             scores = self.file.fields[SCORES].value[: self.rows]
             options["scores"] = dict(enumerate(scores.tolist()))

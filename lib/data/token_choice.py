@@ -21,6 +21,9 @@ if TYPE_CHECKING:
     import numpy as np
 
 REVISION = 2  # incremented when the same counts give other tokens
+HELD_OUT = 10  # every tenth document is held out of a first count
+MOST_CHARACTERS = 100_000_000  # counted of a text from the Hub, and by trim of any
+MOST_ROWS = 0.9  # share of rows above which trimming saves too little
 PRICE = 0.2  # tokens per million of held-out text that a row saves at least
 PRICES = [2 ** (step / 4) for step in range(-4, 5)]  # factors: the mean of what they ask for
 UNLIKELY = 3e-8  # expected share of a token in a text below which it is not worth a row

@@ -6,7 +6,9 @@ Plain Python without torch, transformers and tokenizers, for tokenizer.json and 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Set
+import re
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import pairwise
@@ -19,6 +21,23 @@ PRINTABLE = {*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *
 OTHERS = [number for number in range(256) if number not in PRINTABLE]
 BYTE_OF_LETTER = {chr(number): number for number in PRINTABLE}
 BYTE_OF_LETTER |= {chr(256 + place): number for place, number in enumerate(OTHERS)}
+NUMBER = re.compile(r"\d+")
+FAMILY = 4  # special tokens that differ only in a number are reserved from this many on
+
+
+def in_families(tokens: Iterable[str]) -> set[str]:
+    """Return the tokens of which at least FAMILY differ only in a number, such as `<unused42>`."""
+    tokens = [*tokens]
+    sizes = Counter(NUMBER.sub("#", token) for token in tokens)
+    return {t for t in tokens if NUMBER.search(t) and sizes[NUMBER.sub("#", t)] >= FAMILY}
+
+
+def ranks_of(merges: Iterable[Sequence[str]]) -> dict[tuple[str, str], int]:
+    """Return {merge: rank}; of a merge that is listed twice, the first rank."""
+    ranks: dict[tuple[str, str], int] = {}
+    for rank, merge in enumerate(merges):
+        ranks.setdefault(tuple(merge), rank)
+    return ranks
 
 
 @dataclass

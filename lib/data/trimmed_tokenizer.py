@@ -15,7 +15,6 @@ import json
 import logging
 import re
 import tempfile
-from collections import Counter
 from collections.abc import Callable, Iterator, Sequence, Set
 from copy import deepcopy
 from functools import cache
@@ -29,7 +28,15 @@ from ..util.errors import UserError
 from .sentencepiece import CHECK, check_of
 from .templates import dated_texts, examples
 from .token_ids import map_token_ids
-from .token_kinds import BYTE_OF_LETTER, BYTE_TOKENS, Bpe, Unigram, Vocabulary
+from .token_kinds import (
+    BYTE_OF_LETTER,
+    BYTE_TOKENS,
+    Bpe,
+    Unigram,
+    Vocabulary,
+    in_families,
+    ranks_of,
+)
 
 FLAG = "--trim_vocabulary"
 TEMPLATE = 2**16  # longest accepted chat template, in characters; several times the longest in use
@@ -38,8 +45,6 @@ GENERATION = re.compile(r"\{%-?\s*(end)?generation\s*-?%\}")  # a tag that trans
 # fields of a tokenizer's components that hold replacements for a blank
 SUBSTITUTES = ("replacement", "content", "prepend", "String", "Regex")
 ROLES = "user assistant system tool".split()
-NUMBER = re.compile(r"\d+")
-RESERVED_FAMILY = 4  # special tokens that differ only in a number are reserved from this many on
 log = logging.getLogger(__name__)
 
 
@@ -124,10 +129,7 @@ class TrimmableTokenizer:
         if self.kind == "Unigram":
             scores = {self.token_to_id[token]: score for token, score in model["vocab"]}
             return Unigram(**options, scores=scores)
-        ranks: dict[tuple[str, str], float] = {}
-        for rank, merge in enumerate(model.get("merges") or ()):
-            ranks.setdefault(tuple(merge), rank)
-        return Bpe(**options, ranks=ranks)
+        return Bpe(**options, ranks=ranks_of(model.get("merges") or ()))
 
     @property
     def is_byte_level(self) -> bool:
@@ -141,12 +143,7 @@ class TrimmableTokenizer:
         tokenizer's settings name, or its post-processor or padding inserts, are not included.
         """
         special = {token["content"] for token in self.data["added_tokens"] if token["special"]}
-        sizes = Counter(NUMBER.sub("#", content) for content in special)
-        reserved = {
-            content
-            for content in special - set(self.tokenizer.all_special_tokens)
-            if NUMBER.search(content) and sizes[NUMBER.sub("#", content)] >= RESERVED_FAMILY
-        }
+        reserved = in_families(special) - set(self.tokenizer.all_special_tokens)
         return {self.token_to_id[content] for content in reserved} - self._inserted_ids()
 
     def required_ids(self) -> set[int]:

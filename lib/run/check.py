@@ -19,6 +19,7 @@ from ..calibration.inputs import check_widths
 from ..calibration.mixed_types import read_types
 from ..data.documents import Corpus, are_dialogues, check_corpus, read_line
 from ..data.templates import set_date, writes_date
+from ..data.token_choice import MOST_ROWS
 from ..data.windows import WindowSpec
 from ..formats.grids import FORMATS, Types
 from ..methods.sparsity import ALLOCATIONS
@@ -48,7 +49,6 @@ from ..util.progress import quiet
 from ..util.ranks import DistContext, local_device
 from ..util.resume import JOB, RunFolder, begun_with
 from ..vocabulary import (
-    MOST_ROWS,
     SavesTooLittle,
     TrimmedVocabulary,
     measured_bytes,

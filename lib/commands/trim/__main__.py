@@ -14,7 +14,6 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import re
 import shutil
 import time
 from collections.abc import Sequence
@@ -24,10 +23,12 @@ from typing import Any
 
 import numpy as np
 
+from ...data.documents import passages
 from ...data.gguf_file import GgufFile, Tensor, header, write
 from ...data.gguf_vocabulary import GgufVocabulary
 from ...data.lines import LINES
-from ...data.token_choice import PRICE
+from ...data.token_choice import MOST_ROWS, PRICE
+from ...data.trimming_cost import cost_line, record_cost
 from ...util.cli import make_parser, typed
 from ...util.errors import UserError, first_line, first_of
 from ...util.files import check_writable, partial_of, sync, temporary_folder, write_text
@@ -37,7 +38,6 @@ from ..gguf.llama_cpp import run_child
 from .choosing import add_text_flags, choose_by_text, corpora_of, tokenizer_of
 from .llama import Llama, compare
 
-MOST_ROWS = 0.9  # share of rows above which trimming saves too little
 EXAMPLES = """examples:
   {0} IN.gguf OUT.gguf --language uk en
   {0} IN.gguf OUT.gguf --data texts/uk texts/code --rows 32768 --dry_run
@@ -232,8 +232,7 @@ def _predict(
     some = [text[:1000] for text in texts[:: max(1, len(texts) // 100)]]
     letters = sum(map(len, some)) / sum(map(len, before.encode_all(some)))  # of a token
     most = math.ceil(letters * POSITIONS / WINDOWS)
-    cut = re.compile(rf"\S(?:[\s\S]{{0,{most}}}(?=\s|$)|[\s\S]{{0,{most}}})")
-    pieces = [piece for text in texts for piece in cut.findall(text)]
+    pieces = [piece for text in texts for piece in passages(text, most)]
     pieces = [pieces[len(pieces) * i // WINDOWS] for i in range(min(WINDOWS, len(pieces)))]
     encoded = zip(before.encode_all(pieces), after.encode_all(pieces), strict=True)
     windows = [
@@ -252,21 +251,10 @@ def _predict(
         f"equal to {answer['distance']:.1g} after one constant each"
     )
     record["distance"], record["beginnings"] = answer["distance"], answer["beginnings"]
-    old, new = np.array(answer["before"]), np.array(answer["after"])
     n_bytes = sum(len(piece.encode()) for piece in pieces)
-    ratio, bits = new.sum() / old.sum(), old.sum() / math.log(2) / n_bytes
-    record |= {"bits_per_byte_original": bits, "bits_per_byte_trimmed": bits * ratio}
-    between, freedom = "", len(old) - 1
-    if freedom > 2:  # of a ratio of sums (Cochran, Sampling Techniques, 1977, section 6.4)
-        spread = np.square(new - ratio * old).sum() * len(old) / freedom
-        half = math.sqrt(spread) * (1.96 + 2.37 / freedom + 2.82 / freedom**2) / old.sum()
-        record["cost_interval"] = [ratio - 1 - half, ratio - 1 + half]
-        between = f" (95% interval {ratio - 1 - half:+.2%} to {ratio - 1 + half:+.2%})"
+    record_cost(record, np.array(answer["before"]), np.array(answer["after"]), n_bytes)
     positions = sum(len(pair[0]) - 1 for pair in windows)
-    print(
-        f"trimming costs {ratio - 1:+.2%} bits per byte{between} on {n_bytes:,} bytes of test text "
-        f"({positions} tokens): original {bits:.4f}, trimmed {bits * ratio:.4f}"
-    )
+    print(cost_line(record, n_bytes, f"test text ({positions} tokens)"))
     return [f"texts past {max(len(pair[0]) for pair in windows)} tokens", "answers of the model"]
 
 

@@ -5,25 +5,21 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 from importlib.util import find_spec
-from itertools import chain, islice
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
 
-from ...data.documents import Corpus, check_corpus, pieces_of
+from ...data.documents import Corpus, batches, check_corpus, many_documents
 from ...data.gguf_file import write
 from ...data.gguf_vocabulary import GgufVocabulary, tokenizer_model
 from ...data.languages import language_text
 from ...data.lines import LINES
 from ...data.sources import has_test, parse_source, parse_sources
-from ...data.token_choice import PRICE, Choice, choose
+from ...data.token_choice import HELD_OUT, MOST_CHARACTERS, PRICE, Choice, choose
 from ...util.errors import UserError
 from ...util.progress import progress
 from .llama import INSTALL, Llama
-
-HELD_OUT = 10  # every tenth document is held out of the count
-MOST_CHARACTERS = 100_000_000  # counted of each source
-BATCH = 2_000_000  # characters encoded at a time
 
 
 def add_text_flags(parser: argparse.ArgumentParser) -> None:
@@ -93,29 +89,17 @@ def choose_by_text(
             print(f"{beside} gives the same tokens, and counts them")
     number = 0
     for corpus in corpora:
-        documents = corpus.documents("train")
-        if not corpus.source.hub and len(documents) < HELD_OUT:
-            documents = [piece for text in documents for piece in pieces_of(text)]
-        total = MOST_CHARACTERS
+        documents, total = many_documents(corpus, HELD_OUT), MOST_CHARACTERS
         if not corpus.source.hub:
             total = min(total, sum(map(len, documents)))
         with progress(total, f"counting tokens of {corpus.source.name}", "B") as on_progress:
-            batch, size, left = [], 0, total
-            for text in chain(documents, [None]):
-                if text is not None:
-                    batch.append(text)
-                    size += len(text)
-                    if size < min(BATCH, left):
-                        continue
+            for batch in batches(documents, total):
                 for ids in encode(batch):
                     np.add.at(counts[0], ids, 1)
                     if number % HELD_OUT == HELD_OUT - 1:
                         np.add.at(counts[1], ids, 1)
                     number += 1
-                on_progress(size)
-                batch, size, left = [], 0, left - size
-                if left <= 0:
-                    break
+                on_progress(sum(map(len, batch)))
     needed = {int(i) for ids in llama.encode_all(vocabulary.template_texts()) for i in ids}
     tokens = vocabulary.vocabulary(needed)
     choice = choose(tokens, counts[0], counts[1], price=args.price, rows=args.rows)
