@@ -98,6 +98,7 @@ TYPES |= {f"model.layers.{place}.mlp.down_proj.weight": "q3_k" for place in rang
 BASE = [*QUICK, "--eval_data", "uk", "--calibration_data", "uk"]
 ALIKE = 0.999  # of all weights, where sums are rounded otherwise
 ALIKE_IN_8_BITS = 0.9
+ALIKE_ON_GRID = 0.7  # 0.84 and more were seen
 STEPS = {"prune": "--prune_method", "quantize": "--quantize", "recover": "--recover"}
 REPORTED = "sparsity", "errors", "notes", "allocation", "quantized", "packed", "footprint"
 AGAIN = "loaded again"
@@ -300,6 +301,7 @@ def compare(kind: str, plain: Path, other: Path, exact: bool = True) -> None:
         for key in ("rate", "weights", "steps", "windows"):
             assert after["recovery"][key] == pytest.approx(before["recovery"][key], rel=rel)
     if on_grid:  # a code that is rounded otherwise changes those after it
+        assert trained or alike(one, two) >= ALIKE_ON_GRID
         return
     if not trained:
         first = {name: tensor for name, tensor in one.items() if ".0." in name}
