@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 from importlib.util import find_spec
-from itertools import islice
+from itertools import count, islice
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +20,10 @@ from ...data.token_choice import HELD_OUT, MOST_CHARACTERS, PRICE, Choice, choos
 from ...util.errors import UserError
 from ...util.progress import progress
 from .llama import INSTALL, Llama
+
+ROUNDS = 16  # of counting, each over a part of the documents that is spread over the text
+STEP = 1_000_000  # characters counted between two looks at the list
+NEW = 5e-4  # share of tokens not seen before, below which counting ends
 
 
 def add_text_flags(parser: argparse.ArgumentParser) -> None:
@@ -87,19 +91,36 @@ def choose_by_text(
         if fits and all(map(np.array_equal, fast(proof), encode(proof))):
             encode = fast
             print(f"{beside} gives the same tokens, and counts them")
-    number = 0
+    start = 0  # every tenth document of all is held out
     for corpus in corpora:
-        documents, total = many_documents(corpus, HELD_OUT), MOST_CHARACTERS
+        documents, total, read = many_documents(corpus, HELD_OUT), MOST_CHARACTERS, 0
+        numbers = count(start)
         if not corpus.source.hub:
             total = min(total, sum(map(len, documents)))
+            # in rounds over the text, whose genres may stand one after the other
+            order = [i for first in range(ROUNDS) for i in range(first, len(documents), ROUNDS)]
+            documents = [documents[i] for i in order]
+            numbers = iter([start + i for i in order])
+            start += len(order)
         with progress(total, f"counting tokens of {corpus.source.name}", "B") as on_progress:
-            for batch in batches(documents, total):
+            for batch in batches(documents, total, STEP):
+                before = counts[0].copy()
                 for ids in encode(batch):
                     np.add.at(counts[0], ids, 1)
-                    if number % HELD_OUT == HELD_OUT - 1:
+                    if next(numbers) % HELD_OUT == HELD_OUT - 1:
                         np.add.at(counts[1], ids, 1)
-                    number += 1
-                on_progress(sum(map(len, batch)))
+                size = sum(map(len, batch))
+                read += size
+                on_progress(size)
+                more = counts[0] - before
+                new = more[before == 0].sum() / max(1, more.sum())
+                if enough := size >= STEP and new < NEW:
+                    break
+        if enough and read < total:
+            print(
+                f"{corpus.source.name}: {read:,} of {total:,} characters are counted, since "
+                f"{new:.3%} of the last tokens are new"
+            )
     needed = {int(i) for ids in llama.encode_all(vocabulary.template_texts()) for i in ids}
     tokens = vocabulary.vocabulary(needed)
     choice = choose(tokens, counts[0], counts[1], price=args.price, rows=args.rows)
