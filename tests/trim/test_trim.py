@@ -149,7 +149,7 @@ def test_a_mixture_with_as_many_neurons_as_tokens(texts: Path, tmp_path: Path) -
     for name, shape in shapes.items():
         values = ggufs.blocks(ggufs.F32, shape[1] * (*shape, 1)[2], shape[0], 1)
         more[f"blk.0.ffn_{name}.weight"] = shape, ggufs.F32, values
-    changed = {"expert_count": 4, "expert_used_count": 2, "expert_feed_forward_length": rows}
+    changed = {"expert_count": 4, "expert_used_count": 2, "feed_forward_length": rows}
     changed = {f"llama.{name}": (ggufs.UINT32, count) for name, count in changed.items()}
     source = ggufs.model(tmp_path / "in.gguf", more=more, changed=changed)
     main([str(source), str(tmp_path / "out.gguf"), "--data", str(texts)])
@@ -181,11 +181,12 @@ def test_text_is_counted_until_the_list_stops_changing(
     (folder / "train.jsonl").write_text("\n".join(json.dumps({"text": t}) for t in texts))
     (folder / "test.jsonl").write_text(json.dumps({"text": texts[-1]}))
     monkeypatch.setattr("lib.commands.trim.choosing.STEP", 4000)
-    main([str(source), str(tmp_path / "out.gguf"), "--data", str(folder)])
+    main([str(source), str(tmp_path / "out.gguf"), "--data", str(folder), "--price", "200"])
     said = capsys.readouterr().out
-    assert f" of {sum(map(len, texts)):,} characters are counted, since 0.000% of" in said
+    assert f" of at most {sum(map(len, texts)):,} characters are counted; " in said
     counted = int(said.partition("uk: ")[2].partition(" of ")[0].replace(",", ""))
-    assert counted < sum(map(len, texts)) / 2
+    encoded = [*map(len, map(Llama(source).encode, texts))]
+    assert 5000 < counted / sum(map(len, texts)) * sum(encoded) < 6000  # 1e6 / 200 tokens
     kept = set(json.loads((tmp_path / "out.gguf.vocabulary.json").read_text("utf-8"))["ids"])
     assert kept.issuperset(i for text in texts for i in Llama(source).encode(text).tolist())
 
@@ -194,10 +195,11 @@ def test_a_draft_and_its_target_get_one_list(texts: Path, tmp_path: Path) -> Non
     """Of two sizes of one vocabulary, of which one has rows without a token."""
     target = ggufs.model(tmp_path / "target.gguf", padding=216)
     draft = ggufs.model(tmp_path / "draft.gguf", table=ggufs.Q8_0, head=None)
-    main([str(target), str(tmp_path / "t.gguf"), "--data", str(texts), "--rows", "448"])
-    main([str(draft), str(tmp_path / "d.gguf"), "--keep", str(tmp_path / "t.gguf.vocabulary.json")])
-    assert check(target, tmp_path / "t.gguf") == check(draft, tmp_path / "d.gguf")
-    one, other = (fields_of(tmp_path / name) for name in ("t.gguf", "d.gguf"))
+    one, other = tmp_path / "new/t.gguf", tmp_path / "d.gguf"
+    main([str(target), str(one), "--data", str(texts), "--rows", "448"])
+    main([str(draft), str(other), "--keep", f"{one}.vocabulary.json"])
+    assert check(target, one) == check(draft, other)
+    one, other = fields_of(one), fields_of(other)
     names = [name for name in one if name.startswith("tokenizer.")]
     assert all(one[name] == other[name] for name in names) and len(names) > 5
     assert len(one["tokenizer.ggml.tokens"]) == 448
@@ -349,8 +351,8 @@ def test_lists_for_drafters_have_ids_of_the_whole_model(
     held = [i for row in rows for i in Llama(source).encode(json.loads(row)["text"]).tolist()]
     assert abs(share / 100 - sum(i in ids for i in held) / len(held)) < 1e-4
     torch = pytest.importorskip("torch")
-    write_list([*argv, "sglang", str(tmp_path / "hot.pt")])
-    assert torch.load(tmp_path / "hot.pt", weights_only=True) == ids
+    write_list([*argv, "sglang", str(tmp_path / "new/hot.pt")])
+    assert torch.load(tmp_path / "new/hot.pt", weights_only=True) == ids
 
 
 WITHOUT = """

@@ -27,8 +27,9 @@ from ...data.documents import passages
 from ...data.gguf_file import GgufFile, Tensor, header, write
 from ...data.gguf_vocabulary import GgufVocabulary
 from ...data.lines import LINES
-from ...data.token_choice import MOST_ROWS, PRICE, read_list
+from ...data.token_choice import MOST_ROWS, MULTIPLE, PRICE, read_list
 from ...data.trimming_cost import cost_line, record_cost
+from ...run.flags import MULTIPLES
 from ...util.cli import make_parser, typed
 from ...util.errors import UserError, first_of
 from ...util.files import check_writable, partial_of, sync, temporary_folder, write_text
@@ -114,6 +115,7 @@ def main(arguments: list[str]) -> None:
         if args.dry_run:
             print("nothing is written (--dry_run)")
             return
+        out.parent.mkdir(parents=True, exist_ok=True)
         if (free := shutil.disk_usage(out.parent).free) < size:
             problem = f"it needs {gib(size)}, and its disk has {gib(free)} left"
             raise UserError(f"OUT {args.out}", problem, "Name a file on another disk")
@@ -255,7 +257,8 @@ def _parser() -> argparse.ArgumentParser:
     add("source", metavar="IN.gguf", help="GGUF file; of several parts, any one")
     add("out", metavar="OUT.gguf", help="new file to write")
     add_text_flags(parser)
-    add("--rows", type=int, metavar="N", help="number of rows (default: by --price)")
+    text = f"number of rows, a multiple of {MULTIPLE} (default: by --price)"
+    add("--rows", type=MULTIPLES, metavar="N", help=text)
     text = "keep the tokens of this .vocabulary.json, as for a draft and its target"
     add("--keep", metavar="FILE", help=text)
     text = "leave these fields out, which may hold ids and are unknown"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 from collections.abc import Sequence
 from importlib.util import find_spec
 from itertools import count, islice
@@ -17,13 +18,13 @@ from ...data.languages import language_text
 from ...data.lines import LINES
 from ...data.sources import has_test, parse_source, parse_sources
 from ...data.token_choice import HELD_OUT, MOST_CHARACTERS, PRICE, Choice, choose
+from ...run.flags import PRICED
 from ...util.errors import UserError
 from ...util.progress import progress
 from .llama import INSTALL, Llama
 
 ROUNDS = 16  # of counting, each over a part of the documents that is spread over the text
-STEP = 1_000_000  # characters counted between two looks at the list
-NEW = 5e-4  # share of tokens not seen before, below which counting ends
+STEP = 1_000_000  # characters counted at a time
 
 
 def add_text_flags(parser: argparse.ArgumentParser) -> None:
@@ -35,7 +36,7 @@ def add_text_flags(parser: argparse.ArgumentParser) -> None:
     add("--data", nargs="+", default=[], metavar="SOURCE", help=text)
     add("--column", default="text", help="column of the texts (default: text)")
     text = f"tokens saved per million for which an unused one stays (default: {PRICE})"
-    add("--price", type=float, default=PRICE, metavar="TOKENS", help=text)
+    add("--price", type=PRICED, default=PRICE, metavar="TOKENS", help=text)
 
 
 def corpora_of(args: argparse.Namespace) -> list[Corpus]:
@@ -70,7 +71,11 @@ def tokenizer_of(path: Path, vocabulary: GgufVocabulary, kept: Sequence[int]) ->
 def choose_by_text(
     args: argparse.Namespace, corpora: Sequence[Corpus], vocabulary: GgufVocabulary, llama: Llama
 ) -> Choice:
-    """Count the train texts, every tenth document apart, and choose the tokens."""
+    """Count the train texts, every tenth document apart, and choose the tokens.
+
+    In n tokens of text, a token that was not seen saves about 1 / n: counting ends where that is
+    below its row's price, since the list would hardly change.
+    """
     encode, counts = llama.encode_all, np.zeros((2, vocabulary.rows), np.int64)
     beside = Path(args.source).absolute().parent / "tokenizer.json"
     if beside.is_file() and find_spec("tokenizers"):  # ten times as fast
@@ -102,25 +107,20 @@ def choose_by_text(
             documents = [documents[i] for i in order]
             numbers = iter([start + i for i in order])
             start += len(order)
+        enough, before = 1e6 / args.price if args.price else math.inf, counts[0].sum()
         with progress(total, f"counting tokens of {corpus.source.name}", "B") as on_progress:
             for batch in batches(documents, total, STEP):
-                before = counts[0].copy()
                 for ids in encode(batch):
                     np.add.at(counts[0], ids, 1)
                     if next(numbers) % HELD_OUT == HELD_OUT - 1:
                         np.add.at(counts[1], ids, 1)
-                size = sum(map(len, batch))
-                read += size
+                read += (size := sum(map(len, batch)))
                 on_progress(size)
-                more = counts[0] - before
-                new = more[before == 0].sum() / max(1, more.sum())
-                if enough := size >= STEP and new < NEW:
+                if (n := counts[0].sum() - before) >= enough:
                     break
-        if enough and read < total:
-            print(
-                f"{corpus.source.name}: {read:,} of {total:,} characters are counted, since "
-                f"{new:.3%} of the last tokens are new"
-            )
+        if n >= enough and read < total:
+            which = f"{read:,} of at most {total:,} characters are counted"
+            print(f"{corpus.source.name}: {which}; a token not seen is not worth its row")
     needed = {int(i) for ids in llama.encode_all(vocabulary.template_texts()) for i in ids}
     tokens = vocabulary.vocabulary(needed)
     choice = choose(tokens, counts[0], counts[1], price=args.price, rows=args.rows)
