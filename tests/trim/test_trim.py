@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -169,6 +170,18 @@ def test_chats_are_rendered_as_before(texts: Path, tmp_path: Path) -> None:
     )
     assert one["chats"] == [[kept[index] for index in ids] for ids in other["chats"]]
     assert len(one["chats"][0]) > 5
+
+
+def test_a_slow_child_gets_all_that_it_is_asked(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """More than a pipe holds, long before it reads."""
+    code = "import time\ntime.sleep(1.5)\n\ndef count(text):\n    return len(text)\n"
+    (tmp_path / "slow.py").write_text(code)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    monkeypatch.setattr("lib.commands.gguf.llama_cpp.LIMIT", 30)
+    count = SimpleNamespace(__module__="slow", __name__="count")
+    assert run_child("this", count, text="a" * 200_000) == 200_000
 
 
 def test_text_is_counted_until_the_list_stops_changing(

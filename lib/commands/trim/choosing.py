@@ -17,7 +17,7 @@ from ...data.gguf_vocabulary import GgufVocabulary, tokenizer_model
 from ...data.languages import language_text
 from ...data.lines import LINES
 from ...data.sources import has_test, parse_source, parse_sources
-from ...data.token_choice import HELD_OUT, MOST_CHARACTERS, PRICE, Choice, choose
+from ...data.token_choice import HELD_OUT, MOST_CHARACTERS, PRICE, Choice, choose, round_up
 from ...run.flags import PRICED
 from ...util.errors import UserError
 from ...util.progress import progress
@@ -126,5 +126,7 @@ def choose_by_text(
     choice = choose(tokens, counts[0], counts[1], price=args.price, rows=args.rows)
     if args.rows and len(choice.ids) > args.rows:
         problem = "bytes, special tokens and the chat template take more"
-        raise UserError(f"--rows {args.rows}", problem, f"Give at least {len(choice.ids)}")
+        raise UserError(
+            f"--rows {args.rows}", problem, f"Give at least {round_up(len(choice.ids))}"
+        )
     return choice
