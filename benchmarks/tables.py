@@ -708,6 +708,31 @@ def computed_sizes() -> list[dict[str, Any]]:
     return [model for model in raw("gguf-trim/computed.json") if model["model"] not in names]
 
 
+@table("vocabulary.json: tokens, tests")
+def vocabulary_tokenizers() -> str:
+    rows = []
+    for each in raw("vocabulary.json"):
+        rises = {test["name"]: 100 * test["rise"] for test in each["tests"]}
+        if len(rises) > 1:
+            before, kept = each["tokens_before"], each["tokens"]
+            rows.append([each["tokenizer"], each["text"], before, kept, *rises.values()])
+    head = {"Tokenizer": "", "Kept for": "", "Tokens": ",.0f", "Tokens kept": ",.0f"}
+    return grid(head | {"More on uk (%) ↓": ".2f", "More on en (%) ↓": ".2f"}, rows)
+
+
+@table("vocabulary.json: training_documents, rows, tests")
+def vocabulary_documents() -> str:
+    rows = []
+    for each in raw("vocabulary.json"):
+        if len(each["tests"]) == 1:
+            (test,) = each["tests"]
+            alike = f"{test['alike']} of {test['documents']}"
+            numbers = each["training_documents"], each["rows"], 100 * test["rise"]
+            rows.append([each["tokenizer"], each["text"], *numbers, alike])
+    head = {"Tokenizer": "", "Text": "", "Documents": ",.0f", "Rows": ",.0f"}
+    return grid(head | {"More tokens (%) ↓": ".2f", "Documents cut alike": ""}, rows)
+
+
 @table("gguf-trim/measured.json: rows, bytes, tests, bits_per_byte_*, memory")
 def trimmed_files() -> str:
     rows, files = [], raw("gguf-trim/measured.json")

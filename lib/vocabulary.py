@@ -146,7 +146,8 @@ class TrimmedVocabulary:
             text = document
             if not isinstance(document, str):
                 counted = pair[0].ids[pair[0].mask]
-                text = self.original_tokenizer.decode(counted, clean_up_tokenization_spaces=False)
+                plain = dict(skip_special_tokens=True, clean_up_tokenization_spaces=False)
+                text = self.original_tokenizer.decode(counted, **plain)  # markers are no bytes
             if not groups or any(sum(pair) > seqlen for pair in zip(filled, lengths, strict=True)):
                 groups.append([])
                 filled = [0, 0]
