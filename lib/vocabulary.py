@@ -36,7 +36,7 @@ from .data.chats import Document
 from .data.documents import Corpus, batches, many_documents, passages
 from .data.samples import Sample, Windows, join, packed
 from .data.templates import document_text
-from .data.token_choice import HELD_OUT, MOST_CHARACTERS, PRICE, choose, round_up
+from .data.token_choice import HELD_OUT, MOST_CHARACTERS, PRICE, choose, common_scripts, round_up
 from .data.trimmed_tokenizer import FLAG, TrimmableTokenizer
 from .data.trimming_cost import COSTS, cost_line, record_cost
 from .data.windows import sample_of, test_documents
@@ -250,20 +250,23 @@ def trim_vocabulary(
     config_ids: set[int],
     price: float = PRICE,
     kept: int | str | None = None,
+    all_letters: bool = True,
 ) -> TrimmedVocabulary:
     """Count the train text of `corpora`, choose the tokens, and make the smaller tokenizer.
 
     `rows` is the number of rows of the model's embedding, `config_ids` are the ids in its configs,
     `kept` is the number of rows to keep (None: by the `price`), or a file with those of an earlier
-    run. Raises UserError if the tokenizer cannot be trimmed.
+    run. A tokenizer without bytes keeps `all_letters`, so that every text decodes as before, or
+    those of the texts' scripts. Raises UserError if the tokenizer cannot be trimmed.
     """
     tokens = TrimmableTokenizer(tokenizer, str(checkpoint))
     if isinstance(kept, str):
-        ids, order, record = _read_list(kept, tokens, rows)
+        ids, order, record = _read_list(kept, tokens, rows, config_ids)
     else:
-        vocabulary = tokens.vocabulary(config_ids, rows)
         unnamed = sorted(i for i in config_ids if i < rows and i not in tokens.id_to_token)
         counts, held_out = count_tokens(corpora, tokenizer, dist)
+        scripts = None if all_letters else common_scripts(tokens.id_to_token, counts)
+        vocabulary = tokens.vocabulary(config_ids, rows, scripts)
         used = [i for i in np.flatnonzero(counts).tolist() if i in tokens.id_to_token]
         if used and used[-1] >= rows:
             raise UserError(
@@ -303,7 +306,7 @@ def measured_bytes(device: str) -> int:
 
 
 def _read_list(
-    file: str, tokens: TrimmableTokenizer, rows: int
+    file: str, tokens: TrimmableTokenizer, rows: int, config_ids: set[int]
 ) -> tuple[list[int], list[int], dict[str, Any]]:
     """Return ids, rows and record of a LIST. Raises UserError if it is not for these tokens."""
     what = f"--vocabulary_rows {file}"
@@ -317,6 +320,10 @@ def _read_list(
     if not same or record["rows_before"] != rows:
         problem = f"its tokens are not those of {tokens.name}"
         raise UserError(what, problem, "Name one of a model with the same vocabulary")
+    needed = (tokens.required_ids(frozenset()) | config_ids) & tokens.id_to_token.keys()
+    if missing := needed.difference(ids):
+        problem = f"it lacks {tokens.id_to_token[min(missing)]!r}, which {tokens.name} needs"
+        raise UserError(what, problem, "Trim this model first, and keep its list")
     if record.get("measured_on", {}).get("model") != tokens.tokenizer.name_or_path:
         costs = "measured_on", *COSTS
         record = {key: value for key, value in record.items() if key not in costs}
