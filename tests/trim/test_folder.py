@@ -262,6 +262,9 @@ def test_a_sentence_transformers_folder_is_one_thing(trimmed: Path) -> None:
 def test_vectors_are_those_of_sentence_transformers(trimmed: Path) -> None:
     library = pytest.importorskip("sentence_transformers")
     texts = [*kinds.texts(UK, 3, 7), "a text of other words"]
+    module = {"path": ".", "type": "sentence_transformers.models.StaticEmbedding"}
+    text = json.dumps([{"idx": 0, "name": "0"} | module])
+    (trimmed / "out/static/modules.json").write_text(text, "utf-8")
     for name in ("embedder", "out/embedder", "out/static"):
         model = library.SentenceTransformer(str(trimmed / name))
         own = vectors.Encoder(trimmed / name)
