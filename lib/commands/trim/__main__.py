@@ -29,10 +29,11 @@ from ...data.documents import passages
 from ...data.gguf_file import GgufFile, Tensor, header, write
 from ...data.gguf_vocabulary import GgufVocabulary
 from ...data.lines import LINES
-from ...data.token_choice import MOST_ROWS, PRICE
+from ...data.token_choice import MOST_ROWS, MULTIPLE, PRICE, read_list
 from ...data.trimming_cost import cost_line, record_cost
+from ...run.flags import MULTIPLES
 from ...util.cli import make_parser, typed
-from ...util.errors import UserError, first_line
+from ...util.errors import UserError
 from ...util.files import check_writable, partial_of, sync, temporary_folder, write_text
 from ...util.host import available, gib
 from ...util.progress import progress
@@ -59,7 +60,7 @@ def main(arguments: list[str]) -> None:
     is_file = args.source.endswith(".gguf")
     if is_file and out.suffix != ".gguf":
         raise UserError(f"OUT {args.out}", "the name does not end with .gguf", "Give one that does")
-    for path in (out, partial_of(out)) if is_file else ():
+    for path in (out, partial_of(out), listed) if is_file else ():
         if path.exists() or path.is_symlink():
             fix = "Name a new file, or remove it"
             raise UserError(f"OUT {args.out}", f"{path.name} exists", fix)
@@ -86,7 +87,12 @@ def main(arguments: list[str]) -> None:
             "sources": [str(each.source) for each in corpora],
         }
         if args.keep:
-            kept = _listed(args.keep, vocabulary)
+            tokens = dict(enumerate(vocabulary.tokens))
+            kept = read_list("--keep", args.keep, tokens, file.what)["ids"]
+            if needed := vocabulary.named - set(kept):
+                problem = f"it lacks {tokens[min(needed)]!r}, which a field of IN names"
+                fix = "Trim this model first, and keep its list"
+                raise UserError(f"--keep {args.keep}", problem, fix)
         else:
             choice = choose_by_text(args, corpora, vocabulary, before)
             kept = choice.ids
@@ -119,6 +125,7 @@ def main(arguments: list[str]) -> None:
         if args.dry_run:
             print("nothing is written (--dry_run)")
             return
+        out.parent.mkdir(parents=True, exist_ok=True)
         if (free := shutil.disk_usage(out.parent).free) < size:
             problem = f"it needs {gib(size)}, and its disk has {gib(free)} left"
             raise UserError(f"OUT {args.out}", problem, "Name a file on another disk")
@@ -147,26 +154,6 @@ def main(arguments: list[str]) -> None:
     for projector in Path(args.source).absolute().parent.glob("*mmproj*.gguf"):
         print(f"{projector.name} beside IN works with OUT as it is")
     print(f"not verified: {', '.join(missing)}", flush=True)
-
-
-def _listed(path: str, vocabulary: GgufVocabulary) -> list[int]:
-    """Return the ids of a list of another run, if each has the same text here."""
-    try:
-        listed = json.loads(Path(path).read_text("utf-8"))
-        ids, tokens = listed["ids"], listed["tokens"]
-        texts = [vocabulary.tokens[index] if index < vocabulary.rows else None for index in ids]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        fix = "Name the .vocabulary.json of an earlier run"
-        problem = f"it cannot be read ({first_line(error)})"
-        raise UserError(f"--keep {path}", problem, fix) from error
-    if texts != tokens:
-        wrong = next(i for i, a, b in zip(ids, texts, tokens, strict=False) if a != b)
-        problem = f"its token {wrong} has another text than that of {vocabulary.file.what}"
-        raise UserError(f"--keep {path}", problem, "Name a list of the same vocabulary")
-    if needed := vocabulary.named - set(ids):
-        problem = f"it lacks {vocabulary.tokens[min(needed)]!r}, which a field of IN names"
-        raise UserError(f"--keep {path}", problem, "Trim this model first, and keep its list")
-    return ids
 
 
 def _check_bytes(partial: Path, tensors: Sequence[Tensor]) -> None:
@@ -241,7 +228,8 @@ def _parser() -> argparse.ArgumentParser:
     add("source", metavar="IN", help=text)
     add("out", metavar="OUT", help="new file or folder to write")
     add_text_flags(parser)
-    add("--rows", type=int, metavar="N", help="number of rows (default: by --price)")
+    text = f"number of rows, a multiple of {MULTIPLE} (default: by --price)"
+    add("--rows", type=MULTIPLES, metavar="N", help=text)
     text = "keep the tokens of this .vocabulary.json, as for a draft and its target"
     add("--keep", metavar="FILE", help=text)
     text = "leave these fields out, which may hold ids and are unknown"
