@@ -1,11 +1,11 @@
-"""What trimming makes of an embedder: size, tokenizer, vectors and speed, as one line of JSON each.
+"""What trimming makes of an embedder: size, tokenizer, vectors and speed.
 
-    python benchmarks/bench_embedders.py IN OUT --data texts/uk texts/en --save FILE.jsonl
-    python benchmarks/bench_embedders.py IN OUT --data texts/uk --save FILE.jsonl --speed
+    python benchmarks/bench_embedders.py IN OUT --data texts/uk texts/en --save FILE.json
+    python benchmarks/bench_embedders.py IN OUT --data texts/uk --save FILE.json --speed
 
-IN is the original, OUT its trimmed folder, by any tool: vectors of the same held-out texts are
-compared, and tokens by their texts. `--speed` measures sentences per second on one thread, of both
-in turn, instead; run it alone on the machine.
+IN is the original, OUT its trimmed folder, by any tool. The vectors of the same held-out texts are
+compared; those of `langprune trim` are in its list. `--speed` measures sentences per second on one
+thread, of both in turn; run it alone on the machine, where the tokenizers' seconds count too.
 """
 
 from __future__ import annotations
@@ -78,9 +78,13 @@ def main(arguments: list[str]) -> None:
             "bytes": sum(path.stat().st_size for path in whole),
             "tokenizer_bytes": file.stat().st_size,
             "tokenizer_memory": memory,
-            "tokenizer_seconds": seconds,
         }
-    if not args.speed:
+        if args.speed:
+            record[name]["tokenizer_seconds"] = seconds
+    listed = folders[1] / "vocabulary.json"
+    if listed.is_file():  # of langprune, which has compared them
+        record["vectors"] = json.loads(listed.read_text("utf-8"))["record"]["vectors"]
+    elif not args.speed:
         old, new = (
             Tokenizer.from_file(str(next(each.rglob("tokenizer.json")))).get_vocab()
             for each in folders
@@ -88,8 +92,12 @@ def main(arguments: list[str]) -> None:
         ids = [old[token] for token in sorted(new, key=new.get)]
         size = record["before"]["parameters"]
         record["vectors"] = compare_vectors(*folders, ids, texts, size)
-    with open(args.save, "a", encoding="utf-8") as file:
-        file.write(json.dumps(record, ensure_ascii=False) + "\n")
+    file, names = Path(args.save), ("model", "tool", "data")
+    records = json.loads(file.read_text("utf-8")) if file.is_file() else []
+    same = [r for r in records if all(r[name] == record[name] for name in names)]
+    record = {name: value for r in (*same, record) for name, value in r.items()}
+    records = [*(r for r in records if r not in same), record]
+    file.write_text(json.dumps(records, indent=1, ensure_ascii=False) + "\n", "utf-8")
     print(json.dumps(record, indent=1))
 
 
@@ -100,7 +108,7 @@ def _parser() -> argparse.ArgumentParser:
     add("trimmed", metavar="OUT", help="folder of the trimmed one")
     add("--data", nargs="+", required=True, metavar="SOURCE", help="texts, of which test is read")
     add("--tool", default="langprune", help="what has trimmed it")
-    add("--save", required=True, metavar="FILE.jsonl", help="a line is added to it")
+    add("--save", required=True, metavar="FILE.json", help="list to add the record to")
     add("--speed", action="store_true", help="measure sentences per second")
     return parser
 
