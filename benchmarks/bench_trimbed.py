@@ -30,7 +30,7 @@ from tokenizers import Tokenizer  # noqa: E402
 from lib.commands.trim.llama import Llama  # noqa: E402
 from lib.data.documents import passages  # noqa: E402
 
-LETTERS, PASSAGES = 800, 24
+LETTERS, PASSAGES = 400, 24  # characters of a passage
 
 
 def trimbed(args: argparse.Namespace, text: Path, rows: int, out: Path) -> dict[str, Any]:
@@ -100,11 +100,11 @@ def main() -> None:
                 windows = [[whole.first, *made["cut"](piece)] for piece in pieces]
                 bits = 0.0
                 for window, logits in zip(windows, whole.logits(windows), strict=True):
-                    values = logits.astype(np.float64)
-                    top = values.max(-1, keepdims=True)
-                    sums = np.log(np.exp(values - top)[:, made["kept"]].sum(-1)) + top[:, 0]
-                    loss = sums[:-1] - values[np.arange(len(window) - 1), window[1:]]
-                    bits += loss.sum() / math.log(2)
+                    values = logits[:-1, made["kept"]].astype(np.float64)
+                    top = values.max(-1)
+                    sums = np.log(np.exp(values - top[:, None]).sum(-1)) + top
+                    losses = sums - logits[np.arange(len(window) - 1), window[1:]]
+                    bits += losses.sum() / math.log(2)
                 figures = {"tool": tool.__name__, "documents": documents or len(rows_of_text)}
                 figures |= {"rows": len(made["kept"]), "seconds": round(made["seconds"], 1)}
                 figures["alike"] = sum(map(list.__eq__, before, after))

@@ -241,6 +241,17 @@ def test_an_id_that_llama_cpp_assumes_is_written(tmp_path: Path) -> None:
     assert fields["tokenizer.ggml.eos_token_id"].value == 3
 
 
+def test_a_field_that_may_hold_ids_is_left_out_on_request(tmp_path: Path) -> None:
+    changed = {"llama.mine_token_ids": (ggufs.INT32, [1, 400]), "llama.idsy": (ggufs.UINT32, 1)}
+    changed["llama.other_vocab_id"] = (ggufs.UINT32, 7)
+    file = GgufFile(ggufs.model(tmp_path / "in.gguf", changed=changed), "IN")
+    with pytest.raises(UserError, match="add --drop llama.other_vocab_id"):
+        GgufVocabulary(file)
+    fields, _ = GgufVocabulary(file, {"llama.other_vocab_id"}).trimmed([0, 1, 2, 11, 400])
+    assert "llama.other_vocab_id" not in fields and fields["llama.idsy"].value == 1
+    assert fields["llama.mine_token_ids"].value == [1, 4]
+
+
 def test_llama_cpp_tells_models_apart_by_their_number_of_tokens(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
