@@ -96,6 +96,12 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
         made = tokenizer()
         tiny.write_model(folder / name, model(len(made)), made)
     (folder / "masked/vocab.txt").write_text("stale", "utf-8")
+    ids = AutoTokenizer.from_pretrained(folder / "masked").get_vocab()
+    (folder / "masked/added_tokens.json").write_text(json.dumps({"[MASK]": ids["[MASK]"]}))
+    file = folder / "masked/tokenizer_config.json"
+    listed = {str(ids[t]): {"content": t, "special": True} for t in ("[PAD]", "[SEP]", "[MASK]")}
+    fields = json.loads(file.read_text("utf-8")) | {"added_tokens_decoder": listed}
+    file.write_text(json.dumps(fields), "utf-8")
     embedder(folder)
     static(folder)
     return folder
@@ -234,6 +240,11 @@ def test_letters_of_other_scripts_become_unknown(trimmed: Path) -> None:
     vocab = (trimmed / "out/masked/vocab.txt").read_text("utf-8").splitlines()
     tokens = AutoTokenizer.from_pretrained(trimmed / "out/masked").get_vocab()
     assert {token: place for place, token in enumerate(vocab)} == tokens
+    added = json.loads((trimmed / "out/masked/added_tokens.json").read_text("utf-8"))
+    fields = json.loads((trimmed / "out/masked/tokenizer_config.json").read_text("utf-8"))
+    assert added == {"[MASK]": tokens["[MASK]"]}
+    named = {t["content"]: int(i) for i, t in fields["added_tokens_decoder"].items()}
+    assert named == {token: tokens[token] for token in ("[PAD]", "[SEP]", "[MASK]")}
 
 
 def test_a_sentence_transformers_folder_is_one_thing(trimmed: Path) -> None:
@@ -303,6 +314,12 @@ def test_a_list_is_taken_again_and_a_dry_run_writes_nothing(trimmed: Path, tmp_p
     succeed(*argv, program=main)
     name = "model.safetensors"
     assert (tmp_path / "again" / name).read_bytes() == (trimmed / "out/causal" / name).read_bytes()
+    listed = json.loads(listed.read_text("utf-8"))
+    for part in ("ids", "tokens", "rows"):
+        listed[part] = [each for place, each in enumerate(listed[part]) if place != 2]
+    (tmp_path / "list.json").write_text(json.dumps(listed), "utf-8")
+    argv = [trimmed / "causal", tmp_path / "lacking", "--keep", tmp_path / "list.json"]
+    assert "it lacks '</s>'" in mistake(*argv, program=main).problem
     argv = [trimmed / "masked", tmp_path / "dry", "--data", trimmed / "uk", "--dry_run"]
     assert "rows stay" in succeed(*argv, program=main).out and not (tmp_path / "dry").exists()
 

@@ -143,8 +143,9 @@ def trim_folder(args: argparse.Namespace) -> None:
         ids += encode_all(part.tokenizer, [*prompts.values()])
         part.vocabulary = _chosen(part, args, checkpoint, corpora, set().union(*ids))
         record, before = part.vocabulary.record, part.tokenizer
-        used = "" if args.keep else f"; the texts use {record['used']:,}, likely are "
-        used += "" if args.keep else f"{record['likely']:,}"
+        used = ""
+        if not args.keep:
+            used = f"; the texts use {record['used']:,}, likely are {record['likely']:,}"
         of = f" of {part.folder.relative_to(source)}" * (len(parts) > 1)
         rows = f"{len(part.vocabulary.rows):,} of {part.rows:,} rows stay"
         print(f"vocabulary{of}: {rows}{used}", flush=True)

@@ -168,6 +168,8 @@ def compare_vectors(
         some = [(i, (i + step) % n) for i in range(min(n, QUERIES)) for step in range(CANDIDATES)]
         given = {"pairs": [(*queries[i], *given["documents"][j]) for i, j in some]}
     flat = [each for kind in given.values() for each in kind]
+    if not flat:
+        return {"reason": "the held-out texts have no sentences"}
     found = np.stack([*_each(original, flat, "vectors of IN")])
     old = [original.inputs(each).input_ids[0].tolist() for each in flat]
     del original  # before the other is loaded
@@ -248,12 +250,10 @@ def lines_of(record: dict[str, Any]) -> list[str]:
         "again, one at a time, and are equal bit for bit (in batches, or from a mapped file, to "
         "rounding)"
     ]
-    if figures := record.get("cosine"):
-        about = "others' cosine to the original: {mean:.4f} in the mean, {worst:.4f} at worst"
-        lines.append(about.format(**figures))
-    if figures := record.get("difference"):
-        about = "others' scores differ by {mean:.2g} in the mean, {worst:.2g} at worst"
-        lines.append(about.format(**figures))
+    for name, about in (("cosine", "cosine to the original"), ("difference", "difference")):
+        if figures := record.get(name):
+            both = "{mean:.4f} in the mean, {worst:.4f} at worst".format(**figures)
+            lines.append(f"others' {about}: {both}")
     shares = {name: each for name, each in record["retrieval"].items() if each}
     for name, each in shares.items():
         form = "{:.1%} (95% interval {:.1%} to {:.1%})".format
