@@ -41,6 +41,7 @@ from .data.token_choice import (
     MOST_CHARACTERS,
     PRICE,
     choose,
+    common_scripts,
     read_list,
     round_up,
 )
@@ -259,12 +260,14 @@ def trim_vocabulary(
     config_ids: set[int],
     price: float = PRICE,
     kept: int | str | None = None,
+    all_letters: bool = True,
 ) -> TrimmedVocabulary:
     """Count the train text of `corpora`, choose the tokens, and make the smaller tokenizer.
 
     `rows` is the number of rows of the model's embedding, `config_ids` are the ids in its configs,
     `kept` is the number of rows to keep (None: by the `price`), or a file with those of an earlier
-    run. Raises UserError if the tokenizer cannot be trimmed.
+    run. A tokenizer without bytes keeps `all_letters`, so that every text decodes as before, or
+    those of the texts' scripts. Raises UserError if the tokenizer cannot be trimmed.
     """
     tokens = TrimmableTokenizer(tokenizer, str(checkpoint))
     if isinstance(kept, str):
@@ -276,10 +279,16 @@ def trim_vocabulary(
         if record.get("measured_on", {}).get("model") != tokenizer.name_or_path:
             costs = "measured_on", *COSTS
             record = {key: value for key, value in record.items() if key not in costs}
+        needed = (tokens.required_ids(frozenset()) | config_ids) & tokens.id_to_token.keys()
+        if missing := needed.difference(ids):
+            problem = f"it lacks {tokens.id_to_token[min(missing)]!r}, which {checkpoint} needs"
+            fix = "Trim this model first, and keep its list"
+            raise UserError(f"{FLAG_ROWS} {kept}", problem, fix)
     else:
-        vocabulary = tokens.vocabulary(config_ids, rows)
         unnamed = sorted(i for i in config_ids if i < rows and i not in tokens.id_to_token)
         counts, held_out = count_tokens(corpora, tokenizer, dist)
+        scripts = None if all_letters else common_scripts(tokens.id_to_token, counts)
+        vocabulary = tokens.vocabulary(config_ids, rows, scripts)
         used = [i for i in np.flatnonzero(counts).tolist() if i in tokens.id_to_token]
         if used and used[-1] >= rows:
             raise UserError(
