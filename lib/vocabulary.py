@@ -236,7 +236,7 @@ class TrimmedVocabulary:
         )
         if not record["likely"]:
             return line
-        why = "the texts are too short to hold any out"
+        why = "the texts are dialogues, or too short to hold any out"
         if record["rise"] is not None:
             why = f"held-out text took about {record['rise']:+.2%} tokens without them"
         return f"{line}, and {record['likely']} likely ones are kept, since {why}"
@@ -348,8 +348,9 @@ def count_tokens(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Return how often each token occurs in the train text and in its held-out part, (ids,) each.
 
-    Every HELD_OUT-th text is held out (a piece if texts are few). The processes of `dist` share the
-    texts. Raises UserError for any problem with them.
+    Every HELD_OUT-th text is held out (a piece if texts are few), but no dialogue: the answers of
+    one run resemble each other, and would show too few of the missing tokens. The processes of
+    `dist` share the texts. Raises UserError for any problem with them.
     """
     n_tokens = max(tokenizer.get_vocab().values()) + 1
     counts = torch.zeros(2, n_tokens, dtype=torch.long)  # of all text, and of the held-out part
@@ -359,11 +360,13 @@ def count_tokens(
         what, seen = f"counting tokens of {source.name}", 0
         with progress(total, what, "text", dist.is_main) as on_progress:
             for batch in batches(documents, limit):
-                texts = [document_text(tokenizer, each) for each in batch[dist.rank :: dist.size]]
+                own = batch[dist.rank :: dist.size]
+                texts = [document_text(tokenizer, each) for each in own]
                 for place, ids in enumerate(encode_all(tokenizer, texts)):
                     number = seen + dist.rank + place * dist.size
                     counted = torch.bincount(torch.tensor(ids, dtype=torch.long))
-                    for row in (0, 1) if number % HELD_OUT == HELD_OUT - 1 else (0,):
+                    out = number % HELD_OUT == HELD_OUT - 1 and isinstance(own[place], str)
+                    for row in (0, 1) if out else (0,):
                         counts[row, : len(counted)] += counted
                 seen += len(batch)
                 on_progress(len(batch))
