@@ -806,6 +806,39 @@ def trimmed_sizes() -> str:
     return grid(head | {"Smaller by (%)": ".0f"}, rows)
 
 
+@table("gguf-trim/trimbed.json: rows, alike, rise, bits_per_byte, seconds")
+def trimmed_beside_trimbed() -> str:
+    rows = []
+    for entry in raw("gguf-trim/trimbed.json"):
+        alike = f"{entry['alike']} of {entry['of']}"
+        figures = (
+            entry["documents"],
+            entry["rows"],
+            alike,
+            100 * entry["rise"],
+            entry["bits_per_byte"],
+        )
+        rows.append([entry["tool"], *figures])
+    head = {"Tool": "", "Documents": ",.0f", "Rows": ",.0f", "Documents cut alike": ""}
+    return grid(head | {"More tokens (%)": ".2f", "Bits per byte": ".4f"}, rows)
+
+
+@table("language-confusion.json: line, word, native")
+def language_confusion() -> str:
+    rows = []
+    names = {"line": "all lines", "word": "no English word", "native": "no foreign letter"}
+    for language, figures in raw("language-confusion.json")["languages"].items():
+        for name, measure in names.items():
+            if not (n := figures[name]["pairs"]):
+                continue
+            low, high = (100 * end for end in figures[name]["interval"])
+            shares = [100 * figures[name][which] / n for which in ("before", "after")]
+            between = f"{100 * figures[name]['difference']:+.0f} ({low:+.0f} to {high:+.0f})"
+            rows.append([language, measure, n, *shares, between, f"{figures[name]['p']:.2g}"])
+    head = {"Language": "", "Right": "", "Answers": ".0f", "Whole (%)": ".0f"}
+    return grid(head | {"Trimmed (%)": ".0f", "Difference (points)": "", "p": ""}, rows)
+
+
 @table("sharded_memory.json: tensors, peak, planned")
 def sharded_memory() -> str:
     found, gib = raw("sharded_memory.json"), 2**30
