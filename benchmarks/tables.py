@@ -702,6 +702,12 @@ def vocabulary_languages() -> str:
     return grid(head | {"Difference": "+.3f"}, rows)
 
 
+def computed_sizes() -> list[dict[str, Any]]:
+    """Files that were computed, without those that were measured too, as a check."""
+    names = {file["model"] for file in raw("gguf-trim/measured.json")}
+    return [model for model in raw("gguf-trim/computed.json") if model["model"] not in names]
+
+
 @table("embedders.json: before, after")
 def embedder_sizes() -> str:
     rows: list[list[Cell]] = []
@@ -769,8 +775,8 @@ def vocabulary_documents() -> str:
 
 @table("gguf-trim/measured.json: rows, bytes, tests, bits_per_byte_*, memory")
 def trimmed_files() -> str:
-    rows = []
-    for file in raw("gguf-trim/measured.json"):
+    rows, files = [], raw("gguf-trim/measured.json")
+    for file in sorted(files, key=lambda file: (file["bytes_before"], file["rows"])):
         sizes = [file[name] / 1e6 for name in ("bytes_before", "bytes")]
         texts = [test for test in file["tests"] if test["name"] in file["text"].split("+")]
         rise = ", ".join(f"{100 * test['rise']:+.2f}" for test in texts)
@@ -778,8 +784,8 @@ def trimmed_files() -> str:
         cost = 100 * (file["bits_per_byte_trimmed"] / file["bits_per_byte_original"] - 1)
         bits = f"{cost:+.1f} ({low:+.1f} to {high:+.1f})"
         memory = [file[name] / 1e6 for name in ("memory_before", "memory")]
-        rows.append([file["model"], file["text"], file["rows"], *sizes, rise, bits, *memory])
-    head = {"File": "", "Text": "", "Rows": ",.0f", "Before (MB)": ".1f", "After (MB)": ".1f"}
+        rows.append([f"{file['model']}, {file['text']}", file["rows"], *sizes, rise, bits, *memory])
+    head = {"File, text": "", "Rows": ",.0f", "Before (MB)": ".1f", "After (MB)": ".1f"}
     head |= {"More tokens (%)": "", "Bits per byte (%)": ""}
     return grid(head | {"Memory before (MB)": ".0f", "Memory after (MB)": ".0f"}, rows)
 
@@ -787,7 +793,7 @@ def trimmed_files() -> str:
 @table("gguf-trim/computed.json: rows, tables, blocks")
 def trimmed_sizes() -> str:
     rows = []
-    for model in raw("gguf-trim/computed.json"):
+    for model in computed_sizes():
         tables, blocks = (
             [model[name] / 1e6 for name in ("tables_before", "tables")],
             model["blocks"],
@@ -798,22 +804,6 @@ def trimmed_sizes() -> str:
     head = {"Model": "", "Rows": ",.0f", "Rows kept": ",.0f", "Tables (MB)": ".0f"}
     head |= {"Tables kept (MB)": ".0f", "Weights (MB)": ".0f", "Weights kept (MB)": ".0f"}
     return grid(head | {"Smaller by (%)": ".0f"}, rows)
-
-
-@table("language-confusion.json: line, word, native")
-def language_confusion() -> str:
-    rows = []
-    names = {"line": "all lines", "word": "no English word", "native": "no foreign letter"}
-    for language, figures in raw("language-confusion.json")["languages"].items():
-        for name, measure in names.items():
-            if not (n := figures[name]["pairs"]):
-                continue
-            low, high = (100 * end for end in figures[name]["interval"])
-            shares = [100 * figures[name][which] / n for which in ("before", "after")]
-            between = f"{100 * figures[name]['difference']:+.0f} ({low:+.0f} to {high:+.0f})"
-            rows.append([language, measure, n, *shares, between, f"{figures[name]['p']:.2g}"])
-    head = {"Language": "", "Right": "", "Answers": ".0f", "Whole (%)": ".0f"}
-    return grid(head | {"Trimmed (%)": ".0f", "Difference (points)": "", "p": ""}, rows)
 
 
 @table("sharded_memory.json: tensors, peak, planned")
@@ -883,7 +873,7 @@ def draw_parts(path: Path) -> None:
         if file["text"] == "uk":
             both = [[file[name][part] for part in ("tables", "blocks", "rest")] for name in PARTS]
             files.append((file["model"], both))
-    for model in raw("gguf-trim/computed.json"):
+    for model in computed_sizes():
         both = [[model[name], model["blocks"], 0] for name in ("tables_before", "tables")]
         files.append((f"{model['model']}*", both))
     figure = Figure(figsize=(7.2, 0.9 + 0.5 * len(files)), layout="constrained")
