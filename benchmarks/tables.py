@@ -708,6 +708,46 @@ def computed_sizes() -> list[dict[str, Any]]:
     return [model for model in raw("gguf-trim/computed.json") if model["model"] not in names]
 
 
+@table("embedders.json: before, after")
+def embedder_sizes() -> str:
+    rows: list[list[Cell]] = []
+    for each in raw("embedders.json"):
+        kept = " + ".join(each["data"])
+        for name in ("before", "after"):
+            part = each[name]
+            if name == "after" or each["model"] not in [row[0] for row in rows]:
+                tool = f"{kept}, {each['tool']}" if name == "after" else "original"
+                sizes = [part[key] / 1e6 for key in ("parameters", "bytes", "tokenizer_bytes")]
+                memory, speed = part["tokenizer_memory"] / 1e6, each.get("sentences_per_second")
+                seconds = part.get("tokenizer_seconds")
+                found = speed[name == "after"] if speed else None
+                rows.append([each["model"], tool, part["rows"], *sizes, memory, seconds, found])
+    head = {"Model": "", "Kept for": "", "Tokens": ",.0f", "Parameters (M)": ".1f"}
+    head |= {"Folder (MB)": ".0f", "tokenizer.json (MB)": ".1f", "Its memory (MB)": ".0f"}
+    return grid(head | {"Its loading (s)": ".2f", "Sentences/s": ".1f"}, rows)
+
+
+@table("embedders.json: vectors")
+def embedder_vectors() -> str:
+    rows: list[list[Cell]] = []
+    for each in raw("embedders.json"):
+        found = each["vectors"]
+        alike, count = (sum(pair) for pair in zip(*found["texts"].values(), strict=True))
+        cosine, results = found["cosine"], found["retrieval"]
+        row = [each["model"], f"{' + '.join(each['data'])}, {each['tool']}"]
+        row += [f"{alike:,} of {count:,}", cosine["mean"], cosine["worst"]]
+        for name in ("sentences", "queries"):
+            for key in ("first", "ten"):
+                share, low, high = (100 * value for value in results[name][key])
+                row.append(f"{share:.1f} ({low:.1f} to {high:.1f})")
+        rows.append(row)
+    head = {"Model": "", "Kept for": "", "Cut alike, equal vectors": "", "Cosine of others": ".4f"}
+    head |= {"At worst": ".4f"}
+    for name in ("Nearest sentence", "First document"):
+        head |= {f"{name} stays (%)": "", f"{name}: of ten (%)": ""}
+    return grid(head, rows)
+
+
 @table("vocabulary.json: tokens, tests")
 def vocabulary_tokenizers() -> str:
     rows = []
