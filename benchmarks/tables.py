@@ -258,55 +258,6 @@ def iq4_nl_24() -> str:
     return of_windows(raw("iq4_nl.json")["first_24"])
 
 
-def files(model: str) -> list[dict[str, Any]]:
-    """All measured files of a model on no grid, from the smallest to the largest."""
-    rows = raw(f"types/{model}.json")
-    for row in rows:
-        words = row["label"].split()
-        row["is_ours"], row["trained"] = words[0] != "llama.cpp", "--recover" in words
-        row["name"] = words[not row["is_ours"]]
-        if "--megabytes" in words:
-            row["name"] += f", {words[words.index('--megabytes') + 1]} MB"
-        row["name"] += f", trained on {int(words[-1]):,} tokens" if row["trained"] else ""
-        row["size"] = row["bytes"] / 1e6
-        _, weights, size = map(sum, zip(*row["types"].values(), strict=True))
-        row["bits"] = 8 * size / weights
-    return sorted(rows, key=lambda row: row["bytes"])
-
-
-def table_of_files(model: str) -> str:
-    """Size, types of the tensors and figures of a model's untrained files."""
-    rows, error = [], True
-    for row in (row for row in files(model) if not row["trained"]):
-        types = sorted(row["types"].items(), key=lambda each: -each[1][1])
-        counts = ", ".join(f"{count} {kind}" for kind, (count, *_) in types)
-        maker, (test,) = ("llama.cpp", "langprune")[row["is_ours"]], row["tests"]
-        figures = measures(test, error=error, agreement=True)
-        rows.append([f"{maker} {row['name']}", row["size"], row["bits"], counts, *figures])
-    first = ["16-bit", None, 16, "", test["dense"]["bits_per_byte"], None, None]
-    head = {"File": "", MEGABYTES: ".1f", "Bits per weight": ".2f", "Tensors": ""}
-    head |= {BITS: ".4f", KL: ".4f", "Top-1 agreement ↑": ".1%"}
-    return grid(head, [first, *rows], references=1)
-
-
-@table("types/no_grid.json: tokens, held_out, perplexity, kl")
-def no_grid() -> str:
-    rows = []
-    for one in raw("types/no_grid.json"):
-        held = [one["held_out"][name] for name in ("file", "noise", "trained")]
-        test = one["dense"]["perplexity"], one["perplexity"], (one["kl"], one["kl_standard_error"])
-        rows.append([one["model"], one["source"], one["tokens"], *held, *test])
-    names = "Held-out perplexity, file", "with noise", "trained", "Test perplexity, file"
-    head = {"Model": "", "Types of the file": "", "Training tokens": ","}
-    head |= dict.fromkeys(names, ".2f") | {"trained ": ".2f"}
-    return grid(head | {"KL from the file (nats/token)": ".3f"}, rows)
-
-
-@table("types/smollm2.json: bytes, types, tests")
-def types_smollm2() -> str:
-    return table_of_files("smollm2")
-
-
 @table("frontier/smollm2-rounded.json, frontier/smollm2.json: size, bits_per_byte, kl")
 def smollm2_forms() -> str:
     records, shapes = raw("frontier/smollm2-rounded.json"), raw("frontier/smollm2.json")
@@ -808,32 +759,6 @@ def draw_sizes(path: Path) -> None:
     figure.savefig(path, dpi=150, metadata={"Software": None})
 
 
-def draw_types(path: Path) -> None:
-    """Size against KL of files on no grid, llama.cpp's and langprune's, on a logarithmic scale."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(7.2, 4.4), layout="constrained")
-    axes = figure.add_subplot()
-    rows = [row for row in files("smollm2") if not row["trained"]]
-    for ours, (maker, color, marker) in enumerate(
-        (("llama.cpp", "#c8551b", "s"), ("langprune", "#1b6ca8", "o"))
-    ):
-        own = [row for row in rows if row["is_ours"] == ours]
-        points = [(row["size"], row["tests"][0]["kl"]) for row in own]
-        axes.plot(*zip(*points, strict=True), marker, color=color, markersize=7, label=maker)
-        for row, point in zip(own, points, strict=True):
-            place, side = ((7, 3), "left") if not ours else ((-7, -9), "right")
-            style = {"textcoords": "offset points", "color": color, "ha": side, "fontsize": 8}
-            axes.annotate(row["name"], point, place, **style)
-    axes.set(yscale="log", xlabel="Size (MB)")
-    axes.set_ylabel("KL from the 16-bit model (nats/token)\nlower is better")
-    axes.set_title("SmolLM2-135M in English, weights on no grid", loc="left", fontsize=11)
-    axes.legend(loc="upper right", frameon=False)
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.grid(alpha=0.25, which="both")
-    figure.savefig(path, dpi=150, metadata={"Software": None})
-
-
 def draw_map(path: Path, method: str, title: str) -> None:
     """Losses by calibration text (rows) and test language (columns), on a logarithmic scale."""
     from matplotlib.colors import LogNorm
@@ -878,7 +803,6 @@ def main(argv: list[str]) -> None:
         for page in stale:
             page.write_text(filled(page.read_text("utf-8")), "utf-8")
         draw_sizes(IMAGES / "size-quality.png")
-        draw_types(IMAGES / "types.png")
         for name, (method, title) in MAPS.items():
             draw_map(IMAGES / f"{name}.png", method, title)
         print(f"written: {names or 'no page'}, and the pictures in .github/images")
