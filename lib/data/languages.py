@@ -10,6 +10,7 @@ import re
 import unicodedata
 from collections import Counter
 from collections.abc import Set
+from functools import cache
 
 from ..util.errors import UserError
 
@@ -45,6 +46,7 @@ REQUESTS = {
 SCRIPTS = {"Hans": "Hani", "Hant": "Hani", "Kore": "Hang"}
 
 
+@cache
 def script(letter: str) -> str:
     """Return the script of a letter from its Unicode name, such as `LATIN`; CJK for Japanese."""
     name = unicodedata.name(letter, "").partition(" ")[0]

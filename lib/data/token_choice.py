@@ -93,20 +93,22 @@ def worth_their_rows(
     kept = _with_parts(vocabulary, [*vocabulary.required, *_used(vocabulary, counts)])
     missing = [index for index in _used(vocabulary, held_out) if index not in kept]
     saves = {i: held_out[i].item() * (_n_pieces(vocabulary, i, kept) - 1) for i in missing}
+    total = held_out.sum().item()
+    rise = sum(saves.values()) / total
     rows, saved = [0], [0]  # after each token that is added
     for index in order:
-        if len(rows) > likely:
-            break
+        if len(rows) > likely or price * PRICES[0] * rows[-1] > 1e6 * rise:
+            break  # further rows cost more than all that can be saved
         if index not in kept and index not in vocabulary.reserved:
             new = vocabulary.with_parts(index, kept)
             kept |= new
             rows.append(rows[-1] + len(new))
             saved.append(saved[-1] + sum(saves.get(each, 0) for each in new))
-    total, best = held_out.sum().item(), []
+    best = []
     for factor in PRICES:
         costs = [price * factor * n - 1e6 / total * s for n, s in zip(rows, saved, strict=True)]
         best.append(rows[costs.index(min(costs))])
-    return sum(saves.values()) / total, round(sum(best) / len(best))
+    return rise, round(sum(best) / len(best))
 
 
 def _n_pieces(vocabulary: Vocabulary, index: int, kept: Set[int]) -> int:
