@@ -258,6 +258,20 @@ def iq4_nl_24() -> str:
     return of_windows(raw("iq4_nl.json")["first_24"])
 
 
+@table("types/no_grid.json: tokens, held_out, perplexity, kl")
+def no_grid() -> str:
+    rows = []
+    for made in raw("types/no_grid.json"):
+        held = [made["held_out"][name] for name in ("file", "noise", "trained")]
+        test = made["dense"]["perplexity"], made["perplexity"]
+        kl = made["kl"], made["kl_standard_error"]
+        rows.append([made["model"], made["source"], f"{made['tokens']:,}", *held, *test, kl])
+    head = {"Model": "", "File's type": "", "Training tokens": ""}
+    names = [f"Held-out perplexity, {of}" for of in ("file", "noise", "trained")]
+    names += [f"Test perplexity, {of}" for of in ("file", "trained")]
+    return grid(head | dict.fromkeys(names, ".2f") | {"KL from the file": ".3f"}, rows)
+
+
 @table("frontier/smollm2-rounded.json, frontier/smollm2.json: size, bits_per_byte, kl")
 def smollm2_forms() -> str:
     records, shapes = raw("frontier/smollm2-rounded.json"), raw("frontier/smollm2.json")
