@@ -260,16 +260,16 @@ def iq4_nl_24() -> str:
 
 @table("types/no_grid.json: tokens, held_out, perplexity, kl")
 def no_grid() -> str:
-    rows = []
+    rows: list[list[Cell]] = []
     for made in raw("types/no_grid.json"):
-        held = [made["held_out"][name] for name in ("file", "noise", "trained")]
-        test = made["dense"]["perplexity"], made["perplexity"]
-        kl = made["kl"], made["kl_standard_error"]
-        rows.append([made["model"], made["source"], f"{made['tokens']:,}", *held, *test, kl])
-    head = {"Model": "", "File's type": "", "Training tokens": ""}
-    names = [f"Held-out perplexity, {of}" for of in ("file", "noise", "trained")]
-    names += [f"Test perplexity, {of}" for of in ("file", "trained")]
-    return grid(head | dict.fromkeys(names, ".2f") | {"KL from the file": ".3f"}, rows)
+        held, tokens = made["held_out"], f"{made['tokens']:,}"
+        figures = [held[name] for name in ("file", "noise", "trained", "kl_trained")]
+        rows.append([made["model"], made["source"], tokens, "held-out", *figures])
+        figures = [made["dense"]["perplexity"], None, made["perplexity"], made["kl"]]
+        rows.append([made["model"], made["source"], tokens, "test", *figures])
+    head = dict.fromkeys(["Model", "Type of the file", "Training tokens", "Text"], "")
+    head |= dict.fromkeys(["Perplexity of the file", "With noise", "Trained"], ".2f")
+    return grid(head | {"KL from the file (nats/token)": ".3f"}, rows)
 
 
 @table("frontier/smollm2-rounded.json, frontier/smollm2.json: size, bits_per_byte, kl")
