@@ -1,18 +1,21 @@
 """Speed and memory of GGUF files in llama.cpp, alone and with a draft, whole and trimmed in turn.
 
-    python benchmarks/bench_gguf_pairs.py TARGET.gguf SMALL.gguf --prompts texts/uk/test.jsonl \\
-        [--drafts DRAFT.gguf SMALL_DRAFT.gguf] [--tokens 48] [--rounds 3] --out JSON
+    python benchmarks/bench_gguf_pairs.py TARGET.gguf SMALL.gguf \\
+        --prompts uk=texts/uk/test.jsonl code=texts/code/test.jsonl \\
+        [--drafts DRAFT.gguf SMALL_DRAFT.gguf] [--threads 1 2] [--rounds 3] --out JSON
 
 SMALL is TARGET after `langprune trim`, SMALL_DRAFT is DRAFT trimmed with --keep and SMALL's list.
-Each run is a process of its own; the order turns in each round. Answers are greedy. Prints tokens/s
-of prompt and generation (median), accepted of drafted tokens, and the peak of resident memory, of
-which the mapped file is a part. Run it alone on the machine; OMP_NUM_THREADS sets the threads.
+`benchmarks/code_text.py` writes texts of code. Each run is a process of its own; the order turns in
+each round. A prompt begins with the line in the middle of a document; answers are greedy. Prints
+tokens/s of prompt and generation (median), accepted of drafted tokens, and the peak of resident
+memory, of which the mapped file is a part. Run it alone on the machine.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -26,7 +29,13 @@ from lib.util.host import peak_host_memory  # noqa: E402
 LETTERS = 240  # of each prompt
 
 
-def run(model: str, draft: str, prompts: list[str], tokens: int) -> None:
+def prompts_of(path: str, count: int) -> list[str]:
+    rows = Path(path).read_text("utf-8").splitlines()[:count]
+    texts = [json.loads(row)["text"] for row in rows]
+    return [text[text.rfind("\n", 0, len(text) // 2) + 1 :][:LETTERS] for text in texts]
+
+
+def run(model: str, draft: str, prompts: dict[str, list[str]], tokens: int) -> None:
     """Answer prompts, and print timings as JSON."""
     import xllamacpp
 
@@ -41,53 +50,60 @@ def run(model: str, draft: str, prompts: list[str], tokens: int) -> None:
             return settings
 
         xllamacpp.CommonParams = with_draft
-    server, found = start(model, 1024), []
-    for prompt in prompts:
-        fields = {"prompt": prompt, "n_predict": tokens, "temperature": 0, "cache_prompt": False}
-        found.append(ask(server, "/completion", fields)["timings"])
+    server, found = start(model, 1024), {}
+    for text, some in prompts.items():
+        for prompt in some:
+            fields = {"prompt": prompt, "n_predict": tokens, "temperature": 0}
+            answer = ask(server, "/completion", fields | {"cache_prompt": False})
+            found.setdefault(text, []).append(answer["timings"])
     print(json.dumps({"timings": found, "memory": peak_host_memory()}), flush=True)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("models", nargs=2)
-    parser.add_argument("--prompts", required=True)
+    parser.add_argument("--prompts", nargs="+", required=True, metavar="NAME=JSONL")
     parser.add_argument("--drafts", nargs=2, default=[])
-    parser.add_argument("--count", type=int, default=8)
+    parser.add_argument("--count", type=int, default=8, help="prompts of each text")
     parser.add_argument("--tokens", type=int, default=48)
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--threads", nargs="+", default=["2"])
     parser.add_argument("--out", required=True)
     parser.add_argument("--one", nargs=2, help="this script's own use")
     args = parser.parse_args()
-    rows = Path(args.prompts).read_text("utf-8").splitlines()[: args.count]
-    prompts = [json.loads(row)["text"][:LETTERS] for row in rows]
+    files = dict(entry.split("=", 1) for entry in args.prompts)
     if args.one:
+        prompts = {name: prompts_of(path, args.count) for name, path in files.items()}
         run(*args.one, prompts, args.tokens)
         return
     pairs = {"whole": (args.models[0], ""), "trimmed": (args.models[1], "")}
     for name, model, draft in zip(list(pairs), args.models, args.drafts, strict=False):
         pairs[f"{name}, with its draft"] = (model, draft)
-    results: dict[str, list[dict]] = {name: [] for name in pairs}
+    runs = []
     for number in range(args.rounds):
-        for name in list(pairs)[:: 1 if number % 2 else -1]:
-            argv = [sys.executable, *sys.argv, "--one", *pairs[name]]
-            done = subprocess.run(argv, check=True, capture_output=True, text=True)
-            results[name].append(json.loads(done.stdout.splitlines()[-1]))
-            Path(args.out).write_text(json.dumps(results))
-    print("| Run | Prompt (tokens/s) | Generation (tokens/s) | Accepted | Drafted | Memory (MB) |")
-    print("|---|---:|---:|---:|---:|---:|")
-    for name, runs in results.items():
-        timings = [each for run in runs for each in run["timings"]]
-        cells = [
-            f"{median(each[f'{part}_per_second'] for each in timings):.1f}"
-            for part in ("prompt", "predicted")
-        ]
-        once = runs[0]["timings"]  # equal in each round, since answers are greedy
-        cells += [
-            str(sum(each.get(n, 0) for each in once)) for n in ("draft_n_accepted", "draft_n")
-        ]
-        cells.append(f"{max(run['memory'] for run in runs) / 1e6:.0f}")
-        print("|", " | ".join([name, *cells]), "|")
+        for threads in args.threads:
+            for name in list(pairs)[:: 1 if number % 2 else -1]:
+                argv = [sys.executable, *sys.argv, "--one", *pairs[name]]
+                environment = os.environ | {"OMP_NUM_THREADS": threads}
+                options = dict(check=True, capture_output=True, text=True, env=environment)
+                found = json.loads(subprocess.run(argv, **options).stdout.splitlines()[-1])
+                runs.append({"name": name, "threads": threads} | found)
+                Path(args.out).write_text(json.dumps(runs, indent=1) + "\n")
+    speeds = "Prompt (tokens/s) | Generation (tokens/s)"
+    print(f"| Run | Threads | Text | {speeds} | Accepted | Drafted | Memory (MB) |")
+    print("|---|---:|---|---:|---:|---:|---:|---:|")
+    for threads in args.threads:
+        for name, text in ((name, text) for name in pairs for text in files):
+            mine = [one for one in runs if (one["name"], one["threads"]) == (name, threads)]
+            timings = [each for one in mine for each in one["timings"][text]]
+            cells = [name, threads, text]
+            for part in ("prompt", "predicted"):
+                cells.append(f"{median(each[f'{part}_per_second'] for each in timings):.1f}")
+            once = mine[0]["timings"][text]  # equal in each round, since answers are greedy
+            for count in ("draft_n_accepted", "draft_n"):
+                cells.append(str(sum(each.get(count, 0) for each in once)))
+            cells.append(f"{max(one['memory'] for one in mine) / 1e6:.0f}")
+            print("|", " | ".join(cells), "|")
 
 
 if __name__ == "__main__":

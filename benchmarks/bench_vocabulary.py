@@ -114,7 +114,7 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--tokenizers", nargs="+", default=list(TOKENIZERS), metavar="NAME|FOLDER")
     help_ = "only so many training documents, or such a share of them; several are trimmed in turn"
     parser.add_argument("--documents", nargs="+", type=float, default=[1.0], help=help_)
-    parser.add_argument("--json", type=Path, help="add the figures to this file too")
+    parser.add_argument("--json", type=Path, help="add the figures to this file too, a line each")
     args = parser.parse_args(argv)
     quiet()
     corpora = [Corpus(source) for source in parse_sources(args.data, "--data")]
@@ -141,9 +141,11 @@ def main(argv: list[str]) -> None:
                 cells += [f"{tests[test]['rise']:+.2%}" for test in names]
                 print(f"| {' | '.join(cells)} | {seconds:.1f} |", flush=True)
                 if args.json:
-                    record = {"tokenizer": Path(name).name, "training_documents": count}
+                    record = {"tokenizer": Path(name).name, "text": corpus.source.name}
+                    record |= {"training_documents": count} | trimmed.record
+                    record["sources"] = [corpus.source.name]
                     with args.json.open("a", encoding="utf-8") as file:
-                        file.write(json.dumps(record | trimmed.record) + "\n")
+                        file.write(json.dumps(record) + "\n")
 
 
 def measure(

@@ -44,6 +44,7 @@ NAMES = {
 }
 MIX = "+".join(f"{name}=0.1" for name in NAMES if name != "uk")
 BOTH = "uk=0.5+en=0.5"
+PARTS = "parts_before", "parts"  # of a GGUF file, before and after trimming
 MAPS = {  # pictures of losses by calibration text: method and title
     "eleven-languages": ("wanda", "pruning to 50% by Wanda"),
     "eleven-languages-admm": ("admm", "pruning to 50% by ADMM"),
@@ -715,6 +716,80 @@ def vocabulary_languages() -> str:
     return grid(head | {"Difference": "+.3f"}, rows)
 
 
+@table("vocabulary.json: tokens, tests")
+def vocabulary_tokenizers() -> str:
+    rows = []
+    for each in raw("vocabulary.json"):
+        rises = {test["name"]: 100 * test["rise"] for test in each["tests"]}
+        if len(rises) > 1:
+            before, kept = each["tokens_before"], each["tokens"]
+            rows.append([each["tokenizer"], each["text"], before, kept, *rises.values()])
+    head = {"Tokenizer": "", "Kept for": "", "Tokens": ",.0f", "Tokens kept": ",.0f"}
+    return grid(head | {"More on uk (%) ↓": ".2f", "More on en (%) ↓": ".2f"}, rows)
+
+
+@table("vocabulary.json: training_documents, rows, tests")
+def vocabulary_documents() -> str:
+    rows = []
+    for each in raw("vocabulary.json"):
+        if len(each["tests"]) == 1:
+            (test,) = each["tests"]
+            alike = f"{test['alike']} of {test['documents']}"
+            numbers = each["training_documents"], each["rows"], 100 * test["rise"]
+            rows.append([each["tokenizer"], each["text"], *numbers, alike])
+    head = {"Tokenizer": "", "Text": "", "Documents": ",.0f", "Rows": ",.0f"}
+    return grid(head | {"More tokens (%) ↓": ".2f", "Documents cut alike": ""}, rows)
+
+
+@table("gguf-trim/measured.json: rows, bytes, tests, bits_per_byte_*, memory")
+def trimmed_files() -> str:
+    rows = []
+    for file in raw("gguf-trim/measured.json"):
+        sizes = [file[name] / 1e6 for name in ("bytes_before", "bytes")]
+        texts = [test for test in file["tests"] if test["name"] in file["text"].split("+")]
+        rise = ", ".join(f"{100 * test['rise']:+.2f}" for test in texts)
+        low, high = (100 * end for end in file["cost_interval"])
+        cost = 100 * (file["bits_per_byte_trimmed"] / file["bits_per_byte_original"] - 1)
+        bits = f"{cost:+.1f} ({low:+.1f} to {high:+.1f})"
+        memory = [file[name] / 1e6 for name in ("memory_before", "memory")]
+        rows.append([file["model"], file["text"], file["rows"], *sizes, rise, bits, *memory])
+    head = {"File": "", "Text": "", "Rows": ",.0f", "Before (MB)": ".1f", "After (MB)": ".1f"}
+    head |= {"More tokens (%)": "", "Bits per byte (%)": ""}
+    return grid(head | {"Memory before (MB)": ".0f", "Memory after (MB)": ".0f"}, rows)
+
+
+@table("gguf-trim/computed.json: rows, tables, blocks")
+def trimmed_sizes() -> str:
+    rows = []
+    for model in raw("gguf-trim/computed.json"):
+        tables, blocks = (
+            [model[name] / 1e6 for name in ("tables_before", "tables")],
+            model["blocks"],
+        )
+        whole = [each + blocks / 1e6 for each in tables]
+        less = 100 * (1 - whole[1] / whole[0])
+        rows.append([model["model"], model["rows_before"], model["rows"], *tables, *whole, less])
+    head = {"Model": "", "Rows": ",.0f", "Rows kept": ",.0f", "Tables (MB)": ".0f"}
+    head |= {"Tables kept (MB)": ".0f", "Weights (MB)": ".0f", "Weights kept (MB)": ".0f"}
+    return grid(head | {"Smaller by (%)": ".0f"}, rows)
+
+
+@table("language-confusion.json: line, word, native")
+def language_confusion() -> str:
+    rows = []
+    names = {"line": "all lines", "word": "no English word", "native": "no foreign letter"}
+    for language, figures in raw("language-confusion.json")["languages"].items():
+        for name, measure in names.items():
+            if not (n := figures[name]["pairs"]):
+                continue
+            low, high = (100 * end for end in figures[name]["interval"])
+            shares = [100 * figures[name][which] / n for which in ("before", "after")]
+            between = f"{100 * figures[name]['difference']:+.0f} ({low:+.0f} to {high:+.0f})"
+            rows.append([language, measure, n, *shares, between, f"{figures[name]['p']:.2g}"])
+    head = {"Language": "", "Right": "", "Answers": ".0f", "Whole (%)": ".0f"}
+    return grid(head | {"Trimmed (%)": ".0f", "Difference (points)": "", "p": ""}, rows)
+
+
 @table("sharded_memory.json: tensors, peak, planned")
 def sharded_memory() -> str:
     found, gib = raw("sharded_memory.json"), 2**30
@@ -773,6 +848,41 @@ def draw_sizes(path: Path) -> None:
     figure.savefig(path, dpi=150, metadata={"Software": None})
 
 
+def draw_parts(path: Path) -> None:
+    """What GGUF files are made of before and after trimming for Ukrainian, in shares of before."""
+    from matplotlib.figure import Figure
+
+    files = []
+    for file in raw("gguf-trim/measured.json"):
+        if file["text"] == "uk":
+            both = [[file[name][part] for part in ("tables", "blocks", "rest")] for name in PARTS]
+            files.append((file["model"], both))
+    for model in raw("gguf-trim/computed.json"):
+        both = [[model[name], model["blocks"], 0] for name in ("tables_before", "tables")]
+        files.append((f"{model['model']}*", both))
+    figure = Figure(figsize=(7.2, 0.9 + 0.5 * len(files)), layout="constrained")
+    axes = figure.add_subplot()
+    looks = {"tables": "#c8551b", "blocks": "#1b6ca8", "rest": "#8a8a8a"}
+    for place, (_, both) in enumerate(files):
+        for sizes, at, solid in zip(both, (place - 0.19, place + 0.19), (0.5, 1), strict=True):
+            left, whole = 0.0, sum(both[0])
+            for size, color in zip(sizes, looks.values(), strict=True):
+                axes.barh(at, 100 * size / whole, 0.36, left, color=color, alpha=solid)
+                left += 100 * size / whole
+            size = sum(sizes) / 1e6
+            text = f"{size:,.0f} MB" if size < 1000 else f"{size / 1000:.2f} GB"
+            axes.text(left + 1, at, text, va="center", fontsize=8)
+    handles = [axes.barh(0, 0, color=color, label=name) for name, color in looks.items()]
+    figure.legend(handles=handles, loc="outside lower center", ncols=3, frameon=False)
+    axes.set_yticks(range(len(files)), [name for name, _ in files])
+    axes.invert_yaxis()
+    axes.set(xlim=(0, 112), xlabel="Share of the whole file (%), before (pale) and after")
+    axes.set_title("q4_k_m files trimmed for Ukrainian (* computed)", loc="left", fontsize=11)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.tick_params(axis="y", length=0)
+    figure.savefig(path, dpi=150, metadata={"Software": None})
+
+
 def draw_map(path: Path, method: str, title: str) -> None:
     """Losses by calibration text (rows) and test language (columns), on a logarithmic scale."""
     from matplotlib.colors import LogNorm
@@ -817,6 +927,7 @@ def main(argv: list[str]) -> None:
         for page in stale:
             page.write_text(filled(page.read_text("utf-8")), "utf-8")
         draw_sizes(IMAGES / "size-quality.png")
+        draw_parts(IMAGES / "gguf-parts.png")
         for name, (method, title) in MAPS.items():
             draw_map(IMAGES / f"{name}.png", method, title)
         print(f"written: {names or 'no page'}, and the pictures in .github/images")

@@ -554,6 +554,7 @@ class Recoverer:
     def _take_best(self) -> None:
         """Copy the trained parameters to the host."""
         parameters = (local(part.parameter) for part in self.parts.values())
+        self.best_values = []  # the last ones are freed before the next are made
         self.best_values = [parameter.to("cpu", copy=True) for parameter in parameters]
 
     def _state(self) -> dict[str, Tensor]:

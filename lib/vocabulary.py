@@ -36,12 +36,19 @@ from .data.chats import Document
 from .data.documents import Corpus, batches, many_documents, passages
 from .data.samples import Sample, Windows, join, packed
 from .data.templates import document_text
-from .data.token_choice import HELD_OUT, MOST_CHARACTERS, PRICE, choose, round_up
+from .data.token_choice import (
+    HELD_OUT,
+    MOST_CHARACTERS,
+    PRICE,
+    choose,
+    read_list,
+    round_up,
+)
 from .data.trimmed_tokenizer import FLAG, TrimmableTokenizer
 from .data.trimming_cost import COSTS, cost_line, record_cost
 from .data.windows import sample_of, test_documents
 from .model.checkpoint import Checkpoint
-from .util.errors import UserError, first_line
+from .util.errors import UserError
 from .util.files import write_text
 from .util.progress import progress
 from .util.ranks import DistContext
@@ -52,6 +59,7 @@ TOO_COSTLY = 0.02  # rise of bits per byte above which a warning is printed
 # scripts and signs that are rare in texts, some beyond the first 65,536
 RARE_SIGNS = "🦉🏳️‍🌈 漢字の書き方 한국어 ไทย ꙮ𝔘𐍈 ﷽ ⅷ\u200b\ufeff\t\r\n  \x00¤"
 PROOF_TOKENS = 256  # tokens of a test window whose logits are compared
+FLAG_ROWS = "--vocabulary_rows"
 LIST = "vocabulary.json"  # in --save: the tokens of a run, for --vocabulary_rows of another
 NOTE = (
     "The vocabulary was trimmed: fewer tokens share the probability, so perplexity falls by "
@@ -138,7 +146,8 @@ class TrimmedVocabulary:
             text = document
             if not isinstance(document, str):
                 counted = pair[0].ids[pair[0].mask]
-                text = self.original_tokenizer.decode(counted, clean_up_tokenization_spaces=False)
+                plain = dict(skip_special_tokens=True, clean_up_tokenization_spaces=False)
+                text = self.original_tokenizer.decode(counted, **plain)  # markers are no bytes
             if not groups or any(sum(pair) > seqlen for pair in zip(filled, lengths, strict=True)):
                 groups.append([])
                 filled = [0, 0]
@@ -259,7 +268,14 @@ def trim_vocabulary(
     """
     tokens = TrimmableTokenizer(tokenizer, str(checkpoint))
     if isinstance(kept, str):
-        ids, order, record = _read_list(kept, tokens, rows)
+        listed = read_list(FLAG_ROWS, kept, tokens.id_to_token, tokens.name)
+        ids, order, record = listed["ids"], listed["rows"], listed["record"]
+        if (before := record.get("rows_before")) != rows:
+            problem = f"its model has {before} rows, and {checkpoint} has {rows}"
+            raise UserError(f"{FLAG_ROWS} {kept}", problem, "Name one of the same vocabulary")
+        if record.get("measured_on", {}).get("model") != tokenizer.name_or_path:
+            costs = "measured_on", *COSTS
+            record = {key: value for key, value in record.items() if key not in costs}
     else:
         vocabulary = tokens.vocabulary(config_ids, rows)
         unnamed = sorted(i for i in config_ids if i < rows and i not in tokens.id_to_token)
@@ -279,7 +295,7 @@ def trim_vocabulary(
         order = _row_order(tokens, ids, unnamed=unnamed, rows=rows)
         if kept and len(order) > kept:
             problem = "bytes, special tokens and the chat template take more"
-            raise UserError(f"--vocabulary_rows {kept}", problem, f"Give at least {len(order)}")
+            raise UserError(f"{FLAG_ROWS} {kept}", problem, f"Give at least {len(order)}")
         record = {
             "rows": len(order),
             "rows_before": rows,
@@ -300,27 +316,6 @@ def trim_vocabulary(
 def measured_bytes(device: str) -> int:
     """Return the bytes of text on which trimming is measured; a GPU measures more."""
     return MEASURED_BYTES * (1 if device == "cpu" else 4)
-
-
-def _read_list(
-    file: str, tokens: TrimmableTokenizer, rows: int
-) -> tuple[list[int], list[int], dict[str, Any]]:
-    """Return ids, rows and record of a LIST. Raises UserError if it is not for these tokens."""
-    what = f"--vocabulary_rows {file}"
-    try:
-        kept = json.loads(Path(file).read_text("utf-8"))
-        ids, order, record = kept["ids"], kept["rows"], kept["record"]
-        same = [tokens.id_to_token.get(index) for index in ids] == kept["tokens"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        fix = f"Name the {LIST} of an earlier run"
-        raise UserError(what, f"it cannot be read ({first_line(error)})", fix) from error
-    if not same or record["rows_before"] != rows:
-        problem = f"its tokens are not those of {tokens.name}"
-        raise UserError(what, problem, "Name one of a model with the same vocabulary")
-    if record.get("measured_on", {}).get("model") != tokens.tokenizer.name_or_path:
-        costs = "measured_on", *COSTS
-        record = {key: value for key, value in record.items() if key not in costs}
-    return ids, order, record
 
 
 def _row_order(

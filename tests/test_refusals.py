@@ -248,6 +248,7 @@ def write_ggufs() -> None:
     whole = ggufs.model(Path("whole.gguf"), table=ggufs.Q8_0, head=None)
     shutil.copy(whole, "a-00001-of-00002.gguf")
     Path("left.gguf.partial").touch()
+    Path("listed.gguf.vocabulary.json").touch()
     fields = ggufs.tokenizer("gpt2")
     tokens = fields["tokenizer.ggml.tokens"][1]
     listed = {"ids": [1, 2], "tokens": tokens[1:3], "rows": [1, 2], "record": {}}

@@ -22,6 +22,7 @@ import numpy as np
 
 from ..data.gguf_file import GgufFile
 from ..data.gguf_vocabulary import GgufVocabulary
+from ..run.flags import POSITIVE
 from ..util.cli import make_parser
 from ..util.errors import UserError
 from ..util.files import check_new_folder, check_writable, staged_folder, temporary_folder
@@ -61,6 +62,7 @@ def main(arguments: list[str]) -> None:
     if engine == "sglang":
         import torch
 
+        path.parent.mkdir(parents=True, exist_ok=True)
         torch.save(ids, path)
     else:
         data = np.array(ids, "<i4").tobytes()
@@ -81,7 +83,7 @@ def _parser() -> argparse.ArgumentParser:
     add("source", metavar="IN.gguf", help="GGUF file of the target model, or of its draft")
     add_text_flags(parser)
     text = "number of tokens in the list (default: 32768)"
-    add("--rows", type=int, default=32768, metavar="N", help=text)
+    add("--rows", type=POSITIVE, default=32768, metavar="N", help=text)
     text = f"engine, one of {', '.join(MAPS)}, and new file or folder"
     add("--map", nargs=2, required=True, metavar=("ENGINE", "PATH"), help=text)
     return parser

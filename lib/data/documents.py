@@ -160,8 +160,10 @@ def many_documents(corpus: Corpus, least: int) -> Iterable[Document]:
     return [piece for document in documents for piece in pieces_of(document)]
 
 
-def batches(texts: Iterable[Document], limit: float = math.inf) -> Iterator[list[Document]]:
-    """Yield lists of at least BATCH_CHARACTERS characters until `limit` characters were read."""
+def batches(
+    texts: Iterable[Document], limit: float = math.inf, least: int = BATCH_CHARACTERS
+) -> Iterator[list[Document]]:
+    """Yield lists of at least `least` characters until `limit` characters were read."""
     batch, size = [], 0
     for text in texts:
         batch.append(text)
@@ -169,7 +171,7 @@ def batches(texts: Iterable[Document], limit: float = math.inf) -> Iterator[list
         limit -= len(text)
         if limit <= 0:
             break
-        if size >= BATCH_CHARACTERS:
+        if size >= least:
             yield batch
             batch, size = [], 0
     if batch:

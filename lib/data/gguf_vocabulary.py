@@ -40,7 +40,9 @@ TABLES = re.compile(
     r"(token_embd|output|per_layer_token_embd)\.weight|output\.bias"
     r"|(blk\.\d+\.)?nextn\.(embed_tokens|shared_head_head)\.weight"
 )
-NOT_TABLES = re.compile(r"(position_embd|token_types|cls(\.output)?)\.(weight|bias)")
+NOT_TABLES = re.compile(
+    r"(position_embd|token_types|cls(\.output)?|blk\.\d+\.(attn|ffn|ssm)_\w+)\.(weight|bias)"
+)
 # ids in another order, hashes of ids, or expert numbers by id
 REFUSED_TENSORS = re.compile(r"d2t|.*ffn_gate_tid2eid.*|masked_embd_(ordering|centroids).*")
 REFUSED_FIELDS = re.compile(r"\w+\.ple\..*")

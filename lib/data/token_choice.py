@@ -9,11 +9,14 @@ is known without another pass over the text: a removed token is cut as the vocab
 
 from __future__ import annotations
 
+import json
 import math
 from collections import Counter
-from collections.abc import Iterable, Set
-from typing import TYPE_CHECKING, NamedTuple
+from collections.abc import Iterable, Mapping, Set
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
 
+from ..util.errors import UserError, first_line
 from ..util.quirks import MISLEADING_ROWS
 from .token_kinds import Vocabulary
 
@@ -76,6 +79,26 @@ def choose(
             new = vocabulary.with_parts(index, kept)
             kept |= new if len(kept) + len(new) <= limit else set()
     return Choice(sorted(kept), len(used), likely, rise)
+
+
+def read_list(flag: str, file: str, tokens: Mapping[int, str], name: str) -> dict[str, Any]:
+    """Return `ids`, `rows` and `record` of the list that another run has written.
+
+    Raises UserError with the flag unless each of its tokens has the same text here, in the model
+    `name`.
+    """
+    what = f"{flag} {file}"
+    try:
+        kept = json.loads(Path(file).read_text("utf-8"))
+        same = [tokens.get(index) for index in kept["ids"]] == kept["tokens"]
+        kept["rows"], kept["record"]  # a whole list has them
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        fix = "Name the vocabulary.json of an earlier run"
+        raise UserError(what, f"it cannot be read ({first_line(error)})", fix) from error
+    if not same:
+        problem = f"its tokens are not those of {name}"
+        raise UserError(what, problem, "Name one of a model with the same vocabulary")
+    return kept
 
 
 def worth_their_rows(

@@ -74,6 +74,9 @@ WINDOW = _number(int, lambda value: value >= 2, "at least 2")
 SHARE = _number(float, lambda value: 0 <= value < 1, "at least 0 and below 1")
 SIZE = _number(float, lambda value: value > 0, "above 0")
 PRICED = _number(float, lambda value: value >= 0, "at least 0")
+MULTIPLES = _number(
+    int, lambda value: value > 0 and value % MULTIPLE == 0, f"a positive multiple of {MULTIPLE}"
+)
 RATE = _number(float, lambda value: 0 < value < 1, "above 0 and below 1")
 
 

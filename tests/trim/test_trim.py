@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -20,6 +21,7 @@ from lib.util.errors import UserError  # noqa: E402
 gguf = pytest.importorskip("gguf")
 pytest.importorskip("xllamacpp")
 
+from lib.commands.gguf.llama_cpp import run, run_child  # noqa: E402
 from lib.commands.trim.__main__ import LIMIT, main  # noqa: E402
 from lib.commands.trim.llama import Llama, compare  # noqa: E402
 from lib.commands.vocabulary import main as write_list  # noqa: E402
@@ -139,14 +141,78 @@ def test_every_table_with_a_row_for_each_token(texts: Path, tmp_path: Path) -> N
         assert np.array_equal(after[name], before[name] if whole else before[name][kept]), name
 
 
+def test_a_mixture_with_as_many_neurons_as_tokens(texts: Path, tmp_path: Path) -> None:
+    """Experts are copied as they are, whatever their dimensions."""
+    rows = len(ggufs.tokenizer("gpt2")["tokenizer.ggml.tokens"][1])
+    shapes = {"gate_inp": (ggufs.WIDTH, 4), "down_exps": (rows, ggufs.WIDTH, 4)}
+    shapes |= dict.fromkeys(("gate_exps", "up_exps"), (ggufs.WIDTH, rows, 4))
+    more = {f"blk.0.ffn_{name}.weight": None for name in ("gate", "up", "down")}
+    for name, shape in shapes.items():
+        values = ggufs.blocks(ggufs.F32, shape[1] * (*shape, 1)[2], shape[0], 1)
+        more[f"blk.0.ffn_{name}.weight"] = shape, ggufs.F32, values
+    changed = {"expert_count": 4, "expert_used_count": 2, "feed_forward_length": rows}
+    changed = {f"llama.{name}": (ggufs.UINT32, count) for name, count in changed.items()}
+    source = ggufs.model(tmp_path / "in.gguf", more=more, changed=changed)
+    main([str(source), str(tmp_path / "out.gguf"), "--data", str(texts)])
+    check(source, tmp_path / "out.gguf")
+    record = json.loads((tmp_path / "out.gguf.vocabulary.json").read_text("utf-8"))["record"]
+    assert record["distance"] < LIMIT and record["beginnings"] == 24
+
+
+def test_chats_are_rendered_as_before(texts: Path, tmp_path: Path) -> None:
+    source = ggufs.model(tmp_path / "in.gguf")
+    main([str(source), str(tmp_path / "out.gguf"), "--data", str(texts)])
+    kept = check(source, tmp_path / "out.gguf")
+    chats = [{"messages": [{"role": "user", "content": text}]} for text in ("сонце над", "ліс")]
+    one, other = (
+        run_child("chats", run, model=str(path), context=256, chats=chats, letter=20, end=2)
+        for path in (source, tmp_path / "out.gguf")
+    )
+    assert one["chats"] == [[kept[index] for index in ids] for ids in other["chats"]]
+    assert len(one["chats"][0]) > 5
+
+
+def test_a_slow_child_gets_all_that_it_is_asked(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """More than a pipe holds, long before it reads."""
+    code = "import time\ntime.sleep(1.5)\n\ndef count(text):\n    return len(text)\n"
+    (tmp_path / "slow.py").write_text(code)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    monkeypatch.setattr("lib.commands.gguf.llama_cpp.LIMIT", 30)
+    count = SimpleNamespace(__module__="slow", __name__="count")
+    assert run_child("this", count, text="a" * 200_000) == 200_000
+
+
+def test_text_is_counted_until_the_list_stops_changing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Documents that stand at the end count too, since each round takes some of all places."""
+    source, folder = ggufs.model(tmp_path / "in.gguf"), tmp_path / "uk"
+    folder.mkdir()
+    texts = ggufs.sentences(ggufs.UK[:20], 400) + ggufs.sentences(ggufs.UK[20:], 100, 1)
+    (folder / "train.jsonl").write_text("\n".join(json.dumps({"text": t}) for t in texts))
+    (folder / "test.jsonl").write_text(json.dumps({"text": texts[-1]}))
+    monkeypatch.setattr("lib.commands.trim.choosing.STEP", 4000)
+    main([str(source), str(tmp_path / "out.gguf"), "--data", str(folder), "--price", "200"])
+    said = capsys.readouterr().out
+    assert f" of at most {sum(map(len, texts)):,} characters are counted; " in said
+    counted = int(said.partition("uk: ")[2].partition(" of ")[0].replace(",", ""))
+    encoded = [*map(len, map(Llama(source).encode, texts))]
+    assert 5000 < counted / sum(map(len, texts)) * sum(encoded) < 6000  # 1e6 / 200 tokens
+    kept = set(json.loads((tmp_path / "out.gguf.vocabulary.json").read_text("utf-8"))["ids"])
+    assert kept.issuperset(i for text in texts for i in Llama(source).encode(text).tolist())
+
+
 def test_a_draft_and_its_target_get_one_list(texts: Path, tmp_path: Path) -> None:
     """Of two sizes of one vocabulary, of which one has rows without a token."""
     target = ggufs.model(tmp_path / "target.gguf", padding=216)
     draft = ggufs.model(tmp_path / "draft.gguf", table=ggufs.Q8_0, head=None)
-    main([str(target), str(tmp_path / "t.gguf"), "--data", str(texts), "--rows", "448"])
-    main([str(draft), str(tmp_path / "d.gguf"), "--keep", str(tmp_path / "t.gguf.vocabulary.json")])
-    assert check(target, tmp_path / "t.gguf") == check(draft, tmp_path / "d.gguf")
-    one, other = (fields_of(tmp_path / name) for name in ("t.gguf", "d.gguf"))
+    one, other = tmp_path / "new/t.gguf", tmp_path / "d.gguf"
+    main([str(target), str(one), "--data", str(texts), "--rows", "448"])
+    main([str(draft), str(other), "--keep", f"{one}.vocabulary.json"])
+    assert check(target, one) == check(draft, other)
+    one, other = fields_of(one), fields_of(other)
     names = [name for name in one if name.startswith("tokenizer.")]
     assert all(one[name] == other[name] for name in names) and len(names) > 5
     assert len(one["tokenizer.ggml.tokens"]) == 448
@@ -173,6 +239,17 @@ def test_an_id_that_llama_cpp_assumes_is_written(tmp_path: Path) -> None:
     file = GgufFile(source, "IN")
     fields, _ = GgufVocabulary(file).trimmed([0, 1, 5, 11])
     assert fields["tokenizer.ggml.eos_token_id"].value == 3
+
+
+def test_a_field_that_may_hold_ids_is_left_out_on_request(tmp_path: Path) -> None:
+    changed = {"llama.mine_token_ids": (ggufs.INT32, [1, 400]), "llama.idsy": (ggufs.UINT32, 1)}
+    changed["llama.other_vocab_id"] = (ggufs.UINT32, 7)
+    file = GgufFile(ggufs.model(tmp_path / "in.gguf", changed=changed), "IN")
+    with pytest.raises(UserError, match="add --drop llama.other_vocab_id"):
+        GgufVocabulary(file)
+    fields, _ = GgufVocabulary(file, {"llama.other_vocab_id"}).trimmed([0, 1, 2, 11, 400])
+    assert "llama.other_vocab_id" not in fields and fields["llama.idsy"].value == 1
+    assert fields["llama.mine_token_ids"].value == [1, 4]
 
 
 def test_llama_cpp_tells_models_apart_by_their_number_of_tokens(
@@ -298,8 +375,8 @@ def test_lists_for_drafters_have_ids_of_the_whole_model(
     held = [i for row in rows for i in Llama(source).encode(json.loads(row)["text"]).tolist()]
     assert abs(share / 100 - sum(i in ids for i in held) / len(held)) < 1e-4
     torch = pytest.importorskip("torch")
-    write_list([*argv, "sglang", str(tmp_path / "hot.pt")])
-    assert torch.load(tmp_path / "hot.pt", weights_only=True) == ids
+    write_list([*argv, "sglang", str(tmp_path / "new/hot.pt")])
+    assert torch.load(tmp_path / "new/hot.pt", weights_only=True) == ids
 
 
 WITHOUT = """

@@ -56,21 +56,22 @@ def run_child(what: str, function: Callable[..., Any], *, size: float = 0, **arg
     """
     seconds = LIMIT + size / PACE
     with tempfile.TemporaryDirectory() as folder:
-        file = Path(folder) / "answer.json"
+        file, asked = Path(folder) / "answer.json", Path(folder) / "asked.json"
+        asked.write_text(json.dumps(arguments))  # a pipe would need a reader within a second
         command, environment = started_by(__name__, function.__module__, function.__name__, file)
-        pipes = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE)
+        pipes = dict.fromkeys(("stdout", "stderr"), subprocess.PIPE)
         options = dict(env=environment | {"HF_HUB_OFFLINE": "1"}, text=True, errors="replace")
-        end, given = time.monotonic() + seconds, json.dumps(arguments)
+        end = time.monotonic() + seconds
         with (
-            subprocess.Popen(command, **pipes, **options) as process,
+            asked.open() as stdin,
+            subprocess.Popen(command, stdin=stdin, **pipes, **options) as process,
             progress(None, "llama.cpp works", "answer", delay=QUIET_SECONDS) as bar,
         ):
             try:
                 while process.returncode is None:
                     with suppress(subprocess.TimeoutExpired):
-                        _, said = process.communicate(given, timeout=min(1, seconds))
+                        _, said = process.communicate(timeout=min(1, seconds))
                     bar(0)  # the time runs on
-                    given = None  # is sent once
                     if process.returncode is None and time.monotonic() > end:
                         fix = "Check the model's chat template, or wait until the machine is idle"
                         raise UserError(what, f"it did not end within {seconds:.0f} s", fix)

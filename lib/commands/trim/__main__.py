@@ -27,10 +27,11 @@ from ...data.documents import passages
 from ...data.gguf_file import GgufFile, Tensor, header, write
 from ...data.gguf_vocabulary import GgufVocabulary
 from ...data.lines import LINES
-from ...data.token_choice import MOST_ROWS, PRICE
+from ...data.token_choice import MOST_ROWS, MULTIPLE, PRICE, read_list
 from ...data.trimming_cost import cost_line, record_cost
+from ...run.flags import MULTIPLES
 from ...util.cli import make_parser, typed
-from ...util.errors import UserError, first_line, first_of
+from ...util.errors import UserError, first_of
 from ...util.files import check_writable, partial_of, sync, temporary_folder, write_text
 from ...util.host import available, gib
 from ...util.progress import progress
@@ -54,7 +55,7 @@ def main(arguments: list[str]) -> None:
     listed = out.with_name(f"{out.name}.vocabulary.json")
     if out.suffix != ".gguf":
         raise UserError(f"OUT {args.out}", "the name does not end with .gguf", "Give one that does")
-    for path in (out, partial_of(out)):
+    for path in (out, partial_of(out), listed):
         if path.exists() or path.is_symlink():
             fix = "Name a new file, or remove it"
             raise UserError(f"OUT {args.out}", f"{path.name} exists", fix)
@@ -76,7 +77,12 @@ def main(arguments: list[str]) -> None:
             "sources": [str(each.source) for each in corpora],
         }
         if args.keep:
-            kept = _listed(args.keep, vocabulary)
+            tokens = dict(enumerate(vocabulary.tokens))
+            kept = read_list("--keep", args.keep, tokens, file.what)["ids"]
+            if needed := vocabulary.named - set(kept):
+                problem = f"it lacks {tokens[min(needed)]!r}, which a field of IN names"
+                fix = "Trim this model first, and keep its list"
+                raise UserError(f"--keep {args.keep}", problem, fix)
         else:
             choice = choose_by_text(args, corpora, vocabulary, before)
             kept = choice.ids
@@ -109,6 +115,7 @@ def main(arguments: list[str]) -> None:
         if args.dry_run:
             print("nothing is written (--dry_run)")
             return
+        out.parent.mkdir(parents=True, exist_ok=True)
         if (free := shutil.disk_usage(out.parent).free) < size:
             problem = f"it needs {gib(size)}, and its disk has {gib(free)} left"
             raise UserError(f"OUT {args.out}", problem, "Name a file on another disk")
@@ -137,26 +144,6 @@ def main(arguments: list[str]) -> None:
     for projector in Path(args.source).absolute().parent.glob("*mmproj*.gguf"):
         print(f"{projector.name} beside IN works with OUT as it is")
     print(f"not verified: {', '.join(missing)}", flush=True)
-
-
-def _listed(path: str, vocabulary: GgufVocabulary) -> list[int]:
-    """Return the ids of a list of another run, if each has the same text here."""
-    try:
-        listed = json.loads(Path(path).read_text("utf-8"))
-        ids, tokens = listed["ids"], listed["tokens"]
-        texts = [vocabulary.tokens[index] if index < vocabulary.rows else None for index in ids]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        fix = "Name the .vocabulary.json of an earlier run"
-        problem = f"it cannot be read ({first_line(error)})"
-        raise UserError(f"--keep {path}", problem, fix) from error
-    if texts != tokens:
-        wrong = next(i for i, a, b in zip(ids, texts, tokens, strict=False) if a != b)
-        problem = f"its token {wrong} has another text than that of {vocabulary.file.what}"
-        raise UserError(f"--keep {path}", problem, "Name a list of the same vocabulary")
-    if needed := vocabulary.named - set(ids):
-        problem = f"it lacks {vocabulary.tokens[min(needed)]!r}, which a field of IN names"
-        raise UserError(f"--keep {path}", problem, "Trim this model first, and keep its list")
-    return ids
 
 
 def _compare_tokens(
@@ -270,7 +257,8 @@ def _parser() -> argparse.ArgumentParser:
     add("source", metavar="IN.gguf", help="GGUF file; of several parts, any one")
     add("out", metavar="OUT.gguf", help="new file to write")
     add_text_flags(parser)
-    add("--rows", type=int, metavar="N", help="number of rows (default: by --price)")
+    text = f"number of rows, a multiple of {MULTIPLE} (default: by --price)"
+    add("--rows", type=MULTIPLES, metavar="N", help=text)
     text = "keep the tokens of this .vocabulary.json, as for a draft and its target"
     add("--keep", metavar="FILE", help=text)
     text = "leave these fields out, which may hold ids and are unknown"

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import math
 from collections.abc import Sequence
 from importlib.util import find_spec
-from itertools import islice
+from itertools import count, islice
 from pathlib import Path
 
 import numpy as np
@@ -16,10 +17,14 @@ from ...data.gguf_vocabulary import GgufVocabulary, tokenizer_model
 from ...data.languages import language_text
 from ...data.lines import LINES
 from ...data.sources import has_test, parse_source, parse_sources
-from ...data.token_choice import HELD_OUT, MOST_CHARACTERS, PRICE, Choice, choose
+from ...data.token_choice import HELD_OUT, MOST_CHARACTERS, PRICE, Choice, choose, round_up
+from ...run.flags import PRICED
 from ...util.errors import UserError
 from ...util.progress import progress
 from .llama import INSTALL, Llama
+
+ROUNDS = 16  # of counting, each over a part of the documents that is spread over the text
+STEP = 1_000_000  # characters counted at a time
 
 
 def add_text_flags(parser: argparse.ArgumentParser) -> None:
@@ -31,7 +36,7 @@ def add_text_flags(parser: argparse.ArgumentParser) -> None:
     add("--data", nargs="+", default=[], metavar="SOURCE", help=text)
     add("--column", default="text", help="column of the texts (default: text)")
     text = f"tokens saved per million for which an unused one stays (default: {PRICE})"
-    add("--price", type=float, default=PRICE, metavar="TOKENS", help=text)
+    add("--price", type=PRICED, default=PRICE, metavar="TOKENS", help=text)
 
 
 def corpora_of(args: argparse.Namespace) -> list[Corpus]:
@@ -66,7 +71,11 @@ def tokenizer_of(path: Path, vocabulary: GgufVocabulary, kept: Sequence[int]) ->
 def choose_by_text(
     args: argparse.Namespace, corpora: Sequence[Corpus], vocabulary: GgufVocabulary, llama: Llama
 ) -> Choice:
-    """Count the train texts, every tenth document apart, and choose the tokens."""
+    """Count the train texts, every tenth document apart, and choose the tokens.
+
+    In n tokens of text, a token that was not seen saves about 1 / n: counting ends where that is
+    below its row's price, since the list would hardly change.
+    """
     encode, counts = llama.encode_all, np.zeros((2, vocabulary.rows), np.int64)
     beside = Path(args.source).absolute().parent / "tokenizer.json"
     if beside.is_file() and find_spec("tokenizers"):  # ten times as fast
@@ -87,23 +96,37 @@ def choose_by_text(
         if fits and all(map(np.array_equal, fast(proof), encode(proof))):
             encode = fast
             print(f"{beside} gives the same tokens, and counts them")
-    number = 0
+    start = 0  # every tenth document of all is held out
     for corpus in corpora:
-        documents, total = many_documents(corpus, HELD_OUT), MOST_CHARACTERS
+        documents, total, read = many_documents(corpus, HELD_OUT), MOST_CHARACTERS, 0
+        numbers = count(start)
         if not corpus.source.hub:
             total = min(total, sum(map(len, documents)))
+            # in rounds over the text, whose genres may stand one after the other
+            order = [i for first in range(ROUNDS) for i in range(first, len(documents), ROUNDS)]
+            documents = [documents[i] for i in order]
+            numbers = iter([start + i for i in order])
+            start += len(order)
+        enough, before = 1e6 / args.price if args.price else math.inf, counts[0].sum()
         with progress(total, f"counting tokens of {corpus.source.name}", "B") as on_progress:
-            for batch in batches(documents, total):
+            for batch in batches(documents, total, STEP):
                 for ids in encode(batch):
                     np.add.at(counts[0], ids, 1)
-                    if number % HELD_OUT == HELD_OUT - 1:
+                    if next(numbers) % HELD_OUT == HELD_OUT - 1:
                         np.add.at(counts[1], ids, 1)
-                    number += 1
-                on_progress(sum(map(len, batch)))
+                read += (size := sum(map(len, batch)))
+                on_progress(size)
+                if (n := counts[0].sum() - before) >= enough:
+                    break
+        if n >= enough and read < total:
+            which = f"{read:,} of at most {total:,} characters are counted"
+            print(f"{corpus.source.name}: {which}; a token not seen is not worth its row")
     needed = {int(i) for ids in llama.encode_all(vocabulary.template_texts()) for i in ids}
     tokens = vocabulary.vocabulary(needed)
     choice = choose(tokens, counts[0], counts[1], price=args.price, rows=args.rows)
     if args.rows and len(choice.ids) > args.rows:
         problem = "bytes, special tokens and the chat template take more"
-        raise UserError(f"--rows {args.rows}", problem, f"Give at least {len(choice.ids)}")
+        raise UserError(
+            f"--rows {args.rows}", problem, f"Give at least {round_up(len(choice.ids))}"
+        )
     return choice
