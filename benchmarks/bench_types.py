@@ -196,14 +196,15 @@ def main(argv: list[str]) -> None:
                 continue
             name = "".join(each if each.isalnum() else "-" for each in label)
             folder, file = args.out / name, args.out / f"{name}.gguf"
-            if not folder.is_dir():
+            if not (folder.is_dir() or file.is_file()):
                 made = ["--quantize", *words.split(), "--eval_windows", "1", "--completions", "0"]
                 made += ["--save", f"{folder}-results", "--save_model", folder]
                 child(sys.executable, ROOT / "main.py", *common, *made)
-            kind = words.split()[0]
-            convert(folder, file, kind if kind in GRIDS else AUTO)
+            if not file.is_file():
+                kind = words.split()[0]
+                convert(folder, file, kind if kind in GRIDS else AUTO)
+                shutil.rmtree(folder)
             measure(label, file)
-            shutil.rmtree(folder)
 
 
 if __name__ == "__main__":
