@@ -39,7 +39,7 @@ SURE = 0.3  # probability of a language, below which it is unknown
 SCRIPTS = {"ru": "CYRILLIC", "uk": "CYRILLIC", "ko": "HANGUL", "ar": "ARABIC", "hi": "DEVANAGARI"}
 SCRIPTS |= {"ja": "CJK", "zh": "CJK"}
 CHUNK = 20  # prompts of a language in a row
-CONTEXT = 512  # tokens of a prompt with its answer
+CONTEXT = 3072  # tokens of a prompt with its answer
 
 
 @cache

@@ -732,6 +732,52 @@ def vocabulary_languages() -> str:
     return grid(head | {"Difference": "+.3f"}, rows)
 
 
+def computed_sizes() -> list[dict[str, Any]]:
+    """Files that were computed, without those that were measured too, as a check."""
+    names = {file["model"] for file in raw("gguf-trim/measured.json")}
+    return [model for model in raw("gguf-trim/computed.json") if model["model"] not in names]
+
+
+@table("embedders.json: before, after")
+def embedder_sizes() -> str:
+    rows: list[list[Cell]] = []
+    for each in raw("embedders.json"):
+        kept = " + ".join(each["data"])
+        for name in ("before", "after"):
+            part = each[name]
+            if name == "after" or each["model"] not in [row[0] for row in rows]:
+                tool = f"{kept}, {each['tool']}" if name == "after" else "original"
+                sizes = [part[key] / 1e6 for key in ("parameters", "bytes", "tokenizer_bytes")]
+                memory, speed = part["tokenizer_memory"] / 1e6, each.get("sentences_per_second")
+                seconds = part.get("tokenizer_seconds")
+                found = speed[name == "after"] if speed else None
+                rows.append([each["model"], tool, part["rows"], *sizes, memory, seconds, found])
+    head = {"Model": "", "Kept for": "", "Tokens": ",.0f", "Parameters (M)": ".1f"}
+    head |= {"Folder (MB)": ".0f", "tokenizer.json (MB)": ".1f", "Its memory (MB)": ".0f"}
+    return grid(head | {"Its loading (s)": ".2f", "Sentences/s": ".1f"}, rows)
+
+
+@table("embedders.json: vectors")
+def embedder_vectors() -> str:
+    rows: list[list[Cell]] = []
+    for each in raw("embedders.json"):
+        found = each["vectors"]
+        alike, count = (sum(pair) for pair in zip(*found["texts"].values(), strict=True))
+        cosine, results = found["cosine"], found["retrieval"]
+        row = [each["model"], f"{' + '.join(each['data'])}, {each['tool']}"]
+        row += [f"{alike:,} of {count:,}", cosine["mean"], cosine["worst"]]
+        for name in ("sentences", "queries"):
+            for key in ("first", "ten"):
+                share, low, high = (100 * value for value in results[name][key])
+                row.append(f"{share:.1f} ({low:.1f} to {high:.1f})")
+        rows.append(row)
+    head = {"Model": "", "Kept for": "", "Cut alike, equal vectors": "", "Cosine of others": ".4f"}
+    head |= {"At worst": ".4f"}
+    for name in ("Nearest sentence", "First document"):
+        head |= {f"{name} stays (%)": "", f"{name}: of ten (%)": ""}
+    return grid(head, rows)
+
+
 @table("vocabulary.json: tokens, tests")
 def vocabulary_tokenizers() -> str:
     rows = []
@@ -759,8 +805,8 @@ def vocabulary_documents() -> str:
 
 @table("gguf-trim/measured.json: rows, bytes, tests, bits_per_byte_*, memory")
 def trimmed_files() -> str:
-    rows = []
-    for file in raw("gguf-trim/measured.json"):
+    rows, files = [], raw("gguf-trim/measured.json")
+    for file in sorted(files, key=lambda file: (file["bytes_before"], file["rows"])):
         sizes = [file[name] / 1e6 for name in ("bytes_before", "bytes")]
         texts = [test for test in file["tests"] if test["name"] in file["text"].split("+")]
         rise = ", ".join(f"{100 * test['rise']:+.2f}" for test in texts)
@@ -768,8 +814,8 @@ def trimmed_files() -> str:
         cost = 100 * (file["bits_per_byte_trimmed"] / file["bits_per_byte_original"] - 1)
         bits = f"{cost:+.1f} ({low:+.1f} to {high:+.1f})"
         memory = [file[name] / 1e6 for name in ("memory_before", "memory")]
-        rows.append([file["model"], file["text"], file["rows"], *sizes, rise, bits, *memory])
-    head = {"File": "", "Text": "", "Rows": ",.0f", "Before (MB)": ".1f", "After (MB)": ".1f"}
+        rows.append([f"{file['model']}, {file['text']}", file["rows"], *sizes, rise, bits, *memory])
+    head = {"File, text": "", "Rows": ",.0f", "Before (MB)": ".1f", "After (MB)": ".1f"}
     head |= {"More tokens (%)": "", "Bits per byte (%)": ""}
     return grid(head | {"Memory before (MB)": ".0f", "Memory after (MB)": ".0f"}, rows)
 
@@ -777,7 +823,7 @@ def trimmed_files() -> str:
 @table("gguf-trim/computed.json: rows, tables, blocks")
 def trimmed_sizes() -> str:
     rows = []
-    for model in raw("gguf-trim/computed.json"):
+    for model in computed_sizes():
         tables, blocks = (
             [model[name] / 1e6 for name in ("tables_before", "tables")],
             model["blocks"],
@@ -788,6 +834,23 @@ def trimmed_sizes() -> str:
     head = {"Model": "", "Rows": ",.0f", "Rows kept": ",.0f", "Tables (MB)": ".0f"}
     head |= {"Tables kept (MB)": ".0f", "Weights (MB)": ".0f", "Weights kept (MB)": ".0f"}
     return grid(head | {"Smaller by (%)": ".0f"}, rows)
+
+
+@table("gguf-trim/trimbed.json: rows, alike, rise, bits_per_byte, seconds")
+def trimmed_beside_trimbed() -> str:
+    rows = []
+    for entry in raw("gguf-trim/trimbed.json"):
+        alike = f"{entry['alike']} of {entry['of']}"
+        figures = (
+            entry["documents"],
+            entry["rows"],
+            alike,
+            100 * entry["rise"],
+            entry["bits_per_byte"],
+        )
+        rows.append([entry["tool"], *figures])
+    head = {"Tool": "", "Documents": ",.0f", "Rows": ",.0f", "Documents cut alike": ""}
+    return grid(head | {"More tokens (%)": ".2f", "Bits per byte": ".4f"}, rows)
 
 
 @table("language-confusion.json: line, word, native")
@@ -873,7 +936,7 @@ def draw_parts(path: Path) -> None:
         if file["text"] == "uk":
             both = [[file[name][part] for part in ("tables", "blocks", "rest")] for name in PARTS]
             files.append((file["model"], both))
-    for model in raw("gguf-trim/computed.json"):
+    for model in computed_sizes():
         both = [[model[name], model["blocks"], 0] for name in ("tables_before", "tables")]
         files.append((f"{model['model']}*", both))
     figure = Figure(figsize=(7.2, 0.9 + 0.5 * len(files)), layout="constrained")

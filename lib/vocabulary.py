@@ -41,6 +41,7 @@ from .data.token_choice import (
     MOST_CHARACTERS,
     PRICE,
     choose,
+    common_scripts,
     read_list,
     round_up,
 )
@@ -235,7 +236,7 @@ class TrimmedVocabulary:
         )
         if not record["likely"]:
             return line
-        why = "the texts are too short to hold any out"
+        why = "the texts are dialogues, or too short to hold any out"
         if record["rise"] is not None:
             why = f"held-out text took about {record['rise']:+.2%} tokens without them"
         return f"{line}, and {record['likely']} likely ones are kept, since {why}"
@@ -259,12 +260,14 @@ def trim_vocabulary(
     config_ids: set[int],
     price: float = PRICE,
     kept: int | str | None = None,
+    all_letters: bool = True,
 ) -> TrimmedVocabulary:
     """Count the train text of `corpora`, choose the tokens, and make the smaller tokenizer.
 
     `rows` is the number of rows of the model's embedding, `config_ids` are the ids in its configs,
     `kept` is the number of rows to keep (None: by the `price`), or a file with those of an earlier
-    run. Raises UserError if the tokenizer cannot be trimmed.
+    run. A tokenizer without bytes keeps `all_letters`, so that every text decodes as before, or
+    those of the texts' scripts. Raises UserError if the tokenizer cannot be trimmed.
     """
     tokens = TrimmableTokenizer(tokenizer, str(checkpoint))
     if isinstance(kept, str):
@@ -276,10 +279,16 @@ def trim_vocabulary(
         if record.get("measured_on", {}).get("model") != tokenizer.name_or_path:
             costs = "measured_on", *COSTS
             record = {key: value for key, value in record.items() if key not in costs}
+        needed = (tokens.required_ids(frozenset()) | config_ids) & tokens.id_to_token.keys()
+        if missing := needed.difference(ids):
+            problem = f"it lacks {tokens.id_to_token[min(missing)]!r}, which {checkpoint} needs"
+            fix = "Trim this model first, and keep its list"
+            raise UserError(f"{FLAG_ROWS} {kept}", problem, fix)
     else:
-        vocabulary = tokens.vocabulary(config_ids, rows)
         unnamed = sorted(i for i in config_ids if i < rows and i not in tokens.id_to_token)
         counts, held_out = count_tokens(corpora, tokenizer, dist)
+        scripts = None if all_letters else common_scripts(tokens.id_to_token, counts)
+        vocabulary = tokens.vocabulary(config_ids, rows, scripts)
         used = [i for i in np.flatnonzero(counts).tolist() if i in tokens.id_to_token]
         if used and used[-1] >= rows:
             raise UserError(
@@ -339,8 +348,9 @@ def count_tokens(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Return how often each token occurs in the train text and in its held-out part, (ids,) each.
 
-    Every HELD_OUT-th text is held out (a piece if texts are few). The processes of `dist` share the
-    texts. Raises UserError for any problem with them.
+    Every HELD_OUT-th text is held out (a piece if texts are few), but no dialogue: the answers of
+    one run resemble each other, and would show too few of the missing tokens. The processes of
+    `dist` share the texts. Raises UserError for any problem with them.
     """
     n_tokens = max(tokenizer.get_vocab().values()) + 1
     counts = torch.zeros(2, n_tokens, dtype=torch.long)  # of all text, and of the held-out part
@@ -350,11 +360,13 @@ def count_tokens(
         what, seen = f"counting tokens of {source.name}", 0
         with progress(total, what, "text", dist.is_main) as on_progress:
             for batch in batches(documents, limit):
-                texts = [document_text(tokenizer, each) for each in batch[dist.rank :: dist.size]]
+                own = batch[dist.rank :: dist.size]
+                texts = [document_text(tokenizer, each) for each in own]
                 for place, ids in enumerate(encode_all(tokenizer, texts)):
                     number = seen + dist.rank + place * dist.size
                     counted = torch.bincount(torch.tensor(ids, dtype=torch.long))
-                    for row in (0, 1) if number % HELD_OUT == HELD_OUT - 1 else (0,):
+                    out = number % HELD_OUT == HELD_OUT - 1 and isinstance(own[place], str)
+                    for row in (0, 1) if out else (0,):
                         counts[row, : len(counted)] += counted
                 seen += len(batch)
                 on_progress(len(batch))

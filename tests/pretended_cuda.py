@@ -334,6 +334,8 @@ def install():
     import torch
     from torch.utils import cpp_extension
 
+    if torch.version.cuda or torch.version.hip:
+        raise RuntimeError("this torch has a device of its own, which no other can be")
     # each release of torch has a build of its own
     digest = hashlib.sha256(f"{torch.__version__}{CPP}".encode()).hexdigest()
     name = f"pretended_cuda_{digest[:8]}"

@@ -38,7 +38,7 @@ FLOOR_OF = {name: floor for floor, names in enumerate(FLOORS) for name in names}
 # packages for some uses, or in an environment of their own
 OPTIONAL = """
 triton lm_eval llmcompressor conversion convert_hf_to_gguf gguf xllamacpp ua_gec mlx mlx_lm onnx
-onnxruntime onnxruntime_genai
+onnxruntime onnxruntime_genai fasttext
 """.split()
 
 # What lib/ touches of other packages beside their public names, by the module that has it; a line

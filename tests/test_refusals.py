@@ -27,7 +27,7 @@ import pytest
 import tiny
 import torch
 from approval import Words
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save, save_file
 from support import QUICK, attempt, call, mistake, program_of, raising, replace_call
 from tokenizers import Tokenizer, models
 from transformers import (
@@ -150,6 +150,19 @@ def write_models(model: Path) -> None:
         "config.json",
         fields(quantization_config={"quant_method": "gptq", "bits": 4}),
     )
+    splade = [{"path": "", "type": "sentence_transformers.sparse_encoder.models.SpladePooling"}]
+    changed(model, "odd/sparse", "modules.json", json.dumps(splade).encode())
+    changed(model, "odd/size", "config.json", fields(vocab_size=tiny.ROWS + 1))
+    held = load_file(model / "model.safetensors")
+    head, table = held["lm_head.weight"], held.pop("model.embed_tokens.weight")
+    whole = held | {"model.embed_tokens.weight": table}
+    others = {
+        "tensor": whole | {"router.weight": head.clone()},
+        "head": whole | {"shared.weight": head[:-9].clone()},
+        "none": held,
+    }
+    for name, tensors in others.items():
+        changed(model, f"odd/{name}", "model.safetensors", save(tensors))
     changed(model, "pickled", "model.safetensors", None)
     torch.save({}, "pickled/pytorch_model.bin")
     tiny.tiny_llama().save_pretrained("lost", max_shard_size="60KB")

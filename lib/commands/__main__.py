@@ -27,7 +27,7 @@ NAME ..., where NAME is a command; NAME --help lists its flags
   tasks DATA OUT                 write tasks for lm-eval from your documents
   unpack IN OUT                  convert a packed model to a plain dense one
   gguf IN OUT.gguf               convert a saved model for llama.cpp and ollama, and verify it
-  trim IN.gguf OUT.gguf --data ... keep only the tokens of your texts in any GGUF file
+  trim IN OUT --data ...         keep only the tokens of your texts, in a GGUF file or a folder
   vocabulary IN.gguf --map ...   write such tokens as a list for a drafter in SGLang or TensorRT
   export OUT NEW --to mlx        convert a saved 4-bit model for vLLM, MLX or ONNX
   ubertext DUMPS OUT             build the published Ukrainian texts from raw dumps

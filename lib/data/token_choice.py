@@ -18,12 +18,13 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ..util.errors import UserError, first_line
 from ..util.quirks import MISLEADING_ROWS
+from .languages import script_of
 from .token_kinds import Vocabulary
 
 if TYPE_CHECKING:
     import numpy as np
 
-REVISION = 2  # incremented when the same counts give other tokens
+REVISION = 3  # incremented when the same counts give other tokens
 HELD_OUT = 10  # every tenth document is held out of a first count
 MOST_CHARACTERS = 100_000_000  # counted of a text from the Hub, and by trim of any
 MOST_ROWS = 0.9  # share of rows above which trimming saves too little
@@ -31,6 +32,7 @@ PRICE = 0.2  # tokens per million of held-out text that a row saves at least
 PRICES = [2 ** (step / 4) for step in range(-4, 5)]  # factors: the mean of what they ask for
 UNLIKELY = 3e-8  # expected share of a token in a text below which it is not worth a row
 COMMON_LETTER = 1e-4  # least share of the texts' tokens with a letter for the letter to be common
+COMMON_SCRIPT = 1e-3  # least share of the texts' tokens in a script for its letters to stay
 MULTIPLE = 64  # granularity of rows, for fast matrix products on GPUs
 
 
@@ -187,6 +189,15 @@ def likely_order(vocabulary: Vocabulary, counts: np.ndarray) -> tuple[list[int],
         expected[index] = shares[script] / total / zipf if known and total else 0.0
     unused = sorted(tokens.keys() - set(by_count), key=lambda i: (-expected[i], i))
     return by_count + unused, sum(expected[index] >= UNLIKELY for index in unused)
+
+
+def common_scripts(tokens: Mapping[int, str], counts: np.ndarray) -> set[str | None]:
+    """Return the scripts of a text by its counts (ids,), and None for what is no letter."""
+    shares: Counter[str | None] = Counter()
+    for index in counts.nonzero()[0].tolist():
+        shares[script_of(tokens.get(index, ""))] += counts[index].item()
+    least = COMMON_SCRIPT * sum(shares.values())
+    return {script for script, n in shares.items() if n >= least} | {None}
 
 
 def round_up(rows: int) -> int:

@@ -1,9 +1,9 @@
 """A fast tokenizer with fewer tokens: dependencies between tokens, and the trimmed files.
 
-Byte-pair encoding (byte-level, or with tokens for bytes) and Unigram can be trimmed. A text whose
-tokens are all kept is tokenized as by the original: all merges of its words are kept, and the
-removed merges belong to other words. A text with a removed token is split into smaller tokens,
-down to bytes, and decodes to the same text.
+Byte-pair encoding (byte-level, or with tokens for bytes), Unigram and WordPiece can be trimmed. A
+text whose tokens are all kept is tokenized as by the original: all merges of its words are kept,
+and the removed merges belong to other words. A text with a removed token is split into smaller
+tokens, down to bytes, and decodes to the same text.
 
 The trimmed tokenizer is written to a folder and loaded from there by AutoTokenizer. A run thus uses
 exactly the tokenizer that a user of the saved model will load.
@@ -25,6 +25,7 @@ from jinja2 import Environment, TemplateSyntaxError, nodes
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from ..util.errors import UserError
+from .languages import script_of
 from .sentencepiece import CHECK, check_of
 from .templates import dated_texts, examples
 from .token_ids import map_token_ids
@@ -34,6 +35,7 @@ from .token_kinds import (
     Bpe,
     Unigram,
     Vocabulary,
+    WordPiece,
     in_families,
     ranks_of,
 )
@@ -102,10 +104,11 @@ class TrimmableTokenizer:
         self.data: dict[str, Any] = json.loads(as_loaded(tokenizer).backend_tokenizer.to_str())
         model = self.data["model"]
         self.kind = model.get("type")
-        if self.kind not in ("BPE", "Unigram"):
+        if self.kind not in ("BPE", "Unigram", "WordPiece"):
             raise _unsupported(name, f"of the kind {self.kind}")
+        self.prefix = model.get("continuing_subword_prefix") or ""  # of a token inside a word
         for affix in ("continuing_subword_prefix", "end_of_word_suffix"):
-            if model.get(affix):
+            if model.get(affix) and self.kind == "BPE":
                 raise _unsupported(name, f"BPE with {affix} {model[affix]!r}")
         self.token_to_id: dict[str, int] = tokenizer.get_vocab()
         self.id_to_token = {index: token for token, index in self.token_to_id.items()}
@@ -115,20 +118,35 @@ class TrimmableTokenizer:
         if len(set(self.model_tokens)) < len(self.model_tokens):
             raise _unsupported(name, "one with duplicate tokens")
 
-    def vocabulary(self, config_ids: Set[int] = frozenset(), rows: int | None = None) -> Vocabulary:
+    def vocabulary(
+        self,
+        config_ids: Set[int] = frozenset(),
+        rows: int | None = None,
+        scripts: Set[str | None] | None = None,
+    ) -> Vocabulary:
         """Return what `choose` needs to know; tokens in `config_ids` are required.
 
-        Tokens that have none of the model's `rows` are reserved.
+        Tokens that have none of the model's `rows` are reserved. Without bytes, single letters are
+        required, of the `scripts` alone if there are any.
         """
-        required = self.required_ids() | self.template_ids()
+        required = self.required_ids(scripts) | self.template_ids()
         required |= config_ids & self.id_to_token.keys()
         reserved = self.reserved_ids() - required
         reserved |= {i for i in self.id_to_token if rows is not None and i >= rows}
-        options = dict(tokens=self.id_to_token, required=required, reserved=reserved)
+        options = dict(tokens=dict(self.id_to_token), required=required, reserved=reserved)
         options["byte_level"], model = self.is_byte_level, self.data["model"]
         if self.kind == "Unigram":
             scores = {self.token_to_id[token]: score for token, score in model["vocab"]}
             return Unigram(**options, scores=scores)
+        if self.kind == "WordPiece":  # written as in a GGUF file
+            words = {*self.model_tokens} - {token["content"] for token in self.data["added_tokens"]}
+            for index in map(self.token_to_id.get, words):
+                token = self.id_to_token[index]
+                inside = token.startswith(self.prefix)
+                options["tokens"][index] = token[len(self.prefix) :] if inside else f"▁{token}"
+            unused = in_families(token for token in words if token.startswith("[unused"))
+            options["reserved"] |= {self.token_to_id[token] for token in unused} - required
+            return WordPiece(**options)
         return Bpe(**options, ranks=ranks_of(model.get("merges") or ()))
 
     @property
@@ -146,8 +164,11 @@ class TrimmableTokenizer:
         reserved = in_families(special) - set(self.tokenizer.all_special_tokens)
         return {self.token_to_id[content] for content in reserved} - self._inserted_ids()
 
-    def required_ids(self) -> set[int]:
-        """Return special and added tokens except reserved ones, and the basic parts of any text."""
+    def required_ids(self, scripts: Set[str | None] | None = None) -> set[int]:
+        """Return special and added tokens except reserved ones, and the basic parts of any text.
+
+        Without bytes these are single letters: all, or those of the `scripts`.
+        """
         data, model = self.data, self.data["model"]
         needed = {token["content"] for token in data["added_tokens"]}
         needed |= set(self.tokenizer.all_special_tokens)
@@ -160,7 +181,8 @@ class TrimmableTokenizer:
         elif model.get("byte_fallback") and BYTE_TOKENS <= self.token_to_id.keys():
             needed |= BYTE_TOKENS
         else:
-            needed |= {token for token in self.model_tokens if len(token) == 1}
+            letters = (t for t in self.model_tokens if len(t.removeprefix(self.prefix)) == 1)
+            needed |= {t for t in letters if scripts is None or script_of(t) in scripts}
         if self.kind == "Unigram":
             # an unknown letter's score is computed from the lowest score
             needed.add(min(model["vocab"], key=lambda entry: entry[1])[0])
@@ -206,7 +228,7 @@ class TrimmableTokenizer:
                 model["unk_id"] = places[self.model_tokens[model["unk_id"]]]
         else:
             model["vocab"] = {t: place for t, place in places.items() if t in model["vocab"]}
-            merges = model["merges"]
+        if merges := model.get("merges"):
             model["merges"] = [[a, b] for a, b in merges if {a, b, a + b} <= places.keys()]
         added = [
             token | {"id": places[token["content"]]}
@@ -260,7 +282,7 @@ class TrimmableTokenizer:
 def _unsupported(name: str, what: str) -> UserError:
     return UserError(
         FLAG,
-        f"the tokenizer of {name} is {what}, and only fast BPE and Unigram tokenizers "
+        f"the tokenizer of {name} is {what}, and only fast BPE, Unigram and WordPiece tokenizers "
         "can be trimmed",
         "Leave the flag out",
     )

@@ -1,12 +1,14 @@
-"""Trim the vocabulary of a GGUF file, without torch and without the model in memory.
-For users who have a GGUF file of any size and run it for one language, or a few.
+"""Trim the vocabulary of a GGUF file, or of a model folder, without the model in memory.
+For users who run a model of any size for one language, or a few, or embed texts with it.
 
     bash launch.sh trim IN.gguf OUT.gguf --language uk
+    bash launch.sh trim MODEL OUT --language uk
 
 The tokens that the text uses stay, with those from which they are merged, all bytes and special
 tokens, and the likely ones that are worth their rows. The rows of all others are left out of each
 table with a row for each token; everything else is copied by bytes. Then tokens, bytes and
-predictions must be those of IN. OUT appears with OUT.vocabulary.json, its list of tokens.
+predictions, or vectors of held-out sentences, must be those of IN. OUT appears with its list of
+tokens, OUT.vocabulary.json or OUT/vocabulary.json.
 """
 
 from __future__ import annotations
@@ -31,18 +33,20 @@ from ...data.token_choice import MOST_ROWS, MULTIPLE, PRICE, read_list
 from ...data.trimming_cost import cost_line, record_cost
 from ...run.flags import MULTIPLES
 from ...util.cli import make_parser, typed
-from ...util.errors import UserError, first_of
+from ...util.errors import UserError
 from ...util.files import check_writable, partial_of, sync, temporary_folder, write_text
 from ...util.host import available, gib
 from ...util.progress import progress
 from ..gguf.llama_cpp import run_child
 from .choosing import add_text_flags, choose_by_text, corpora_of, tokenizer_of
 from .llama import Llama, compare
+from .proof import compare_tokens
 
 EXAMPLES = """examples:
   {0} IN.gguf OUT.gguf --language uk en
   {0} IN.gguf OUT.gguf --data texts/uk texts/code --rows 32768 --dry_run
-  {0} DRAFT.gguf SMALL.gguf --keep OUT.gguf.vocabulary.json"""
+  {0} DRAFT.gguf SMALL.gguf --keep OUT.gguf.vocabulary.json
+  {0} intfloat/multilingual-e5-small e5-uk --language uk en"""
 WINDOWS, POSITIONS = 24, 512  # pieces of test text whose predictions are compared, and tokens
 LIMIT = 1e-5  # largest difference of log-probabilities
 MANY = 2_000  # test documents of each source that are compared
@@ -53,9 +57,10 @@ def main(arguments: list[str]) -> None:
     args = _parser().parse_args(arguments)
     out = Path(args.out).absolute()
     listed = out.with_name(f"{out.name}.vocabulary.json")
-    if out.suffix != ".gguf":
+    is_file = args.source.endswith(".gguf")
+    if is_file and out.suffix != ".gguf":
         raise UserError(f"OUT {args.out}", "the name does not end with .gguf", "Give one that does")
-    for path in (out, partial_of(out), listed):
+    for path in (out, partial_of(out), listed) if is_file else ():
         if path.exists() or path.is_symlink():
             fix = "Name a new file, or remove it"
             raise UserError(f"OUT {args.out}", f"{path.name} exists", fix)
@@ -66,6 +71,11 @@ def main(arguments: list[str]) -> None:
     if not (args.keep or args.language or args.data):
         fix = "Give --language, --data or --keep"
         raise UserError(f"IN {args.source}", "no text says which tokens to keep", fix)
+    if not is_file:
+        from .folder import trim_folder  # imports torch
+
+        trim_folder(args)
+        return
     corpora = corpora_of(args)
     file = GgufFile(Path(args.source), f"IN {args.source}")
     vocabulary = GgufVocabulary(file, frozenset(args.drop))
@@ -109,7 +119,7 @@ def main(arguments: list[str]) -> None:
         for corpus in corpora:
             tests[corpus.source.name] = [*islice(corpus.documents("test"), MANY)]
         record["tests"] = [
-            _compare_tokens(name, texts, before, after, kept, vocabulary.kind)
+            compare_tokens(name, texts, before, after, kept, vocabulary.kind in NOT_CAUSAL)
             for name, texts in tests.items()
         ]
         if args.dry_run:
@@ -144,46 +154,6 @@ def main(arguments: list[str]) -> None:
     for projector in Path(args.source).absolute().parent.glob("*mmproj*.gguf"):
         print(f"{projector.name} beside IN works with OUT as it is")
     print(f"not verified: {', '.join(missing)}", flush=True)
-
-
-def _compare_tokens(
-    name: str, texts: list[str], before: Llama, after: Llama, kept: Sequence[int], kind: str
-) -> dict[str, Any]:
-    """Compare the tokens of texts with both vocabularies, print a line, and return the counts.
-
-    Raises UserError if a text has other tokens although all of its own are kept, and if it decodes
-    to another text, except for letters and words that became unknown, which are named.
-    """
-    rows, known = np.array(kept), np.zeros(before.rows, bool)
-    known[rows] = True
-    n_alike = n_before = n_after = 0
-    unknown: set[str] = set()
-
-    def differs(text: str) -> bool:
-        return before.decode(before.encode(text)) != after.decode(after.encode(text))
-
-    encoded = zip(texts, before.encode_all(texts), after.encode_all(texts), strict=True)
-    for text, old, new in encoded:
-        alike, problem = np.array_equal(old, rows[new]), ""
-        n_alike += alike
-        n_before += len(old)
-        n_after += len(new)
-        if known[old].all() and not alike:
-            problem = "has other tokens"
-        elif not alike and before.decode(old) != after.decode(new):
-            lost = {letter for letter in text if differs(letter)} if kind in NOT_CAUSAL else set()
-            lost = lost or {word for word in text.split() if differs(word)}
-            problem = "decodes differently" * (kind not in NOT_CAUSAL or not lost)
-            unknown |= lost  # of vocabularies without bytes
-        if problem:
-            problem = f"with the trimmed vocabulary it {problem}"
-            raise UserError(f"{name}, {text[:40]!r}", problem, "Please report this")
-    rise = n_after / max(n_before, 1) - 1
-    named = f", but {len(unknown)} letters or words became unknown: {first_of(sorted(unknown))}"
-    line = f"{name}: {n_alike:,} of {len(texts):,} texts have the same tokens, all decode to the "
-    print(f"{line}same text{named * bool(unknown)}; {rise:+.2%} tokens", flush=True)
-    counts = {"documents": len(texts), "alike": n_alike, "tokens_before": n_before}
-    return {"name": name} | counts | {"tokens": n_after, "rise": rise, "unknown": len(unknown)}
 
 
 def _check_bytes(partial: Path, tensors: Sequence[Tensor]) -> None:
@@ -254,8 +224,9 @@ def _parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add = parser.add_argument
-    add("source", metavar="IN.gguf", help="GGUF file; of several parts, any one")
-    add("out", metavar="OUT.gguf", help="new file to write")
+    text = "GGUF file (of several parts, any one), or folder or Hub id of a model"
+    add("source", metavar="IN", help=text)
+    add("out", metavar="OUT", help="new file or folder to write")
     add_text_flags(parser)
     text = f"number of rows, a multiple of {MULTIPLE} (default: by --price)"
     add("--rows", type=MULTIPLES, metavar="N", help=text)

@@ -39,12 +39,14 @@ def add_text_flags(parser: argparse.ArgumentParser) -> None:
     add("--price", type=PRICED, default=PRICE, metavar="TOKENS", help=text)
 
 
-def corpora_of(args: argparse.Namespace) -> list[Corpus]:
+def corpora_of(
+    args: argparse.Namespace, needed: Sequence[str] = ("gguf", "xllamacpp")
+) -> list[Corpus]:
     """Return the texts that --language and --data name; a tenth of a file is held out.
 
-    Raises UserError if one cannot be read, and if a package is missing.
+    Raises UserError if one cannot be read, and if one of the packages `needed` is missing.
     """
-    if missing := [name for name in ("gguf", "xllamacpp") if find_spec(name) is None]:
+    if missing := [name for name in needed if find_spec(name) is None]:
         raise UserError(f"IN {args.source}", f"{missing[0]} is not installed", f"Run {INSTALL}")
     named = [(language_text(tag)[1], "--language") for tag in args.language]
     sources = [parse_source(text, flag, as_text=True) for text, flag in named]

@@ -1,0 +1,51 @@
+"""Compare the tokens of texts before and after trimming, in a GGUF file or a folder."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from ...util.errors import UserError, first_of
+
+
+def compare_tokens(
+    name: str, texts: list[str], before: Any, after: Any, kept: Sequence[int], lossy: bool
+) -> dict[str, Any]:
+    """Compare the tokens of texts with both vocabularies, print a line, and return the counts.
+
+    `before` and `after` are a `Llama` or have its methods. Raises UserError if a text has other
+    tokens although all of its own are kept, and if it decodes to another text, except for letters
+    and words that became unknown, which are named, in a `lossy` vocabulary: one without bytes.
+    """
+    rows, known = np.array(kept), np.zeros(before.rows, bool)
+    known[rows] = True
+    n_alike = n_before = n_after = 0
+    unknown: set[str] = set()
+
+    def differs(text: str) -> bool:
+        return before.decode(before.encode(text)) != after.decode(after.encode(text))
+
+    encoded = zip(texts, before.encode_all(texts), after.encode_all(texts), strict=True)
+    for text, old, new in encoded:
+        alike, problem = np.array_equal(old, rows[new]), ""
+        n_alike += alike
+        n_before += len(old)
+        n_after += len(new)
+        if known[old].all() and not alike:
+            problem = "has other tokens"
+        elif not alike and before.decode(old) != after.decode(new):
+            lost = {letter for letter in text if differs(letter)} if lossy else set()
+            lost = lost or {word for word in text.split() if differs(word)}
+            problem = "decodes differently" * (not lossy or not lost)
+            unknown |= lost
+        if problem:
+            problem = f"with the trimmed vocabulary it {problem}"
+            raise UserError(f"{name}, {text[:40]!r}", problem, "Please report this")
+    rise = n_after / max(n_before, 1) - 1
+    named = f", but {len(unknown)} letters or words became unknown: {first_of(sorted(unknown))}"
+    line = f"{name}: {n_alike:,} of {len(texts):,} texts have the same tokens, all decode to the "
+    print(f"{line}same text{named * bool(unknown)}; {rise:+.2%} tokens", flush=True)
+    counts = {"documents": len(texts), "alike": n_alike, "tokens_before": n_before}
+    return {"name": name} | counts | {"tokens": n_after, "rise": rise, "unknown": len(unknown)}
