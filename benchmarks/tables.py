@@ -259,6 +259,36 @@ def iq4_nl_24() -> str:
     return of_windows(raw("iq4_nl.json")["first_24"])
 
 
+@table("types/no_grid.json: tokens, held_out, perplexity, kl")
+def no_grid() -> str:
+    rows: list[list[Cell]] = []
+    for made in raw("types/no_grid.json"):
+        held, tokens = made["held_out"], f"{made['tokens']:,}"
+        figures = [held[name] for name in ("file", "noise", "trained", "kl_trained")]
+        rows.append([made["model"], made["source"], tokens, "held-out", *figures])
+        figures = [made["dense"]["perplexity"], None, made["perplexity"], made["kl"]]
+        rows.append([made["model"], made["source"], tokens, "test", *figures])
+    head = dict.fromkeys(["Model", "Type of the file", "Training tokens", "Text"], "")
+    head |= dict.fromkeys(["Perplexity of the file", "With noise", "Trained"], ".2f")
+    return grid(head | {"KL from the file (nats/token)": ".3f"}, rows)
+
+
+@table("types/smollm2.json: bytes, types, tests")
+def types_smollm2() -> str:
+    files, rows = sorted(raw("types/smollm2.json"), key=lambda each: each["bytes"]), []
+    for file in files:
+        types = sorted(file["types"].items(), key=lambda each: -each[1][1])
+        counts = ", ".join(f"{count} {kind}" for kind, (count, *_) in types)
+        _, weights, size = map(sum, zip(*file["types"].values(), strict=True))
+        words, (test,) = file["label"].replace("auto --megabytes", "auto, MB:"), file["tests"]
+        name = words if words.startswith("llama.cpp") else f"langprune {words}"
+        figures = measures(test, error=True, agreement=True)
+        rows.append([name, file["bytes"] / 1e6, 8 * size / weights, counts, *figures])
+    first = ["16-bit", None, 16.0, "", test["dense"]["bits_per_byte"], None, None]
+    head = {"File": "", MEGABYTES: ".1f", "Bits per weight": ".2f", "Tensors": "", BITS: ".4f"}
+    return grid(head | {KL: ".4f", "Top-1 agreement ↑": ".1%"}, [first, *rows], references=1)
+
+
 @table("frontier/smollm2-rounded.json, frontier/smollm2.json: size, bits_per_byte, kl")
 def smollm2_forms() -> str:
     records, shapes = raw("frontier/smollm2-rounded.json"), raw("frontier/smollm2.json")

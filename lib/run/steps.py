@@ -220,7 +220,10 @@ def choose_types(run: Run, runner: BlockRunner) -> Types:
     left = room - sum(sizes[name][kind] for name, kind in chosen.items())
     counts = Counter(chosen.values()).most_common()
     types = ", ".join(f"{count} in {kind}" for kind, count in counts)
-    run.print(f"types: {types}; about {flags.megabytes - left / 1e6:.4g} MB as GGUF")
+    tokens = run.windows.calibration[: mixed_types.WINDOWS].ids.numel()
+    kl = sum(costs.get(name, {}).get(kind, 0) for name, kind in chosen.items()) / tokens
+    size = f"{flags.megabytes - left / 1e6:.4g} MB as GGUF"
+    run.print(f"types: {types}; about {size}, with a KL of about {kl:.2g} nats per token")
     return Types(AUTO, chosen)
 
 

@@ -4,6 +4,7 @@ the tokenizer.model that sentencepiece itself reads."""
 from __future__ import annotations
 
 import itertools
+import json
 from pathlib import Path
 
 import chats
@@ -240,6 +241,19 @@ def test_little_text_keeps_tokens_that_are_likely_in_its_scripts(tmp_path: Path)
     vocabulary = trimmed(tokenizer, one)  # too short to hold any text out
     assert vocabulary.record["rise"] is None and vocabulary.record["likely"] > 0
     assert "too short to hold any out" in vocabulary.summary()
+
+
+def test_dialogues_show_no_tokens_that_others_lack(tmp_path: Path) -> None:
+    """Held-out answers resemble the others: all likely tokens stay, as if none were held out."""
+    asked = [[{"role": "user", "content": text}] for text in kinds.texts(UK, 30, 1)]
+    answer = {"role": "assistant", "content": "Так"}
+    rows = [json.dumps({"messages": [*one, answer]}) for one in asked]
+    (tmp_path / "train.jsonl").write_text("\n".join(rows))
+    tokenizer = kinds.byte_level(size=700)
+    tokenizer.chat_template = "{% for m in messages %}{{ m.content }}\n{% endfor %}"
+    vocabulary = trimmed(tokenizer, tmp_path)
+    assert vocabulary.record["rise"] is None and vocabulary.record["likely"] > 0
+    assert "dialogues" in vocabulary.summary()
 
 
 # --- the tokenizer.model of a fast tokenizer

@@ -260,6 +260,6 @@ def lines_of(record: dict[str, Any]) -> list[str]:
         first, ten = form(*each["first"]), form(*each["ten"])
         line = f"{name} ({each['queries']:,}): the first result stays for {first}"
         lines.append(f"{line}, and {ten} of the first ten stay")
-    if any(1 - each["first"][0] > MANY_CHANGED for each in shares.values()):
+    if any(each["first"][0] < 1 - MANY_CHANGED for each in shares.values()):
         lines.append(f"over {MANY_CHANGED:.0%} of the first results change: give more text")
     return lines
