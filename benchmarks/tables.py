@@ -869,16 +869,17 @@ def language_confusion() -> str:
     return grid(head | {"Trimmed (%)": ".0f", "Difference (points)": "", "p": ""}, rows)
 
 
-@table("sharded_memory.json: tensors, peak, planned")
+@table("sharded_memory.json: tensors, peak, before, planned")
 def sharded_memory() -> str:
     found, gib = raw("sharded_memory.json"), 2**30
     rows = []
     for one in found:
         share = one["tensors"] / found[0]["tensors"]
         rows.append([one["ranks"], one["tensors"] / gib, share])
-        rows[-1] += [one["peak"] / gib, one["planned"] / gib]
+        taken = one["peak"] - one["before"]
+        rows[-1] += [taken / gib, one["planned"] / gib, taken / one["planned"]]
     head = {"Processes": ".0f", "Tensors after a step (GiB)": ".2f", "Share": ".1%"}
-    return grid(head | {"Peak (GiB)": ".2f", "Planned (GiB)": ".2f"}, rows)
+    return grid(head | {"Peak (GiB)": ".2f", "Planned (GiB)": ".2f", "Of the plan": ".1%"}, rows)
 
 
 # pictures
