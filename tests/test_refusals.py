@@ -370,7 +370,8 @@ def files() -> dict[str, object]:
 
     The folder that compress works in may stay, empty.
     """
-    found = {str(path): path.lstat() for path in Path().rglob("*")}
+    paths = [path for path in Path().rglob("*") if "__pycache__" not in path.parts]
+    found = {str(path): path.lstat() for path in paths}
     return {
         path: S_ISDIR(one.st_mode) or (one.st_size, one.st_mtime_ns)
         for path, one in found.items()

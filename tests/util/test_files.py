@@ -117,9 +117,11 @@ def test_what_a_command_starts_ends_though_it_alone_is_interrupted(
     monkeypatch.setattr(processes, "started_by", lambda *_: (sleeping, dict(os.environ)))
     monkeypatch.setattr(processes, "GRACE_SECONDS", 0.2)
     soon = threading.Timer(0.5, os.kill, (os.getpid(), signal.SIGINT))
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored in a background job
     soon.start()
     with pytest.raises(KeyboardInterrupt):
         processes.call("main")
+    signal.signal(signal.SIGINT, before)
 
 
 def test_a_terminal_without_a_width_gets_a_bar(monkeypatch: pytest.MonkeyPatch) -> None:
