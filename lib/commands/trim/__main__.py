@@ -19,7 +19,6 @@ import math
 import shutil
 import time
 from collections.abc import Sequence
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +28,7 @@ from ...data.documents import passages
 from ...data.gguf_file import GgufFile, Tensor, header, write
 from ...data.gguf_vocabulary import GgufVocabulary
 from ...data.lines import LINES
-from ...data.token_choice import MOST_ROWS, MULTIPLE, PRICE, read_list
+from ...data.token_choice import MULTIPLE, PRICE, read_list
 from ...data.trimming_cost import cost_line, record_cost
 from ...run.flags import MULTIPLES
 from ...util.cli import make_parser, typed
@@ -38,9 +37,9 @@ from ...util.files import check_writable, partial_of, sync, temporary_folder, wr
 from ...util.host import available, gib
 from ...util.progress import progress
 from ..gguf.llama_cpp import run_child
-from .choosing import add_text_flags, choose_by_text, corpora_of, tokenizer_of
+from .choosing import add_text_flags, check_saving, choose_by_text, corpora_of, tokenizer_of
 from .llama import Llama, compare
-from .proof import compare_tokens
+from .proof import compare_tokens, texts_to_compare
 
 EXAMPLES = """examples:
   {0} IN.gguf OUT.gguf --language uk en
@@ -49,7 +48,6 @@ EXAMPLES = """examples:
   {0} intfloat/multilingual-e5-small e5-uk --language uk en"""
 WINDOWS, POSITIONS = 24, 512  # pieces of test text whose predictions are compared, and tokens
 LIMIT = 1e-5  # largest difference of log-probabilities
-MANY = 2_000  # test documents of each source that are compared
 NOT_CAUSAL = ("t5", "bert")  # kinds of vocabulary whose models predict no next token
 
 
@@ -97,9 +95,7 @@ def main(arguments: list[str]) -> None:
             choice = choose_by_text(args, corpora, vocabulary, before)
             kept = choice.ids
             record |= {"used": choice.used, "likely": choice.likely, "rise": choice.rise}
-        if len(kept) > MOST_ROWS * vocabulary.rows:
-            problem = f"{len(kept)} of {vocabulary.rows} rows would stay, over {MOST_ROWS:.0%}"
-            raise UserError(f"IN {args.source}", problem, "Give text of fewer languages, or --rows")
+        check_saving(len(kept), vocabulary.rows, f"IN {args.source}")
         vocabulary.check_count(len(kept))
         fields, tensors = vocabulary.trimmed(kept)
         size = len(header(fields, tensors, file.alignment))
@@ -115,9 +111,7 @@ def main(arguments: list[str]) -> None:
         if dropped := [name for name in file.fields if name not in fields]:
             print(f"fields left out: {', '.join(dropped)}")
         after = tokenizer_of(folder / "after.gguf", vocabulary, kept)
-        tests = {"lines in many scripts": [*LINES, *(c for line in LINES for c in line)]}
-        for corpus in corpora:
-            tests[corpus.source.name] = [*islice(corpus.documents("test"), MANY)]
+        tests = texts_to_compare(corpora)
         record["tests"] = [
             compare_tokens(name, texts, before, after, kept, vocabulary.kind in NOT_CAUSAL)
             for name, texts in tests.items()

@@ -17,7 +17,15 @@ from ...data.gguf_vocabulary import GgufVocabulary, tokenizer_model
 from ...data.languages import language_text
 from ...data.lines import LINES
 from ...data.sources import has_test, parse_source, parse_sources
-from ...data.token_choice import HELD_OUT, MOST_CHARACTERS, PRICE, Choice, choose, round_up
+from ...data.token_choice import (
+    HELD_OUT,
+    MOST_CHARACTERS,
+    MOST_ROWS,
+    PRICE,
+    Choice,
+    choose,
+    round_up,
+)
 from ...run.flags import PRICED
 from ...util.errors import UserError
 from ...util.progress import progress
@@ -55,6 +63,13 @@ def corpora_of(
     for corpus in corpora:
         check_corpus(corpus, "train")
     return corpora
+
+
+def check_saving(left: int, rows: int, what: str) -> None:
+    """Raise UserError for the model `what` if most of its rows would be left."""
+    if left > MOST_ROWS * rows:
+        problem = f"{left} of {rows} rows would stay, over {MOST_ROWS:.0%}"
+        raise UserError(what, problem, "Give text of fewer languages, or --rows")
 
 
 def tokenizer_of(path: Path, vocabulary: GgufVocabulary, kept: Sequence[int]) -> Llama:

@@ -15,7 +15,6 @@ import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatch
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +29,6 @@ from ...data.documents import Corpus
 from ...data.languages import language_text
 from ...data.lines import LINES
 from ...data.sentencepiece import CHECK, check_of, is_byte_level, write_tokenizer_model
-from ...data.token_choice import MOST_ROWS
 from ...data.token_ids import find_token_ids, map_token_ids
 from ...data.token_kinds import BYTE_TOKENS
 from ...data.trimmed_tokenizer import FLAG, as_loaded, keep_limits
@@ -44,8 +42,8 @@ from ...util.markdown import escape
 from ...util.progress import quiet
 from ...util.ranks import DistContext
 from ...vocabulary import TrimmedVocabulary, encode_all, trim_vocabulary
-from .choosing import corpora_of
-from .proof import compare_tokens
+from .choosing import check_saving, corpora_of
+from .proof import compare_tokens, texts_to_compare
 from .vectors import MODULES, PROMPTS, compare_vectors, lines_of, read_json
 
 # the model in another form, with the whole vocabulary
@@ -55,7 +53,6 @@ pytorch_model*.bin* 0_Transformer/pytorch_model*.bin*
 """.split()
 MADE_AGAIN = ("vocab.txt", "vocab.json", "merges.txt", "unigram.json")  # tokenizers writes them
 FIRST_IDS = 8  # special tokens below stay where they are: RoBERTa counts positions from padding's
-MANY = 2_000  # test documents of each source that are compared
 LOADED = {  # library and call that load a model, by the end of its architecture
     MODULES: ("sentence-transformers", "SentenceTransformer"),
     "ForSequenceClassification": ("sentence-transformers", "CrossEncoder"),
@@ -134,9 +131,7 @@ def trim_folder(args: argparse.Namespace) -> None:
         above = [part for part in parts if part.folder in path.parents]
         return max(above or parts[:1], key=lambda part: len(part.folder.parts))
 
-    tests = {"lines in many scripts": [*LINES, *(c for line in LINES for c in line)]}
-    for corpus in corpora:
-        tests[corpus.source.name] = [*islice(corpus.documents("test"), MANY)]
+    tests = texts_to_compare(corpora)
     for part in parts:
         ids = [find_token_ids(s) for name, s in settings.items() if part_of(files[name]) is part]
         prompts = read_json(source / PROMPTS).get("prompts") or {}
@@ -282,9 +277,7 @@ def _chosen(
         what = error.what.replace("--vocabulary_rows", flag).replace(FLAG, str(checkpoint))
         fix = error.fix.replace("Leave the flag out", "Name another model")
         raise UserError(what, error.problem, fix) from error
-    if (rows := len(vocabulary.rows)) > MOST_ROWS * part.rows:
-        problem = f"{rows} of {part.rows} rows would stay, over {MOST_ROWS:.0%}"
-        raise UserError(str(checkpoint), problem, "Give text of fewer languages, or --rows")
+    check_saving(len(vocabulary.rows), part.rows, str(checkpoint))
     return vocabulary
 
 

@@ -2,12 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from itertools import islice
 from typing import Any
 
 import numpy as np
 
+from ...data.documents import Corpus
+from ...data.lines import LINES
 from ...util.errors import UserError, first_of
+
+MANY = 2_000  # test documents of each source that are compared
+
+
+def texts_to_compare(corpora: Iterable[Corpus]) -> dict[str, list[str]]:
+    """Return texts by name: lines in many scripts with their letters, then the test documents."""
+    tests = {"lines in many scripts": [*LINES, *(c for line in LINES for c in line)]}
+    for corpus in corpora:
+        tests[corpus.source.name] = [*islice(corpus.documents("test"), MANY)]
+    return tests
 
 
 def compare_tokens(
