@@ -11,11 +11,20 @@ so that both sums are unbiased. With at most `TOKENS` tokens the error is exact.
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 import torch
 from torch import Tensor
 
-TOKENS = 64  # sample size: about 1.5% of the time of Wanda on eight windows of 512 tokens
+TOKENS = 32  # sample size: the root mean square deviation of an error is 4%, as with 64
 GOLDEN = (5**0.5 - 1) / 2  # its multiples modulo 1 are evenly spread and reproducible
+
+
+@lru_cache(maxsize=2)  # most inputs of a block have the same tokens
+def _uniform(seen: int, count: int, device: torch.device) -> Tensor:
+    """Return a number in (0, 1) for each token (count,) after the first `seen`."""
+    places = torch.arange(seen + 1, seen + count + 1, device=device, dtype=torch.float64)
+    return (places * GOLDEN).frac()
 
 
 class TokenSample:
@@ -32,16 +41,15 @@ class TokenSample:
         """Add tokens x (tokens, in) to the population that is sampled."""
         exact = torch.promote_types(x.dtype, torch.float32)
         sizes = torch.linalg.vector_norm(x, dim=1, dtype=exact).double().square()
-        places = torch.arange(1, len(x) + 1, device=x.device, dtype=torch.float64) + self.seen
+        keys = sizes / _uniform(self.seen, len(x), x.device)
         self.seen += len(x)
-        keys = sizes / (places * GOLDEN).frac()
-        best = keys.topk(min(TOKENS + 1, len(keys)))
-        if x.device.type == "cpu" and self.kept and len(self.kept[0]) > TOKENS:  # mostly none stays
-            count = int((best.values > self.kept[0][-1]).sum())
-            best = keys.topk(count)
-            if not count:
+        if x.device.type == "cpu" and self.kept and len(self.kept[0]) > TOKENS:
+            best = (keys > self.kept[0][-1]).nonzero()[:, 0]
+            if not len(best):  # mostly
                 return
-        kept = best.values, sizes[best.indices], x[best.indices]
+        else:
+            best = keys.topk(min(TOKENS + 1, len(keys))).indices
+        kept = keys[best], sizes[best], x[best]
         if self.kept:
             kept = tuple(map(torch.cat, zip(self.kept, kept, strict=True)))
             best = kept[0].topk(min(TOKENS + 1, len(kept[0])))
