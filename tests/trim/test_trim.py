@@ -114,20 +114,16 @@ def test_kept_rows_tokens_and_ids(
 def test_every_table_with_a_row_for_each_token(texts: Path, tmp_path: Path) -> None:
     """Per-layer tables, heads of MTP and a bias; a table of positions is none."""
     rows = len(ggufs.tokenizer("gpt2")["tokenizer.ggml.tokens"][1])
-    shapes = {
-        "per_layer_token_embd.weight": (64, rows),
-        "blk.0.nextn.embed_tokens.weight": (WIDTH := 32, rows),
-        "blk.0.nextn.shared_head_head.weight": (WIDTH, rows),
-        "output.bias": (rows,),
-        "position_embd.weight": (32, rows),
+    tables = {
+        "per_layer_token_embd.weight": ((512, rows), ggufs.Q4_K),
+        "blk.0.nextn.embed_tokens.weight": ((ggufs.WIDTH, rows), ggufs.Q6_K),
+        "blk.0.nextn.shared_head_head.weight": ((ggufs.WIDTH, rows), ggufs.IQ4_NL),
+        "output.bias": ((rows,), ggufs.F32),
+        "position_embd.weight": ((32, rows), ggufs.F32),
     }
     more = {
-        name: (
-            shape,
-            ggufs.F32,
-            ggufs.blocks(ggufs.F32, shape[-1], (*shape, 1)[0] if shape[1:] else 1, 1),
-        )
-        for name, shape in shapes.items()
+        name: (shape, kind, ggufs.blocks(kind, shape[-1], (*shape, 1)[0] if shape[1:] else 1, 1))
+        for name, (shape, kind) in tables.items()
     }
     source = ggufs.model(tmp_path / "in.gguf", more=more)
     file = GgufFile(source, "IN")
@@ -136,7 +132,7 @@ def test_every_table_with_a_row_for_each_token(texts: Path, tmp_path: Path) -> N
     for _ in write(tmp_path / "out.gguf", fields, tensors):
         pass
     before, after = tensors_of(source), tensors_of(tmp_path / "out.gguf")
-    for name in shapes:
+    for name in tables:
         whole = name == "position_embd.weight"
         assert np.array_equal(after[name], before[name] if whole else before[name][kept]), name
 
