@@ -45,6 +45,14 @@ NAMES = {
 MIX = "+".join(f"{name}=0.1" for name in NAMES if name != "uk")
 BOTH = "uk=0.5+en=0.5"
 PARTS = "parts_before", "parts"  # of a GGUF file, before and after trimming
+TABLES_OF = "tables_before", "tables"  # of a computed file
+SMOLLM2, QWEN = "frontier/smollm2.json", "frontier/qwen2.5-coder-rounded.json"
+QWEN_NAMES = {  # names of rows by models of the raw file
+    "trimmed, 16 bits": "trimmed, 16-bit",
+    "llama.cpp, q4_k_m, importance matrix": "llama.cpp q4_k_m",
+    "llama.cpp, q4_0, importance matrix": "llama.cpp q4_0",
+    "rounded to q4_0 here, 32 windows": "langprune q4_0",
+}
 MAPS = {  # pictures of losses by calibration text: method and title
     "eleven-languages": ("wanda", "pruning to 50% by Wanda"),
     "eleven-languages-admm": ("admm", "pruning to 50% by ADMM"),
@@ -158,18 +166,38 @@ def gemma() -> dict[str, tuple[float, dict[str, Any], dict[str, Any]]]:
 GEMMA = "frontier/gemma3-270m-{trained,llama-cpp,rounded-128,rounded-first}.json: bits_per_byte, kl"
 
 
-@table("frontier/gemma3-270m-*.json: bits_per_byte, kl")
-def gemma_main() -> str:
-    names = {
-        "original, 16-bit": "original, 16-bit",
-        "trimmed, 16-bit": "vocabulary trimmed, 16-bit",
-        "llama.cpp q4_0": "trimmed, llama.cpp `q4_0`",
-        "langprune q4_0": "trimmed, langprune `q4_0`",
-        "langprune q4_0, trained": "**trimmed, langprune `q4_0`, trained**",
-    }
-    forms = gemma()
-    rows = [[shown, forms[name][0], *measures(forms[name][1])] for name, shown in names.items()]
-    return grid(FORMS, rows, references=2)
+@table("gguf-trim/{measured,computed}.json, types/smollm2.json, iq4_nl.json, frontier/*.json: kl")
+def models() -> str:
+    """What trimming for Ukrainian, and bits chosen by text, give for each model."""
+    smollm2 = {each["label"]: each for each in raw("types/smollm2.json")}
+    theirs = {name: each for name, each in smollm2.items() if name.startswith("llama.cpp")}
+    label, best = min(theirs.items(), key=lambda each: each[1]["tests"][0]["kl"])
+    types = {"SmolLM2-135M": (f"q5_0 ({label.split()[-1]})", best, smollm2["q5_0"])}
+    gemma = raw("iq4_nl.json")["rows"]
+    ours = one(gemma, form="langprune iq4_nl", windows=128, tokens=None)
+    types["Gemma 3 270M"] = "iq4_nl", one(gemma, form="llama.cpp iq4_nl"), ours
+    qwen = {each["model"]: {"tests": each["evaluation"]} for each in raw(QWEN)}
+    types["Qwen2.5-Coder 0.5B"] = "q4_0", *map(qwen.get, list(QWEN_NAMES)[-2:])
+
+    def row(name: str, share: float | None, sizes: Sequence[float], made: str) -> list[Cell]:
+        kind, *both = types.get(name, ("", None, None))
+        kl = [each["tests"][0]["kl"] if each else None for each in both]
+        change = sizes[1] / sizes[0] - 1 if len(sizes) == 2 else None
+        trimmed = sizes[1] / 1e6 if len(sizes) == 2 else None
+        return [name, made, share, sizes[0] / 1e6, trimmed, change, kind, *kl]
+
+    rows = [row("SmolLM2-135M", None, [one(raw(SMOLLM2), stage="q4_k_m")["size"]], "measured")]
+    files = [file for file in raw("gguf-trim/measured.json") if file["text"] == "uk"]
+    for file in sorted(files, key=lambda file: file["bytes_before"]):
+        share = file["parts_before"]["tables"] / file["bytes_before"]
+        rows.append(row(file["model"], share, [file["bytes_before"], file["bytes"]], "measured"))
+    for model in computed_sizes():
+        if model["model"] in ("Gemma 3 4B", "Qwen3 8B", "Llama 3.1 8B"):
+            sizes = [model[name] + model["blocks"] for name in TABLES_OF]
+            rows.append(row(model["model"], model[TABLES_OF[0]] / sizes[0], sizes, "computed"))
+    head = {"Model": "", "Sizes": "", "Vocabulary": ".0%", "File (MB)": ".0f"}
+    head |= {"Trimmed (MB)": ".0f", "Change": ".0%", "Type": ""}
+    return grid(head | dict.fromkeys(["KL, llama.cpp", "KL, langprune"], ".3f"), rows)
 
 
 @table(GEMMA.replace("rounded-first", "rounded-first,neurons-rounded,zeros-rounded"))
@@ -291,7 +319,7 @@ def types_smollm2() -> str:
 
 @table("frontier/smollm2-rounded.json, frontier/smollm2.json: size, bits_per_byte, kl")
 def smollm2_forms() -> str:
-    records, shapes = raw("frontier/smollm2-rounded.json"), raw("frontier/smollm2.json")
+    records, shapes = raw("frontier/smollm2-rounded.json"), raw(SMOLLM2)
 
     def tests(label: str) -> list[dict[str, Any]]:
         return [one(records, label=label, name=name) for name in ("en", "essays")]
@@ -310,14 +338,8 @@ def smollm2_forms() -> str:
 
 @table("frontier/qwen2.5-coder-rounded.json: megabytes, bits_per_byte, kl")
 def qwen_forms() -> str:
-    names = {
-        "trimmed, 16 bits": "trimmed, 16-bit",
-        "llama.cpp, q4_k_m, importance matrix": "llama.cpp q4_k_m",
-        "llama.cpp, q4_0, importance matrix": "llama.cpp q4_0",
-        "rounded to q4_0 here, 32 windows": "langprune q4_0",
-    }
-    records = {record["model"]: record for record in raw("frontier/qwen2.5-coder-rounded.json")}
-    models = [(name, records[model]) for model, name in names.items()]
+    records = {record["model"]: record for record in raw(QWEN)}
+    models = [(name, records[model]) for model, name in QWEN_NAMES.items()]
     rows = [[name, m["megabytes"], *measures(*m["evaluation"])] for name, m in models]
     return grid(FORMS | ESSAYS, rows, references=2)
 
@@ -825,7 +847,7 @@ def trimmed_sizes() -> str:
     rows = []
     for model in computed_sizes():
         tables, blocks = (
-            [model[name] / 1e6 for name in ("tables_before", "tables")],
+            [model[name] / 1e6 for name in TABLES_OF],
             model["blocks"],
         )
         whole = [each + blocks / 1e6 for each in tables]
@@ -928,6 +950,33 @@ def draw_sizes(path: Path) -> None:
     figure.savefig(path, dpi=150, metadata={"Software": None})
 
 
+def draw_bars(path: Path) -> None:
+    """Loss by 4-bit quantization in each language, calibrated on English text and on its own."""
+    from matplotlib.figure import Figure
+
+    more = losses()["q4_0"]
+    others = [name for name in NAMES if name != "en"]
+    figure = Figure(figsize=(8.4, 3.3), layout="constrained")
+    axes = figure.add_subplot()
+    looks = {"en": ("calibrated on English", "#b0b0b0", -0.2)}
+    looks["own"] = "calibrated on the language itself", "#1b6ca8", 0.2
+    for text, (label, color, side) in looks.items():
+        heights = [more[text if text == "en" else name, name] for name in others]
+        axes.bar([place + side for place in range(len(others))], heights, 0.38, 0, color=color)
+        axes.bar(0, 0, color=color, label=label)
+    for place, name in enumerate(others):
+        high = more["en", name]
+        axes.text(place, high + 0.002, f"{high / more[name, name]:.1f}×", ha="center", fontsize=9)
+    axes.set_xticks(range(len(others)), [NAMES[name] for name in others], fontsize=9)
+    axes.set_ylabel("Increase in bits per byte")
+    axes.set_title("Gemma 3 270M in 4 bits (q4_0); lower is better", loc="left", fontsize=11)
+    axes.legend(frameon=False, ncols=2, loc="upper right")
+    axes.set_ylim(0, 0.175)
+    axes.tick_params(axis="x", length=0)
+    axes.spines[["top", "right"]].set_visible(False)
+    figure.savefig(path, dpi=150, metadata={"Software": None})
+
+
 def draw_parts(path: Path) -> None:
     """What GGUF files are made of before and after trimming for Ukrainian, in shares of before."""
     from matplotlib.figure import Figure
@@ -938,7 +987,7 @@ def draw_parts(path: Path) -> None:
             both = [[file[name][part] for part in ("tables", "blocks", "rest")] for name in PARTS]
             files.append((file["model"], both))
     for model in computed_sizes():
-        both = [[model[name], model["blocks"], 0] for name in ("tables_before", "tables")]
+        both = [[model[name], model["blocks"], 0] for name in TABLES_OF]
         files.append((f"{model['model']}*", both))
     figure = Figure(figsize=(7.2, 0.9 + 0.5 * len(files)), layout="constrained")
     axes = figure.add_subplot()
@@ -1008,6 +1057,7 @@ def main(argv: list[str]) -> None:
             page.write_text(filled(page.read_text("utf-8")), "utf-8")
         draw_sizes(IMAGES / "size-quality.png")
         draw_parts(IMAGES / "gguf-parts.png")
+        draw_bars(IMAGES / "own-language.png")
         for name, (method, title) in MAPS.items():
             draw_map(IMAGES / f"{name}.png", method, title)
         print(f"written: {names or 'no page'}, and the pictures in .github/images")
