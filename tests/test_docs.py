@@ -45,3 +45,8 @@ def test_the_best_value_of_a_column_is_bold() -> None:
 def test_every_table_has_its_raw_figures() -> None:
     for name, (source, make) in tables.TABLES.items():
         assert make().count("\n") > 2 and ":" in source, name
+
+
+def test_a_first_run_on_a_gpu_ends_the_line_about_it() -> None:
+    if any(tables.RESULTS.rglob("gpu.json")):
+        assert "UNTRIED" not in (ROOT / "lib/run/check.py").read_text("utf-8")

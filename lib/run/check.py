@@ -72,6 +72,8 @@ from .windows import (
 
 PACKED_AT_MOST = 8  # times as many bytes has the dense model, in 32 bits and packed in 4
 OTHER_TEACHER = "Name the dense model that it was made from"
+# until benchmarks/results has a file of benchmarks/gpu/first_run.py
+UNTRIED = "no real GPU has run this code, only a simulated one; report errors, or use --device cpu"
 
 
 def check(
@@ -98,6 +100,8 @@ def check(
     form = _format(flags, model)
     if flags.device is None:
         dist.print(f"device: {device}")
+    if device.type != "cpu":
+        dist.print(f"{device}: {UNTRIED}")
     _set_date(flags, model.tokenizer, dist)
     _check_readable(read, hub=True)
     dist.print(*_lines_on_texts(read))

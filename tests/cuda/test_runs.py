@@ -28,6 +28,7 @@ from lib.model.blocks import BlockRunner
 from lib.model.device import pick_dtype
 from lib.model.pretrained import fresh_copy
 from lib.recover import Recoverer, TrainSchedule
+from lib.run.check import UNTRIED
 
 sys.path.append(str(ROOT / "benchmarks/gpu"))
 
@@ -65,6 +66,7 @@ def test_blocks_are_fetched_where_memory_is_short(flags: str, device: Any, tmp_p
         saved = ["--save", tmp_path / name, "--save_model", tmp_path / f"{name}-model"]
         said[name] = succeed(*argv, *saved).out
     assert "hidden states" in said["short"] and "on the host" in said["short"]
+    assert f"cuda:0: {UNTRIED}" in said["whole"]
     one, two = (weights(tmp_path / f"{name}-model") for name in said)
     assert [name for name in one if not torch.equal(one[name], two[name])] == []
     assert results(tmp_path / "short")["perplexity"] == results(tmp_path / "whole")["perplexity"]
