@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 from support import ROOT
 
+from lib.methods.registry import METHODS, method_of, parameters
 from lib.util.errors import UserError
 
 sys.path.append(str(ROOT / "benchmarks"))
@@ -50,3 +51,10 @@ def test_every_table_has_its_raw_figures() -> None:
 def test_a_first_run_on_a_gpu_ends_the_line_about_it() -> None:
     if any(tables.RESULTS.rglob("gpu.json")):
         assert "UNTRIED" not in (ROOT / "lib/run/check.py").read_text("utf-8")
+
+
+def test_the_page_of_methods_has_their_parameters() -> None:
+    page = (ROOT / "docs/methods.md").read_text("utf-8")
+    for name in METHODS:
+        for parameter, value in parameters(method_of(name)).items():
+            assert f"`{parameter}={value:g}`" in page, name

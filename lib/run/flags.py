@@ -217,8 +217,8 @@ GROUPS: dict[str, list[Flag]] = {
          set_by=COMPRESS, doing="quantizing"),
     Flag("megabytes", "quantize", "size of the GGUF file, for which each tensor's type is chosen; "
          "requires --quantize auto", parse=SIZE, metavar="N", needs=("quantize",), set_by=COMPRESS),
-    Flag("replace_sparse_layers", "pack", "save sparse layers packed; fast as 2:4 on CUDA "
-         "(torch's kernels) and in any pattern on x86-64 CPUs", False,
+    Flag("replace_sparse_layers", "pack", "save sparse layers packed: faster on x86-64 CPUs; "
+         "2:4 uses torch's kernels on CUDA (not timed)", False,
          excludes={"load_bit": "quantized weights cannot be packed"}, doing="packing"),
 ],
 "vocabulary": [
@@ -264,8 +264,8 @@ GROUPS: dict[str, list[Flag]] = {
     Flag("eval_only", "eval", "evaluate the model without pruning, quantizing to q4_0 or training "
          "it", False, excludes={"prune_method": "it prunes nothing"},
          set_by=BOTH, has_column=True),
-    Flag("eval_data", "eval", "test texts, in the form of --calibration_data; each is measured "
-         "separately", several=True, metavar="SOURCE",
+    Flag("eval_data", "eval", "test texts, as in --calibration_data; each is measured separately",
+         several=True, metavar="SOURCE",
          shown="the test text of the data, or a held-out tenth", decides=CONTENT, set_by=SWEEP),
     Flag("eval_windows", "eval", "number of windows per test text, evenly over its documents",
          parse=POSITIVE, metavar="N", shown="all", decides=FIGURES),

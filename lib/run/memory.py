@@ -29,7 +29,7 @@ from ..calibration.output_error import TOKENS
 from ..data.samples import Windows
 from ..data.training import HELD_OUT, TrainingText
 from ..data.windows import TestSet
-from ..formats.grids import Types
+from ..formats.grids import FORMATS, Types
 from ..methods.base import PruningMethod
 from ..methods.gptq import GPTQ
 from ..methods.registry import method_of
@@ -680,6 +680,7 @@ def memory_of(
     drawn = RunWindows(seqlen, calibration=calibration, tests=tests, training=training)
     batch_size = flags.batch_size or default_batch_size(device, seqlen, model.width)
     corpora = Corpora([], [], [])
-    run = Run(flags, dist, model, corpora, drawn, batch_size, schedule=schedule)
+    form = FORMATS.get(flags.format)
+    run = Run(flags, dist, model, corpora, drawn, batch_size, schedule=schedule, form=form)
     memory = Memory(run, int(free), int(host), ranks)
     return replace(memory, offloaded=memory.wants_offloading())

@@ -43,6 +43,7 @@ def llama(size: str) -> AutoConfig:
         ("8B", "--recover_optimizer adamw8bit", 16.06 + 13.96 + 11.03 * 6.98),
         ("8B", "--recover_rank 16", 44.7),
         ("70B", "--recover_rank 16", 418),
+        ("8B", "--quantize iq4_nl", 142.7),
     ],
 )
 def test_training_of_large_models(size: str, flags: str, gigabytes: float) -> None:

@@ -274,13 +274,13 @@ def measured(run: Compression, models: dict[str, str]) -> dict[str, dict[str, st
 
 
 def _parser() -> argparse.ArgumentParser:
-    text = "Flags of main.py may follow, such as --column body --seqlen 256."
+    text = "Flags of prune may follow, such as --column body --seqlen 256."
     parser = make_parser("compress", __doc__, epilog=text)
     add, several = parser.add_argument, dict(nargs="+", metavar="SOURCE")
     add("model", help="Hub id or local folder of a dense model", metavar="MODEL")
     add("out", help="new folder for the small model; OUT.gguf is written beside it", metavar="OUT")
     add("--language", help="language of the FineWeb2 text, such as uk or pt-BR", metavar="TAG")
-    add("--data", help="your own texts, in the form of --calibration_data", **several)
+    add("--data", help="your own texts, as in --calibration_data", **several)
     add("--eval_data", help="test texts (default: the test text of the data)", **several)
     add("--minutes", help="time for the whole command (default: 30)", type=POSITIVE, default=30)
     text = "tokens to train on, 0 for none (default: as many as --minutes allow)"
@@ -289,8 +289,8 @@ def _parser() -> argparse.ArgumentParser:
         "number of dialogues that a chat model writes as calibration text (default: 256; 0: none)"
     )
     add("--dialogues", help=text, type=NATURAL, default=256, metavar="N")
-    text = "any: OUT and OUT.gguf; a format of export: that too; packed: transformers on x86-64 "
-    text += "CPUs (default: any)"
+    text = "any: OUT and OUT.gguf; formats of export: these as well; packed: only for transformers "
+    text += "on x86-64 CPUs (default: any)"
     targets = dict(choices=(ANY, PACKED, *ENGINES), nargs="+", default=[ANY])
     add("--for", help=text, dest="target", metavar="ENGINE", **targets)
     text = "q4_0: every engine; only for llama.cpp and ollama: iq4_nl, less loss at that size, "

@@ -68,7 +68,7 @@ def _parser() -> argparse.ArgumentParser:
     add("out", metavar="OUT.gguf", help="new file to write")
     text = f"type of the weights: {', '.join(TYPES)} (default: f16 or bf16, as stored)"
     add("--type", help=text)
-    text = "test texts for the checks, in the form of --eval_data (default: a few built-in lines)"
+    text = "test texts for the checks, as in --eval_data (default: a few built-in lines)"
     add("--data", nargs="+", default=[], metavar="SOURCE", help=text)
     add("--column", default="text", help="column of the texts (default: text)")
     text = "llama.cpp's name of a byte-level pre-tokenizer (default: found from the tokenizer)"
