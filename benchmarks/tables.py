@@ -49,7 +49,7 @@ TABLES_OF = "tables_before", "tables"  # of a computed file
 SMOLLM2, QWEN = "frontier/smollm2.json", "frontier/qwen2.5-coder-rounded.json"
 QWEN_NAMES = {  # names of rows by models of the raw file
     "trimmed, 16 bits": "trimmed, 16-bit",
-    "llama.cpp, q4_k_m, importance matrix": "llama.cpp q4_k_m",
+    "llama.cpp, q4_k_m, importance matrix": "llama.cpp q4_k_m (the source's type)",
     "llama.cpp, q4_0, importance matrix": "llama.cpp q4_0",
     "rounded to q4_0 here, 32 windows": "langprune q4_0",
 }
@@ -150,10 +150,12 @@ def gemma() -> dict[str, tuple[float, dict[str, Any], dict[str, Any]]]:
     forms = {
         "original, 16-bit": (size["untouched"], one(trained, label="untouched"), {}),
         "trimmed, 16-bit": (one(shapes, stage="dense")["size"] / 1e6, *trimmed),
+        "trained equally, 16-bit": (size["trained"], one(trained, label="trained"), {}),
     }
     for name in ("q4_k_m", "q3_k_m", "q4_0"):
         texts = [one(llama, label=f"trimmed {name}", name=text) for text in ("uk", "prose")]
-        forms[f"llama.cpp {name}"] = (one(shapes, stage=name)["size"] / 1e6, *texts)
+        source = " (the source's type)" * (name == "q4_k_m")
+        forms[f"llama.cpp {name}{source}"] = (one(shapes, stage=name)["size"] / 1e6, *texts)
     forms["langprune q4_0"] = (size["q4_0"], *here["rounded"])
     forms["langprune q4_0, trained"] = (size["q4_0"], *here["evaluation"])
     removed = "25% of the neurons removed, q4_0, trained"
@@ -203,7 +205,36 @@ def models() -> str:
 @table(GEMMA.replace("rounded-first", "rounded-first,neurons-rounded,zeros-rounded"))
 def gemma_forms() -> str:
     rows = [[name, size, *measures(*tests)] for name, (size, *tests) in gemma().items()]
-    return grid(FORMS | PROSE, rows, references=3)
+    return grid(FORMS | PROSE, rows, references=4)
+
+
+@table("frontier/{gemma3-270m-trained,gemma3-270m-rounded-128,smollm2-{trained,rounded}}.json: kl")
+def trained_first() -> str:
+    """Trained in 16 bits, then quantized by llama.cpp, beside training of the quantized model."""
+    gemma = raw("frontier/gemma3-270m-trained.json"), forms_trained()["Gemma 3 270M"]
+    smollm2 = raw("frontier/smollm2-trained.json"), forms_trained()["SmolLM2-135M"]
+    rows: list[list[Cell]] = []
+    for model, (records, ours) in {"Gemma 3 270M": gemma, "SmolLM2-135M": smollm2}.items():
+        for name in ("", " q8_0", " q4_k_m", " q3_k_m", " q4_0"):
+            record = one(records, label=f"trained{name}")
+            half = 2 if not name and model == "SmolLM2-135M" else 1  # it was saved in float32
+            form = f"then llama.cpp{name}" if name else "16-bit"
+            size = record["bytes"] / half / 1e6
+            rows.append([model, f"trained, {form}", size, *measures(record)])
+        rows.append([model, "langprune q4_0, trained", *ours])
+    head = {"Model": "", "Order": "", MEGABYTES: ".0f", "Bits per byte": ".4f"}
+    return grid(head | {"KL (nats/token)": ".3f"}, rows)
+
+
+def forms_trained() -> dict[str, list[Cell]]:
+    """Size, bits per byte and KL of the models that were quantized on text and then trained."""
+    size, test, _ = gemma()["langprune q4_0, trained"]
+    smollm2 = one(
+        raw("frontier/smollm2-rounded.json"),
+        label="rounded and trained by 32,768 tokens",
+        name="en",
+    )
+    return {"Gemma 3 270M": [size, *measures(test)], "SmolLM2-135M": ["90", *measures(smollm2)]}
 
 
 @table("iq4_nl.json, frontier/gemma3-270m-rounded-128.json: perplexity, kl, top1_agreement")
@@ -218,7 +249,7 @@ def of_windows(records: Sequence[dict[str, Any]], *prose: str) -> str:
     """Models by windows and tokens: perplexity, KL and agreement on one text, KL on others."""
     dense = next(test for r in records for test in r["tests"][:1] if "dense_perplexity" in test)
     rows = [["trimmed, 16-bit", None, None, dense["dense_perplexity"], *(2 + len(prose)) * [None]]]
-    order = "llama.cpp iq4_nl", "llama.cpp q4_k_m", "langprune q4_0", "langprune iq4_nl"
+    order = "llama.cpp q4_k_m", "llama.cpp iq4_nl", "langprune q4_0", "langprune iq4_nl"
     variants = "half the rate", "twice the rate", "cross-entropy 0.25"
     order += *(f"langprune iq4_nl, {one}" for one in variants), "25% of the neurons removed, iq4_nl"
 
@@ -231,10 +262,11 @@ def of_windows(records: Sequence[dict[str, Any]], *prose: str) -> str:
         perplexity = test.get("compared_perplexity", test["perplexity"])
         figures = [perplexity, test["kl"], test["top1_agreement"]]
         figures += [one["kl"] for one in others] or [None] * len(prose)
-        rows.append([record["form"], record["windows"], record["tokens"], *figures])
+        form = record["form"].replace("q4_k_m", "q4_k_m (the source's type)")
+        rows.append([form, record["windows"], record["tokens"], *figures])
     head = {"Model": "", "Calibration windows": "", "Training tokens": ",", "Perplexity ↓": ".2f"}
     head |= {KL: ".4f", "Top-1 agreement ↑": ".1%"} | dict.fromkeys(prose, ".4f")
-    return grid(head, rows, references=1)
+    return grid(head, rows, references=1 + ("(" in rows[1][0]))
 
 
 def of_formats(model: str, dense: str, *texts: str) -> str:
@@ -912,7 +944,11 @@ def draw_sizes(path: Path) -> None:
     from matplotlib.figure import Figure
 
     labels = {  # text of each label, and its place beside the point, in points
-        "llama.cpp q4_k_m": ("q4_k_m (type of\nthe source file)", (0, 11), "center"),
+        "llama.cpp q4_k_m (the source's type)": (
+            "q4_k_m (type of\nthe source file)",
+            (0, 11),
+            "center",
+        ),
         "llama.cpp q3_k_m": ("q3_k_m", (9, -4), "left"),
         "llama.cpp q4_0": ("q4_0", (9, -4), "left"),
         "langprune q4_0": ("q4_0, quantized or\nquantized and trained", (-10, -9), "right"),
@@ -932,7 +968,7 @@ def draw_sizes(path: Path) -> None:
     looks = {"langprune": ("#1b6ca8", "o"), "llama.cpp": ("#c8551b", "s")}
     for name, (size, test, _) in gemma().items():
         color, marker = looks["llama.cpp" if name.startswith("llama.cpp") else "langprune"]
-        if "kl" in test:
+        if "kl" in test and size < 100:
             point = size, test["kl"]
             axes.plot(*point, marker, color=color, markersize=8, clip_on=False, zorder=3)
             if name in labels:
