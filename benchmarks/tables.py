@@ -21,6 +21,9 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from pandas import read_csv
+
+from lib.commands import overlap
 from lib.commands.report.pictures import heat_map
 from lib.util.cli import make_parser, run
 from lib.util.errors import UserError
@@ -208,7 +211,7 @@ def gemma_forms() -> str:
     return grid(FORMS | PROSE, rows, references=4)
 
 
-@table("frontier/{gemma3-270m-trained,gemma3-270m-rounded-128,smollm2-{trained,rounded}}.json: kl")
+@table("frontier/{gemma3-270m,smollm2}-trained.json, frontier/*-rounded*.json: bits_per_byte, kl")
 def trained_first() -> str:
     """Trained in 16 bits, then quantized by llama.cpp, beside training of the quantized model."""
     gemma = raw("frontier/gemma3-270m-trained.json"), forms_trained()["Gemma 3 270M"]
@@ -525,10 +528,10 @@ def languages_tasks() -> str:
         lost, won = (int(sum(r[key] for r in records)) for key in ("lost_beside_untouched", "won"))
         tail = sum(math.comb(lost + won, k) for k in range(min(lost, won) + 1))
         p = f"{min(1, 2 * tail / 2 ** (lost + won)):.1g}"  # McNemar's exact test
-        last = [None, None] if model == "untouched" else [f"{lost}, {won}", p]
+        last = [None] * 3 if model == "untouched" else [lost, won, p]
         rows.append([name, *(r["right"] / r["questions"] for r in records), *last])
     head = {r["task"].removesuffix("_last_word"): ".1%" for r in records}
-    return grid({"Model": ""} | head | {"Lost, won": "", "p": ""}, rows)
+    return grid({"Model": ""} | head | {"Lost": ".0f", "Won": ".0f", "p": ""}, rows)
 
 
 @table("languages/gemma3-270m.csv: method, type, calibrated_on, measured_on, perplexity")
@@ -1094,6 +1097,8 @@ def main(argv: list[str]) -> None:
         draw_sizes(IMAGES / "size-quality.png")
         draw_parts(IMAGES / "gguf-parts.png")
         draw_bars(IMAGES / "own-language.png")
+        shared = overlap.draw(read_csv(RESULTS / "languages/bilingual-overlap.csv"))
+        shared.savefig(IMAGES / "overlap.png", dpi=150, metadata={"Software": None})
         for name, (method, title) in MAPS.items():
             draw_map(IMAGES / f"{name}.png", method, title)
         print(f"written: {names or 'no page'}, and the pictures in .github/images")

@@ -2,22 +2,37 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from pathlib import Path
 
 import pytest
 from support import ROOT
 
+from lib import eval as evaluation
+from lib.data import token_choice
+from lib.methods.gptq import GPTQ
 from lib.methods.registry import METHODS, method_of, parameters
 from lib.util.errors import UserError
 
 sys.path.append(str(ROOT / "benchmarks"))
+TODAY = {
+    "vocabulary": token_choice.REVISION,
+    "quantize": GPTQ.revision,
+    "figures": evaluation.REVISION,
+    **{name: method_of(name).revision for name in METHODS},
+}
+RAW = re.compile(
+    r"([\w./*-]*)(?:\{([\w,.-]*)\}([\w./-]*))?\.(json|csv)"
+)  # files of a table's source
 
+import flags_table  # noqa: E402
 import tables  # noqa: E402
 
 
 def test_no_table_is_stale() -> None:
     tables.main(["--check"])
+    flags_table.main(["--check"])
 
 
 def test_a_changed_table_is_stale(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -58,3 +73,32 @@ def test_the_page_of_methods_has_their_parameters() -> None:
     for name in METHODS:
         for parameter, value in parameters(method_of(name)).items():
             assert f"`{parameter}={value:g}`" in page, name
+
+
+def test_figures_that_today_gives_otherwise_name_their_version() -> None:
+    """revisions.json has what made a raw file; all other files are of version 0.3.0 or older."""
+    record = tables.raw("revisions.json")
+
+    def is_todays(file: str) -> bool:
+        made = record["files"].get(file, {"before": 0})
+        return all(
+            TODAY.get(name) == revision or f"{name} {revision}" in record["same"]
+            for name, revision in made.items()
+        )
+
+    stale = []
+    for page in (ROOT / "README.md", *(ROOT / "docs").rglob("*.md")):
+        head, *sections = re.split(r"(?m)^## ", page.read_text("utf-8"))
+        for section in sections:
+            for name in re.findall(r"<!-- table: ([\w-]+)", section):
+                source = tables.TABLES[name][0].rpartition(": ")[0]
+                files = [
+                    str(file.relative_to(tables.RESULTS))
+                    for start, inside, end, kind in RAW.findall(source)
+                    for part in inside.split(",")
+                    for file in tables.RESULTS.glob(f"{start}{part}{end}.{kind}")
+                ]
+                assert files, f"{name} names no file"
+                if not all(map(is_todays, files)) and "ersion 0.3.0" not in head + section:
+                    stale.append(f"{page.relative_to(ROOT)}: {name}")
+    assert not stale, f"say which version made them, or measure again: {stale}"

@@ -280,7 +280,8 @@ def draw(counts: DataFrame) -> Figure:
         counts = counts[~counts["seeds"]]
         counts = counts.assign(linear=counts["a"] + "\n" + counts["b"])
     elif counts["seeds"].any():
-        column, label, form = "excess", "seeds share more than languages, points", "+.1f"
+        title = "How much more two seeds share than two languages"
+        column, label, form = "excess", "percentage points", "+.1f"
     cells = 100 * shares(counts, "block", "linear")[column].unstack(sort=False)
     values = cells.to_numpy()[~cells.isna().to_numpy()]
     low, high = values.min(), values.max()
