@@ -248,6 +248,27 @@ def iq4_nl() -> str:
     return of_windows([*here["rows"], trained, untrained], "Other prose, KL (nats/token) ↓")
 
 
+@table("iq4_nl.json, frontier/gemma3-270m-{llama-cpp,rounded-128}.json: perplexity, kl")
+def iq4_nl_main() -> str:
+    records, head = raw("iq4_nl.json")["rows"], {"Model": "", "Perplexity ↓": ".2f", KL: ".3f"}
+    before = raw("frontier/gemma3-270m-rounded-128.json")["evaluation"][0]["before"]
+    theirs = one(raw("frontier/gemma3-270m-llama-cpp.json"), label="trimmed q4_0", name="uk")
+    ours = {"form": "langprune iq4_nl", "windows": 128}
+    tests = {
+        "llama.cpp q4_0": theirs,
+        "llama.cpp iq4_nl": one(records, form="llama.cpp iq4_nl")["tests"][0],
+        "langprune q4_0": before,
+        "langprune iq4_nl": one(records, **ours, tokens=None)["tests"][0],
+        "langprune iq4_nl, trained": one(records, **ours, tokens=131072)["tests"][0],
+    }
+    rows = [
+        [name, test.get("compared_perplexity", test["perplexity"]), test["kl"]]
+        + [test["top1_agreement"]]
+        for name, test in tests.items()
+    ]
+    return grid(head | {"Top-1 agreement ↑": ".1%"}, rows)
+
+
 def of_windows(records: Sequence[dict[str, Any]], *prose: str) -> str:
     """Models by windows and tokens: perplexity, KL and agreement on one text, KL on others."""
     dense = next(test for r in records for test in r["tests"][:1] if "dense_perplexity" in test)
