@@ -176,7 +176,8 @@ def models() -> str:
     """What trimming for Ukrainian, and bits chosen by text, give for each model."""
     smollm2 = {each["label"]: each for each in raw("types/smollm2.json")}
     theirs = {name: each for name, each in smollm2.items() if name.startswith("llama.cpp")}
-    label, best = min(theirs.items(), key=lambda each: each[1]["tests"][0]["kl"])
+    alike = [each for each in theirs.items() if each[1]["bytes"] < 1.01 * smollm2["q5_0"]["bytes"]]
+    label, best = min(alike, key=lambda each: each[1]["tests"][0]["kl"])
     types = {"SmolLM2-135M": (f"q5_0 ({label.split()[-1]})", best, smollm2["q5_0"])}
     gemma = raw("iq4_nl.json")["rows"]
     ours = one(gemma, form="langprune iq4_nl", windows=128, tokens=None)
@@ -1010,6 +1011,40 @@ def draw_sizes(path: Path) -> None:
     figure.savefig(path, dpi=150, metadata={"Software": None})
 
 
+def draw_types(path: Path) -> None:
+    """Size against KL of SmolLM2 on no grid, on a logarithmic scale."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7.2, 4.2), layout="constrained")
+    axes = figure.add_subplot()
+    looks = {"langprune": ("#1b6ca8", "o", -11, "right"), "llama.cpp": ("#c8551b", "s", 9, "left")}
+    for who, (color, marker, across, side) in looks.items():
+        points = []
+        for file in raw("types/smollm2.json"):
+            theirs = file["label"].startswith("llama.cpp")
+            if theirs == (who == "llama.cpp") and "recover" not in file["label"]:
+                points.append((file["bytes"] / 1e6, file["tests"][0]["kl"]))
+                text = file["label"].removeprefix("llama.cpp ").replace(" --megabytes", ", MB:")
+                left = text == "iq4_xs"  # where llama.cpp's next point is close
+                style = {"textcoords": "offset points", "color": color, "va": "center"}
+                style |= {"ha": "right" if left else side, "fontsize": 9}
+                axes.annotate(text, points[-1], (-11 if left else across, 0), **style)
+        line = "-" if who == "langprune" else "none"
+        points = zip(*sorted(points), strict=True)
+        axes.plot(*points, linestyle=line, marker=marker, color=color, label=who)
+    axes.set_yscale("log")
+    axes.set(xlabel="Size of the GGUF file (MB)")
+    axes.margins(x=0.14)
+    axes.set_ylabel("KL from the 16-bit model (nats/token)\nlower is better")
+    axes.yaxis.set_major_formatter("{x:g}")
+    title = "SmolLM2-135M, English, weights on no grid (16-bit: 270 MB)"
+    axes.set_title(title, loc="left", fontsize=11)
+    axes.legend(loc="upper right", frameon=False)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.grid(alpha=0.25)
+    figure.savefig(path, dpi=150, metadata={"Software": None})
+
+
 def draw_bars(path: Path) -> None:
     """Loss by 4-bit quantization in each language, calibrated on English text and on its own."""
     from matplotlib.figure import Figure
@@ -1116,6 +1151,7 @@ def main(argv: list[str]) -> None:
         for page in stale:
             page.write_text(filled(page.read_text("utf-8")), "utf-8")
         draw_sizes(IMAGES / "size-quality.png")
+        draw_types(IMAGES / "size-types.png")
         draw_parts(IMAGES / "gguf-parts.png")
         draw_bars(IMAGES / "own-language.png")
         shared = overlap.draw(read_csv(RESULTS / "languages/bilingual-overlap.csv"))
