@@ -2,7 +2,8 @@
 
     python benchmarks/bench_gguf_pairs.py TARGET.gguf SMALL.gguf \\
         --prompts uk=texts/uk/test.jsonl code=texts/code/test.jsonl \\
-        [--drafts DRAFT.gguf SMALL_DRAFT.gguf] [--threads 1 2] [--rounds 3] --out JSON
+        [--drafts DRAFT.gguf SMALL_DRAFT.gguf] [--threads 1 2] [--rounds 3] \\
+        --label NAME --out JSON
 
 SMALL is TARGET after `langprune trim`, SMALL_DRAFT is DRAFT trimmed with --keep and SMALL's list.
 `benchmarks/code_text.py` writes texts of code. Each run is a process of its own; the order turns in
@@ -27,6 +28,7 @@ from lib.commands.gguf.llama_cpp import ask, start  # noqa: E402
 from lib.util.host import peak_host_memory  # noqa: E402
 
 LETTERS = 240  # of each prompt
+KEPT = "prompt_per_second", "predicted_per_second", "draft_n", "draft_n_accepted"
 
 
 def prompts_of(path: str, count: int) -> list[str]:
@@ -55,7 +57,8 @@ def run(model: str, draft: str, prompts: dict[str, list[str]], tokens: int) -> N
         for prompt in some:
             fields = {"prompt": prompt, "n_predict": tokens, "temperature": 0}
             answer = ask(server, "/completion", fields | {"cache_prompt": False})
-            found.setdefault(text, []).append(answer["timings"])
+            timings = {key: answer["timings"].get(key, 0) for key in KEPT}
+            found.setdefault(text, []).append(timings)
     print(json.dumps({"timings": found, "memory": peak_host_memory()}), flush=True)
 
 
@@ -64,6 +67,7 @@ def main() -> None:
     parser.add_argument("models", nargs=2)
     parser.add_argument("--prompts", nargs="+", required=True, metavar="NAME=JSONL")
     parser.add_argument("--drafts", nargs=2, default=[])
+    parser.add_argument("--label", required=True, help="name of the model in the figures")
     parser.add_argument("--count", type=int, default=8, help="prompts of each text")
     parser.add_argument("--tokens", type=int, default=48)
     parser.add_argument("--rounds", type=int, default=3)
@@ -79,7 +83,8 @@ def main() -> None:
     pairs = {"whole": (args.models[0], ""), "trimmed": (args.models[1], "")}
     for name, model, draft in zip(list(pairs), args.models, args.drafts, strict=False):
         pairs[f"{name}, with its draft"] = (model, draft)
-    runs = []
+    runs, out = [], Path(args.out)
+    before = json.loads(out.read_text("utf-8")) if out.is_file() else []
     for number in range(args.rounds):
         for threads in args.threads:
             for name in list(pairs)[:: 1 if number % 2 else -1]:
@@ -87,8 +92,8 @@ def main() -> None:
                 environment = os.environ | {"OMP_NUM_THREADS": threads}
                 options = dict(check=True, capture_output=True, text=True, env=environment)
                 found = json.loads(subprocess.run(argv, **options).stdout.splitlines()[-1])
-                runs.append({"name": name, "threads": threads} | found)
-                Path(args.out).write_text(json.dumps(runs, indent=1) + "\n")
+                runs.append({"model": args.label, "name": name, "threads": threads} | found)
+                out.write_text(json.dumps([*before, *runs]) + "\n", "utf-8")
     speeds = "Prompt (tokens/s) | Generation (tokens/s)"
     print(f"| Run | Threads | Text | {speeds} | Accepted | Drafted | Memory (MB) |")
     print("|---|---:|---|---:|---:|---:|---:|---:|")
@@ -101,7 +106,7 @@ def main() -> None:
                 cells.append(f"{median(each[f'{part}_per_second'] for each in timings):.1f}")
             once = mine[0]["timings"][text]  # equal in each round, since answers are greedy
             for count in ("draft_n_accepted", "draft_n"):
-                cells.append(str(sum(each.get(count, 0) for each in once)))
+                cells.append(str(sum(each[count] for each in once)))
             cells.append(f"{max(one['memory'] for one in mine) / 1e6:.0f}")
             print("|", " | ".join(cells), "|")
 

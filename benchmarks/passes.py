@@ -32,6 +32,7 @@ from lib.model.blocks import BlockRunner
 from lib.model.device import default_batch_size
 from lib.prune import Pruner, _text_windows
 from lib.quantize import quantize
+from lib.run.record import processor
 
 
 def pruned(model, windows, method: str, kind: str) -> None:
@@ -90,7 +91,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--only", nargs="*", default=list(RUNS), help="beginnings of names of runs")
     parser.add_argument("--profile", action="store_true", help="print what Wanda is spent on")
-    parser.add_argument("--json", type=Path, help="file to write the seconds to")
+    parser.add_argument("--json", type=Path, help="file to add the seconds to")
     args = parser.parse_args()
     model = AutoModelForCausalLM.from_pretrained(args.model, dtype=getattr(torch, args.dtype))
     model.eval().requires_grad_(False)
@@ -126,7 +127,12 @@ def main() -> None:
     if "Wanda" in best:
         print(f"\nWanda: masks {masks:.1%}, errors by layer {errors:.1%} of the time")
     if args.json:
-        args.json.write_text(json.dumps({"dtype": args.dtype, "seconds": seconds}, indent=1))
+        found = json.loads(args.json.read_text("utf-8")) if args.json.is_file() else []
+        facts = {"dtype": args.dtype, "windows": args.windows, "seqlen": args.seqlen}
+        facts |= {"threads": torch.get_num_threads(), "processor": processor(), "seconds": seconds}
+        if "Wanda" in best:
+            facts |= {"masks": masks, "errors": errors}
+        args.json.write_text(json.dumps([*found, facts], indent=1) + "\n", "utf-8")
     if args.profile:
         own = copy.deepcopy(model)
         with torch.profiler.profile() as profile:

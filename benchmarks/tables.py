@@ -17,6 +17,7 @@ import sys
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -930,6 +931,42 @@ def trimmed_beside_trimbed() -> str:
         rows.append([entry["tool"], *figures])
     head = {"Tool": "", "Documents": ",.0f", "Rows": ",.0f", "Documents cut alike": ""}
     return grid(head | {"More tokens (%)": ".2f", "Bits per byte": ".4f"}, rows)
+
+
+@table("gguf-trim/speed.json: medians of timings, the highest memory")
+def trimmed_speed() -> str:
+    rows, runs = [], raw("gguf-trim/speed.json")
+    for model, name in dict.fromkeys((one["model"], one["name"]) for one in runs):
+        mine = [one for one in runs if (one["model"], one["name"]) == (model, name)]
+        for text in mine[0]["timings"]:
+            cells = []
+            for part in ("prompt", "predicted"):
+                for threads in dict.fromkeys(one["threads"] for one in runs):
+                    some = [one["timings"][text] for one in mine if one["threads"] == threads]
+                    cells.append(median(t[f"{part}_per_second"] for each in some for t in each))
+            drafted, taken = (
+                sum(each[key] for each in mine[0]["timings"][text])
+                for key in ("draft_n", "draft_n_accepted")
+            )
+            accepted = f"{taken} of {drafted}" if drafted else ""
+            rows.append([model, name, text, *cells, accepted])
+            rows[-1].append(max(one["memory"] for one in mine) / 1e6)
+    parts = [f"{part}, {n}" for part in ("Prompt", "Generation") for n in ("1 thread", "2 threads")]
+    head = {"Model": "", "File": "", "Text": ""} | dict.fromkeys(parts, ".1f")
+    return grid(head | {"Drafted tokens accepted": "", "Memory (MB)": ".0f"}, rows)
+
+
+@table("passes.json: the least seconds")
+def passes() -> str:
+    rows = []
+    for each in raw("passes.json"):
+        least = {name: min(seconds) for name, seconds in each["seconds"].items()}
+        for name, seconds in least.items():
+            if name != "one pass":
+                unit = 2 * least["one pass"]
+                rows.append([name, each["dtype"], each["windows"], seconds, unit, seconds / unit])
+    head = {"Method": "", "Type": "", "Windows": ".0f", "Seconds": ".1f"}
+    return grid(head | {"Two passes (s)": ".1f", "Of two passes ↓": ".2f"}, rows)
 
 
 @table("language-confusion.json: line, word, native")

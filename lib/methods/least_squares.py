@@ -26,6 +26,7 @@ underfits another.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -47,6 +48,7 @@ class LeastSquares(PruningMethod):
     workspace = [(3, 3.4, 0), (2, 8.1, 0)]
     neuron_workspace = [(2, 0, 0), (1, 3.7, 0)]
     damping = 6.0
+    least_norm: ClassVar[float] = 0.0  # of an input in S, as a share of the median
 
     def __init__(self, width: int, device: torch.device) -> None:
         super().__init__(width, device)
@@ -87,6 +89,7 @@ class LeastSquares(PruningMethod):
         mirror_(hessian)
         dead = hessian.diagonal() == 0
         norms = hessian.diagonal().sqrt().masked_fill_(dead, 1)[:, None]
+        norms.clamp_min_(self.least_norm * norms.median())
         hessian /= norms.T
         hessian /= norms
         inverse = inverse_(damped_cholesky_(hessian, FLOOR))

@@ -45,6 +45,7 @@ def scaled_hessian(x: Tensor, damping: float = 18.0):
     x = x.double().numpy()
     norms = numpy.sqrt((x**2).sum(0))
     norms[norms == 0] = 1
+    norms = norms.clip(GPTQ.least_norm * numpy.sort(norms)[(len(norms) - 1) // 2])  # torch's median
     hessian = x.T @ x / norms / norms[:, None] + FLOOR * numpy.eye(x.shape[1])
     unexplained = (1 / numpy.diag(numpy.linalg.inv(hessian))).mean()
     return hessian + damping * unexplained * len(norms) / len(x) * numpy.eye(len(norms)), norms
@@ -155,6 +156,19 @@ def test_weights_of_dead_inputs_are_rounded_by_themselves() -> None:
     assert torch.equal(found[:, 64:], nearest(weight)[:, 64:])
     weight[:, 64:] = 0
     assert torch.equal(found[:, :64], quantized(x, [weight])[0][:, :64])
+
+
+def test_a_nearly_dead_input_costs_the_others_nothing() -> None:
+    """Its weights could repair errors of others only with values that no scale has room for."""
+    x, [weight] = problem(128, 24)
+    live = torch.arange(128) != 70
+    errors = []
+    for factor in (1, 1e-6):
+        x[:, 70] *= factor
+        [found] = quantized(x, [weight])
+        errors.append(float((found - weight)[:, live].norm()))
+        assert float((found - weight)[:, 70].norm()) < 0.5 * float(weight[:, 70].norm())
+    assert errors[1] < 1.05 * errors[0]
 
 
 def test_linears_that_share_an_input_are_as_each_alone() -> None:

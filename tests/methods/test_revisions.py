@@ -41,8 +41,8 @@ GIVEN = {
     "contribution experts": (1, "29457c392725", 36.842374),
     "frequency experts": (1, "29457c392725", 36.80216),
     "random experts": (1, "29457c392725", 36.972258),
-    "quantize int4": (1, "3a88aae96841", 27.424093),
-    "quantize q4_0": (1, "7aeac5bdf41c", 27.409579),
+    "quantize int4": (2, "3a88aae96841", 27.424093),
+    "quantize q4_0": (2, "7aeac5bdf41c", 27.409579),
 }
 PATTERNS = {"50%": Sparsity(0.5), "2:4": Sparsity(0.5, 2, 4)}
 NEURON_METHODS = [name for name in METHODS if name != "ria"]
