@@ -307,9 +307,21 @@ def of_formats(model: str, dense: str, *texts: str) -> str:
     return grid({"Model": ""} | dict.fromkeys(head, ".4f"), rows, references=1)
 
 
-@table("iq4_nl.json: smollm2: bits_per_byte, kl")
-def iq4_nl_smollm2() -> str:
-    return of_formats("smollm2", "original, 16-bit", "Answers", "English")
+@table("dialogues.json: evaluation: bits_per_byte, kl, loss_change, top1_agreement")
+def dialogues() -> str:
+    records = raw("dialogues.json")
+    rows: list[list[Cell]] = [["original, 16-bit", ""]]
+    for test in records[0]["evaluation"]:
+        rows[0] += [test["dense"]["bits_per_byte"], None, None, None]
+    for record in records:
+        rows.append([record["form"], record["text"]])
+        for test in record["evaluation"]:
+            rows[-1] += [*measures(test, error=True), test["loss_change"], test["top1_agreement"]]
+    head = {"Model": "", "Calibration text": ""}
+    for text in ("Answers", "English"):
+        head |= {f"{text}, bits per byte ↓": ".4f", f"{text}, KL ↓": ".4f"}
+        head |= {f"{text}, loss increase ↓": "+.3f", f"{text}, top-1 ↑": ".1%"}
+    return grid(head, rows, references=1)
 
 
 @table("iq4_nl.json: qwen: bits_per_byte, kl")

@@ -51,7 +51,7 @@ class GPTQ(LeastSquares):
     workspace = [(3, 3.4, 0), (1, 9.4, 0)]
     damping = 18.0  # more than for pruning: 4-bit codes overfit few tokens more than zeros do
     # an input that is almost always 0 would get huge weights, and take the levels of its group
-    least_norm: ClassVar[float] = 0.1
+    _least_norm = 0.1
     revision = 2
     refinements: ClassVar[int] = 5  # steps of conjugate gradients
     sweeps: ClassVar[int] = 2  # passes of coordinate descent over all columns

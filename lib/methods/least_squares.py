@@ -26,7 +26,6 @@ underfits another.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -48,7 +47,7 @@ class LeastSquares(PruningMethod):
     workspace = [(3, 3.4, 0), (2, 8.1, 0)]
     neuron_workspace = [(2, 0, 0), (1, 3.7, 0)]
     damping = 6.0
-    least_norm: ClassVar[float] = 0.0  # of an input in S, as a share of the median
+    _least_norm = 0.0  # of an input in S, as a share of the median
 
     def __init__(self, width: int, device: torch.device) -> None:
         super().__init__(width, device)
@@ -89,7 +88,7 @@ class LeastSquares(PruningMethod):
         mirror_(hessian)
         dead = hessian.diagonal() == 0
         norms = hessian.diagonal().sqrt().masked_fill_(dead, 1)[:, None]
-        norms.clamp_min_(self.least_norm * norms.median())
+        norms.clamp_min_(self._least_norm * norms.median())
         hessian /= norms.T
         hessian /= norms
         inverse = inverse_(damped_cholesky_(hessian, FLOOR))

@@ -45,7 +45,8 @@ def scaled_hessian(x: Tensor, damping: float = 18.0):
     x = x.double().numpy()
     norms = numpy.sqrt((x**2).sum(0))
     norms[norms == 0] = 1
-    norms = norms.clip(GPTQ.least_norm * numpy.sort(norms)[(len(norms) - 1) // 2])  # torch's median
+    median = numpy.sort(norms)[(len(norms) - 1) // 2]  # torch's
+    norms = norms.clip(GPTQ._least_norm * median)
     hessian = x.T @ x / norms / norms[:, None] + FLOOR * numpy.eye(x.shape[1])
     unexplained = (1 / numpy.diag(numpy.linalg.inv(hessian))).mean()
     return hessian + damping * unexplained * len(norms) / len(x) * numpy.eye(len(norms)), norms
