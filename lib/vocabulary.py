@@ -271,7 +271,8 @@ def trim_vocabulary(
     """
     tokens = TrimmableTokenizer(tokenizer, str(checkpoint))
     if isinstance(kept, str):
-        listed = read_list(FLAG_ROWS, kept, tokens.id_to_token, tokens.name)
+        needed = (tokens.required_ids(frozenset()) | config_ids) & tokens.id_to_token.keys()
+        listed = read_list(FLAG_ROWS, kept, tokens.id_to_token, tokens.name, needed)
         ids, order, record = listed["ids"], listed["rows"], listed["record"]
         if (before := record.get("rows_before")) != rows:
             problem = f"its model has {before} rows, and {checkpoint} has {rows}"
@@ -279,11 +280,6 @@ def trim_vocabulary(
         if record.get("measured_on", {}).get("model") != tokenizer.name_or_path:
             costs = "measured_on", *COSTS
             record = {key: value for key, value in record.items() if key not in costs}
-        needed = (tokens.required_ids(frozenset()) | config_ids) & tokens.id_to_token.keys()
-        if missing := needed.difference(ids):
-            problem = f"it lacks {tokens.id_to_token[min(missing)]!r}, which {checkpoint} needs"
-            fix = "Trim this model first, and keep its list"
-            raise UserError(f"{FLAG_ROWS} {kept}", problem, fix)
     else:
         unnamed = sorted(i for i in config_ids if i < rows and i not in tokens.id_to_token)
         counts, held_out = count_tokens(corpora, tokenizer, dist)

@@ -11,6 +11,8 @@ from __future__ import annotations
 
 import json
 import math
+import re
+import unicodedata
 from collections import Counter
 from collections.abc import Iterable, Mapping, Set
 from pathlib import Path
@@ -83,11 +85,13 @@ def choose(
     return Choice(sorted(kept), len(used), likely, rise)
 
 
-def read_list(flag: str, file: str, tokens: Mapping[int, str], name: str) -> dict[str, Any]:
+def read_list(
+    flag: str, file: str, tokens: Mapping[int, str], name: str, needed: Set[int]
+) -> dict[str, Any]:
     """Return `ids`, `rows` and `record` of the list that another run has written.
 
     Raises UserError with the flag unless each of its tokens has the same text here, in the model
-    `name`.
+    `name`, and it has the `needed` ids.
     """
     what = f"{flag} {file}"
     try:
@@ -100,6 +104,9 @@ def read_list(flag: str, file: str, tokens: Mapping[int, str], name: str) -> dic
     if not same:
         problem = f"its tokens are not those of {name}"
         raise UserError(what, problem, "Name one of a model with the same vocabulary")
+    if missing := needed.difference(kept["ids"]):
+        problem = f"it lacks {tokens[min(missing)]!r}, which {name} needs"
+        raise UserError(what, problem, "Trim this model first, and keep its list")
     return kept
 
 
@@ -198,6 +205,21 @@ def common_scripts(tokens: Mapping[int, str], counts: np.ndarray) -> set[str | N
         shares[script_of(tokens.get(index, ""))] += counts[index].item()
     least = COMMON_SCRIPT * sum(shares.values())
     return {script for script, n in shares.items() if n >= least} | {None}
+
+
+def belongs(letter: str, scripts: Set[str | None]) -> bool:
+    """Return whether a single character may occur in any text in `scripts`.
+
+    Letters, digits and marks do by the script in their Unicode names; ASCII and other signs do in
+    all scripts, but neither emoji and the like nor private and unassigned characters.
+    """
+    kind = unicodedata.category(letter)
+    if letter.isascii() or letter.isalpha():
+        return letter.isascii() or script_of(letter) in scripts
+    if kind[0] == "M" or kind == "Nd":
+        names = re.findall("[A-Z]+", unicodedata.name(letter, ""))
+        return not {"COMBINING", *scripts}.isdisjoint(names)
+    return kind not in ("So", "Co", "Cn")
 
 
 def round_up(rows: int) -> int:

@@ -25,9 +25,9 @@ from jinja2 import Environment, TemplateSyntaxError, nodes
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from ..util.errors import UserError
-from .languages import script_of
 from .sentencepiece import CHECK, check_of
 from .templates import dated_texts, examples
+from .token_choice import belongs
 from .token_ids import map_token_ids
 from .token_kinds import (
     BYTE_OF_LETTER,
@@ -126,8 +126,8 @@ class TrimmableTokenizer:
     ) -> Vocabulary:
         """Return what `choose` needs to know; tokens in `config_ids` are required.
 
-        Tokens that have none of the model's `rows` are reserved. Without bytes, single letters are
-        required, of the `scripts` alone if there are any.
+        Tokens that have none of the model's `rows` are reserved. Without bytes, single characters
+        are required: all, or those that belong to the `scripts`.
         """
         required = self.required_ids(scripts) | self.template_ids()
         required |= config_ids & self.id_to_token.keys()
@@ -167,7 +167,7 @@ class TrimmableTokenizer:
     def required_ids(self, scripts: Set[str | None] | None = None) -> set[int]:
         """Return special and added tokens except reserved ones, and the basic parts of any text.
 
-        Without bytes these are single letters: all, or those of the `scripts`.
+        Without bytes these are single characters: all, or those that belong to the `scripts`.
         """
         data, model = self.data, self.data["model"]
         needed = {token["content"] for token in data["added_tokens"]}
@@ -180,9 +180,10 @@ class TrimmableTokenizer:
             needed |= set(BYTE_OF_LETTER)
         elif model.get("byte_fallback") and BYTE_TOKENS <= self.token_to_id.keys():
             needed |= BYTE_TOKENS
-        else:
-            letters = (t for t in self.model_tokens if len(t.removeprefix(self.prefix)) == 1)
-            needed |= {t for t in letters if scripts is None or script_of(t) in scripts}
+        elif scripts != set():
+            letters = ((t, t.removeprefix(self.prefix)) for t in self.model_tokens)
+            single = ((t, letter) for t, letter in letters if len(letter) == 1)
+            needed |= {t for t, letter in single if scripts is None or belongs(letter, scripts)}
         if self.kind == "Unigram":
             # an unknown letter's score is computed from the lowest score
             needed.add(min(model["vocab"], key=lambda entry: entry[1])[0])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -39,10 +40,12 @@ from kinds import BOTH, EN, UK  # noqa: E402
 
 from lib.commands.trim import vectors  # noqa: E402
 from lib.commands.trim.__main__ import main  # noqa: E402
+from lib.data.trimmed_tokenizer import TrimmableTokenizer  # noqa: E402
 
 SIZE = dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=48)
 SIZE |= dict(max_position_embeddings=258, initializer_range=0.2)
 FOREIGN = [chr(0x4E00 + number) for number in range(150)]  # letters of a script that no text has
+ANY, OTHERS = "1a,я—²«\u0301", "漢ß٣ँ😀│\ue000\u0378"  # that a text in Cyrillic may have, or not
 
 
 def wordpiece() -> BertTokenizer:
@@ -52,7 +55,10 @@ def wordpiece() -> BertTokenizer:
     tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
     special = ["[PAD]", *(f"[unused{n}]" for n in range(9)), "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
     trainer = trainers.WordPieceTrainer(
-        vocab_size=600, special_tokens=special, initial_alphabet=FOREIGN, show_progress=False
+        vocab_size=600,
+        special_tokens=special,
+        initial_alphabet=[*FOREIGN, *OTHERS],
+        show_progress=False,
     )
     tokenizer.train_from_iterator([*BOTH, "0 1 2 3 4 5 6 7 8 9 ; ? !"], trainer)
     return BertTokenizer(vocab=tokenizer.get_vocab())
@@ -62,7 +68,8 @@ def xlm_roberta() -> XLMRobertaTokenizer:
     """Special tokens first, `<mask>` last, no bytes."""
     special = ["<s>", "<pad>", "</s>", "<unk>"]
     pieces = [p for p in kinds._pieces(600, special) if not p[0].startswith("<0x")]
-    letters = [(letter, -30.0) for letter in FOREIGN]
+    known = {piece for piece, _ in pieces}
+    letters = [(letter, -30.0) for letter in [*FOREIGN, *ANY, *OTHERS] if letter not in known]
     return XLMRobertaTokenizer(vocab=[*pieces, *letters, ("<mask>", 0.0)])
 
 
@@ -231,6 +238,13 @@ def test_transformers_loads_it_and_gives_the_same(name: str, trimmed: Path) -> N
     assert "are equal bit for bit" in said and "the first result stays" in said
 
 
+def test_single_characters_stay_by_script() -> None:
+    tokens = TrimmableTokenizer(xlm_roberta(), "m")
+    for scripts, expected in ((None, ANY + OTHERS), ({"CYRILLIC", None}, ANY), (set(), "")):
+        kept = {tokens.id_to_token[index] for index in tokens.required_ids(scripts)}
+        assert kept & {*ANY, *OTHERS} == {*expected}
+
+
 def test_letters_of_other_scripts_become_unknown(trimmed: Path) -> None:
     for name in ("masked", "reranker"):
         tokens = AutoTokenizer.from_pretrained(trimmed / "out" / name).get_vocab()
@@ -268,6 +282,31 @@ def test_a_sentence_transformers_folder_is_one_thing(trimmed: Path) -> None:
         assert line in card
     assert 'SentenceTransformer("embedder")' in card and "bit for bit" in card
     assert str(trimmed) not in card
+
+
+def test_parts_of_a_router_have_vocabularies_of_their_own(trimmed: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "router"
+    parts = {
+        "query_0_StaticEmbedding": "static",
+        "document_0_Transformer": "embedder/0_Transformer",
+    }
+    for name, part in parts.items():
+        shutil.copytree(trimmed / part, folder / name)
+    types = {name: f"sentence_transformers.models.{name.rpartition('_')[2]}" for name in parts}
+    routes = {name.partition("_")[0]: [name] for name in parts}
+    router = {"types": types, "structure": routes, "parameters": {"default_route": "document"}}
+    (folder / "router_config.json").write_text(json.dumps(router), "utf-8")
+    module = {"idx": 0, "name": "0", "path": "", "type": "sentence_transformers.models.Router"}
+    (folder / "modules.json").write_text(json.dumps([module]), "utf-8")
+    out = tmp_path / "out"
+    said = succeed(folder, out, "--data", trimmed / "uk", program=main).out
+    assert "not verified: vectors (its parts have vocabularies of their own)" in said
+    assert json.loads((out / "router_config.json").read_text("utf-8")) == router
+    for name, part in parts.items():
+        assert f"vocabulary of {name}: " in said
+        rows = json.loads((out / name / "vocabulary.json").read_text("utf-8"))["rows"]
+        before, after = tensors_of(folder / name), tensors_of(out / name)
+        assert all(torch.equal(before[key][rows], after[key]) for key in TABLES[part])
 
 
 def test_vectors_are_those_of_sentence_transformers(trimmed: Path) -> None:

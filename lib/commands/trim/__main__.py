@@ -86,16 +86,12 @@ def main(arguments: list[str]) -> None:
         }
         if args.keep:
             tokens = dict(enumerate(vocabulary.tokens))
-            kept = read_list("--keep", args.keep, tokens, file.what)["ids"]
-            if needed := vocabulary.named - set(kept):
-                problem = f"it lacks {tokens[min(needed)]!r}, which a field of IN names"
-                fix = "Trim this model first, and keep its list"
-                raise UserError(f"--keep {args.keep}", problem, fix)
+            kept = read_list("--keep", args.keep, tokens, file.what, vocabulary.named)["ids"]
         else:
             choice = choose_by_text(args, corpora, vocabulary, before)
             kept = choice.ids
             record |= {"used": choice.used, "likely": choice.likely, "rise": choice.rise}
-        check_saving(len(kept), vocabulary.rows, f"IN {args.source}")
+        check_saving(args, len(kept), vocabulary.rows, f"IN {args.source}")
         vocabulary.check_count(len(kept))
         fields, tensors = vocabulary.trimmed(kept)
         size = len(header(fields, tensors, file.alignment))

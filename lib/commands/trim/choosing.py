@@ -65,11 +65,14 @@ def corpora_of(
     return corpora
 
 
-def check_saving(left: int, rows: int, what: str) -> None:
+def check_saving(args: argparse.Namespace, left: int, rows: int, what: str) -> None:
     """Raise UserError for the model `what` if most of its rows would be left."""
     if left > MOST_ROWS * rows:
         problem = f"{left} of {rows} rows would stay, over {MOST_ROWS:.0%}"
-        raise UserError(what, problem, "Give text of fewer languages, or --rows")
+        fix = "Give text of fewer languages, or --rows"
+        if args.keep or args.rows:
+            fix = "Name a shorter list" if args.keep else "Give fewer --rows"
+        raise UserError(what, problem, fix)
 
 
 def tokenizer_of(path: Path, vocabulary: GgufVocabulary, kept: Sequence[int]) -> Llama:

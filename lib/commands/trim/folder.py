@@ -277,7 +277,7 @@ def _chosen(
         what = error.what.replace("--vocabulary_rows", flag).replace(FLAG, str(checkpoint))
         fix = error.fix.replace("Leave the flag out", "Name another model")
         raise UserError(what, error.problem, fix) from error
-    check_saving(len(vocabulary.rows), part.rows, str(checkpoint))
+    check_saving(args, len(vocabulary.rows), part.rows, str(checkpoint))
     return vocabulary
 
 
