@@ -72,8 +72,12 @@ def main(arguments: list[str]) -> None:
             for _ in range(3)
         ]
         seconds, memory = (statistics.median(each) for each in zip(*loads, strict=True))
+        tokenizer = Tokenizer.from_file(str(file))
+        ids = [i for each in tokenizer.encode_batch_fast(texts) for i in each.ids]
         record[name] = {
-            "rows": Tokenizer.from_file(str(file)).get_vocab_size(),
+            "rows": tokenizer.get_vocab_size(),
+            "held_out_tokens": len(ids),
+            "held_out_unknown": ids.count(tokenizer.token_to_id("<unk>")),
             "parameters": sum(tensor.numel() for tensor in tensors),
             "bytes": sum(path.stat().st_size for path in whole),
             "tokenizer_bytes": file.stat().st_size,
