@@ -25,7 +25,7 @@ import torch
 from safetensors.torch import load_file
 from tokenizers import Tokenizer
 
-from lib.commands.trim.folder import MANY
+from lib.commands.trim.proof import MANY
 from lib.commands.trim.vectors import Encoder, _texts, compare_vectors
 from lib.data.documents import Corpus
 from lib.data.sources import parse_sources

@@ -26,7 +26,7 @@ from .token_kinds import Vocabulary
 if TYPE_CHECKING:
     import numpy as np
 
-REVISION = 3  # incremented when the same counts give other tokens
+REVISION = 4  # incremented when the same counts give other tokens
 HELD_OUT = 10  # every tenth document is held out of a first count
 MOST_CHARACTERS = 100_000_000  # counted of a text from the Hub, and by trim of any
 MOST_ROWS = 0.9  # share of rows above which trimming saves too little

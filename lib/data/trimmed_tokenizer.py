@@ -157,10 +157,12 @@ class TrimmableTokenizer:
     def reserved_ids(self) -> set[int]:
         """Return the reserved special tokens, such as `<unused42>`.
 
-        These are families of special tokens that differ only in a number. Tokens that the
-        tokenizer's settings name, or its post-processor or padding inserts, are not included.
+        These are families of added tokens, special or named unused, that differ only in a number.
+        Tokens that the tokenizer's settings name, or its post-processor or padding inserts, are
+        not included.
         """
-        special = {token["content"] for token in self.data["added_tokens"] if token["special"]}
+        added = self.data["added_tokens"]
+        special = {t["content"] for t in added if t["special"] or "unused" in t["content"]}
         reserved = in_families(special) - set(self.tokenizer.all_special_tokens)
         return {self.token_to_id[content] for content in reserved} - self._inserted_ids()
 
