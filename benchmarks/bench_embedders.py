@@ -73,6 +73,7 @@ def main(arguments: list[str]) -> None:
         ]
         seconds, memory = (statistics.median(each) for each in zip(*loads, strict=True))
         tokenizer = Tokenizer.from_file(str(file))
+        tokenizer.no_truncation()
         ids = [i for each in tokenizer.encode_batch_fast(texts) for i in each.ids]
         record[name] = {
             "rows": tokenizer.get_vocab_size(),
@@ -98,10 +99,11 @@ def main(arguments: list[str]) -> None:
         record["vectors"] = compare_vectors(*folders, ids, texts, size)
     file, names = Path(args.save), ("model", "tool", "data")
     records = json.loads(file.read_text("utf-8")) if file.is_file() else []
-    same = [r for r in records if all(r[name] == record[name] for name in names)]
-    record = {name: value for r in (*same, record) for name, value in r.items()}
-    records = [*(r for r in records if r not in same), record]
-    file.write_text(json.dumps(records, indent=1, ensure_ascii=False) + "\n", "utf-8")
+    known = {str([each[name] for name in names]): each for each in records}
+    key = str([record[name] for name in names])
+    record = known[key] = known.get(key, {}) | record  # in its place
+    text = json.dumps([*known.values()], indent=1, ensure_ascii=False)
+    file.write_text(f"{text}\n", "utf-8")
     print(json.dumps(record, indent=1))
 
 
