@@ -69,10 +69,10 @@ CONVERTED = """\
 """
 FIGURES = {
     "bits_per_byte": ("bits per byte", ".4f"),
-    "perplexity": ("perplexity", ".4f"),
-    "kl": ("KL from {}, nats per token", ".4f"),
+    "perplexity": ("perplexity", ",.2f"),
+    "kl": ("KL from {} (nats)", ".4f"),
     "top1_agreement": ("top-1 agreement", ".2%"),
-    "loss_change": ("loss over {}, nats per token", "+.4f"),  # paired by window
+    "loss_change": ("loss over {} (nats)", "+.4f"),  # paired by window
 }
 # columns of its table; DENSE_COLUMN is the first if no vocabulary was trimmed
 FIRST_COLUMN, DENSE_COLUMN, TRIMMED_COLUMN = "original", "dense", "trimmed"
@@ -216,7 +216,7 @@ def figures_table(
 
     The dense model is the original, or the trimmed one if this run trimmed the vocabulary; it has a
     column of its own then, unless nothing else was done. `original` are the results of a run on the
-    untrimmed model, `more` further rows: {row: {column: cell}}, also of other columns.
+    untrimmed model, `more` further rows: {row: {column: cell}}.
     """
     trimmed = results.get("vocabulary") or {}
     costs = [trimmed.get(f"bits_per_byte_{name}") for name in ("original", "trimmed")]
@@ -230,8 +230,7 @@ def figures_table(
 
     if costs[0] and (sample := trimmed.get("measured_on")):
         # in windows, where more text precedes each token, bits per byte are lower
-        size = f"{sample['bytes']:,} bytes of short passages"
-        name = f"{escape(sample['name'])}, bits per byte on {size}"
+        name = f"{escape(sample['name'])}, bits per byte, short passages"
         add(name, {first: f"{costs[0]:.4f}", dense: f"{costs[1]:.4f}"})
     untrained = results.get("recovery", {}).get("before", {}) if is_trained(results) else {}
     of_original = {test["name"]: test for test in (original or {}).get("evaluation", [])}
@@ -243,7 +242,7 @@ def figures_table(
             compared = {dense: reference.pop("perplexity")}
             compared |= {EARLY_COLUMN: before.pop("perplexity", None)}
             compared |= {OWN_COLUMN: test["compared_perplexity"]}
-            add(row, {each: f"{value:.4f}" for each, value in compared.items() if value})
+            add(row, {each: f"{value:,.2f}" for each, value in compared.items() if value})
         models = {first: of_original.get(test["name"], {})}
         models[dense] = models.get(dense, {}) | reference
         models |= {EARLY_COLUMN: before, OWN_COLUMN: test}
@@ -268,7 +267,6 @@ def figures_table(
         add(row, cells)
     used = {name for cells in table.values() for name in cells} | {first, OWN_COLUMN}
     order = [name for name in (first, TRIMMED_COLUMN, EARLY_COLUMN, OWN_COLUMN) if name in used]
-    order += sorted(used - {*order})
     body = [[row, *(cells.get(name, "") for name in order)] for row, cells in table.items()]
     return padded_table(["", *order], body)
 

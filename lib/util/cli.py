@@ -15,7 +15,7 @@ import signal
 import sys
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
 from typing import NoReturn
 
 from .errors import UserError, describe_error, one_line
@@ -26,6 +26,7 @@ from .processes import (
     environment_number,
     main_of,
 )
+from .terminal import Terminal
 
 FAILED = 1
 INTERRUPTED = 128 + signal.SIGINT  # a shell's status for a command ended by Ctrl-C
@@ -111,7 +112,8 @@ def run(main: Callable[[list[str]], None], argv: list[str] | None = None) -> int
             stream.reconfigure(errors="backslashreplace", line_buffering=True)  # `| tee log`
     if environment_number("WORLD_SIZE", 1) > 1 and "--debug" not in argv:
         os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "FATAL")  # the error is reported in one line
-    with _terminable():
+    stdout = Terminal(sys.stdout) if sys.stdout.isatty() else sys.stdout
+    with _terminable(), redirect_stdout(stdout):
         if os.environ.pop(ENDS_WITH_STDIN, None):  # child processes have their own stdin
             threading.Thread(target=end_with_stdin, daemon=True).start()
         try:

@@ -32,12 +32,13 @@ def progress(
     `step`, by default `what`. A terminal shows the bar after `delay` seconds.
     """
     in_log = not sys.stderr.isatty()
-    number, step = 0, step or what
+    number, step, scaled = 0, step or what, unit == "B"
     seconds = LOG_SECONDS if in_log else 0.1
     with tqdm(
         total=total,
         desc=what,
-        unit=unit,
+        unit=unit if scaled else f" {unit}",
+        unit_scale=scaled,
         mininterval=seconds,
         maxinterval=seconds,
         delay=max(delay, seconds if in_log else 0),
@@ -55,7 +56,7 @@ def progress(
             on_step(step, number)
             if done:
                 bar.update(done)
-            elif shown and time.time() - bar.last_print_t >= seconds:
+            elif shown and time.time() - max(bar.last_print_t, bar.start_t + delay) >= seconds:
                 bar.last_print_t = time.time()
                 bar.refresh()
 

@@ -40,7 +40,7 @@ from .compression import ANY, DENSE, FOLDER, PACKED, PLAN, SMALL, Compression, i
 
 SAME_SOURCE = "The test texts have the source of the training texts. Other texts may lose more: "
 SAME_SOURCE += "measure on yours with --eval_data."
-IN_LLAMA_CPP = "in llama.cpp"  # column of the table
+IN_LLAMA_CPP = " (llama.cpp)"  # rows of the same model
 NO_RESULT = [*named(changes=True), "completions"]  # flags that do not concern the original
 
 
@@ -219,11 +219,11 @@ def compare(run: Compression, others: dict[str, list[str]]) -> None:
 
     args, out, gguf, small = run.args, run.args.out, run.gguf, read_results(run.folder / SMALL)
     run.announce("Measuring sizes and speeds")
-    models = {FIRST_COLUMN: args.model, OWN_COLUMN: out}
-    models |= {IN_LLAMA_CPP: gguf} if gguf and Path(gguf).exists() else {}
-    more = measured(run, models)
+    models = {("", FIRST_COLUMN): args.model, ("", OWN_COLUMN): out}
+    in_gguf = {(IN_LLAMA_CPP, OWN_COLUMN): gguf} if gguf and Path(gguf).exists() else {}
+    more = measured(run, models | in_gguf)
     if "quantized" in small:
-        more["linear layers as llama.cpp's"] = {OWN_COLUMN: small["quantized"]["format"]}
+        more["linear layers as"] = {OWN_COLUMN: small["quantized"]["format"]}
     table = figures_table(small, read_results(run.folder / DENSE), more)
     write_text(run.folder / "compressed.md", f"{table}\n")
     print(f"\n{table}\n")
@@ -233,7 +233,7 @@ def compare(run: Compression, others: dict[str, list[str]]) -> None:
         for name in ("dense", "model"):
             print(one_line(f"{name}: {record['prompt']}{record.get(name, ' –')}"))
     cards = [f"{folder}/README.md" for folder in (out, *run.exports) if Path(folder).exists()]
-    cards += [f"{gguf}.md"] if IN_LLAMA_CPP in models else []
+    cards += [f"{gguf}.md"] if in_gguf else []
     took = f"{out}: made in {in_words(time.monotonic() - run.began)}; {run.folder} can be removed"
     upload = f"hf upload YOUR_NAME/{shlex.quote(Path(out).name)} {shlex.quote(out)}"
     lines = ["", f"how to run it: {', '.join(cards)}", upload, "", took]
@@ -253,8 +253,8 @@ def compare(run: Compression, others: dict[str, list[str]]) -> None:
             raise UserError(f"--megabytes {args.megabytes}", problem, "Ask for less")
 
 
-def measured(run: Compression, models: dict[str, str]) -> dict[str, dict[str, str]]:
-    """Return the rows of size and speed: {row: {column: figure}}; models are {column: path}."""
+def measured(run: Compression, models: dict[tuple[str, str], str]) -> dict[str, dict[str, str]]:
+    """Return rows of size and speed: {row: {column: figure}}; models: {(suffix, column): path}."""
     from ...model.checkpoint import Checkpoint
     from ...model.device import checkpoint_dtype, dtype_name
     from ...model.pretrained import load_config
@@ -263,13 +263,14 @@ def measured(run: Compression, models: dict[str, str]) -> dict[str, dict[str, st
     dtype = dtype_name(checkpoint_dtype(load_config(Checkpoint(run.args.out))))  # of both
     cache, trusts = run.checkpoint.cache_dir, run.checkpoint.trust_remote_code
     options = dict(cache_dir=cache, trust_remote_code=trusts)
-    file, rows = run.folder / "figures.json", {row: {} for row in ROWS}
-    for column, model in models.items():
+    file, rows = run.folder / "figures.json", {}
+    for (suffix, column), model in models.items():
         argv = model, file, json.dumps([run.device, dtype, options])
         failed = processes.call("commands.compress.measure", *argv)
         figures = {} if failed else json.loads(file.read_text("utf-8"))
         for row in ROWS:
-            rows[row][column] = f"{figures[row]:,.1f}" if row in figures else "–"
+            cell = f"{figures[row]:,.1f}" if row in figures else "–"
+            rows.setdefault(row + suffix, {})[column] = cell
     return rows
 
 

@@ -47,7 +47,8 @@ Differences: of the loss or of KL from the dense model, in nats per token, paire
 Brackets: 95% intervals, each by itself, over documents and seeds; with one seed for that draw only.
 p is corrected by Holm's rule over the table. {NOT_SIGNIFICANT}: not significant, as p is {LIMIT} or
 more, or the test has only one document.""".replace("\n", " ")
-LEFT_OUT = "bits/byte", "s.e.", "seeds", "MB", "zeros", "agreement", "KL", "rise"  # first to last
+LEFT_OUT = "documents", "bits/byte", "s.e.", "seeds", "MB", "zeros", "agreement", "KL", "rise", "p"
+ONCE = "type", "method", "figure", "measured on"  # left out after these if one value stands in all
 FITTED = "\\medskip\\resizebox{\\ifdim\\width>\\linewidth\\linewidth\\else\\width\\fi}{!}{%\n"
 
 
@@ -59,12 +60,12 @@ class Compared(NamedTuple):
     problems: list[str]
     caption: str
 
-    def text(self) -> str:
-        """Return what stands after the table in report.md."""
+    def text(self, width: int | None = None) -> str:
+        """Return what stands after the table in report.md, see `report_text`."""
         parts = [self.caption, *(f"- {problem}" for problem in self.problems)]
         if len(self.lines):
-            columns = _difference_columns(self.lines)
-            parts += [DIFFERENCES, _markdown(columns, len(columns) - 5)]
+            columns = _fitting(_difference_columns(self.lines), width)
+            parts += [DIFFERENCES, _markdown(columns, [*columns].index(("", "difference")))]
         parts += [BOLD] * bool(self.table.filter(like="_best").to_numpy().any())
         return "\n\n".join(filter(None, parts))
 
@@ -87,7 +88,7 @@ def report_text(models: Sequence[Compared], width: int | None = None) -> str:
         about = [table["model"][0], *filter(None, table["vocabulary"][:1]), f"measured on {tests}"]
         parts.append(f"### {one_line(', '.join(about))}")
         parts += list(table["note"][:1]) if "note" in table else []
-        parts += [_markdown(columns, 3), model.text()]
+        parts += [_markdown(columns, 3), model.text(width)]
     parts.append("\n".join(f"- {note}" for title, note in NOTES.items() if title in titles))
     return "\n\n".join(part for part in parts if part) + "\n"
 
@@ -113,7 +114,8 @@ def _columns(table: DataFrame) -> Columns:
 
 def _fitting(columns: Columns, width: int | None) -> Columns:
     """Return the columns that fit into `width` characters, less important ones left out first."""
-    for title in LEFT_OUT:
+    once = (title for title in ONCE if len({*columns.get(("", title), "  ")}) == 1)
+    for title in (*LEFT_OUT, *once):
         if width is None or len(_markdown(columns, 3).partition("\n")[0]) <= width:
             break
         columns = {key: cells for key, cells in columns.items() if key[1] != title}
