@@ -16,6 +16,8 @@ from pathlib import Path
 import pytest
 from filelock import FileLock
 
+from lib.util.terminal import WHOLE, fitted
+
 FOLDER = Path(__file__).resolve().parent / "words"
 LOCK = FileLock(Path(tempfile.gettempdir(), "approved-words.lock"))  # workers of one test run
 ENTRY = re.compile(r"^=== (.+)\n", re.MULTILINE)
@@ -26,6 +28,7 @@ VOLATILE = {  # what differs from machine to machine, and from release to releas
     r"(cannot be (?:reached|loaded|read|imported)) \(.*?\)(?=[.:] )": r"\1 (...)",  # a library's
     r"\b(langprune|torch|transformers) \d+\.\d+[\w.+]*": r"\1 VERSION",
 }
+COMPLETION = re.compile(r"(?m)^( *(?:dense|model): ).*")  # what a model continues
 CHOICES = re.compile(r"\(choose from [^)]*\)")
 
 
@@ -40,7 +43,7 @@ def normalised(text: str) -> str:
 def without_numbers(text: str) -> str:
     """For what a run says: which figures there are and not which values, so no widths either."""
     text = re.sub(r"(?<![\w.])[-+]?\d[\d,]*\.\d+(?:e[-+]\d+)?\b", "#", normalised(text))
-    text = re.sub(r"(?m)^( *(?:dense|model): ).*", r"\1#", text)  # what a model continues
+    text = re.sub(COMPLETION, r"\1#", text)
     rows = text.splitlines()
     return "\n".join(re.sub(r" +|-{3,}", _narrow, row) if "| " in row else row for row in rows)
 
@@ -87,6 +90,16 @@ class Words:
                 "pytest --approve on this test.\n" + "\n".join(diff),
                 pytrace=False,
             )
+
+    def terminal(self, text: str, entry: str, widths: tuple[int, ...] = (80, 60)) -> None:
+        """As `__call__`, of text in a pipe that is shown in terminals, each digit as 0."""
+        assert text.replace("\n", "").isprintable()
+        text = re.sub(r"\d", "0", re.sub(COMPLETION, r"\1#", normalised(text)))
+        for width in widths:
+            shown = fitted(text, width)
+            for line in shown.splitlines():
+                assert len(line) <= width or WHOLE.match(line) or " " not in line.strip(), line
+            self("terminal.txt", shown, f"{entry}, {width} columns")
 
     def only(self, name: str, known: set[str]) -> None:
         """A file has no entries but these."""

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import html
+import io
 import re
 import sys
+from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +20,10 @@ from support import QUICK, ROOT, program_of, succeed
 from lib.commands import __main__ as console
 from lib.run.card import converted_card, model_card
 from lib.run.flags import build_parser
+from lib.util import cli
 from lib.util.errors import one_line
 from lib.util.markdown import escape
+from lib.util.terminal import fitted
 
 sys.path.append(str(ROOT / "tests/report"))
 
@@ -106,6 +110,8 @@ def test_a_run(name: str, words: Words, place: Path, tmp_path: Path) -> None:
     table = "\n".join(line for line in done.out.splitlines() if line.startswith("|"))
     assert not card or f"\n{table}\n" in card
     words("runs.txt", without_numbers(done.out), f"{name}: printed")
+    if name == "trimmed and quantized":
+        words.terminal(done.out, "a run")
     logged = log.read_text("utf-8")
     noted = "".join(f"# {line}\n" for line in table.splitlines())
     assert noted in logged
@@ -115,6 +121,21 @@ def test_a_run(name: str, words: Words, place: Path, tmp_path: Path) -> None:
         text = text.partition("\n---\n")[2]
         words("runs.txt", without_numbers(f"{head}\n...\n{text}"), f"{name}: card")
     assert str(tmp_path) not in card
+
+
+def test_a_terminal_gets_lines_of_its_width(words: Words, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Commands stay whole, so that they can be copied; a pipe gets whole lines, for grep."""
+    monkeypatch.setenv("COLUMNS", "60")
+    readme = (ROOT / "README.md").read_text("utf-8")
+    printed = re.search(r"```\n(vocabulary: .*?)```", readme, re.DOTALL)[1]
+    words.terminal(printed, "trim")
+    command = f"python main.py --model {'m' * 60} --recover 5\n"
+    for is_terminal in (True, False):
+        with redirect_stdout(io.StringIO()) as out:
+            out.isatty = lambda answer=is_terminal: answer
+            assert cli.run(lambda _: print(command + printed, end=""), []) == 0
+        assert out.getvalue() == command + (fitted(printed, 60) if is_terminal else printed)
+    assert fitted(printed, 60) != printed
 
 
 # --- cards of results that nobody has measured, and of what is converted from a folder

@@ -32,40 +32,37 @@ def fitted(text: str, width: int) -> str:
 
     Words, commands, indented lines and tables of words that are too long stay as they are.
     """
-    lines = []
-    for part in re.split(r"(?m)((?:^\|.*(?:\n|\Z))+)", text):
-        lines.append(_narrow(part, width) if part.startswith("|") else _wrap(part, width))
-    return "".join(lines)
+    parts = re.split(r"(?m)((?:^\|.*(?:\n|\Z))+)", text)
+    return "".join((_narrow if part[:1] == "|" else _wrap)(part, width) for part in parts)
 
 
 def _wrap(text: str, width: int) -> str:
     options = dict(subsequent_indent="  ", break_long_words=False, break_on_hyphens=False)
     return "\n".join(
-        line
-        if len(line) <= width or WHOLE.match(line)
-        else "\n".join(textwrap.wrap(line, width, **options))
+        line if WHOLE.match(line) else textwrap.fill(line, width, **options)
         for line in text.split("\n")
     )
 
 
 def _narrow(table: str, width: int) -> str:
-    """Return a table with the widest of its columns narrowed, as far as their words allow."""
-    rows = [[c.strip() for c in CELL.split(line)[1:-1]] for line in table.splitlines()]
-    flush = [str.rjust if cell.endswith(":") else str.ljust for cell in rows.pop(1)]
+    """Return a table of `width`, if its words allow it, by the columns that cost fewest lines."""
+    rows = [[cell.strip() for cell in CELL.split(line)[1:-1]] for line in table.splitlines()]
+    aligned = [str.rjust if cell.endswith(":") else str.ljust for cell in rows.pop(1)]
     columns = list(zip(*rows, strict=True))
     least = [max(3, *map(len, " ".join(column).split())) for column in columns]
     sizes = [max(3, *map(len, column)) for column in columns]
+
+    def lines_of(row: list[str], narrowed: int | None = None) -> list[tuple[str, ...]]:
+        cells = [textwrap.wrap(c, sizes[n] - (n == narrowed)) for n, c in enumerate(row)]
+        return list(zip_longest(*cells, fillvalue=""))
+
     while sum(sizes) + 3 * len(sizes) + 1 > width:
-        free = [(size, place) for place, size in enumerate(sizes) if size > least[place]]
+        free = [place for place, size in enumerate(sizes) if size > least[place]]
         if not free:
             return table
-        sizes[max(free)[1]] -= 1
-    lines = []
-    for row in rows:
-        cells = [textwrap.wrap(cell, size) for cell, size in zip(row, sizes, strict=True)]
-        for parts in zip_longest(*cells, fillvalue=""):
-            line = [f(part, size) for f, part, size in zip(flush, parts, sizes, strict=True)]
-            lines.append(f"| {' | '.join(line)} |")
-        if row is rows[0]:
-            lines.append(f"| {' | '.join('-' * size for size in sizes)} |")
-    return "\n".join(lines) + "\n" * table.endswith("\n")
+        costs = {n: (sum(len(lines_of(row, n)) for row in rows), -sizes[n]) for n in free}
+        sizes[min(free, key=costs.__getitem__)] -= 1
+    head, *body = (lines_of(row) for row in rows)
+    lines = [*head, ["-" * size for size in sizes], *(line for row in body for line in row)]
+    padded = ([a(*of) for a, *of in zip(aligned, line, sizes, strict=True)] for line in lines)
+    return "\n".join(f"| {' | '.join(line)} |" for line in padded) + "\n" * table.endswith("\n")

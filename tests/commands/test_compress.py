@@ -60,9 +60,12 @@ def of_run(name: str, out: str = "small") -> dict[str, Any]:
     return json.loads(file.read_text("utf-8"))
 
 
+DIGEST = re.compile("(?<=compress/)[0-9a-f]{12}")
+
+
 def printed(done: Done) -> str:
     """What a command prints, without figures and the name of its folder."""
-    return re.sub("compress/[0-9a-f]{12}", "compress/DIGEST", without_numbers(done.out))
+    return DIGEST.sub("DIGEST", without_numbers(done.out))
 
 
 def plan_of(out: str = "small") -> dict[str, Any]:
@@ -204,6 +207,8 @@ def test_a_plan(name: str, runs: Runs, words: Words) -> None:
     assert small.quantize == expected and (small.prune_method == "admm") == (name == "packed")
     if name in ("any", "packed", "q8_0"):
         words("compress.txt", printed(done), name)
+    if name == "any":
+        words.terminal(DIGEST.sub("DIGEST", done.out), "compress")
 
 
 def test_windows_are_as_long_as_the_texts_allow(runs: Runs) -> None:

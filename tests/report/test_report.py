@@ -181,6 +181,14 @@ def paired(tmp_path: Path) -> Path:
     return root
 
 
+@pytest.mark.parametrize("width", [80, 60])
+def test_tables_in_a_terminal(
+    width: int, paired: Path, words: Words, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", str(width))
+    words.terminal(report(paired, "--against", "dense"), "report", (width,))
+
+
 def test_calibration_texts_are_paired_by_window_and_seed(paired: Path, words: Words) -> None:
     tables = ["--latex", "report/table.tex", "--csv", "report/all.csv"]
     Path("report").mkdir()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -95,6 +96,12 @@ def test_kept_rows_tokens_and_ids(
     source = ggufs.model(tmp_path / "in.gguf", kind, table, head)
     main([str(source), str(tmp_path / "out.gguf"), "--data", str(texts)])
     said = capsys.readouterr().out
+    if kind == "gpt2":  # as in README
+        readme = (ROOT / "README.md").read_text("utf-8")
+        shown = re.search(r"```\n(vocabulary: .*?)```", readme, re.DOTALL)[1]
+        words = [re.sub(r"[+-]?\d[\d,.]*(e-\d+)?", "#", text) for text in (said, shown)]
+        left_out = "fields left out: tokenizer.huggingface.json\n"
+        assert words[0].replace(left_out, "") == words[1]
     kept = check(source, tmp_path / "out.gguf")
     before, after = Llama(source), Llama(tmp_path / "out.gguf")
     rows, alike = np.array(kept), 0

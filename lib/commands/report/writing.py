@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from ...util.errors import one_line
 from ...util.files import write_text
 from ...util.markdown import EMPTY, padded_table
+from ...util.terminal import fitted
 from .statistics import LIMIT
 from .table import SETTING, SIZES, TASK, Runs, row_keys
 
@@ -49,6 +50,7 @@ p is corrected by Holm's rule over the table. {NOT_SIGNIFICANT}: not significant
 more, or the test has only one document.""".replace("\n", " ")
 LEFT_OUT = "documents", "bits/byte", "s.e.", "seeds", "MB", "zeros", "agreement", "KL", "rise", "p"
 ONCE = "type", "method", "figure", "measured on"  # left out after these if one value stands in all
+INTERVAL = "95% interval"  # left out where its words are too wide
 FITTED = "\\medskip\\resizebox{\\ifdim\\width>\\linewidth\\linewidth\\else\\width\\fi}{!}{%\n"
 
 
@@ -115,8 +117,11 @@ def _columns(table: DataFrame) -> Columns:
 def _fitting(columns: Columns, width: int | None) -> Columns:
     """Return the columns that fit into `width` characters, less important ones left out first."""
     once = (title for title in ONCE if len({*columns.get(("", title), "  ")}) == 1)
-    for title in (*LEFT_OUT, *once):
-        if width is None or len(_markdown(columns, 3).partition("\n")[0]) <= width:
+    for title in (*LEFT_OUT, *once, INTERVAL):
+        shown = _markdown(columns, 3)
+        if title == INTERVAL and width:
+            shown = fitted(shown, width)
+        if width is None or len(shown.partition("\n")[0]) <= width:
             break
         columns = {key: cells for key, cells in columns.items() if key[1] != title}
     return columns
@@ -147,7 +152,7 @@ def _difference_columns(lines: DataFrame) -> Columns:
         interval = f"[{line.low:+.4f}, {line.high:+.4f}]" if tested else EMPTY
         p = f"{line.p:.2g}" if tested else EMPTY
         cells.append([text, interval, p, f"{line.seeds:.0f}", f"{line.documents:.0f}"])
-    for place, title in enumerate(("difference", "95% interval", "p", "seeds", "documents")):
+    for place, title in enumerate(("difference", INTERVAL, "p", "seeds", "documents")):
         columns["", title] = [line[place] for line in cells]
     return columns
 
