@@ -16,21 +16,21 @@ from ..util.processes import PACKAGE, main_of
 LIST = """\
 NAME ..., where NAME is a command; NAME --help lists its flags
 
-  compress MODEL OUT --language uk   make a model small for one language, in --minutes 30
-  prune --model MODEL                run one pruning with your flags, the same as python main.py
-  demo                               run the whole pipeline on a tiny model, without network or GPU
+  compress MODEL OUT --language uk   make a model small for one language
+  prune --model MODEL                prune, quantize or train, as python main.py
+  demo                               run it all on a tiny model, offline
 
-  sweep --models MODEL ...       run many prunings: methods, types, ratios, texts and seeds
+  sweep --models MODEL ...       run many: by methods, types, ratios and texts
   report RUN ...                 write tables and pictures of finished runs
-  overlap RUN_A RUN_B ...        compare the weights that prunings for two languages keep
-  dialogues MODEL OUT --data ... write answers of a chat model, as calibration text for it
+  overlap RUN_A RUN_B ...        compare the weights that two prunings keep
+  dialogues MODEL OUT --data ... write answers of a chat model, to calibrate it
   tasks DATA OUT                 write tasks for lm-eval from your documents
   unpack IN OUT                  convert a packed model to a plain dense one
-  gguf IN OUT.gguf               convert a saved model for llama.cpp and ollama, and verify it
-  trim IN OUT --data ...         keep only the tokens of your texts, in a GGUF file or a folder
-  vocabulary IN.gguf --map ...   write such tokens as a list for a drafter in SGLang or TensorRT
-  export OUT NEW --to mlx        convert a saved 4-bit model for vLLM, MLX or ONNX
-  ubertext DUMPS OUT             build the published Ukrainian texts from raw dumps
+  gguf IN OUT.gguf               convert a model for llama.cpp, and verify it
+  trim IN OUT --data ...         keep only the tokens of your texts
+  vocabulary IN.gguf --map ...   write them as a list for SGLang or TensorRT
+  export OUT NEW --to mlx        convert a 4-bit model for vLLM, MLX or ONNX
+  ubertext DUMPS OUT             build the published Ukrainian texts from dumps
 
 MODEL: Hub id (owner/name) or local folder."""
 NAMES = re.findall(r"(?m)^  (\w+)", LIST)

@@ -547,7 +547,7 @@ class Memory:
                 continue
             begun_by = {flag.name: flag.doing for flag in flags_of(stage) if flag.doing}
             flag, doing = next(iter(begun_by.items()), ("model", "the model"))
-            device, given = "card" if self.gpu else "machine", shown(self.flags, flag)
+            device, given = "GPU" if self.gpu else "machine", shown(self.flags, flag)
             short = self.needed_of_host(stage) > self.host
             whole = replace(self, offloaded=self.offloaded and not (short and self.on_host_alone))
             problem = f"{doing} needs {gib(whole.needed(stage))} of memory, and the {device} "
@@ -606,7 +606,7 @@ class Memory:
         if teacher := self._teacher_at("train" if self.run.schedule else "measure"):
             parts.append(f"teacher {gib(teacher)}")
         host = " on the host" * self.on_host_alone
-        where = f" on the {'card' if self.hidden_on_device else 'host'}" * self.gpu
+        where = f" on the {'GPU' if self.hidden_on_device else 'host'}" * self.gpu
         every = [term for stage in self._active for term in self._terms(stage)]
         hidden = max((size for name, size, _ in every if name == "hidden states"), default=0)
         parts.append(f"hidden states {gib(hidden)}{where}")

@@ -7,7 +7,7 @@ For users who want a small model and have some minutes; main.py offers each step
 The vocabulary is trimmed to the language, and the weights are quantized to llama.cpp's q4_0 with
 text in it, or with --megabytes to the types that lose least in so many megabytes; a base model is
 trained from there. OUT is a dense folder that every engine loads, and
-OUT.gguf the same model for llama.cpp, if requirements-gguf.txt is installed. A rehearsal with a few
+OUT.gguf the same model for llama.cpp, if requirements-gguf.txt is installed. A trial run with a few
 windows measures the speed of this machine, and the minutes are planned by it. Training is left out
 if memory or disk do not suffice, and trimming if there is too little text. Text, plan and figures
 are kept in a folder of OUT-compress, from which the same command continues; a changed command has

@@ -199,7 +199,7 @@ def rehearse(
 
     planned = run.args.recover is None
     whats = ["the cost of trimming"] * bool(job.vocabulary) + ["the time"] * planned
-    run.announce(f"Rehearsing with a few windows, to measure {' and '.join(whats)}")
+    run.announce(f"Trial run with a few windows, to measure {' and '.join(whats)}")
     share = measured_bytes(run.device)
     share /= sum(test.record["bytes"] for test in job.windows.tests)
     name = REHEARSAL if job.vocabulary else f"{REHEARSAL}-whole"

@@ -129,8 +129,8 @@ def main(arguments: list[str]) -> None:
             seconds = time.monotonic() - start - written
             tables = sum(tensor.kept is not None for tensor in tensors)
             print(
-                f"written in {written:.1f} s; {tables} tables have the kept rows of IN, and "
-                f"{len(tensors) - tables} tensors are IN's, by bytes ({seconds:.1f} s)"
+                f"written in {written:.1f} s; {tables} tensors have the kept rows of IN, and "
+                f"{len(tensors) - tables} are IN's, by bytes ({seconds:.1f} s)"
             )
             texts = [text for name in list(tests)[1:] for text in tests[name]] or LINES
             missing = _predict(file, partial, before, after, texts, kept, vocabulary.kind, record)
