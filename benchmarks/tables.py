@@ -1160,7 +1160,8 @@ def draw_parts(path: Path) -> None:
             size = sum(sizes) / 1e6
             text = f"{size:,.0f} MB" if size < 1000 else f"{size / 1000:.2f} GB"
             axes.text(left + 1, at, text, va="center", fontsize=8)
-    handles = [axes.barh(0, 0, color=color, label=name) for name, color in looks.items()]
+    legend = {"tables": "embedding matrices and head", "blocks": "blocks", "rest": "rest"}
+    handles = [axes.barh(0, 0, color=c, label=legend[name]) for name, c in looks.items()]
     figure.legend(handles=handles, loc="outside lower center", ncols=3, frameon=False)
     axes.set_yticks(range(len(files)), [name for name, _ in files])
     axes.invert_yaxis()

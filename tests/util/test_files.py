@@ -7,6 +7,7 @@ import os
 import signal
 import sys
 import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -129,6 +130,10 @@ def test_a_terminal_without_a_width_gets_a_bar(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr("lib.util.progress.os.get_terminal_size", lambda _: size)
     monkeypatch.setattr("lib.util.progress.sys.stderr", terminal := io.StringIO())
     terminal.isatty, terminal.fileno = lambda: True, lambda: 2
+    with progress(None, "waiting", "answer", delay=9) as bar:
+        time.sleep(0.2)
+        bar(0)
+    assert not terminal.getvalue()  # a bar that is not due leaves no rest
     with progress(4, "pruning", "block") as bar:
         bar(2)
     assert "pruning:  50%|" in terminal.getvalue()
