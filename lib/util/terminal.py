@@ -10,7 +10,9 @@ from typing import Any, TextIO
 
 # a command stays whole, so that it can be copied; indented lines quote texts
 WHOLE = re.compile(r" |.*\b(?:python \S+\.py|bash launch\.sh|langprune|pip|hf|llama-\w+) [a-z-]")
+TABLE = re.compile(r"(?m)(^\| .*\n\| --.*(?:\n\| .*)*)")
 CELL = re.compile(r"(?<!\\)\|")
+WORDS = {"break_long_words": False, "break_on_hyphens": False}
 
 
 class Terminal:
@@ -32,20 +34,23 @@ def fitted(text: str, width: int) -> str:
 
     Words, commands, indented lines and tables of words that are too long stay as they are.
     """
-    parts = re.split(r"(?m)((?:^\|.*(?:\n|\Z))+)", text)
-    return "".join((_narrow if part[:1] == "|" else _wrap)(part, width) for part in parts)
+    parts = enumerate(TABLE.split(text))
+    return "".join((_narrow if number % 2 else _wrap)(part, width) for number, part in parts)
 
 
 def _wrap(text: str, width: int) -> str:
-    options = dict(subsequent_indent="  ", break_long_words=False, break_on_hyphens=False)
     return "\n".join(
-        line if WHOLE.match(line) else textwrap.fill(line, width, **options)
+        line
+        if len(line) <= width or WHOLE.match(line)
+        else textwrap.fill(line, width, subsequent_indent="  ", **WORDS)
         for line in text.split("\n")
     )
 
 
 def _narrow(table: str, width: int) -> str:
-    """Return a table of `width`, if its words allow it, by the columns that cost fewest lines."""
+    """Return a table of `width` if its words allow it: few lines, and figures broken last."""
+    if len(table.partition("\n")[0]) <= width:
+        return table
     rows = [[cell.strip() for cell in CELL.split(line)[1:-1]] for line in table.splitlines()]
     aligned = [str.rjust if cell.endswith(":") else str.ljust for cell in rows.pop(1)]
     columns = list(zip(*rows, strict=True))
@@ -53,16 +58,20 @@ def _narrow(table: str, width: int) -> str:
     sizes = [max(3, *map(len, column)) for column in columns]
 
     def lines_of(row: list[str], narrowed: int | None = None) -> list[tuple[str, ...]]:
-        cells = [textwrap.wrap(c, sizes[n] - (n == narrowed)) for n, c in enumerate(row)]
+        cells = [textwrap.wrap(c, sizes[n] - (n == narrowed), **WORDS) for n, c in enumerate(row)]
         return list(zip_longest(*cells, fillvalue=""))
+
+    def cost(place: int) -> tuple[bool, int, int]:
+        figures = columns[place][1:] if aligned[place] is str.rjust else ()
+        breaks = sizes[place] <= max(map(len, figures), default=0)
+        return breaks, sum(len(lines_of(row, place)) for row in rows), -sizes[place]
 
     while sum(sizes) + 3 * len(sizes) + 1 > width:
         free = [place for place, size in enumerate(sizes) if size > least[place]]
         if not free:
             return table
-        costs = {n: (sum(len(lines_of(row, n)) for row in rows), -sizes[n]) for n in free}
-        sizes[min(free, key=costs.__getitem__)] -= 1
+        sizes[min(free, key=cost)] -= 1
     head, *body = (lines_of(row) for row in rows)
     lines = [*head, ["-" * size for size in sizes], *(line for row in body for line in row)]
     padded = ([a(*of) for a, *of in zip(aligned, line, sizes, strict=True)] for line in lines)
-    return "\n".join(f"| {' | '.join(line)} |" for line in padded) + "\n" * table.endswith("\n")
+    return "\n".join(f"| {' | '.join(line)} |" for line in padded)
