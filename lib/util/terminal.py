@@ -34,16 +34,14 @@ def fitted(text: str, width: int) -> str:
 
     Words, commands, indented lines and tables of words that are too long stay as they are.
     """
-    parts = enumerate(TABLE.split(text))
-    return "".join((_narrow if number % 2 else _wrap)(part, width) for number, part in parts)
 
+    def wrapped(line: str) -> str:
+        whole = len(line) <= width or WHOLE.match(line)
+        return line if whole else textwrap.fill(line, width, subsequent_indent="  ", **WORDS)
 
-def _wrap(text: str, width: int) -> str:
-    return "\n".join(
-        line
-        if len(line) <= width or WHOLE.match(line)
-        else textwrap.fill(line, width, subsequent_indent="  ", **WORDS)
-        for line in text.split("\n")
+    return "".join(
+        _narrow(part, width) if number % 2 else "\n".join(map(wrapped, part.split("\n")))
+        for number, part in enumerate(TABLE.split(text))
     )
 
 
