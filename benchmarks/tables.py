@@ -1079,28 +1079,33 @@ def draw_types(path: Path) -> None:
     """Size against KL of SmolLM2 on no grid, on a logarithmic scale."""
     from matplotlib.figure import Figure
 
+    labels = {  # other text of a label, and its place beside the point, in points
+        "llama.cpp iq4_xs": ("iq4_xs", (-9, 0), "right"),
+        "llama.cpp iq4_nl": ("iq4_nl", (0, -11), "center"),
+        "q4_0": ("q4_0", (9, 0), "left"),
+        "auto --megabytes 92": ("auto, 92 MB", (-9, 0), "right"),
+        "auto --megabytes 97.5": ("auto, 97.5 MB", (7, 5), "left"),
+        "q5_0_embedding_q5_0": ("q5_0, embedding too", (-7, -7), "right"),
+        "iq4_nl_embedding_q5_0": ("iq4_nl, embedding q5_0", (0, -11), "center"),
+    }
     figure = Figure(figsize=(7.2, 4.2), layout="constrained")
     axes = figure.add_subplot()
-    looks = {"langprune": ("#1b6ca8", "o", -11, "right"), "llama.cpp": ("#c8551b", "s", 9, "left")}
-    for who, (color, marker, across, side) in looks.items():
-        points = []
-        for file in raw("types/smollm2.json"):
-            theirs = file["label"].startswith("llama.cpp")
-            if theirs == (who == "llama.cpp") and "recover" not in file["label"]:
-                points.append((file["bytes"] / 1e6, file["tests"][0]["kl"]))
-                text = file["label"].removeprefix("llama.cpp ").replace(" --megabytes", ", MB:")
-                left = text == "iq4_xs"  # where llama.cpp's next point is close
-                style = {"textcoords": "offset points", "color": color, "va": "center"}
-                style |= {"ha": "right" if left else side, "fontsize": 9}
-                axes.annotate(text, points[-1], (-11 if left else across, 0), **style)
-        line = "-" if who == "langprune" else "none"
-        points = zip(*sorted(points), strict=True)
-        axes.plot(*points, linestyle=line, marker=marker, color=color, label=who)
+    looks = {"langprune": ("#1b6ca8", "o", -9, "right"), "llama.cpp": ("#c8551b", "s", 9, "left")}
+    for file in raw("types/smollm2.json"):
+        label = file["label"]
+        who = "llama.cpp" if label.startswith("llama.cpp") else "langprune"
+        color, marker, across, side = looks[who]
+        point = file["bytes"] / 1e6, file["tests"][0]["kl"]
+        axes.plot(*point, marker, color=color)
+        text, place, side = labels.get(label, (label.split()[-1], (across, 0), side))
+        style = {"textcoords": "offset points", "color": color, "va": "center", "fontsize": 9}
+        axes.annotate(text, point, place, ha=side, **style)
+    for name, (color, marker, *_) in looks.items():
+        axes.plot([], [], marker, color=color, label=name)
     axes.set_yscale("log")
-    axes.set(xlabel="Size of the GGUF file (MB)")
-    axes.margins(x=0.14)
-    axes.set_ylabel("KL from the 16-bit model (nats/token)\nlower is better")
+    axes.set(xlabel="Size of the GGUF file (MB)", xlim=(71, 146))
     axes.yaxis.set_major_formatter("{x:g}")
+    axes.set_ylabel("KL from the 16-bit model (nats/token)\nlower is better")
     title = "SmolLM2-135M, English, weights on no grid (16-bit: 270 MB)"
     axes.set_title(title, loc="left", fontsize=11)
     axes.legend(loc="upper right", frameon=False)
