@@ -1086,7 +1086,7 @@ def draw_types(path: Path) -> None:
         "auto --megabytes 92": ("auto, 92 MB", (-9, 0), "right"),
         "auto --megabytes 97.5": ("auto, 97.5 MB", (7, 5), "left"),
         "q5_0_embedding_q5_0": ("q5_0, embedding too", (-7, -7), "right"),
-        "iq4_nl_embedding_q5_0": ("iq4_nl, embedding q5_0", (0, -11), "center"),
+        "iq4_nl_embedding_q5_0": ("iq4_nl, embedding q5_0", (0, 10), "center"),
     }
     figure = Figure(figsize=(7.2, 4.2), layout="constrained")
     axes = figure.add_subplot()
