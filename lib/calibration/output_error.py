@@ -21,10 +21,10 @@ GOLDEN = (5**0.5 - 1) / 2  # its multiples modulo 1 are evenly spread and reprod
 
 
 @lru_cache(maxsize=2)  # most inputs of a block have the same tokens
-def _uniform(seen: int, count: int, device: torch.device) -> Tensor:
-    """Return a number in (0, 1) for each token (count,) after the first `seen`."""
+def _factors(seen: int, count: int, device: torch.device) -> Tensor:
+    """Return u^(-1/2), u uniform in (0, 1), for each token (count,) after the first `seen`."""
     places = torch.arange(seen + 1, seen + count + 1, device=device, dtype=torch.float64)
-    return (places * GOLDEN).frac()
+    return (places * GOLDEN).frac().rsqrt().float()
 
 
 class TokenSample:
@@ -35,13 +35,13 @@ class TokenSample:
 
     def __init__(self) -> None:
         self.seen = 0
-        self.kept: tuple[Tensor, ...] = ()  # descending keys; squared norms; rows (n, in)
+        self.kept: tuple[Tensor, ...] = ()  # descending keys; norms; rows (n, in)
 
     def add(self, x: Tensor) -> None:
         """Add tokens x (tokens, in) to the population that is sampled."""
         exact = torch.promote_types(x.dtype, torch.float32)
-        sizes = torch.linalg.vector_norm(x, dim=1, dtype=exact).double().square()
-        keys = sizes / _uniform(self.seen, len(x), x.device)
+        norms = torch.linalg.vector_norm(x, dim=1, dtype=exact)
+        keys = norms * _factors(self.seen, len(x), x.device)
         self.seen += len(x)
         if x.device.type == "cpu" and self.kept and len(self.kept[0]) > TOKENS:
             best = (keys > self.kept[0][-1]).nonzero()[:, 0]
@@ -49,7 +49,7 @@ class TokenSample:
                 return
         else:
             best = keys.topk(min(TOKENS + 1, len(keys))).indices
-        kept = keys[best], sizes[best], x[best]
+        kept = keys[best], norms[best], x[best]
         if self.kept:
             kept = tuple(map(torch.cat, zip(self.kept, kept, strict=True)))
             best = kept[0].topk(min(TOKENS + 1, len(kept[0])))
@@ -58,11 +58,11 @@ class TokenSample:
 
     def rows(self, count: int = TOKENS) -> Tensor:
         """Return up to `count` tokens (n, in), float32, times the root of their weights."""
-        keys, sizes, x = self.kept
-        weights = torch.ones_like(sizes[:count])
+        keys, norms, x = self.kept
+        roots = torch.ones_like(norms[:count])
         if len(keys) > count:
-            weights = (keys[count] / sizes[:count].clamp_min(1e-300)).clamp_min(1)
-        return x[:count].float() * weights.sqrt().float()[:, None]
+            roots = (keys[count] / norms[:count].clamp_min(1e-30)).clamp_min(1)
+        return x[:count].float() * roots.float()[:, None]
 
 
 def relative_error(dense: Tensor, pruned: Tensor) -> float | None:

@@ -131,7 +131,7 @@ def test_a_whole_run(method: str, kind: str, model: Path, uk: Path) -> None:
     assert test["kl"] > 0 and test["compared_windows"] == test["windows"]
     dense = test["dense"]["perplexity"]
     assert dense == pytest.approx(published_perplexity(model, uk), rel=1e-4)
-    for figures in (f" {test['kl']:.4f} ± ", f" {dense:.4f} | {test['perplexity']:.4f} ± "):
+    for figures in (f" {test['kl']:.4f} ± ", f" {dense:,.2f} | {test['perplexity']:,.2f} ± "):
         assert figures in done.out
     before, after = load_file(model / "model.safetensors"), weights("new")
     assert before.keys() == after.keys()
