@@ -27,6 +27,11 @@ def _factors(seen: int, count: int, device: torch.device) -> Tensor:
     return (places * GOLDEN).frac().rsqrt().float()
 
 
+def _norms(x: Tensor) -> Tensor:
+    exact = torch.promote_types(x.dtype, torch.float32)
+    return torch.linalg.vector_norm(x, dim=1, dtype=exact)
+
+
 class TokenSample:
     """A sample of the tokens of an input (tokens, in), drawn batch by batch.
 
@@ -35,33 +40,35 @@ class TokenSample:
 
     def __init__(self) -> None:
         self.seen = 0
-        self.kept: tuple[Tensor, ...] = ()  # descending keys; norms; rows (n, in)
+        self.kept: list[tuple[Tensor, Tensor]] = []  # keys (n,) and rows (n, in) of candidates
+        self.bound: float | None = None  # keys below do not stay; a GPU would be waited for
 
     def add(self, x: Tensor) -> None:
         """Add tokens x (tokens, in) to the population that is sampled."""
-        exact = torch.promote_types(x.dtype, torch.float32)
-        norms = torch.linalg.vector_norm(x, dim=1, dtype=exact)
-        keys = norms * _factors(self.seen, len(x), x.device)
+        keys = _norms(x) * _factors(self.seen, len(x), x.device)
         self.seen += len(x)
-        if x.device.type == "cpu" and self.kept and len(self.kept[0]) > TOKENS:
-            best = (keys > self.kept[0][-1]).nonzero()[:, 0]
-            if not len(best):  # mostly
-                return
-        else:
+        if self.bound is None:
             best = keys.topk(min(TOKENS + 1, len(keys))).indices
-        kept = keys[best], norms[best], x[best]
-        if self.kept:
-            kept = tuple(map(torch.cat, zip(self.kept, kept, strict=True)))
-            best = kept[0].topk(min(TOKENS + 1, len(kept[0])))
-            kept = best.values, *(each[best.indices] for each in kept[1:])
-        self.kept = kept
+        else:
+            best = (keys > self.bound).nonzero()[:, 0]
+        self.kept.append((keys.index_select(0, best), x.index_select(0, best)))
+        if sum(len(keys) for keys, _ in self.kept) > 2 * TOKENS:
+            self._merge()
+
+    def _merge(self) -> tuple[Tensor, Tensor]:
+        keys, x = map(torch.cat, zip(*self.kept, strict=True))
+        best = keys.topk(min(TOKENS + 1, len(keys)))
+        self.kept = [(best.values, x[best.indices])]
+        if x.device.type == "cpu" and len(best.values) > TOKENS:
+            self.bound = best.values[-1].item()
+        return self.kept[0]
 
     def rows(self, count: int = TOKENS) -> Tensor:
         """Return up to `count` tokens (n, in), float32, times the root of their weights."""
-        keys, norms, x = self.kept
-        roots = torch.ones_like(norms[:count])
+        keys, x = self._merge()
+        roots = torch.ones_like(keys[:count])
         if len(keys) > count:
-            roots = (keys[count] / norms[:count].clamp_min(1e-30)).clamp_min(1)
+            roots = (keys[count] / _norms(x[:count]).clamp_min(1e-30)).clamp_min(1)
         return x[:count].float() * roots.float()[:, None]
 
 
