@@ -21,6 +21,7 @@ import subprocess
 import sys
 from pathlib import Path
 from statistics import median
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
@@ -62,6 +63,15 @@ def run(model: str, draft: str, prompts: dict[str, list[str]], tokens: int) -> N
     print(json.dumps({"timings": found, "memory": peak_host_memory()}), flush=True)
 
 
+def summary(runs: list[dict[str, Any]], text: str) -> tuple[float, float, int, int, float]:
+    """Return median tokens/s of prompts and generation, accepted and drafted tokens, and MB."""
+    timings = [each for one in runs for each in one["timings"][text]]
+    prompt, generation = (median(each[key] for each in timings) for key in KEPT[:2])
+    once = runs[0]["timings"][text]  # equal in each round, since answers are greedy
+    drafted, taken = (sum(each[key] for each in once) for key in KEPT[2:])
+    return prompt, generation, taken, drafted, max(one["memory"] for one in runs) / 1e6
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("models", nargs=2)
@@ -100,15 +110,9 @@ def main() -> None:
     for threads in args.threads:
         for name, text in ((name, text) for name in pairs for text in files):
             mine = [one for one in runs if (one["name"], one["threads"]) == (name, threads)]
-            timings = [each for one in mine for each in one["timings"][text]]
-            cells = [name, threads, text]
-            for part in ("prompt", "predicted"):
-                cells.append(f"{median(each[f'{part}_per_second'] for each in timings):.1f}")
-            once = mine[0]["timings"][text]  # equal in each round, since answers are greedy
-            for count in ("draft_n_accepted", "draft_n"):
-                cells.append(str(sum(each[count] for each in once)))
-            cells.append(f"{max(one['memory'] for one in mine) / 1e6:.0f}")
-            print("|", " | ".join(cells), "|")
+            prompt, generation, taken, drafted, memory = summary(mine, text)
+            cells = [name, threads, text, f"{prompt:.1f}", f"{generation:.1f}", str(taken)]
+            print("|", " | ".join([*cells, str(drafted), f"{memory:.0f}"]), "|")
 
 
 if __name__ == "__main__":

@@ -17,11 +17,11 @@ import sys
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from statistics import median
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from bench_gguf_pairs import summary
 from pandas import read_csv
 
 from lib.commands import overlap
@@ -216,10 +216,10 @@ def gemma_forms() -> str:
 @table("frontier/{gemma3-270m,smollm2}-trained.json, frontier/*-rounded*.json: bits_per_byte, kl")
 def trained_first() -> str:
     """Trained in 16 bits, then quantized by llama.cpp, beside training of the quantized model."""
-    gemma = raw("frontier/gemma3-270m-trained.json"), forms_trained()["Gemma 3 270M"]
-    smollm2 = raw("frontier/smollm2-trained.json"), forms_trained()["SmolLM2-135M"]
+    files = {"Gemma 3 270M": "gemma3-270m-trained", "SmolLM2-135M": "smollm2-trained"}
     rows: list[list[Cell]] = []
-    for model, (records, ours) in {"Gemma 3 270M": gemma, "SmolLM2-135M": smollm2}.items():
+    for model, ours in forms_trained().items():
+        records = raw(f"frontier/{files[model]}.json")
         for name in ("", " q8_0", " q4_k_m", " q3_k_m", " q4_0"):
             record = one(records, label=f"trained{name}")
             half = 2 if not name and model == "SmolLM2-135M" else 1  # it was saved in float32
@@ -966,18 +966,13 @@ def trimmed_speed() -> str:
     for model, name in dict.fromkeys((one["model"], one["name"]) for one in runs):
         mine = [one for one in runs if (one["model"], one["name"]) == (model, name)]
         for text in mine[0]["timings"]:
-            cells = []
-            for part in ("prompt", "predicted"):
-                for threads in dict.fromkeys(one["threads"] for one in runs):
-                    some = [one["timings"][text] for one in mine if one["threads"] == threads]
-                    cells.append(median(t[f"{part}_per_second"] for each in some for t in each))
-            drafted, taken = (
-                sum(each[key] for each in mine[0]["timings"][text])
-                for key in ("draft_n", "draft_n_accepted")
-            )
+            by_threads = [
+                summary([one for one in mine if one["threads"] == threads], text)
+                for threads in dict.fromkeys(one["threads"] for one in runs)
+            ]
+            prompts, generations, (taken, *_), (drafted, *_), memory = zip(*by_threads, strict=True)
             accepted = f"{taken} of {drafted}" if drafted else ""
-            rows.append([model, name, text, *cells, accepted])
-            rows[-1].append(max(one["memory"] for one in mine) / 1e6)
+            rows.append([model, name, text, *prompts, *generations, accepted, max(memory)])
     parts = [f"{part}, {n}" for part in ("Prompt", "Generation") for n in ("1 thread", "2 threads")]
     head = {"Model": "", "File": "", "Text": ""} | dict.fromkeys(parts, ".1f")
     return grid(head | {"Drafted tokens accepted": "", "Memory (MB)": ".0f"}, rows)

@@ -14,8 +14,10 @@ tokens: A = X^T X, F = (D - X)^T X of the input's error and G = L^T X of the str
 differences are summed because they are small: rounding in D^T X would hide them.
 
 *Scaling.* S = diag(A)^1/2 are the norms of the inputs. In terms of W S and S^-1 A S^-1, which has
-a unit diagonal, magnitudes of weights are comparable across inputs, as Wanda's scores are. Below,
-all is scaled and A includes the damping: (1) is tr(Q A Q^T) - 2 tr(B Q^T) with B = W (A + F) + G.
+a unit diagonal, magnitudes of weights are comparable across inputs, as Wanda's scores are. For a
+quantizer S is at least a share of its median; the diagonal is less than 1 where that raises S.
+Below, all is scaled and A includes the damping: (1) is tr(Q A Q^T) - 2 tr(B Q^T) with
+B = W (A + F) + G.
 
 *Damping.* Least squares overfits T tokens. The error grows with in / T and with the share u of an
 input's variance that the others do not explain, the mean of 1 / (A^-1)_jj. The damping is therefore
