@@ -186,7 +186,7 @@ TARGETS = {
     "any": [],
     "trained": ["--recover", "8192"],
     "not trained": ["--recover", "0"],
-    "iq4_nl": ["--quantize", "iq4_nl"],
+    "q4_0": ["--quantize", "q4_0"],
     "packed": ["--for", "packed"],
     "q8_0": ["--megabytes", "9"],
 }
@@ -203,7 +203,7 @@ def test_a_plan(name: str, runs: Runs, words: Words) -> None:
     assert (small.recover or 0) == {"trained": 8192, "not trained": 0, "q8_0": 0}.get(
         name, small.recover or 0
     )
-    expected = {"iq4_nl": "iq4_nl", "packed": "int4", "q8_0": None}.get(name, "q4_0")
+    expected = {"q4_0": "q4_0", "packed": "int4", "q8_0": None}.get(name, "iq4_nl")
     assert small.quantize == expected and (small.prune_method == "admm") == (name == "packed")
     if name in ("any", "packed", "q8_0"):
         words("compress.txt", printed(done), name)
@@ -573,7 +573,7 @@ def test_flags_for_saving_alone_are_for_the_run_that_saves() -> None:
 
 @pytest.mark.full
 @pytest.mark.usefixtures("in_this_process")
-@pytest.mark.parametrize("kind", ["q4_0", "q8_0", "auto"])
+@pytest.mark.parametrize("kind", ["iq4_nl", "q8_0", "auto"])
 def test_a_file_is_never_larger_than_it_is_said_to_be(
     kind: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -583,7 +583,7 @@ def test_a_file_is_never_larger_than_it_is_said_to_be(
     sizes = dict(vocab_size=tiny.ROWS, hidden_size=256, intermediate_size=704, num_hidden_layers=4)
     tiny.write_model("dense", tiny.tiny_llama(**sizes))
     tiny.write_texts("uk", 120, 8)
-    asked = {"q4_0": [], "q8_0": ["--megabytes", "9"], "auto": ["--megabytes", "2"]}[kind]
+    asked = {"iq4_nl": [], "q8_0": ["--megabytes", "9"], "auto": ["--megabytes", "2"]}[kind]
     done = compress(*BASE, "--recover", "0", "--nsamples", "8", *asked)
     assert done.status == 0, done.err
     said = float(re.search(rf"about ([\d.]+) MB as {kind}", done.out)[1])

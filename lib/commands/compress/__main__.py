@@ -4,9 +4,9 @@ For users who want a small model and have some minutes; main.py offers each step
     langprune compress MODEL OUT --language uk [--minutes 30] [--megabytes N] [--for mlx]
         [--quantize q5_0]
 
-The vocabulary is trimmed to the language, and the weights are quantized to llama.cpp's q4_0 with
-text in it, or with --megabytes to the types that lose least in so many megabytes; a base model is
-trained from there. OUT is a dense folder that every engine loads, and
+The vocabulary is trimmed to the language, and the weights are quantized to llama.cpp's iq4_nl with
+text in it, for other engines to q4_0, or with --megabytes to the types that lose least in so many
+megabytes; a base model is trained from there. OUT is a dense folder that transformers loads, and
 OUT.gguf the same model for llama.cpp, if requirements-gguf.txt is installed. A trial run with a few
 windows measures the speed of this machine, and the minutes are planned by it. Training is left out
 if memory or disk do not suffice, and trimming if there is too little text. Text, plan and figures
@@ -85,7 +85,8 @@ def parse(argv: list[str]) -> tuple[argparse.Namespace, argparse.Namespace, list
         language_text(args.language)  # raises for an unknown tag
     args.out = args.out.rstrip("/")
     by_size = args.megabytes and args.target == [ANY]
-    args.quantize = args.quantize or (AUTO if by_size else GRID)
+    only_gguf = "iq4_nl" if args.target == [ANY] else GRID
+    args.quantize = args.quantize or (AUTO if by_size else only_gguf)
     args.work_dir = args.work_dir or f"{args.out}-compress"
     passed_on = [*others, *passed_on]
     parsed = build_parser().parse_args(["--model", args.model, *passed_on])
@@ -295,8 +296,8 @@ def _parser() -> argparse.ArgumentParser:
     targets = dict(choices=(ANY, PACKED, *ENGINES), nargs="+", default=[ANY])
     add("--for", help=text, dest="target", metavar="ENGINE", **targets)
     text = "q4_0: every engine; only for llama.cpp and ollama: iq4_nl, less loss at that size, "
-    text += f"q3_k and q5_0, of three and five bits (default: {GRID}, since every engine runs it; "
-    text += "with --megabytes and without --for: a type for each tensor)"
+    text += f"q3_k and q5_0, of three and five bits (default: iq4_nl; with --for: {GRID}; with "
+    text += "--megabytes and without --for: a type for each tensor)"
     add("--quantize", help=text, choices=GRID_TYPES)
     text = "size limit of the GGUF file; if three bits exceed it, or with --quantize, neurons or "
     text += "MoE experts are removed (default: none)"

@@ -180,11 +180,14 @@ def layer_errors(
     for axes in panels.flat[len(kinds) :]:
         axes.set_axis_off()
     for axes, kind in zip(panels.flat, kinds, strict=False):
-        for label in names:  # in every panel, so that a color stays with its row
+        for number, label in enumerate(names):  # in every panel, so that a look stays with its row
             line = lines[(lines["kind"] == kind) & (lines["label"] == label)]
-            axes.plot(line.groupby("block")["error"].mean(), marker="o", markersize=3, label=label)
+            look = {"color": f"C{number}", "linestyle": ("-", "--", ":")[number // 10 % 3]}
+            errors = line.groupby("block")["error"].mean()
+            axes.plot(errors, marker="o", markersize=3, label=label, **look)
         axes.set_title(kind, fontsize=10)
         axes.set(yscale="log", xlabel="block")
+        axes.xaxis.get_major_locator().set_params(integer=True)
         axes.grid(alpha=0.3)
     handles, labels = panels.flat[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=3, fontsize=8)
