@@ -812,16 +812,21 @@ def experts_recovered() -> str:
     return grid(head | {"en, recovered ↓": "+.4f", "uk, KL recovered ↓": ".4f"}, rows, references=1)
 
 
-@table("languages/gemma3-270m-{compress,eleven}.csv: rows, gguf_bytes, trimmed_bits_per_byte")
+@table("gguf-trim/languages.json: rows, bytes, tests, bits_per_byte_*")
 def vocabulary_languages() -> str:
-    eleven, rows = raw("languages/gemma3-270m-eleven.csv"), []
-    for row in raw("languages/gemma3-270m-compress.csv"):
-        both = one(eleven, method="dense", measured_on=row["language"])["bits_per_byte"]
-        alone, size = row["trimmed_bits_per_byte"], row["gguf_bytes"] / 1e6
-        rows.append([row["language"], row["rows"], size, both, alone, round(alone - both, 3) + 0.0])
-    head = {"Language": "", "Tokens kept": ".0f", "GGUF, q4_0 (MB)": ".1f"}
-    head |= {"Eleven languages, bits per byte": ".3f", "One language, bits per byte": ".3f"}
-    return grid(head | {"Difference": "+.3f"}, rows)
+    rows = []
+    for file in raw("gguf-trim/languages.json"):
+        rise = one(file["tests"], name=file["text"])["rise"]
+        rows.append([file["text"], file["rows"], file["bytes"] / 1e6, 100 * rise, bits_cost(file)])
+    head = {"Language": "", "Rows": ",.0f", "File (MB)": ".1f", "More tokens (%)": "+.2f"}
+    return grid(head | {"Bits per byte (%)": ""}, rows)
+
+
+def bits_cost(file: dict[str, Any]) -> str:
+    """Change of a trimmed file's bits per byte in percent, with its 95% interval."""
+    low, high = (100 * end for end in file["cost_interval"])
+    cost = 100 * (file["bits_per_byte_trimmed"] / file["bits_per_byte_original"] - 1)
+    return f"{cost:+.1f} ({low:+.1f} to {high:+.1f})"
 
 
 def computed_sizes() -> list[dict[str, Any]]:
@@ -917,11 +922,9 @@ def trimmed_files() -> str:
         sizes = [file[name] / 1e6 for name in ("bytes_before", "bytes")]
         texts = [test for test in file["tests"] if test["name"] in file["text"].split("+")]
         rise = ", ".join(f"{100 * test['rise']:+.2f}" for test in texts)
-        low, high = (100 * end for end in file["cost_interval"])
-        cost = 100 * (file["bits_per_byte_trimmed"] / file["bits_per_byte_original"] - 1)
-        bits = f"{cost:+.1f} ({low:+.1f} to {high:+.1f})"
         memory = [file[name] / 1e6 for name in ("memory_before", "memory")]
-        rows.append([f"{file['model']}, {file['text']}", file["rows"], *sizes, rise, bits, *memory])
+        name = f"{file['model']}, {file['text']}"
+        rows.append([name, file["rows"], *sizes, rise, bits_cost(file), *memory])
     head = {"File, text": "", "Rows": ",.0f", "Before (MB)": ".1f", "After (MB)": ".1f"}
     head |= {"More tokens (%)": "", "Bits per byte (%)": ""}
     return grid(head | {"Memory before (MB)": ".0f", "Memory after (MB)": ".0f"}, rows)
