@@ -5,9 +5,10 @@
         -- --seqlen 512 --nsamples 16 --eval_windows 16 --device cpu
 
 The library of llama.cpp in `--llama` quantizes MODEL's 32-bit file. Its importance matrix is of the
-windows with which main.py quantizes. `--ours` has what follows `--quantize`, also training. Each
-file is read back, and its weights replace MODEL's in transformers. `--out` keeps figures.json; its
-rows are not measured again, so another text, model or number of windows needs another folder.
+windows with which main.py quantizes. `--ours` has what follows `--quantize`, also training, and
+`--files` finished files of MODEL's rows, such as those of compress. Each file is read back, and its
+weights replace MODEL's in transformers. `--out` keeps figures.json; its rows are not measured
+again, so another text, model or number of windows needs another folder.
 """
 
 from __future__ import annotations
@@ -144,6 +145,7 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--llama", type=Path, metavar="FOLDER", help="has libllama.so, libggml.so")
     parser.add_argument("--types", nargs="*", default=TYPES, metavar="TYPE", help="llama.cpp's")
     parser.add_argument("--ours", nargs="*", default=[], metavar="FLAGS", help="after --quantize")
+    parser.add_argument("--files", nargs="*", default=[], metavar="LABEL=FILE.gguf")
     parser.add_argument("--out", required=True, type=Path, help="files and figures")
     add_debug_flag(parser)
     own, passed_on = split_argv(argv)
@@ -205,6 +207,10 @@ def main(argv: list[str]) -> None:
                 convert(folder, file, kind if kind in GRIDS else AUTO)
                 shutil.rmtree(folder)
             measure(label, file)
+        for named in args.files:
+            label, file = named.split("=", 1)
+            if label not in known:
+                measure(label, Path(file))
 
 
 if __name__ == "__main__":

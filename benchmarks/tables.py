@@ -373,18 +373,53 @@ def no_grid() -> str:
 
 @table("types/smollm2.json: bytes, types, tests")
 def types_smollm2() -> str:
-    files, rows = sorted(raw("types/smollm2.json"), key=lambda each: each["bytes"]), []
-    for file in files:
+    return of_types("smollm2")
+
+
+@table("types/gemma3.json: bytes, types, tests")
+def types_gemma3() -> str:
+    return of_types("gemma3")
+
+
+@table("types/qwen15.json: bytes, types, tests")
+def types_qwen15() -> str:
+    return of_types("qwen15")
+
+
+def of_types(name: str) -> str:
+    """Files of one model that were quantized and not trained, by size."""
+    files = [each for each in raw(f"types/{name}.json") if "--recover" not in each["label"]]
+    rows: list[list[Cell]] = []
+    for file in sorted(files, key=lambda each: each["bytes"]):
         types = sorted(file["types"].items(), key=lambda each: -each[1][1])
         counts = ", ".join(f"{count} {kind}" for kind, (count, *_) in types)
         _, weights, size = map(sum, zip(*file["types"].values(), strict=True))
         words, (test,) = file["label"].replace("auto --megabytes", "auto, MB:"), file["tests"]
-        name = words if words.startswith("llama.cpp") else f"langprune {words}"
+        named = words if words.startswith("llama.cpp") else f"langprune {words}"
         figures = measures(test, error=True, agreement=True)
-        rows.append([name, file["bytes"] / 1e6, 8 * size / weights, counts, *figures])
+        rows.append([named, file["bytes"] / 1e6, 8 * size / weights, counts, *figures])
     first = ["16-bit", None, 16.0, "", test["dense"]["bits_per_byte"], None, None]
     head = {"File": "", MEGABYTES: ".1f", "Bits per weight": ".2f", "Tensors": "", BITS: ".4f"}
     return grid(head | {KL: ".4f", "Top-1 agreement ↑": ".1%"}, [first, *rows], references=1)
+
+
+@table("types/{smollm2,gemma3,bilingual}.json: bits_per_byte, kl, kl_standard_error")
+def types_trained() -> str:
+    """Each file that was trained, beside the same before training."""
+    names = {"smollm2": "SmolLM2-135M", "gemma3": "Gemma 3 270M", "bilingual": "bilingual model"}
+    rows: list[list[Cell]] = []
+    for name, model in names.items():
+        files = {each["label"]: each["tests"][0] for each in raw(f"types/{name}.json")}
+        for label, trained in files.items():
+            words, _, tokens = label.partition(" --recover ")
+            if tokens:
+                pairs = [measures(test, error=True) for test in (files[words], trained)]
+                figures = [each for pair in zip(*pairs, strict=True) for each in pair]
+                kind = words.replace("auto --megabytes", "auto, MB:")
+                rows.append([model, kind, f"{int(tokens):,}", *figures])
+    head = {"Model": "", "Type": "", "Training tokens": ""}
+    head |= dict.fromkeys(["Bits per byte, quantized", "Bits per byte, trained"], ".4f")
+    return grid(head | dict.fromkeys(["KL, quantized", "KL, trained"], ".4f"), rows)
 
 
 @table("frontier/smollm2-rounded.json, frontier/smollm2.json: size, bits_per_byte, kl")
