@@ -5,11 +5,12 @@
         [--drafts DRAFT.gguf SMALL_DRAFT.gguf] [--threads 1 2] [--rounds 3] \\
         --label NAME --out JSON
 
-SMALL is TARGET after `langprune trim`, SMALL_DRAFT is DRAFT trimmed with --keep and SMALL's list.
-`benchmarks/code_text.py` writes texts of code. Each run is a process of its own; the order turns in
-each round. A prompt begins with the line in the middle of a document; answers are greedy. Prints
-tokens/s of prompt and generation (median), accepted of drafted tokens, and the peak of resident
-memory, of which the mapped file is a part. Run it alone on the machine.
+SMALL is TARGET after `langprune trim`, SMALL_DRAFT is DRAFT trimmed with --keep and SMALL's list;
+NAME=FILE.gguf instead takes any files. `benchmarks/code_text.py` writes texts of code. Each run is
+a process of its own; the order turns in each round. A prompt begins with the line in the middle of
+a document; answers are greedy. Prints tokens/s of prompt and generation (median), accepted of
+drafted tokens, and the peak of resident memory, of which the mapped file is a part. Run it alone on
+the machine.
 """
 
 from __future__ import annotations
@@ -74,7 +75,7 @@ def summary(runs: list[dict[str, Any]], text: str) -> tuple[float, float, int, i
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("models", nargs=2)
+    parser.add_argument("models", nargs="+", help="whole and trimmed, or NAME=FILE.gguf of each")
     parser.add_argument("--prompts", nargs="+", required=True, metavar="NAME=JSONL")
     parser.add_argument("--drafts", nargs=2, default=[])
     parser.add_argument("--label", required=True, help="name of the model in the figures")
@@ -90,7 +91,9 @@ def main() -> None:
         prompts = {name: prompts_of(path, args.count) for name, path in files.items()}
         run(*args.one, prompts, args.tokens)
         return
-    pairs = {"whole": (args.models[0], ""), "trimmed": (args.models[1], "")}
+    named = dict(each.split("=", 1) for each in args.models if "=" in each)
+    named = named or dict(zip(("whole", "trimmed"), args.models, strict=True))
+    pairs = {name: (model, "") for name, model in named.items()}
     for name, model, draft in zip(list(pairs), args.models, args.drafts, strict=False):
         pairs[f"{name}, with its draft"] = (model, draft)
     runs, out = [], Path(args.out)
