@@ -44,6 +44,7 @@ def main(argv: list[str]) -> None:
     for name, sources in calibration.items():
         folder = args.out / name.replace(" ", "-")
         flags = [*common, *texts.values(), "--calibration_data", *sources, "--save", str(folder)]
+        folder.mkdir(parents=True, exist_ok=True)
         run_unless_finished(build_parser().parse_args(flags), args.out / "shared")
         results = json.loads((folder / "results.json").read_text("utf-8"))
         for test, measured in zip(names, results["evaluation"], strict=True):

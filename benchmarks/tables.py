@@ -51,6 +51,10 @@ BOTH = "uk=0.5+en=0.5"
 PARTS = "parts_before", "parts"  # of a GGUF file, before and after trimming
 TABLES_OF = "tables_before", "tables"  # of a computed file
 SMOLLM2, QWEN = "frontier/smollm2.json", "frontier/qwen2.5-coder-rounded.json"
+OURS = {  # {model: raw file, label of the file that README shows}
+    "SmolLM2-135M": ("smollm2", "q5_0"),
+    "Gemma 3 270M": ("gemma3", "q5_0"),
+}
 QWEN_NAMES = {  # names of rows by models of the raw file
     "trimmed, 16 bits": "trimmed, 16-bit",
     "llama.cpp, q4_k_m, importance matrix": "llama.cpp q4_k_m (the source's type)",
@@ -172,19 +176,17 @@ def gemma() -> dict[str, tuple[float, dict[str, Any], dict[str, Any]]]:
 GEMMA = "frontier/gemma3-270m-{trained,llama-cpp,rounded-128,rounded-first}.json: bits_per_byte, kl"
 
 
-@table("gguf-trim/{measured,computed}.json, types/smollm2.json, iq4_nl.json, frontier/*.json: kl")
+@table("gguf-trim/{measured,computed}.json, types/{smollm2,gemma3}.json: bytes, kl")
 def models() -> str:
     """What trimming for Ukrainian, and bits chosen by text, give for each model."""
-    smollm2 = {each["label"]: each for each in raw("types/smollm2.json")}
-    theirs = {name: each for name, each in smollm2.items() if name.startswith("llama.cpp")}
-    alike = [each for each in theirs.items() if each[1]["bytes"] < 1.01 * smollm2["q5_0"]["bytes"]]
-    label, best = min(alike, key=lambda each: each[1]["tests"][0]["kl"])
-    types = {"SmolLM2-135M": (f"q5_0 ({label.split()[-1]})", best, smollm2["q5_0"])}
-    gemma = raw("iq4_nl.json")["rows"]
-    ours = one(gemma, form="langprune iq4_nl", windows=128, tokens=None)
-    types["Gemma 3 270M"] = "iq4_nl", one(gemma, form="llama.cpp iq4_nl"), ours
-    qwen = {each["model"]: {"tests": each["evaluation"]} for each in raw(QWEN)}
-    types["Qwen2.5-Coder 0.5B"] = "q4_0", *map(qwen.get, list(QWEN_NAMES)[-2:])
+    types = {}
+    for model, (name, label) in OURS.items():
+        files = {each["label"]: each for each in raw(f"types/{name}.json")}
+        ours = files[label]
+        alike = [each for each in files.values() if each["bytes"] < 1.01 * ours["bytes"]]
+        theirs = [each for each in alike if each["label"].startswith("llama.cpp")]
+        best = min(theirs, key=lambda each: each["tests"][0]["kl"])
+        types[model] = f"{label.split()[0]} ({best['label'].split()[1]})", best, ours
 
     def row(name: str, share: float | None, sizes: Sequence[float], made: str) -> list[Cell]:
         kind, *both = types.get(name, ("", None, None))
@@ -193,7 +195,8 @@ def models() -> str:
         trimmed = sizes[1] / 1e6 if len(sizes) == 2 else None
         return [name, made, share, sizes[0] / 1e6, trimmed, change, kind, *kl]
 
-    rows = [row("SmolLM2-135M", None, [one(raw(SMOLLM2), stage="q4_k_m")["size"]], "measured")]
+    size = one(raw("types/smollm2.json"), label="llama.cpp q4_k_m")["bytes"]
+    rows = [row("SmolLM2-135M", None, [size], "measured")]
     files = [file for file in raw("gguf-trim/measured.json") if file["text"] == "uk"]
     for file in sorted(files, key=lambda file: file["bytes_before"]):
         share = file["parts_before"]["tables"] / file["bytes_before"]
@@ -1109,39 +1112,94 @@ def draw_sizes(path: Path) -> None:
 
 
 def draw_types(path: Path) -> None:
-    """Size against KL of SmolLM2 on no grid, on a logarithmic scale."""
+    """Size against KL of models on no grid, on a logarithmic scale."""
     from matplotlib.figure import Figure
 
-    labels = {  # other text of a label, and its place beside the point, in points
-        "llama.cpp iq4_xs": ("iq4_xs", (-9, 0), "right"),
-        "llama.cpp iq4_nl": ("iq4_nl", (0, -11), "center"),
-        "q4_0": ("q4_0", (9, 0), "left"),
-        "auto --megabytes 92": ("auto, 92 MB", (-9, 0), "right"),
-        "auto --megabytes 97.5": ("auto, 97.5 MB", (7, 5), "left"),
-        "q5_0_embedding_q5_0": ("q5_0, embedding too", (-7, -7), "right"),
-        "iq4_nl_embedding_q5_0": ("iq4_nl, embedding q5_0", (0, 10), "center"),
+    labels = {  # of a model: other text of a label, and its place beside the point, in points
+        "smollm2": {
+            "llama.cpp iq4_xs": ("iq4_xs", (-9, 0), "right"),
+            "llama.cpp iq4_nl": ("iq4_nl", (0, -11), "center"),
+            "q4_0": ("q4_0", (9, 0), "left"),
+            "auto --megabytes 92": ("auto, 92 MB", (-9, 0), "right"),
+            "auto --megabytes 97.5": ("auto, 97.5 MB", (7, 5), "left"),
+            "q5_0_embedding_q5_0": ("q5_0, embedding too", (-7, -7), "right"),
+            "iq4_nl_embedding_q5_0": ("iq4_nl, embedding q5_0", (0, 10), "center"),
+        },
+        "gemma3": {
+            "llama.cpp iq3_xxs": ("iq3_xxs", (-9, 0), "right"),
+            "llama.cpp iq4_xs": ("iq4_xs", (-9, 0), "right"),
+            "llama.cpp q4_k_m": ("q4_k_m", (0, 10), "center"),
+            "q4_0": ("q4_0", (9, 2), "left"),
+            "auto --megabytes 70": ("auto, 70 MB", (8, 0), "left"),
+            "auto --megabytes 76": ("auto, 76 MB", (-9, 0), "right"),
+            "q5_0_embedding_q5_0": ("q5_0, embedding too", (9, -2), "left"),
+            "iq4_nl_embedding_q5_0": ("iq4_nl, embedding q5_0", (-9, 0), "right"),
+        },
     }
-    figure = Figure(figsize=(7.2, 4.2), layout="constrained")
-    axes = figure.add_subplot()
+    titles = {
+        "smollm2": ("SmolLM2-135M, English (16-bit: 270 MB)", (71, 146)),
+        "gemma3": ("Gemma 3 270M, Ukrainian, trimmed (16-bit: 224 MB)", (41, 126)),
+    }
+    figure = Figure(figsize=(7.2, 8.0), layout="constrained")
     looks = {"langprune": ("#1b6ca8", "o", -9, "right"), "llama.cpp": ("#c8551b", "s", 9, "left")}
-    for file in raw("types/smollm2.json"):
-        label = file["label"]
-        who = "llama.cpp" if label.startswith("llama.cpp") else "langprune"
-        color, marker, across, side = looks[who]
-        point = file["bytes"] / 1e6, file["tests"][0]["kl"]
-        axes.plot(*point, marker, color=color)
-        text, place, side = labels.get(label, (label.split()[-1], (across, 0), side))
-        style = {"textcoords": "offset points", "color": color, "va": "center", "fontsize": 9}
-        axes.annotate(text, point, place, ha=side, **style)
-    for name, (color, marker, *_) in looks.items():
-        axes.plot([], [], marker, color=color, label=name)
-    axes.set_yscale("log")
-    axes.set(xlabel="Size of the GGUF file (MB)", xlim=(71, 146))
-    axes.yaxis.set_major_formatter("{x:g}")
-    axes.set_ylabel("KL from the 16-bit model (nats/token)\nlower is better")
-    title = "SmolLM2-135M, English, weights on no grid (16-bit: 270 MB)"
-    axes.set_title(title, loc="left", fontsize=11)
-    axes.legend(loc="upper right", frameon=False)
+    for axes, (model, (title, ends)) in zip(figure.subplots(2, 1), titles.items(), strict=True):
+        for file in raw(f"types/{model}.json"):
+            label = file["label"]
+            if "--recover" in label:
+                continue
+            who = "llama.cpp" if label.startswith("llama.cpp") else "langprune"
+            color, marker, across, side = looks[who]
+            point = file["bytes"] / 1e6, file["tests"][0]["kl"]
+            axes.plot(*point, marker, color=color)
+            text, place, side = labels[model].get(label, (label.split()[-1], (across, 0), side))
+            style = {"textcoords": "offset points", "color": color, "va": "center", "fontsize": 9}
+            axes.annotate(text, point, place, ha=side, **style)
+        for name, (color, marker, *_) in looks.items():
+            axes.plot([], [], marker, color=color, label=name)
+        axes.set_yscale("log")
+        axes.set(xlabel="Size of the GGUF file (MB)", xlim=ends)
+        axes.yaxis.set_major_formatter("{x:g}")
+        axes.set_ylabel("KL from the 16-bit model (nats/token)\nlower is better")
+        axes.set_title(title, loc="left", fontsize=11)
+        axes.legend(loc="upper right", frameon=False)
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.grid(alpha=0.25)
+    figure.savefig(path, dpi=150, metadata={"Software": None})
+
+
+def draw_abilities(path: Path) -> None:
+    """Last words chosen against last words generated, of each pruned Gemma 3 270M."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7.2, 4.6), layout="constrained")
+    axes = figure.add_subplot()
+    colors, markers = (
+        {"uk": "#1b6ca8", "en": "#c8551b"},
+        {"admm": "o", "sparsegpt": "s", "wanda": "^"},
+    )
+    crowded = {"wanda-50-en-seed0": (-8, 0, "right"), "admm-2of4-en-seed0": (0, -11, "center")}
+    for name, model in raw("quality/gemma3-270m.json").items():
+        word = model["abilities"][0]["model"]
+        point = 100 * word["accuracy"], 100 * word["said"]
+        method, share, text, *_ = [*name.split("-"), "", ""]
+        if name == "dense":
+            axes.plot(*point, "*", color="#555555", markersize=14)
+            axes.annotate("dense", point, (-12, 0), textcoords="offset points", ha="right")
+        elif share in ("50", "2of4") and name.endswith("seed0"):
+            axes.plot(*point, markers[method], color=colors[text], markersize=8, clip_on=False)
+            words = {"50": "50%", "2of4": "2:4"}[share]
+            place = crowded.get(name, (8, 0, "left"))
+            style = {"textcoords": "offset points", "va": "center", "fontsize": 8}
+            axes.annotate(words, point, place[:2], ha=place[2], color=colors[text], **style)
+    for text, color in colors.items():
+        axes.plot([], [], "D", color=color, label=f"calibrated on {text}")
+    for method, marker in markers.items():
+        axes.plot([], [], marker, color="#555555", label=method)
+    axes.set(xlabel="Last word chosen (%)", ylabel="Last word generated (%)", ylim=(-1, 13))
+    axes.set_title(
+        "Gemma 3 270M, 210 Ukrainian passages; higher is better", loc="left", fontsize=11
+    )
+    axes.legend(loc="upper left", frameon=False)
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(alpha=0.25)
     figure.savefig(path, dpi=150, metadata={"Software": None})
@@ -1256,6 +1314,7 @@ def main(argv: list[str]) -> None:
         draw_sizes(IMAGES / "size-quality.png")
         draw_types(IMAGES / "size-types.png")
         draw_parts(IMAGES / "gguf-parts.png")
+        draw_abilities(IMAGES / "gemma-abilities.png")
         draw_bars(IMAGES / "own-language.png")
         shared = overlap.draw(read_csv(RESULTS / "languages/bilingual-overlap.csv"))
         shared.savefig(IMAGES / "overlap.png", dpi=150, metadata={"Software": None})

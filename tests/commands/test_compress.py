@@ -187,6 +187,7 @@ TARGETS = {
     "trained": ["--recover", "8192"],
     "not trained": ["--recover", "0"],
     "q4_0": ["--quantize", "q4_0"],
+    "q5_0": ["--quantize", "q5_0"],
     "packed": ["--for", "packed"],
     "q8_0": ["--megabytes", "9"],
 }
@@ -200,10 +201,10 @@ def test_a_plan(name: str, runs: Runs, words: Words) -> None:
     small, dense = (runs.of_main()[each] for each in ("compressed", "dense"))
     assert dense.eval_only and not dense.recover and dense.eval_data == small.eval_data
     assert dense.seqlen == small.seqlen and small.save_model == "small" and small.resume
-    assert (small.recover or 0) == {"trained": 8192, "not trained": 0, "q8_0": 0}.get(
+    assert (small.recover or 0) == {"trained": 8192, "not trained": 0, "q5_0": 0, "q8_0": 0}.get(
         name, small.recover or 0
     )
-    expected = {"q4_0": "q4_0", "packed": "int4", "q8_0": None}.get(name, "iq4_nl")
+    expected = {"q4_0": "q4_0", "q5_0": "q5_0", "packed": "int4", "q8_0": None}.get(name, "iq4_nl")
     assert small.quantize == expected and (small.prune_method == "admm") == (name == "packed")
     if name in ("any", "packed", "q8_0"):
         words("compress.txt", printed(done), name)

@@ -37,6 +37,7 @@ NOT_REHEARSED += named(output=True)
 
 REHEARSED_ROUNDING = 2  # calibration windows of the rehearsal
 LEAST_ROUNDING, ROUNDING_SHARE = 8, 0.25  # fewest calibration windows, largest share of the time
+UNTRAINED = Q8_0, AUTO, "q5_0"  # training takes them away from the original
 LEAST_WINDOWS = 16  # fewest training windows; a quantized model is not trained on fewer
 LEAST_TESTS, TEST_SHARE = 4, 0.15  # fewest test windows, and their share of the time
 SCALED = ("trim", "dense", "quantize", "measure before", "recover", "eval")  # steps of main.py
@@ -80,8 +81,9 @@ def make_plan(run: Compression, texts: TextNames) -> CompressionPlan:
             tokens = 0
             print(f"planned without training: {problem}", flush=True)
         plan, base, summary = choose_flags(run, texts, job, tokens or 0)
-        chats = texts.chat and "--prune_method" not in plan.made_by
-        trains = tokens is None and plan.type != Q8_0 and not chats
+        removes = "--prune_method" in plan.made_by
+        chats = texts.chat or texts.plain_chat
+        trains = tokens is None and (removes or plan.type not in UNTRAINED and not chats)
         rehearsal, wall = {}, 0.0
         if trims or args.recover is None:
             rehearsal, wall = rehearse(run, job, plan, base, trains)
