@@ -54,6 +54,7 @@ SMOLLM2, QWEN = "frontier/smollm2.json", "frontier/qwen2.5-coder-rounded.json"
 OURS = {  # {model: raw file, label of the file that README shows}
     "SmolLM2-135M": ("smollm2", "q5_0"),
     "Gemma 3 270M": ("gemma3", "q5_0"),
+    "Qwen2.5-Coder 1.5B": ("qwen15", "auto --megabytes 861.2"),
 }
 QWEN_NAMES = {  # names of rows by models of the raw file
     "trimmed, 16 bits": "trimmed, 16-bit",
@@ -176,7 +177,7 @@ def gemma() -> dict[str, tuple[float, dict[str, Any], dict[str, Any]]]:
 GEMMA = "frontier/gemma3-270m-{trained,llama-cpp,rounded-128,rounded-first}.json: bits_per_byte, kl"
 
 
-@table("gguf-trim/{measured,computed}.json, types/{smollm2,gemma3}.json: bytes, kl")
+@table("gguf-trim/{measured,computed}.json, types/{smollm2,gemma3,qwen15}.json: bytes, kl")
 def models() -> str:
     """What trimming for Ukrainian, and bits chosen by text, give for each model."""
     types = {}
@@ -391,7 +392,9 @@ def types_qwen15() -> str:
 
 def of_types(name: str) -> str:
     """Files of one model that were quantized and not trained, by size."""
-    files = [each for each in raw(f"types/{name}.json") if "--recover" not in each["label"]]
+    trained = "--recover", "compress"  # or on fewer windows
+    every = raw(f"types/{name}.json")
+    files = [each for each in every if not any(word in each["label"] for word in trained)]
     rows: list[list[Cell]] = []
     for file in sorted(files, key=lambda each: each["bytes"]):
         types = sorted(file["types"].items(), key=lambda each: -each[1][1])
@@ -423,6 +426,26 @@ def types_trained() -> str:
     head = {"Model": "", "Type": "", "Training tokens": ""}
     head |= dict.fromkeys(["Bits per byte, quantized", "Bits per byte, trained"], ".4f")
     return grid(head | dict.fromkeys(["KL, quantized", "KL, trained"], ".4f"), rows)
+
+
+@table("compress.json: seconds, plan, recovery, peak; types/{smollm2,gemma3}.json: bytes, kl")
+def compress_made() -> str:
+    """What compress made of models on no grid, beside llama.cpp's files of about that size."""
+    rows: list[list[Cell]] = []
+    for record, name in zip(raw("compress.json"), ("gemma3", "smollm2"), strict=True):
+        files = {each["label"]: each for each in raw(f"types/{name}.json")}
+        dense = files["compress"]["tests"][0]["dense"]["bits_per_byte"]
+        rows.append([f"{record['label']}, 16-bit", *[None] * 5, dense, None])
+        plan, tokens = record["plan"], record["recovery"].get("tokens", 0)
+        made = [record["seconds"] / 60, plan["windows"], tokens, record["peak"] / 2**30]
+        for label in ("compress", "llama.cpp iq4_nl", "llama.cpp q4_k_m"):
+            file = files[label]
+            figures = measures(file["tests"][0], error=True)
+            rows.append([label, *(made or [None] * 4), file["bytes"] / 1e6, *figures])
+            made = []
+    head = {"Model": "", "Minutes": ".1f", "Calibration windows": ".0f", "Training tokens": ",.0f"}
+    head |= {"Peak (GiB)": ".1f", MEGABYTES: ".1f", "Bits per byte": ".4f"}
+    return grid(head | {"KL (nats/token)": ".4f"}, rows)
 
 
 @table("frontier/smollm2-rounded.json, frontier/smollm2.json: size, bits_per_byte, kl")
@@ -524,15 +547,14 @@ def losses() -> dict[str, dict[tuple[str, str], float]]:
     for row in raw("languages/gemma3-270m-eleven.csv"):
         if row["more_bits"] != "":
             more[row["method"]][row["calibrated_on"], row["measured_on"]] = row["more_bits"]
-    for row in raw("languages/gemma3-270m-rounded.csv"):
-        if not row["trained_tokens"]:
-            text = MIX if row["calibrated_on"] == "ten mixed" else row["calibrated_on"]
-            increase = row["bits_per_byte"] - row["dense_bits_per_byte"]
-            more["q4_0"][text, row["measured_on"]] = increase
+    for row in raw("languages/gemma3-270m-q4_0.csv"):
+        text = MIX if row["calibrated_on"] == "ten mixed" else row["calibrated_on"]
+        increase = row["bits_per_byte"] - row["dense_bits_per_byte"]
+        more["q4_0"][text, row["measured_on"]] = increase
     return more
 
 
-ELEVEN = "languages/gemma3-270m-{eleven,rounded}.csv: more_bits, bits_per_byte, dense_bits_per_byte"
+ELEVEN = "languages/gemma3-270m-{eleven,q4_0}.csv: more_bits, bits_per_byte, dense_bits_per_byte"
 METHODS = {"wanda": "Wanda", "admm": "ADMM", "q4_0": "q4_0"}
 
 
@@ -1003,7 +1025,17 @@ def trimmed_beside_trimbed() -> str:
 
 @table("gguf-trim/speed.json: medians of timings, the highest memory")
 def trimmed_speed() -> str:
-    rows, runs = [], raw("gguf-trim/speed.json")
+    return speeds("gguf-trim/speed.json")
+
+
+@table("types/speed.json: medians of timings, the highest memory")
+def types_speed() -> str:
+    return speeds("types/speed.json")
+
+
+def speeds(file: str) -> str:
+    """Tokens/s of files in llama.cpp, by text and threads."""
+    rows, runs = [], raw(file)
     for model, name in dict.fromkeys((one["model"], one["name"]) for one in runs):
         mine = [one for one in runs if (one["model"], one["name"]) == (model, name)]
         for text in mine[0]["timings"]:
@@ -1016,7 +1048,11 @@ def trimmed_speed() -> str:
             rows.append([model, name, text, *prompts, *generations, accepted, max(memory)])
     parts = [f"{part}, {n}" for part in ("Prompt", "Generation") for n in ("1 thread", "2 threads")]
     head = {"Model": "", "File": "", "Text": ""} | dict.fromkeys(parts, ".1f")
-    return grid(head | {"Drafted tokens accepted": "", "Memory (MB)": ".0f"}, rows)
+    head |= {"Drafted tokens accepted": "", "Memory (MB)": ".0f"}
+    if not any(row[-2] for row in rows):
+        head.pop("Drafted tokens accepted")
+        rows = [[*row[:-2], row[-1]] for row in rows]
+    return grid(head, rows)
 
 
 @table("passes.json: the least seconds")
@@ -1145,7 +1181,7 @@ def draw_types(path: Path) -> None:
     for axes, (model, (title, ends)) in zip(figure.subplots(2, 1), titles.items(), strict=True):
         for file in raw(f"types/{model}.json"):
             label = file["label"]
-            if "--recover" in label:
+            if "--recover" in label or label == "compress":
                 continue
             who = "llama.cpp" if label.startswith("llama.cpp") else "langprune"
             color, marker, across, side = looks[who]
