@@ -390,6 +390,11 @@ def types_qwen15() -> str:
     return of_types("qwen15")
 
 
+@table("types/answers.json: bytes, types, tests")
+def types_answers() -> str:
+    return of_types("answers")
+
+
 def of_types(name: str) -> str:
     """Files of one model that were quantized and not trained, by size."""
     trained = "--recover", "compress"  # or on fewer windows
