@@ -2,8 +2,8 @@
 
     python benchmarks/bench_compress.py LABEL MODEL OUT --json FILE -- --data uk --minutes 30
 
-Runs the command, unless OUT is there, and adds a record to FILE. bench_types.py measures OUT.gguf
-beside llama.cpp's types (`--files`).
+Runs the command and adds a record to FILE. bench_types.py measures OUT.gguf beside llama.cpp's
+types (`--files`).
 """
 
 from __future__ import annotations

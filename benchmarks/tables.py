@@ -395,13 +395,16 @@ def types_answers() -> str:
     return of_types("answers")
 
 
+def quantized(name: str) -> list[dict[str, Any]]:
+    """Files of one model that were quantized and not trained, by size; without those of compress,
+    which has its own windows."""
+    every = sorted(raw(f"types/{name}.json"), key=lambda each: each["bytes"])
+    return [each for each in every if not re.search("--recover|^compress$", each["label"])]
+
+
 def of_types(name: str) -> str:
-    """Files of one model that were quantized and not trained, by size."""
-    trained = "--recover", "compress"  # or on fewer windows
-    every = raw(f"types/{name}.json")
-    files = [each for each in every if not any(word in each["label"] for word in trained)]
     rows: list[list[Cell]] = []
-    for file in sorted(files, key=lambda each: each["bytes"]):
+    for file in quantized(name):
         types = sorted(file["types"].items(), key=lambda each: -each[1][1])
         counts = ", ".join(f"{count} {kind}" for kind, (count, *_) in types)
         _, weights, size = map(sum, zip(*file["types"].values(), strict=True))
@@ -1184,10 +1187,8 @@ def draw_types(path: Path) -> None:
     figure = Figure(figsize=(7.2, 8.0), layout="constrained")
     looks = {"langprune": ("#1b6ca8", "o", -9, "right"), "llama.cpp": ("#c8551b", "s", 9, "left")}
     for axes, (model, (title, ends)) in zip(figure.subplots(2, 1), titles.items(), strict=True):
-        for file in raw(f"types/{model}.json"):
+        for file in quantized(model):
             label = file["label"]
-            if "--recover" in label or label == "compress":
-                continue
             who = "llama.cpp" if label.startswith("llama.cpp") else "langprune"
             color, marker, across, side = looks[who]
             point = file["bytes"] / 1e6, file["tests"][0]["kl"]

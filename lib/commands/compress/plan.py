@@ -63,7 +63,8 @@ def make_plan(run: Compression, texts: TextNames) -> CompressionPlan:
 
     args = run.args
     # distillation does not help a chat model that was quantized on dialogues
-    untrained = (texts.chat or texts.plain_chat) and run.gguf and not args.megabytes
+    chats = texts.chat or texts.plain_chat
+    untrained = chats and run.gguf and not args.megabytes
     tokens = 0 if untrained and args.recover is None else args.recover
     if untrained and not texts.chat and args.recover is None:
         problem = "a chat model would unlearn to answer on plain text"
@@ -82,7 +83,6 @@ def make_plan(run: Compression, texts: TextNames) -> CompressionPlan:
             print(f"planned without training: {problem}", flush=True)
         plan, base, summary = choose_flags(run, texts, job, tokens or 0)
         removes = "--prune_method" in plan.made_by
-        chats = texts.chat or texts.plain_chat
         trains = tokens is None and (removes or plan.type not in UNTRAINED and not chats)
         rehearsal, wall = {}, 0.0
         if trims or args.recover is None:
