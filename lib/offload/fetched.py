@@ -1,4 +1,4 @@
-"""Training on a card that holds one block at a time: weights and their training are on the host.
+"""Training on a GPU that holds one block at a time: weights and their training are on the host.
 
 `FetchedWeights` has the methods of `WholeWeights` in lib/offload/sharded.py. A forward pass fetches
 block after block and keeps their inputs. A backward pass fetches each again, recomputes its

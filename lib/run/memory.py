@@ -69,7 +69,7 @@ SHARD = 5 * 10**9  # largest file of a saved model, in bytes
 ROOM = 2  # blocks are offloaded if this many times the weights exceed the free memory
 HIDDEN_ROOM = 4  # hidden states are on the host if this many times their size exceeds the rest
 TESTS = 256  # test windows of `memory_of`
-CARDS = 2, 4, 8, 16, 32, 64  # numbers of cards that can share the trained weights
+GPUS = 2, 4, 8, 16, 32, 64  # numbers of GPUs that can share the trained weights
 Table = dict[str, dict[str, int]]  # {stage: {term: bytes}}
 
 
@@ -590,12 +590,12 @@ class Memory:
                 yield f"--{name} {value}" + f" ({size})" * (stage != "allocate")
             elif stage == "train":
                 others[f" with --{name} {value}"] = other
-        fewest = CARDS[-1] + 1
+        fewest = GPUS[-1] + 1
         for how, other in others.items() if self.gpu else ():
-            for ranks in [each for each in CARDS if self.ranks < each < fewest]:
+            for ranks in [each for each in GPUS if self.ranks < each < fewest]:
                 many = replace(other, ranks=ranks, offloaded=True)
                 if many.separable and many.fits(stage):
-                    yield f"{ranks} such cards with torchrun{how} ({gib(many.needed(stage))} each)"
+                    yield f"{ranks} such GPUs with torchrun{how} ({gib(many.needed(stage))} each)"
                     fewest = ranks
                     break
 

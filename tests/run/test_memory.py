@@ -66,13 +66,13 @@ def test_ranks_share_out_what_is_trained() -> None:
     # beside the block in "weights": one that is gathered, a gradient, and its float32 sum
     assert two.stages["train"]["passing blocks"] == pytest.approx(4 * blocks / 32, rel=1e-6)
     assert "teacher" not in two.stages["measure"]  # it is on the disk
-    with pytest.raises(UserError, match="or 2 such cards with torchrun [(]59.3 GiB each[)][.]$"):
+    with pytest.raises(UserError, match="or 2 such GPUs with torchrun [(]59.3 GiB each[)][.]$"):
         one.check()
 
 
 @pytest.mark.usefixtures("elsewhere")
 def test_a_packed_model_is_counted_as_it_is_stored(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A card that its packed form fits is not refused for what it would be dense."""
+    """A GPU that its packed form fits is not refused for what it would be dense."""
     tiny.write_model("model", tiny.tiny_llama())
     texts = ["--calibration_data", tiny.write_texts("uk", train=30, test=4), *QUICK]
     packs = ["--prune_method", "wanda", "--replace_sparse_layers", "--save_model", "packed"]
@@ -151,7 +151,7 @@ class Gradients(Wanda):
     [
         ("70B", "--prune_method sparsegpt --allocation error", 24e9, 16e9, "Use --allocation unif"),
         ("8B", "--prune_method wanda", 24e9, 3e9, "Use fewer windows [(]--nsamples, --seqlen[)]"),
-        ("70B", "--recover 500000 --recover_rank 16", 480e9, 16e9, "Use 16 such cards"),
+        ("70B", "--recover 500000 --recover_rank 16", 480e9, 16e9, "Use 16 such GPUs"),
         ("8B", "--recover 500000", 24e9, 64e9, "Use --recover_rank 16 [(]55.1 GiB of the host"),
     ],
 )
@@ -167,7 +167,7 @@ def test_a_host_that_is_too_small(
 @pytest.mark.parametrize(
     ("flags", "host"), [("--recover_rank 16", 64e9), ("--recover_optimizer adamw8bit", 128e9)]
 )
-def test_a_card_that_holds_the_model_and_not_its_training(flags: str, host: float) -> None:
+def test_a_gpu_that_holds_the_model_and_not_its_training(flags: str, host: float) -> None:
     flags = f"--recover 500000 --prune_method wanda {flags}"
     memory = memory_of(llama("8B"), flags, free=24e9, host=host)
     memory.check()
