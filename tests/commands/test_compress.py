@@ -232,6 +232,8 @@ def test_without_room_for_training_it_is_planned_without(
     line = next(each for each in done.out.splitlines() if "without training" in each)
     assert "KiB" in line and ("memory" in line) == (why == "memory")
     assert not any(each.recover for each in runs.of_main().values())
+    done = compress("dense", "other", *BASE[2:], "--quantize", "q5_0")  # not trained anyway
+    assert done.status == 0 and "without training" not in done.out
 
 
 @pytest.mark.parametrize("cost", [0.021, 0.019])

@@ -64,9 +64,9 @@ def make_plan(run: Compression, texts: TextNames) -> CompressionPlan:
     args = run.args
     # distillation does not help a chat model that was quantized on dialogues
     chats = texts.chat or texts.plain_chat
-    untrained = chats and run.gguf and not args.megabytes
-    tokens = 0 if untrained and args.recover is None else args.recover
-    if untrained and not texts.chat and args.recover is None:
+    alone = run.gguf and not args.megabytes and args.recover is None  # quantized, not pruned
+    tokens = 0 if alone and (chats or args.quantize in UNTRAINED) else args.recover
+    if alone and texts.plain_chat:
         problem = "a chat model would unlearn to answer on plain text"
         print(f"planned without training: {problem}; --recover TOKENS trains it", flush=True)
     for trims in (True, False):
