@@ -312,6 +312,7 @@ class Recoverer:
         self.curve: list[dict[str, float]] = []  # tokens, held-out figures, mean loss of the steps
         self.best = 0  # index in the curve
         self.tokens, self.seconds = 0, 0.0  # set by `run`
+        self.step_seconds = 0.0  # of the optimizer steps, without measuring and saving
         self.scales: dict[str, Tensor] = {}
 
     def summary(self) -> list[str]:
@@ -359,6 +360,7 @@ class Recoverer:
         return {
             "tokens": self.tokens,
             "seconds": self.seconds,
+            "step_seconds": round(self.step_seconds, 3),
             "steps": schedule.steps,
             "windows": schedule.windows,
             "rate": schedule.rate,
@@ -384,13 +386,16 @@ class Recoverer:
             if not state:
                 self._write_()
                 self._note(0, None)
-                state = {"step": 0, "losses": [], "seconds": 0.0}
+                state = {"step": 0, "losses": [], "seconds": 0.0, "step_seconds": 0.0}
             first, losses, before = state["step"], state["losses"], state["seconds"]
+            self.step_seconds = state["step_seconds"]
             on_progress(first * tokens)
             kept = time.monotonic()
             with self._gradients(), deterministic(self.runner.device, strict=False):
                 for step in range(first, steps):
+                    started = time.perf_counter()
                     loss = self._step(step)
+                    self.step_seconds += time.perf_counter() - started
                     losses.append(loss)
                     measured = step + 1 in self.schedule.measured
                     if measured:
@@ -402,6 +407,7 @@ class Recoverer:
                     if self.weights.folder and (measured or late):
                         seconds = before + time.perf_counter() - began
                         state = {"step": step + 1, "losses": losses, "seconds": seconds}
+                        state |= {"step_seconds": self.step_seconds}
                         state |= {"curve": self.curve, "best": self.best, "scale": self.scale}
                         self._save(state)
                         kept = time.monotonic()

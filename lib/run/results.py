@@ -34,7 +34,8 @@ A run fills only the keys that it has figures for. Obsolete keys in files of ear
             "bits_per_byte_original": 0.75, "bits_per_byte_trimmed": 0.76,
             "cost_interval": [0.005, 0.02]},                # 95%, of the rise as a share
         "recovery": {
-            "tokens": 300000, "seconds": 60.0, "teacher": "owner/name", "cross_entropy": 0.2,
+            "tokens": 300000, "seconds": 60.0, "step_seconds": 55.0, "teacher": "owner/name",
+            "cross_entropy": 0.2,
             "text": {...}, "curve": [{                      # `trained`: mean loss of the steps
                 "tokens": 0, "loss": 1.2, "perplexity": 30.0, "kl": 0.1, "trained": null}],
             "held_out": {"dense": 20.0},                    # perplexity on held-out training text

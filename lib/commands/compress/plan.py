@@ -50,7 +50,6 @@ PRUNING_PASSES = 7  # per calibration window: ADMM's passes and solving, allocat
 TYPE_PASSES = 48  # to choose types: forward and back with 8 windows, and rounding some rows
 ROUNDING_PASSES = 8  # per calibration window: dense and quantized model, and solving
 HELD_OUT_PASSES = 13  # per held-out training window: number of evaluations
-LEAST_TRAINING = 3  # per training window: teacher, model, and gradient
 
 
 def make_plan(run: Compression, texts: TextNames) -> CompressionPlan:
@@ -317,9 +316,7 @@ def plan_training(rehearsal: dict[str, Any], passed: float, left: float) -> tupl
     from ...data.training import HELD_OUT, HELD_OUT_SHARE
 
     recovery, seqlen = rehearsal["recovery"], rehearsal["evaluation"][0]["seqlen"]
-    measured = (1 + len(recovery["curve"])) * recovery["text"]["held_out"] * passed
-    training = (rehearsal["seconds"]["recover"] - measured) * seqlen / recovery["tokens"]
-    training = max(LEAST_TRAINING * passed, training)  # seconds of a window
+    training = recovery["step_seconds"] * seqlen / recovery["tokens"]  # of a window
     for held_out in range(HELD_OUT[1], HELD_OUT[0] - 1, -1):
         measured = HELD_OUT_PASSES * held_out * passed
         windows = max(LEAST_WINDOWS, int((left - measured) / training))
