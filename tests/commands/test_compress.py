@@ -144,7 +144,7 @@ def runs(whole: dict, replace_call: Callable, monkeypatch: pytest.MonkeyPatch) -
     return found
 
 
-def test_the_minutes_are_kept(runs: Runs) -> None:
+def test_the_minutes_are_kept(runs: Runs, monkeypatch: pytest.MonkeyPatch) -> None:
     """A pass of a window takes 0.2 s, training on one 0.6: what more minutes buy is training."""
     spent = {"load": 2, "dense": 0.2, "measure before": 2.0, "recover": 5.2, "eval": 0.2}
     spent |= {"completions": 1, "trim": 0}
@@ -180,6 +180,14 @@ def test_the_minutes_are_kept(runs: Runs) -> None:
     assert planned(30)[1] == 32
     few = planned(4)[1]
     assert few == int((0.25 * (4 * 60 - 20 - 53.2 - 20) - 30) / 1.6) or 8 <= few < 32
+    # without training, the trial run quantizes its first blocks alone
+    every, whole = planned(3, "--quantize", "q5_0")[1], spent["quantize"]
+    monkeypatch.setattr("lib.commands.compress.plan.REHEARSED_BLOCKS", 1)
+    spent["quantize"] = whole / 2 + 2 * 2 * 0.2 / 2
+    more = planned(3, "--quantize", "q5_0")[1] - every  # windows of 1.6 s, by the time saved
+    assert more == pytest.approx((whole - spent["quantize"]) / 1.6, abs=1) and every > 8
+    types = json.loads(Path(runs.of_main()["rehearsal"].quantize).read_text("utf-8"))
+    assert set(types.values()) == {"q5_0"} and {name.split(".")[2] for name in types} == {"0"}
 
 
 TARGETS = {

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 import shutil
 from contextlib import redirect_stdout
 from dataclasses import replace
@@ -14,6 +15,7 @@ from ...run.flags import build_parser, check_flags, named, without
 from ...run.plan import AUTO
 from ...util.cli import typed
 from ...util.errors import UserError
+from ...util.files import write_text
 from .compression import Compression, CompressionPlan, in_words
 from .size import Q8_0, Q8_0_BITS, choose_size
 from .texts import TextNames, cut_tests, without_tests
@@ -36,6 +38,8 @@ NOT_REHEARSED = [*named(step="allocate"), *named(step="quantize"), *named(step="
 NOT_REHEARSED += named(output=True)
 
 REHEARSED_ROUNDING = 2  # calibration windows of the rehearsal
+REHEARSED_BLOCKS = 2  # blocks that it quantizes; all of them if training follows
+REHEARSED_TYPES = "rehearsed-types.json"  # in the folder of the command
 LEAST_ROUNDING, ROUNDING_SHARE = 8, 0.25  # fewest calibration windows, largest share of the time
 UNTRAINED = Q8_0, AUTO, "q5_0"  # training takes them away from the original
 LEAST_WINDOWS = 16  # fewest training windows; a quantized model is not trained on fewer
@@ -49,6 +53,7 @@ TEST_PASSES = 6  # per test window: both models, before and after, and proof wit
 PRUNING_PASSES = 7  # per calibration window: ADMM's passes and solving, allocation
 TYPE_PASSES = 48  # to choose types: forward and back with 8 windows, and rounding some rows
 ROUNDING_PASSES = 8  # per calibration window: dense and quantized model, and solving
+WALKING_PASSES = 2  # per calibration window, in blocks that are not quantized
 HELD_OUT_PASSES = 13  # per held-out training window: number of evaluations
 
 
@@ -207,7 +212,8 @@ def rehearse(
     tests = cut_tests(job, run.folder / name, share if job.vocabulary else 0, rehearsed=True)
     flags, left_out = [*flags, "--eval_data", *tests], named(changes=True)
     if planned:
-        flags += run.rehearsed_format if plan.type == run.args.quantize else []
+        if plan.type == run.args.quantize:
+            flags += run.rehearsed_format if trains else first_blocks(run, job)
         flags += ["--nsamples", str(REHEARSED_ROUNDING), "--completions", "1"]
         tokens = (CPU_REHEARSED if run.on_cpu else GPU_REHEARSED) * job.windows.seqlen
         flags += ["--recover", str(tokens)] if trains else []
@@ -216,6 +222,21 @@ def rehearse(
         flags += ["--completions", "0", "--eval_only"]
         left_out = [*left_out, "completions"]
     return run.rehearse(flags, name, left_out)
+
+
+def first_blocks(run: Compression, job: Run) -> list[str]:
+    """Return flags that quantize the first blocks alone, since solving takes most of the time."""
+    from ...formats.grids import FORMATS
+    from ...model.linears import find_linears
+    from ...quantize import form_of
+
+    form, types = FORMATS[run.rehearsed_format[1]], {}
+    for index, block in enumerate(job.model.small_blocks[:REHEARSED_BLOCKS]):
+        for linear in find_linears(block, f"{job.model.blocks_name}.{index}")[0]:
+            if own := form_of(form, linear):
+                types[linear.parameter_name] = own.name
+    write_text(run.folder / REHEARSED_TYPES, json.dumps(types, indent=1))
+    return ["--quantize", str(run.folder / REHEARSED_TYPES)]
 
 
 def trimming_problem(vocabulary: dict[str, Any], language: str | None) -> str | None:
@@ -247,6 +268,7 @@ def plan_work(
     passes = PRUNING_PASSES * job.flags.nsamples if "--prune_method" in plan.made_by else 0
     most_of = dict(tests=most, rounding=job.flags.nsamples, passes=passes, trains=trains)
     most_of["choosing"] = TYPE_PASSES if plan.type == AUTO else 0
+    most_of["solved"] = 1 if trains else min(1, REHEARSED_BLOCKS / len(job.model.small_blocks))
     windows, plan.windows, plan.tokens, seconds = plan_time(rehearsal, wall, left, **most_of)
     plan.tests = cut_tests(job, run.folder / "tests", windows / most)
     more = f"about {in_words(seconds)} more"
@@ -280,12 +302,14 @@ def plan_time(
     passes: int,
     trains: bool = True,
     choosing: int = 0,
+    solved: float = 1.0,
 ) -> Times:
     """Plan the work for `left` seconds by the results of a rehearsal, which took `wall` seconds.
 
-    `tests` and `rounding` are the largest numbers of test and calibration windows. The choice of
-    types takes `choosing` passes. Pruning takes `passes` passes and needs training after it. A
-    model that is only quantized can skip training, and does so unless it `trains`.
+    `tests` and `rounding` are the largest numbers of test and calibration windows. The rehearsal
+    quantized the share `solved` of the blocks. The choice of types takes `choosing` passes. Pruning
+    takes `passes` passes and needs training after it. A model that is only quantized can skip
+    training, and does so unless it `trains`.
     """
     spent, size, evaluation = (rehearsal[name] for name in ("seconds", "footprint", "evaluation"))
     rehearsed = sum(test["windows"] for test in evaluation)
@@ -297,7 +321,9 @@ def plan_time(
     fixed += windows * tested + (passes + choosing) * passed
     if "quantize" in spent:
         rounded = ROUNDING_PASSES * passed
-        solving = max(0, spent["quantize"] - REHEARSED_ROUNDING * rounded)
+        walked = WALKING_PASSES * passed * (1 - solved)  # of blocks that were not quantized
+        solving = spent["quantize"] - REHEARSED_ROUNDING * (solved * rounded + walked)
+        solving = max(0, solving / solved)
         fits = int(((ROUNDING_SHARE * left if trains else left - fixed) - solving) / rounded)
         rounding = min(rounding, max(LEAST_ROUNDING, fits))
         fixed += solving + rounding * rounded
