@@ -16,13 +16,16 @@ import re
 import sys
 from collections import defaultdict
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
+from statistics import mean, stdev
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from bench_gguf_pairs import summary
 from pandas import read_csv
+from scipy.optimize import nnls
 
 from lib.commands import overlap
 from lib.commands.report.pictures import heat_map
@@ -54,6 +57,7 @@ SMOLLM2, QWEN = "frontier/smollm2.json", "frontier/qwen2.5-coder-rounded.json"
 OURS = {  # {model: raw file, label of the file that README shows}
     "SmolLM2-135M": ("smollm2", "q5_0"),
     "Gemma 3 270M": ("gemma3", "q5_0"),
+    "Qwen2.5-Coder 0.5B": ("qwen05", "auto --megabytes 322"),
     "Qwen2.5-Coder 1.5B": ("qwen15", "auto --megabytes 861.2"),
 }
 QWEN_NAMES = {  # names of rows by models of the raw file
@@ -177,7 +181,7 @@ def gemma() -> dict[str, tuple[float, dict[str, Any], dict[str, Any]]]:
 GEMMA = "frontier/gemma3-270m-{trained,llama-cpp,rounded-128,rounded-first}.json: bits_per_byte, kl"
 
 
-@table("gguf-trim/{measured,computed}.json, types/{smollm2,gemma3,qwen15}.json: bytes, kl")
+@table("gguf-trim/{measured,computed}.json, types/{smollm2,gemma3,qwen*}.json: bytes, kl")
 def models() -> str:
     """What trimming for Ukrainian, and bits chosen by text, give for each model."""
     types = {}
@@ -375,31 +379,11 @@ def no_grid() -> str:
     return grid(head | {"KL from the file (nats/token)": ".3f"}, rows)
 
 
-@table("types/smollm2.json: bytes, types, tests")
-def types_smollm2() -> str:
-    return of_types("smollm2")
-
-
-@table("types/gemma3.json: bytes, types, tests")
-def types_gemma3() -> str:
-    return of_types("gemma3")
-
-
-@table("types/qwen15.json: bytes, types, tests")
-def types_qwen15() -> str:
-    return of_types("qwen15")
-
-
-@table("types/answers.json: bytes, types, tests")
-def types_answers() -> str:
-    return of_types("answers")
-
-
 def quantized(name: str) -> list[dict[str, Any]]:
     """Files of one model that were quantized and not trained, by size; without those of compress,
     which has its own windows."""
     every = sorted(raw(f"types/{name}.json"), key=lambda each: each["bytes"])
-    return [each for each in every if not re.search("--recover|^compress$", each["label"])]
+    return [each for each in every if not re.search("--recover|^compress", each["label"])]
 
 
 def of_types(name: str) -> str:
@@ -415,6 +399,10 @@ def of_types(name: str) -> str:
     first = ["16-bit", None, 16.0, "", test["dense"]["bits_per_byte"], None, None]
     head = {"File": "", MEGABYTES: ".1f", "Bits per weight": ".2f", "Tensors": "", BITS: ".4f"}
     return grid(head | {KL: ".4f", "Top-1 agreement ↑": ".1%"}, [first, *rows], references=1)
+
+
+for each in ("smollm2", "gemma3", "qwen05", "qwen15", "answers"):
+    TABLES[f"types-{each}"] = f"types/{each}.json: bytes, types, tests", partial(of_types, each)
 
 
 @table("types/{smollm2,gemma3,bilingual}.json: bits_per_byte, kl, kl_standard_error")
@@ -436,24 +424,73 @@ def types_trained() -> str:
     return grid(head | dict.fromkeys(["KL, quantized", "KL, trained"], ".4f"), rows)
 
 
-@table("compress.json: seconds, plan, recovery, peak; types/{smollm2,gemma3}.json: bytes, kl")
+@table("compress.json: seconds, plan, recovery, peak; types/*.json: bytes, kl")
 def compress_made() -> str:
-    """What compress made of models on no grid, beside llama.cpp's files of about that size."""
+    """What compress made in its minutes, beside llama.cpp's files of about that size."""
     rows: list[list[Cell]] = []
-    for record, name in zip(raw("compress.json"), ("gemma3", "smollm2"), strict=True):
+    by_model = defaultdict(list)
+    for record in raw("compress.json"):
+        by_model[record["types"]].append(record)
+    for name, records in by_model.items():
         files = {each["label"]: each for each in raw(f"types/{name}.json")}
-        dense = files["compress"]["tests"][0]["dense"]["bits_per_byte"]
-        rows.append([f"{record['label']}, 16-bit", *[None] * 5, dense, None])
-        plan, tokens = record["plan"], record["recovery"].get("tokens", 0)
-        made = [record["seconds"] / 60, plan["windows"], tokens, record["peak"] / 2**30]
-        for label in ("compress", "llama.cpp iq4_nl", "llama.cpp q4_k_m"):
+        dense = files["llama.cpp q4_k_m"]["tests"][0]["dense"]["bits_per_byte"]
+        rows.append([f"{records[0]['label']}, 16-bit", *[None] * 5, dense, None])
+        made = {f"llama.cpp {kind}": [None] * 4 for kind in ("iq4_nl", "q4_k_m")}
+        for record in reversed(records):
+            plan, tokens = record["plan"], record["recovery"].get("tokens", 0)
+            figures = record["seconds"] / 60, plan["windows"], tokens, record["peak"] / 2**30
+            made = {f"compress --minutes {record['minutes']}": [*figures]} | made
+        for label, figures in made.items():
             file = files[label]
-            figures = measures(file["tests"][0], error=True)
-            rows.append([label, *(made or [None] * 4), file["bytes"] / 1e6, *figures])
-            made = []
+            tests = measures(file["tests"][0], error=True)
+            rows.append([label, *figures, file["bytes"] / 1e6, *tests])
     head = {"Model": "", "Minutes": ".1f", "Calibration windows": ".0f", "Training tokens": ",.0f"}
     head |= {"Peak (GiB)": ".1f", MEGABYTES: ".1f", "Bits per byte": ".4f"}
     return grid(head | {"KL (nats/token)": ".4f"}, rows)
+
+
+@table("cpu_time.json: weights, width, windows, seconds")
+def cpu_time() -> str:
+    """Minutes of a step with 16 windows; those of larger models grow as the measured ones do.
+
+    A window costs in proportion to the weights, solving to the weights times the width of inputs.
+    """
+
+    def terms(model: dict[str, Any], windows: int = 16) -> list[float]:
+        return [model["weights"] * windows, model["weights"] * model["width"]]
+
+    models, rows = raw("cpu_time.json"), []
+    measured = [model for model in models if "steps" in model]
+    columns = {}
+    for step in measured[0]["steps"]:
+        steps = [(model, model["steps"][step]) for model in measured]
+        relative = [[t / s["seconds"] for t in terms(m, s["windows"])] for m, s in steps]
+        factors, _ = nnls(relative, [1.0] * len(relative))
+        computed = [sum(a * b for a, b in zip(factors, terms(m), strict=True)) for m in models]
+        columns[step] = computed
+    for place, model in enumerate(models):
+        steps = model.get("steps", {})
+        seconds = [steps.get(k, {"seconds": v[place]})["seconds"] for k, v in columns.items()]
+        made = "measured" if steps else "computed"
+        rows.append([model["model"], made, model["weights"] / 1e9, *(s / 60 for s in seconds)])
+    head = {"Model": "", "Times": "", "Weights in blocks (billions)": ".2f"}
+    return grid(head | {f"{step} (min)": ".1f" for step in columns}, rows)
+
+
+@table("cpu_time.json: seconds, planned, peak, evaluation: perplexity, kl")
+def cpu_pruned() -> str:
+    """Pruning to 50% on a CPU: seconds of the step, memory beside its plan, and the loss."""
+    rows: list[list[Cell]] = []
+    for model in raw("cpu_time.json"):
+        steps = {k: s for k, s in model.get("steps", {}).items() if "evaluation" in s}
+        dense = [s["evaluation"]["dense"]["perplexity"] for s in steps.values()][:1]
+        rows += [[model["model"], "dense", *[None] * 3, each, None] for each in dense]
+        for name, step in steps.items():
+            test, memory = step["evaluation"], (step["planned"] / 2**30, step["peak"] / 2**30)
+            kl = test["kl"], test["kl_standard_error"]
+            rows.append([model["model"], name, step["seconds"], *memory, test["perplexity"], kl])
+    head = {"Model": "", "Method": "", "Seconds": ".0f", "Planned (GiB)": ".2f"}
+    return grid(head | {"Peak (GiB)": ".2f", "Perplexity": ".2f", "KL (nats/token)": ".3f"}, rows)
 
 
 @table("frontier/smollm2-rounded.json, frontier/smollm2.json: size, bits_per_byte, kl")
@@ -679,7 +716,7 @@ def pruning_smollm2() -> str:
     models, rows = raw("quality/smollm2.json"), []
     kinds = {"50%": "50", "2:4": "2of4", "70%": "70"}
     runs = {name: f"{name}-{{}}-en-seed0" for name in ("wanda", "sparsegpt", "admm")}
-    for name, run_ in {"dense": "dense", **runs, "admm, recovered": "admm-{}-en-recovered"}.items():
+    for name, run_ in {"dense": "dense", **runs}.items():
         tests = [models.get(run_.format(k), {}).get("evaluation", {}) for k in kinds.values()]
         rows.append([name, *(t.get(key) for key in ("perplexity", "kl") for t in tests)])
     head = {f"{kind}, perplexity ↓": ".2f" for kind in kinds}
@@ -701,7 +738,10 @@ def pruning_baselines_smollm2() -> str:
 
 
 def beside_wanda(model: str, text: str, form: str) -> str:
-    """A row for each method and pattern, with the paired difference of its loss to Wanda's."""
+    """A row for each method and pattern, with the paired difference of its loss to Wanda's.
+
+    A figure has the standard error over windows, or the standard deviation of several seeds.
+    """
     runs, rows = raw(f"quality/{model}-baselines.csv"), []
     differences = raw(f"quality/{model}-baselines-differences.csv")
     methods = [("wanda", "uniform"), ("wanda", "owl")]
@@ -712,8 +752,11 @@ def beside_wanda(model: str, text: str, form: str) -> str:
     cases += [(method, rule, "2:4") for method, rule in methods if rule != "owl"]
     for method, rule, kind in cases:
         fields = {"method": method, "flags.allocation": rule, "sparsity_type": kind}
-        test = of_test(one(runs, **fields), text)
-        kl = (test["kl"], test["kl_standard_error"]) if kind else None
+        tests = [of_test(run_, text) for run_ in runs if fields.items() <= run_.items()]
+        perplexity = over_seeds([test["perplexity"] for test in tests])
+        kl = over_seeds([test["kl"] for test in tests]) if kind else None
+        if len(tests) == 1 and kind:
+            kl = kl, tests[0]["kl_standard_error"]
         cell, same = "", {"method": method, "type": kinds.get(kind), "figure": "loss"}
         for line in differences:
             if same.items() <= line.items() and line["allocation"] == rule:
@@ -721,9 +764,14 @@ def beside_wanda(model: str, text: str, form: str) -> str:
                 cell = f"{format(line['difference'], '+' + form)} [{low}, {high}]"
                 cell += "" if line["significant"] == "True" else " (n.s.)"
         name = method + ", OWL" * (rule == "owl")
-        rows.append([name, kinds.get(kind, ""), test["perplexity"], kl, cell])
+        rows.append([name, kinds.get(kind, ""), perplexity, kl, cell])
     head = {"Method": "", "Sparsity": "", "Perplexity ↓": ".2f", KL: form}
     return grid(head | {"Loss over Wanda (nats/token)": ""}, rows, references=1)
+
+
+def over_seeds(figures: Sequence[float]) -> Cell:
+    """The figure of one run, or the mean of several with their standard deviation."""
+    return (mean(figures), stdev(figures)) if len(figures) > 1 else figures[0]
 
 
 def of_test(run: dict[str, Any], name: str) -> dict[str, Any]:
