@@ -4,7 +4,7 @@
     python benchmarks/tables.py --check    # write nothing; fail if a table is stale
 
 A page has a table between two lines, `<!-- table: NAME (file: fields) -->` and `<!-- end -->`.
-NAME is a function of this file with `-` in place of `_`; this script fills in the rest.
+NAME is a key of TABLES: a function with `-` in place of `_`, or a name given beside it.
 """
 
 from __future__ import annotations
@@ -435,11 +435,12 @@ def compress_made() -> str:
         files = {each["label"]: each for each in raw(f"types/{name}.json")}
         dense = files["llama.cpp q4_k_m"]["tests"][0]["dense"]["bits_per_byte"]
         rows.append([f"{records[0]['label']}, 16-bit", *[None] * 5, dense, None])
-        made = {f"llama.cpp {kind}": [None] * 4 for kind in ("iq4_nl", "q4_k_m")}
-        for record in reversed(records):
+        made: dict[str, list[Cell]] = {}
+        for record in records:
             plan, tokens = record["plan"], record["recovery"].get("tokens", 0)
-            figures = record["seconds"] / 60, plan["windows"], tokens, record["peak"] / 2**30
-            made = {f"compress --minutes {record['minutes']}": [*figures]} | made
+            figures = [record["seconds"] / 60, plan["windows"], tokens, record["peak"] / 2**30]
+            made[f"compress --minutes {record['minutes']}"] = figures
+        made |= {f"llama.cpp {kind}": [None] * 4 for kind in ("iq4_nl", "q4_k_m")}
         for label, figures in made.items():
             file = files[label]
             tests = measures(file["tests"][0], error=True)
@@ -466,12 +467,11 @@ def cpu_time() -> str:
         steps = [(model, model["steps"][step]) for model in measured]
         relative = [[t / s["seconds"] for t in terms(m, s["windows"])] for m, s in steps]
         factors, _ = nnls(relative, [1.0] * len(relative))
-        computed = [sum(a * b for a, b in zip(factors, terms(m), strict=True)) for m in models]
-        columns[step] = computed
+        columns[step] = [float(factors @ terms(model)) for model in models]
     for place, model in enumerate(models):
-        steps = model.get("steps", {})
-        seconds = [steps.get(k, {"seconds": v[place]})["seconds"] for k, v in columns.items()]
-        made = "measured" if steps else "computed"
+        made, seconds = "computed", [computed[place] for computed in columns.values()]
+        if "steps" in model:
+            made, seconds = "measured", [model["steps"][step]["seconds"] for step in columns]
         rows.append([model["model"], made, model["weights"] / 1e9, *(s / 60 for s in seconds)])
     head = {"Model": "", "Times": "", "Weights in blocks (billions)": ".2f"}
     return grid(head | {f"{step} (min)": ".1f" for step in columns}, rows)
@@ -483,8 +483,10 @@ def cpu_pruned() -> str:
     rows: list[list[Cell]] = []
     for model in raw("cpu_time.json"):
         steps = {k: s for k, s in model.get("steps", {}).items() if "evaluation" in s}
-        dense = [s["evaluation"]["dense"]["perplexity"] for s in steps.values()][:1]
-        rows += [[model["model"], "dense", *[None] * 3, each, None] for each in dense]
+        if not steps:
+            continue
+        dense = next(iter(steps.values()))["evaluation"]["dense"]["perplexity"]
+        rows.append([model["model"], "dense", *[None] * 3, dense, None])
         for name, step in steps.items():
             test, memory = step["evaluation"], (step["planned"] / 2**30, step["peak"] / 2**30)
             kl = test["kl"], test["kl_standard_error"]
