@@ -68,7 +68,7 @@ def main(argv: list[str]) -> None:
     job.model = replace(job.model, save_dtype=torch.bfloat16)
     with mock.patch.object(steps, "prune", partial(add_noise_, args.file)):
         results = command.run(job)
-    for test in results["evaluation"]:
+    for test in results["evaluation"] if flags.recover else ():  # else there is no MODEL beside it
         ratio = test["perplexity"] / test["dense"]["perplexity"]
         print(f"{test['name']}: perplexity {ratio - 1:+.2%}, {'near' if ratio <= LIMIT else 'far'}")
 

@@ -33,7 +33,7 @@ from torch import Tensor, nn
 
 from ..methods.sparsity import ALLOCATIONS, Sparsity
 from ..model.blocks import BlockRunner
-from ..model.linears import experts_implementation, find_linears
+from ..model.linears import experts_implementation, linears_of
 from ..util.deterministic import deterministic
 from ..util.errors import UserError, first_line
 from ..util.resume import ALLOCATION
@@ -190,7 +190,7 @@ def read_layers(
     except (OSError, ValueError) as error:
         problem = f"it is not JSON ({first_line(error)})"
         raise UserError(flag, problem, "Name another") from error
-    linears = sum((find_linears(b, f"{blocks_name}.{i}")[0] for i, b in enumerate(blocks)), [])
+    linears = linears_of(blocks, blocks_name)
     names, m = [linear.name for linear in linears], sparsity.m
     if not isinstance(shares, dict) or set(shares) != set(names):
         shares = shares if isinstance(shares, dict) else {}

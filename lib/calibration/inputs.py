@@ -19,7 +19,7 @@ from ..methods.magnitude import Magnitude
 from ..methods.sparsity import Sparsity
 from ..methods.wanda import Wanda
 from ..model.blocks import BlockRunner, Stop
-from ..model.linears import find_linears, watch_inputs
+from ..model.linears import linears_of, watch_inputs
 from ..model.matrix import PrunableLinear
 from ..util.errors import UserError
 from ..util.ranks import DistContext
@@ -224,14 +224,13 @@ def first_names(runner: BlockRunner) -> dict[str, str]:
 
 def check_widths(blocks: nn.ModuleList, blocks_name: str, sparsity: Sparsity) -> None:
     """Raise UserError naming the first layer that cannot have the N:M pattern."""
-    for index, block in enumerate(blocks) if sparsity.m else ():
-        for linear in find_linears(block, f"{blocks_name}.{index}")[0]:
-            if linear.shape[1] % sparsity.m:
-                raise UserError(
-                    f"--sparsity_type {sparsity.n}:{sparsity.m}",
-                    f"{linear.name} has {linear.shape[1]} inputs, not a multiple of {sparsity.m}",
-                    "Use --sparsity_type unstructured",
-                )
+    for linear in linears_of(blocks, blocks_name) if sparsity.m else ():
+        if linear.shape[1] % sparsity.m:
+            raise UserError(
+                f"--sparsity_type {sparsity.n}:{sparsity.m}",
+                f"{linear.name} has {linear.shape[1]} inputs, not a multiple of {sparsity.m}",
+                "Use --sparsity_type unstructured",
+            )
 
 
 def rows(x: Tensor) -> Tensor:

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 from ..formats.grids import BITS, GRIDS, Q8_0
 from ..model.blocks import BlockRunner, HiddenStates
-from ..model.linears import experts_implementation, find_linears, watch_outputs
+from ..model.linears import experts_implementation, linears_of, watch_outputs
 from ..model.matrix import PrunableLinear
 from ..util.deterministic import deterministic
 from ..util.errors import UserError, first_line
@@ -49,10 +49,9 @@ def sizes_of(model: nn.Module, blocks_name: str, rows: int) -> Costs:
     """
     sizes: Costs = {}
     every = {id(weight): name for name, weight in reversed([*model.named_parameters()])}
-    for index, block in enumerate(model.get_submodule(blocks_name)):
-        for linear in find_linears(block, f"{blocks_name}.{index}")[0]:
-            parameter = getattr(linear.module, linear.parameter)
-            sizes[every[id(parameter)]] = _sizes(parameter.numel(), linear.shape[1], OFFERED)
+    for linear in linears_of(model.get_submodule(blocks_name), blocks_name):
+        parameter = getattr(linear.module, linear.parameter)
+        sizes[every[id(parameter)]] = _sizes(parameter.numel(), linear.shape[1], OFFERED)
     for name, table in tables_of(model).items():
         sizes[name] = _sizes(rows * table.shape[1], table.shape[1], OF_TABLES)
     return {name: types for name, types in sizes.items() if types}
@@ -184,8 +183,7 @@ def read_types(file: str, model: nn.Module, blocks_name: str) -> dict[str, str]:
         raise UserError(flag, problem, "Name another") from error
     widths = {
         linear.parameter_name: linear.shape[1]
-        for index, block in enumerate(model.get_submodule(blocks_name))
-        for linear in find_linears(block, f"{blocks_name}.{index}")[0]
+        for linear in linears_of(model.get_submodule(blocks_name), blocks_name)
     } | {name: weight.shape[1] for name, weight in tables_of(model).items()}
     fix = "Give {tensor: type} of this model"
     if not isinstance(types, dict) or not types:

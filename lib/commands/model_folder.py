@@ -17,7 +17,7 @@ from transformers.core_model_loading import revert_weight_conversion
 from ..formats.grids import FORMATS
 from ..formats.packed.checkpoint import METHOD
 from ..model.checkpoint import Checkpoint
-from ..model.linears import find_linears
+from ..model.linears import linears_of
 from ..model.matrix import unread_of
 from ..model.pretrained import load_config, load_tokenizer
 from ..model.skeleton import build_skeleton, decoder_blocks
@@ -82,8 +82,7 @@ class ModelFolder:
         prefix, blocks = decoder_blocks(self.model)
         return {
             each.parameter_name: (each.transposed, each.expert is not None)
-            for index, block in enumerate(blocks)
-            for each in find_linears(block, f"{prefix}.{index}")[0]
+            for each in linears_of(blocks, prefix)
             if FORMATS[GRID].supports_width(each.shape[1])
         }
 

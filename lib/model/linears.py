@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
+from itertools import chain
 from math import prod
 
 import torch
@@ -72,6 +73,12 @@ class PackedView(PrunableLinear):
 
     def matrix(self) -> Tensor:
         return self.module.dense(torch.float32)
+
+
+def linears_of(blocks: Iterable[nn.Module], prefix: str = "") -> list[PrunableLinear]:
+    """Return the prunable matrices of the blocks of a model's list named `prefix`."""
+    found = (find_linears(block, f"{prefix}.{index}")[0] for index, block in enumerate(blocks))
+    return list(chain.from_iterable(found))
 
 
 def _holds_experts(module: nn.Module, weight: Tensor) -> bool:

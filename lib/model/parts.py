@@ -24,7 +24,7 @@ from ..util.errors import UserError
 from ..util.quirks import EXPERT_FIELDS, NEURON_FIELDS
 from .bitsandbytes import stored_bits
 from .checkpoint import Checkpoint
-from .linears import find_linears
+from .linears import linears_of
 from .skeleton import changed_shapes, skeleton_with
 from .store import set_tensor
 
@@ -71,10 +71,9 @@ def find_parts(
     no field of the config sets the number of parts.
     """
     blocks, why = model.get_submodule(name), NO_FIELD[kind]
-    linears = (one for block in blocks for one in find_linears(block, "")[0])
     if stored_bits(config):
         why = f"it is quantized, and its {kind} cannot be removed"
-    elif kind == NEURONS and any(one.expert is not None for one in linears):
+    elif kind == NEURONS and any(one.expert is not None for one in linears_of(blocks)):
         why = "its MLPs are experts"
     else:
         for field in FIELDS[kind]:

@@ -24,7 +24,7 @@ from torch.utils.checkpoint import checkpoint
 
 from ..formats.grids import Grid
 from ..model.blocks import BlockRunner, HiddenStates, run_block
-from ..model.linears import find_linears
+from ..model.linears import find_linears, linears_of
 from ..model.store import set_tensor
 from ..util.errors import UserError
 from ..util.ranks import DistContext
@@ -47,15 +47,14 @@ def can_share(blocks: nn.Module) -> bool:
 
 def check_rows(blocks: nn.Module, name: str, ranks: int) -> None:
     """Raise UserError if there are more ranks than rows of a matrix, or experts of a stack."""
-    for index, block in enumerate(blocks):
-        for linear in find_linears(block, f"{name}.{index}")[0]:
-            one = getattr(linear.module, linear.parameter)
-            rows = linear.shape[0] if linear.expert is None else len(one)
-            if rows < ranks:
-                what = f"{rows} rows" if linear.expert is None else f"{rows} experts"
-                fewer = "fewer than the ranks that would share them out for --recover"
-                problem = f"{linear.parameter_name} has {what}, {fewer}"
-                raise UserError(f"WORLD_SIZE {ranks}", problem, f"Start at most {rows}")
+    for linear in linears_of(blocks, name):
+        one = getattr(linear.module, linear.parameter)
+        rows = linear.shape[0] if linear.expert is None else len(one)
+        if rows < ranks:
+            what = f"{rows} rows" if linear.expert is None else f"{rows} experts"
+            fewer = "fewer than the ranks that would share them out for --recover"
+            problem = f"{linear.parameter_name} has {what}, {fewer}"
+            raise UserError(f"WORLD_SIZE {ranks}", problem, f"Start at most {rows}")
 
 
 def sharded_dims(block: nn.Module, ranks: int) -> dict[str, int | None]:

@@ -37,7 +37,7 @@ from ..methods.sparsity import EXPERTS
 from ..model.blocks import GPU_LOGIT_BYTES, LOGIT_BYTES
 from ..model.checkpoint import Checkpoint, weight_bytes
 from ..model.device import checkpoint_dtype, default_batch_size, saved_dtype
-from ..model.linears import find_linears
+from ..model.linears import find_linears, linears_of
 from ..model.matrix import PrunableLinear, SaveDtypes
 from ..model.pretrained import LONGEST_WINDOW
 from ..model.reference import local_windows
@@ -486,8 +486,7 @@ class Memory:
     @cached_property
     def _linears(self) -> list[PrunableLinear]:
         """The linear layers of all blocks, after removals."""
-        blocks = self.model.small_blocks
-        return [linear for block in blocks for linear in find_linears(block, "")[0]]
+        return linears_of(self.model.small_blocks)
 
     @cached_property
     def _quantized(self) -> int:

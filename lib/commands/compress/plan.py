@@ -227,14 +227,13 @@ def rehearse(
 def first_blocks(run: Compression, job: Run) -> list[str]:
     """Return flags that quantize the first blocks alone, since solving takes most of the time."""
     from ...formats.grids import FORMATS
-    from ...model.linears import find_linears
+    from ...model.linears import linears_of
     from ...quantize import form_of
 
     form, types = FORMATS[run.rehearsed_format[1]], {}
-    for index, block in enumerate(job.model.small_blocks[:REHEARSED_BLOCKS]):
-        for linear in find_linears(block, f"{job.model.blocks_name}.{index}")[0]:
-            if own := form_of(form, linear):
-                types[linear.parameter_name] = own.name
+    for linear in linears_of(job.model.small_blocks[:REHEARSED_BLOCKS], job.model.blocks_name):
+        if own := form_of(form, linear):
+            types[linear.parameter_name] = own.name
     write_text(run.folder / REHEARSED_TYPES, json.dumps(types, indent=1))
     return ["--quantize", str(run.folder / REHEARSED_TYPES)]
 
