@@ -69,14 +69,6 @@ def decoding_speeds(folders: Sequence[Path], device: str, rounds: int) -> list[f
     return [statistics.median(times) for times in speeds]
 
 
-def reset_peak(device: torch.device) -> None:
-    """From here on the device is the current one, and its peak the largest size from here on."""
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
-        torch.cuda.init()  # before that there are no statistics to reset, which torch refuses
-        torch.cuda.reset_peak_memory_stats(device)
-
-
 def table(header: list[str], rows: list[list[str]]) -> None:
     """Print a Markdown table."""
     for cells in (header, ["---"] * len(header), *rows):
