@@ -1211,6 +1211,7 @@ def draw_types(path: Path) -> None:
 
     labels = {  # of a model: other text of a label, and its place beside the point, in points
         "smollm2": {
+            "llama.cpp iq3_xxs": ("iq3_xxs", (-9, 0), "right"),
             "llama.cpp iq4_xs": ("iq4_xs", (-9, 0), "right"),
             "llama.cpp iq4_nl": ("iq4_nl", (0, -11), "center"),
             "q4_0": ("q4_0", (9, 0), "left"),
@@ -1224,14 +1225,15 @@ def draw_types(path: Path) -> None:
             "llama.cpp iq4_xs": ("iq4_xs", (-9, 0), "right"),
             "llama.cpp q4_k_m": ("q4_k_m", (0, 10), "center"),
             "q4_0": ("q4_0", (9, 2), "left"),
-            "auto --megabytes 70": ("auto, 70 MB", (8, 0), "left"),
+            "auto --megabytes 70": ("auto, 70 MB", (-9, 5), "right"),
+            "iq4_nl": ("iq4_nl", (-9, -6), "right"),
             "auto --megabytes 76": ("auto, 76 MB", (-9, 0), "right"),
             "q5_0_embedding_q5_0": ("q5_0, embedding too", (9, -2), "left"),
             "iq4_nl_embedding_q5_0": ("iq4_nl, embedding q5_0", (-9, 0), "right"),
         },
     }
     titles = {
-        "smollm2": ("SmolLM2-135M, English (16-bit: 270 MB)", (71, 146)),
+        "smollm2": ("SmolLM2-135M, English (16-bit: 270 MB)", (71, 151)),
         "gemma3": ("Gemma 3 270M, Ukrainian, trimmed (16-bit: 224 MB)", (41, 126)),
     }
     figure = Figure(figsize=(7.2, 8.0), layout="constrained")
