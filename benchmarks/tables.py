@@ -1362,6 +1362,28 @@ def draw_parts(path: Path) -> None:
     figure.savefig(path, dpi=150, metadata={"Software": None})
 
 
+def draw_experts(path: Path) -> None:
+    """Of the tokens that reach each expert, those in Ukrainian, if both languages have as many."""
+    from matplotlib.colors import Normalize
+    from matplotlib.figure import Figure
+    from pandas import DataFrame
+
+    models = raw("experts.json")
+    blocks = zip(*(models[f"reap-50-{text}-seed0"]["routed"] for text in ("uk", "en")), strict=True)
+    shares = [
+        sorted((100 * uk / (uk + en) for uk, en in zip(*both, strict=True)), reverse=True)
+        for both in blocks
+    ]
+    figure = Figure(figsize=(7.6, 4.0), layout="constrained")
+    axes = figure.add_subplot()
+    cells = DataFrame(shares, columns=range(1, len(shares[0]) + 1))
+    heat_map(axes, cells, Normalize(0, 100), ".0f")
+    axes.set(xlabel="Expert, sorted in each block", ylabel="Block")
+    title = "Ukrainian tokens of each expert (%), of equal numbers of Ukrainian and English tokens"
+    axes.set_title(title, loc="left", fontsize=9.5)
+    figure.savefig(path, dpi=150, metadata={"Software": None})
+
+
 def draw_map(path: Path, method: str, title: str) -> None:
     """Losses by calibration text (rows) and test language (columns), on a logarithmic scale."""
     from matplotlib.colors import LogNorm
@@ -1410,6 +1432,7 @@ def main(argv: list[str]) -> None:
         draw_parts(IMAGES / "gguf-parts.png")
         draw_abilities(IMAGES / "gemma-abilities.png")
         draw_bars(IMAGES / "own-language.png")
+        draw_experts(IMAGES / "experts.png")
         shared = overlap.draw(read_csv(RESULTS / "languages/bilingual-overlap.csv"))
         shared.savefig(IMAGES / "overlap.png", dpi=150, metadata={"Software": None})
         for name, (method, title) in MAPS.items():
