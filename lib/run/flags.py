@@ -250,7 +250,7 @@ GROUPS: dict[str, list[Flag]] = {
     Flag("recover_rank", "recover", "train low-rank updates (as LoRA, merged at the end); "
          "requires --recover", parse=POSITIVE, metavar="R", shown="all weights",
          needs=("recover",), smaller=(16,)),
-    Flag("recover_optimizer", "recover", "adamw8bit saves 6 bytes of memory per weight, and is "
+    Flag("recover_optimizer", "recover", "adamw8bit saves 5 bytes of memory per weight, and is "
          "slower on a CPU; requires --recover", "adamw", choices=("adamw", "adamw8bit"),
          needs=("recover",), smaller=("adamw8bit",)),
     Flag("recover_lr", "recover", "peak learning rate; requires --recover", parse=RATE,
