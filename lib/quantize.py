@@ -16,7 +16,7 @@ from torch import Tensor
 
 from .calibration.inputs import Group, merge, observe
 from .calibration.mixed_types import CHUNK, tables_of
-from .formats.grids import Grid
+from .formats.grids import Grid, Types
 from .formats.packed.formats import Int4
 from .formats.packed.linear import why_dense
 from .methods.gptq import GPTQ, MasterWeights
@@ -95,7 +95,7 @@ class Quantizer(BlockWalker):
         self.saved = SaveDtypes()  # integers times scales are kept exactly
         forms = [form for each in runner.each_linear() if (form := form_of(fmt, each))]
         self.bits = sorted({form.bits for form in forms})
-        if not forms:
+        if not forms and not isinstance(fmt, Types):  # which may be for embedding and head alone
             if fmt.packs:
                 raise UserError(*NOTHING_PACKED)
             problem = "no linear layer has rows of a multiple of 32"
@@ -184,8 +184,10 @@ class Quantizer(BlockWalker):
         """Return lines for the user, which name every layer that was only rounded."""
         few = [name for notes in self.notes for name in sum(notes.fallbacks.values(), [])]
         in_few = sum(len(names.split(", ")) for names in few)
-        count, bits = len(self.pruned) - in_few, " and ".join(map(str, self.bits))
-        lines = [f"quantized {count} linear layers to {bits} bits, column by column"]
+        count, lines = len(self.pruned) - in_few, []
+        if self.bits:
+            bits = " and ".join(map(str, self.bits))
+            lines = [f"quantized {count} linear layers to {bits} bits, column by column"]
         if few:
             reason = "too few tokens were routed to them"
             lines.append(f"quantized {in_few} linear layers to nearest, {reason}: {first_of(few)}")

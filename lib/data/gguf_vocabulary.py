@@ -58,6 +58,7 @@ COUNTS = re.compile(r"\w+\.vocab_size")
 MAYBE_IDS = re.compile(r"token|vocab|(^|[._])ids?($|[._])")
 NO_IDS = re.compile(
     r"tokenizer\.ggml\.(token_type(_count)?|precompiled_charsmap)|.*token_shift_count"
+    r"|langprune\.vocabulary\.rows_before"
 )
 LEFT_OUT = re.compile(r"split\..*|tokenizer\.huggingface\.json")
 # ids that llama.cpp takes if the file has none

@@ -14,7 +14,7 @@ import re
 import signal
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, redirect_stdout
 from typing import NoReturn
 
@@ -48,10 +48,7 @@ class Parser(argparse.ArgumentParser):
     def parse_known_args(self, args=None, namespace=None):
         """Parse as argparse does, but accept hyphens like underscores in flag names."""
         words = sys.argv[1:] if args is None else args
-        names = [
-            re.sub(r"^--[\w-]+", lambda it: "--" + it[0][2:].replace("-", "_"), w) for w in words
-        ]
-        return super().parse_known_args(names, namespace)
+        return super().parse_known_args(underscored(words), namespace)
 
     def error(self, message: str) -> NoReturn:
         defer_to_rank0()
@@ -66,8 +63,15 @@ def typed(name: str) -> str:
     return "python main.py" if name == "prune" and called != "langprune" else f"{called} {name}"
 
 
+def underscored(words: Iterable[str]) -> list[str]:
+    """Return the arguments with underscores for hyphens in names of flags."""
+    names = re.compile(r"^--[\w-]+")
+    return [names.sub(lambda it: "--" + it[0][2:].replace("-", "_"), word) for word in words]
+
+
 def split_argv(argv: list[str]) -> tuple[list[str], list[str]]:
-    """Split the arguments at the first `--`."""
+    """Split the arguments at the first `--`; names of flags get underscores for hyphens."""
+    argv = underscored(argv)
     middle = argv.index("--") if "--" in argv else len(argv)
     return argv[:middle], argv[middle + 1 :]
 

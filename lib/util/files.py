@@ -38,6 +38,8 @@ def check_new_folder(flag: str, path: str, staged: bool = False) -> None:
 
     `staged`: or if the folder beside it exists.
     """
+    if not Path(path).name:
+        raise UserError(f"{flag} {path}", "the folder has no name", "Name a new folder")
     check_writable(flag, path, beside=True)  # other ranks may look into the folder
     folder, partial = Path(path), partial_of(path)
     if folder.is_symlink():  # the folder beside it would be on another disk
@@ -115,7 +117,9 @@ def write_text(path: Path, text: str | bytes) -> None:
     """Write a small file atomically. Raises UserError if it cannot be written."""
     partial = path.with_name(f".{path.name}{PARTIAL}")
     try:
-        partial.write_bytes(text.encode() if isinstance(text, str) else text)
+        # names of files may hold bytes that are no UTF-8
+        encoded = text.encode(errors="backslashreplace") if isinstance(text, str) else text
+        partial.write_bytes(encoded)
         sync(partial)
         partial.replace(path)
     except OSError as error:

@@ -570,6 +570,29 @@ def test_a_model_is_not_made_small_on_the_answers_of_another(
     assert not asked  # the same command continues
 
 
+def test_what_another_command_made_is_kept(runs: Runs) -> None:
+    def interrupted(flags: Namespace, found: dict[str, Any]) -> None:
+        if flags.save_model:
+            raise KeyboardInterrupt
+
+    argv = [*BASE, "--eval-windows", "8", "--minutes"]  # of main.py, with a hyphen
+    runs.change = interrupted
+    assert compress(*argv, "60").status == 130
+    runs.change = lambda flags, found: None
+    Path("small-compress/.directory").touch()
+    compress(*argv, "50")
+    before = content("small")
+    done = compress(*argv, "60")
+    assert done.status == 1 and "it was made by the command of small-compress/" in done.err
+    assert content("small") == before
+    shutil.rmtree("small")
+    Path("small.gguf").touch()
+    before = content("small-compress")
+    done = compress(*argv, "50")
+    assert done.status == 1 and "small.gguf exists" in done.err
+    assert content("small-compress") == before
+
+
 @pytest.mark.full
 @pytest.mark.usefixtures("in_this_process")
 def test_flags_for_saving_alone_are_for_the_run_that_saves() -> None:

@@ -82,13 +82,19 @@ def test_the_choice_is_nearly_the_best() -> None:
 
 
 @pytest.mark.parametrize("tied", [True, False])
-def test_the_head_is_quantized_by_its_inputs(tied: bool) -> None:
-    """Its outputs change less than by rounding; the dense model of comparisons keeps its own."""
+@pytest.mark.parametrize("layers", ["iq4_nl", "q8_0"])
+def test_the_head_is_quantized_by_its_inputs(layers: str, tied: bool) -> None:
+    """Its outputs change less than by rounding; the dense model of comparisons keeps its own.
+
+    Layers of q8_0 are rounded in the file alone.
+    """
     model = tiny.build("llama", tie_word_embeddings=tied).requires_grad_(False).float()
     runner, ids, head = runner_of(model), windows(8), model.lm_head
     kept, tail = head.weight.clone(), tail_of(runner)
-    types = dict.fromkeys([*sizes_of(model, runner.name, len(kept))], "iq4_nl")
+    names = [*sizes_of(model, runner.name, len(kept))]
+    types = {name: layers if ".layers." in name else "iq4_nl" for name in names}
     quantizer = quantize(runner, ids, Types("auto", types))
+    assert any("linear layers" in line for line in quantizer.summary()) == (layers == "iq4_nl")
     assert torch.equal(head.weight, kept)
     quantizer.quantize_tables_()
     inputs, nearest = model.model(input_ids=ids).last_hidden_state, FORMATS["iq4_nl"].nearest(kept)

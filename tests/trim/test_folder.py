@@ -103,11 +103,14 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
         made = tokenizer()
         tiny.write_model(folder / name, model(len(made)), made)
     (folder / "masked/vocab.txt").write_text("stale", "utf-8")
+    (folder / "causal/original").mkdir()
+    (folder / "causal/original/consolidated.00.pth").write_text("stale")
     ids = AutoTokenizer.from_pretrained(folder / "masked").get_vocab()
     (folder / "masked/added_tokens.json").write_text(json.dumps({"[MASK]": ids["[MASK]"]}))
     file = folder / "masked/tokenizer_config.json"
     listed = {str(ids[t]): {"content": t, "special": True} for t in ("[PAD]", "[SEP]", "[MASK]")}
     fields = json.loads(file.read_text("utf-8")) | {"added_tokens_decoder": listed}
+    fields["extra_special_tokens"] = {"image_token": "[MASK]"}  # as transformers 4 writes them
     file.write_text(json.dumps(fields), "utf-8")
     embedder(folder)
     static(folder)
@@ -195,6 +198,7 @@ def test_rows_and_all_other_bytes(name: str, trimmed: Path) -> None:
     before, after = tensors_of(trimmed / name), tensors_of(trimmed / "out" / name)
     listed = json.loads((trimmed / "out" / name / "vocabulary.json").read_text("utf-8"))
     rows = torch.tensor(listed["rows"])
+    assert not (trimmed / "out" / name / "original").exists()
     assert before.keys() == after.keys() and len(rows) < 0.9 * len(before[TABLES[name][0]])
     for key, tensor in before.items():
         expected = tensor[rows] if key in TABLES[name] else tensor
@@ -376,6 +380,19 @@ def test_other_vectors_are_noticed(
     argv = [trimmed / "static", tmp_path / "out", "--data", trimmed / "uk"]
     assert "other vectors" in mistake(*argv, program=main).problem
     assert not [*tmp_path.iterdir()]
+
+
+@pytest.mark.parametrize("name, limit", [("masked", 40), ("reranker", 38)])
+def test_texts_are_cut_to_the_positions(
+    name: str, limit: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(SIZE, "max_position_embeddings", 40)
+    tokenizer, model = MODELS[name]
+    made = tokenizer()
+    tiny.write_model(tmp_path, model(len(made)), made)
+    encoder = vectors.Encoder(tmp_path)
+    assert encoder.limit == limit
+    assert encoder((" ".join(UK),) * (1 + encoder.is_reranker)).ndim
 
 
 def test_what_cannot_be_run_is_trimmed_and_said(place: Path, tmp_path: Path) -> None:

@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -25,7 +27,9 @@ pytest.importorskip("xllamacpp")
 from lib.commands.gguf.llama_cpp import run, run_child  # noqa: E402
 from lib.commands.trim.__main__ import LIMIT, main  # noqa: E402
 from lib.commands.trim.llama import Llama, compare  # noqa: E402
+from lib.commands.trim.proof import texts_to_compare  # noqa: E402
 from lib.commands.vocabulary import main as write_list  # noqa: E402
+from lib.data.documents import Corpus  # noqa: E402
 from lib.data.gguf_file import Field, GgufFile, write  # noqa: E402
 from lib.data.gguf_vocabulary import GgufVocabulary  # noqa: E402
 from lib.util.quirks import PRE_TOKENIZERS  # noqa: E402
@@ -286,6 +290,33 @@ def test_the_proof_notices_other_bytes(texts: Path, tmp_path: Path) -> None:
     assert compare(str(source), str(tmp_path / "other.gguf"), windows, kept, 4)["distance"] > LIMIT
 
 
+def test_a_trimmed_file_is_trimmed_again(texts: Path, tmp_path: Path) -> None:
+    """By texts without a test, in a folder whose name is no UTF-8."""
+    ggufs.model(tmp_path / "in.gguf")
+    main([str(tmp_path / "in.gguf"), str(tmp_path / "out.gguf"), "--data", str(texts)])
+    folder = tmp_path / os.fsdecode("тексти".encode("cp1251"))
+    shutil.copytree(texts, folder)
+    (folder / "test.jsonl").write_text('{"text": ""}\n{"text": " "}\n', "utf-8")
+    again = tmp_path / "again.gguf"
+    main([str(tmp_path / "out.gguf"), str(again), "--data", str(folder), "--rows", "384"])
+    assert len(fields_of(again)["tokenizer.ggml.tokens"]) == 384
+
+
+def test_a_file_that_another_run_writes_is_left(
+    texts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source, partial = ggufs.model(tmp_path / "in.gguf"), tmp_path / "out.gguf.partial"
+
+    def begun(corpora: Sequence[Corpus]) -> dict[str, Sequence[str]]:
+        partial.write_bytes(b"theirs")
+        return texts_to_compare(corpora)
+
+    monkeypatch.setattr("lib.commands.trim.__main__.texts_to_compare", begun)
+    with pytest.raises(UserError, match="another run writes it now"):
+        main([str(source), str(tmp_path / "out.gguf"), "--data", str(texts)])
+    assert partial.read_bytes() == b"theirs"
+
+
 @pytest.mark.parametrize("fault", ["disk", "bytes"])
 def test_nothing_is_left_of_a_file_that_is_not_whole(
     fault: str, texts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -318,9 +349,9 @@ def test_a_dry_run_writes_nothing(
     assert [path.name for path in tmp_path.iterdir()] == ["in.gguf"]
 
 
-@pytest.mark.parametrize("same", [True, False])
+@pytest.mark.parametrize("same", [True, False, None])
 def test_a_tokenizer_beside_counts_if_it_agrees(
-    same: bool, texts: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    same: bool | None, texts: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     tokenizers = pytest.importorskip("tokenizers")
     for name in ("alone", "beside"):
@@ -338,12 +369,16 @@ def test_a_tokenizer_beside_counts_if_it_agrees(
     made.add_special_tokens([*ggufs.SPECIAL, *ggufs.RESERVED])
     made.enable_truncation(9)  # must not count
     made.save(str(tmp_path / "beside/tokenizer.json"))
+    if same is None:  # it cannot be read
+        (tmp_path / "beside/tokenizer.json").write_text(
+            "version https://git-lfs.github.com", "utf-8"
+        )
     lists = []
     for name in ("alone", "beside"):
         out = tmp_path / f"{name}.gguf"
         main([str(tmp_path / name / "in.gguf"), str(out), "--data", str(texts)])
         lists.append(json.loads(Path(f"{out}.vocabulary.json").read_text("utf-8"))["ids"])
-    assert ("tokenizer.json gives the same tokens" in capsys.readouterr().out) == same
+    assert ("tokenizer.json gives the same tokens" in capsys.readouterr().out) == bool(same)
     assert lists[0] == lists[1]
 
 

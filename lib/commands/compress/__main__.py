@@ -29,7 +29,7 @@ from ...data.languages import language_text
 from ...data.sources import parse_source
 from ...run.flags import NATURAL, POSITIVE, build_parser, given, named, without
 from ...run.plan import AUTO
-from ...run.results import is_trained, read_results
+from ...run.results import RESULTS, is_trained, read_results
 from ...util import processes
 from ...util.cli import make_parser, split_argv, typed
 from ...util.errors import UserError, one_line
@@ -84,6 +84,9 @@ def parse(argv: list[str]) -> tuple[argparse.Namespace, argparse.Namespace, list
     if args.language:
         language_text(args.language)  # raises for an unknown tag
     args.out = args.out.rstrip("/")
+    if args.out.endswith(".gguf"):
+        fix = f"Name the folder {args.out.removesuffix('.gguf')}"
+        raise UserError(f"OUT {args.out}", "OUT.gguf is written beside a folder OUT", fix)
     by_size = args.megabytes and args.target == [ANY]
     only_gguf = "iq4_nl" if args.target == [ANY] else GRID
     args.quantize = args.quantize or (AUTO if by_size else only_gguf)
@@ -94,7 +97,7 @@ def parse(argv: list[str]) -> tuple[argparse.Namespace, argparse.Namespace, list
         raise UserError(f"--{wrong[0]}", "compress sets this flag", "Use the flags of compress")
     check_target(args)
     check_writable("--work_dir", args.work_dir)
-    for path in Path(args.work_dir).glob("*"):
+    for path in Path(args.work_dir).glob("[!.]*"):
         if not FOLDER.fullmatch(path.name):
             problem = f"it holds {path.name}"
             raise UserError(f"--work_dir {args.work_dir}", problem, "Name a new folder")
@@ -138,17 +141,22 @@ def begin(
     identity["revision of figures"] = REVISION
     passed_on = without(passed_on, ["vocabulary_data"])
     run = Compression(args, passed_on, parsed, flags | identity, str(device), checkpoint, config)
-    if run.has(SMALL) and not Path(args.out).exists():
-        print(f"{args.out} was moved away: {run.folder} is deleted, to begin again", flush=True)
-        shutil.rmtree(run.folder)
-        run.plan, run.began = None, time.monotonic()
-    if not run.plan:
+    is_there, finished = Path(args.out).exists(), run.has(SMALL)
+    made = [path.parent.parent for path in Path(args.work_dir).glob(f"*/{SMALL}/{RESULTS}")]
+    if made and not finished and Path(args.out, "config.json").exists():
+        fix = "Name a new folder, or remove that one"
+        raise UserError(f"OUT {args.out}", f"it was made by the command of {made[0]}", fix)
+    if not run.plan or finished and not is_there:
         check_new_folder("OUT", args.out)
         if run.gguf:
             check_new(Path(run.gguf), args.out)
         for new, engine in run.exports.items():
             check_new_folder("OUT", new)
             check_installed("--for", engine)
+    if finished and not is_there:
+        print(f"{args.out} was moved away: {run.folder} is deleted, to begin again", flush=True)
+        shutil.rmtree(run.folder)
+        run.plan, run.began = None, time.monotonic()
     return run
 
 

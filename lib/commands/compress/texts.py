@@ -176,7 +176,10 @@ def cut_tests(job: Run, folder: Path, share: float, rehearsed: bool = False) -> 
         chats = "dialogues" in test.record
         if chats and not (rehearsed and share and not files):
             texts, left = texts[: 2 if rehearsed else None], math.inf
-        files.append(str(folder / (re.sub(r"[^\w.-]+", "_", test.name) + ".jsonl")))
+        stem = re.sub(r"[^\w.-]+", "_", test.name)
+        while str(folder / f"{stem}.jsonl") in files:
+            stem += "_"
+        files.append(str(folder / f"{stem}.jsonl"))
         lines = []
         while left > 0 and texts:
             text = texts.pop()

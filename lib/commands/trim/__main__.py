@@ -121,6 +121,11 @@ def main(arguments: list[str]) -> None:
             raise UserError(f"OUT {args.out}", problem, "Name a file on another disk")
         partial, start = partial_of(out), time.monotonic()
         try:
+            partial.touch(exist_ok=False)
+        except FileExistsError:
+            problem = "another run writes it now"
+            raise UserError(f"OUT {args.out}", problem, "Name a new file") from None
+        try:
             with progress(size, f"writing {out.name}", "B") as on_progress:
                 for step in write(partial, fields, tensors, file.alignment):
                     on_progress(step)
@@ -132,8 +137,9 @@ def main(arguments: list[str]) -> None:
                 f"written in {written:.1f} s; {tables} tensors have the kept rows of IN, and "
                 f"{len(tensors) - tables} are IN's, by bytes ({seconds:.1f} s)"
             )
-            texts = [text for name in list(tests)[1:] for text in tests[name]] or LINES
-            missing = _predict(file, partial, before, after, texts, kept, vocabulary.kind, record)
+            texts = [text for name in list(tests)[1:] for text in tests[name] if text.strip()]
+            texts, kind = texts or LINES, vocabulary.kind
+            missing = _predict(file, partial, before, after, texts, kept, kind, record)
             tokens = [vocabulary.tokens[index] for index in kept]
             kept_list = {"ids": kept, "tokens": tokens, "rows": kept, "record": record}
             write_text(listed, json.dumps(kept_list, ensure_ascii=False))

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from importlib.util import find_spec
 from itertools import count, islice
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -30,6 +31,9 @@ from ...run.flags import PRICED
 from ...util.errors import UserError
 from ...util.progress import progress
 from .llama import INSTALL, Llama
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
 
 ROUNDS = 16  # of counting, each over a part of the documents that is spread over the text
 STEP = 1_000_000  # characters counted at a time
@@ -98,10 +102,7 @@ def choose_by_text(
     """
     encode, counts = llama.encode_all, np.zeros((2, vocabulary.rows), np.int64)
     beside = Path(args.source).absolute().parent / "tokenizer.json"
-    if beside.is_file() and find_spec("tokenizers"):  # ten times as fast
-        from tokenizers import Tokenizer
-
-        tokenizer = Tokenizer.from_file(str(beside))
+    if tokenizer := _read_tokenizer(beside):  # ten times as fast
         tokenizer.no_truncation()
         tokenizer.no_padding()
 
@@ -150,3 +151,15 @@ def choose_by_text(
             f"--rows {args.rows}", problem, f"Give at least {round_up(len(choice.ids))}"
         )
     return choice
+
+
+def _read_tokenizer(file: Path) -> Tokenizer | None:
+    """Return the tokenizer of a file, or None if it cannot be read, as a Git LFS pointer."""
+    if not (file.is_file() and find_spec("tokenizers")):
+        return None
+    from tokenizers import Tokenizer
+
+    try:
+        return Tokenizer.from_file(str(file))
+    except Exception:  # noqa: BLE001  tokenizers raises no other
+        return None

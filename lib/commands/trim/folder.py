@@ -48,7 +48,8 @@ from .vectors import MODULES, PROMPTS, compare_vectors, lines_of, read_json
 
 # the model in another form, with the whole vocabulary
 LEFT_OUT = """
-*.onnx *.onnx_data *.gguf *.h5 *.msgpack *.ot *.tflite onnx/* openvino/* coreml/* consolidated*
+*.onnx *.onnx_data *.gguf *.h5 *.msgpack *.ot *.pth *.tflite onnx/* openvino/* coreml/* original/*
+consolidated*
 pytorch_model*.bin* 0_Transformer/pytorch_model*.bin*
 """.split()
 MADE_AGAIN = ("vocab.txt", "vocab.json", "merges.txt", "unigram.json")  # tokenizers writes them
@@ -246,6 +247,7 @@ def _tokenizer(folder: Path) -> PreTrainedTokenizerFast:
     names = {f"{name}_token" for name in "bos eos unk sep pad cls mask".split()} & fields.keys()
     options = {name: text(fields[name]) for name in names if fields[name]}
     more = fields.get("additional_special_tokens") or fields.get("extra_special_tokens") or []
+    more = more.values() if isinstance(more, dict) else more  # by transformers 4
     options["extra_special_tokens"] = [text(token) for token in more]
     tokenizer = PreTrainedTokenizerFast(tokenizer_file=str(folder / "tokenizer.json"), **options)
     template, file = fields.get("chat_template"), folder / "chat_template.jinja"
