@@ -141,19 +141,19 @@ def begin(
     identity["revision of figures"] = REVISION
     passed_on = without(passed_on, ["vocabulary_data"])
     run = Compression(args, passed_on, parsed, flags | identity, str(device), checkpoint, config)
-    is_there, finished = Path(args.out).exists(), run.has(SMALL)
+    moved_away = run.has(SMALL) and not Path(args.out).exists()
     made = [path.parent.parent for path in Path(args.work_dir).glob(f"*/{SMALL}/{RESULTS}")]
-    if made and not finished and Path(args.out, "config.json").exists():
+    if made and not run.has(SMALL) and Path(args.out, "config.json").exists():
         fix = "Name a new folder, or remove that one"
         raise UserError(f"OUT {args.out}", f"it was made by the command of {made[0]}", fix)
-    if not run.plan or finished and not is_there:
+    if moved_away or not run.plan:
         check_new_folder("OUT", args.out)
         if run.gguf:
             check_new(Path(run.gguf), args.out)
         for new, engine in run.exports.items():
             check_new_folder("OUT", new)
             check_installed("--for", engine)
-    if finished and not is_there:
+    if moved_away:
         print(f"{args.out} was moved away: {run.folder} is deleted, to begin again", flush=True)
         shutil.rmtree(run.folder)
         run.plan, run.began = None, time.monotonic()
