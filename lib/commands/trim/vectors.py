@@ -29,6 +29,7 @@ from transformers import (
 
 from ...data.documents import passages
 from ...data.samples import spread
+from ...model.pretrained import window_length
 from ...util.errors import UserError, first_line
 from ...util.host import available, gib
 from ...util.progress import progress
@@ -90,11 +91,11 @@ class Encoder:
             parameter.data = parameter.data.clone()
         self.tokenizer = AutoTokenizer.from_pretrained(place, local_files_only=True)
         longest = read_json(place / "sentence_bert_config.json").get("max_seq_length") or 512
-        positions = getattr(model.config, "max_position_embeddings", None) or longest
         tables = (each for each in model.modules() if hasattr(each, "position_embeddings"))
-        # RoBERTa counts them from the padding's id
-        positions -= max((getattr(each, "padding_idx", -1) + 1 for each in tables), default=0)
-        self.limit = min(longest, self.tokenizer.model_max_length, positions)
+        # RoBERTa counts positions from the padding's id
+        first = max((getattr(each, "padding_idx", -1) + 1 for each in tables), default=0)
+        longest = window_length(model.config, None, longest + first) - first
+        self.limit = min(longest, self.tokenizer.model_max_length)
         name = "logits" if self.is_reranker else "last_hidden_state"
         self.run = lambda inputs: getattr(model(**inputs), name)[0]
 
