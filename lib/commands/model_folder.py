@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 from transformers.core_model_loading import revert_weight_conversion
 
-from ..formats.grids import FORMATS
 from ..formats.packed.checkpoint import METHOD
+from ..formats.registry import FORMATS
 from ..model.checkpoint import Checkpoint
 from ..model.linears import linears_of
 from ..model.matrix import unread_of

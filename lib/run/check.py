@@ -21,7 +21,8 @@ from ..data.documents import Corpus, are_dialogues, check_corpus, read_line
 from ..data.templates import set_date, writes_date
 from ..data.token_choice import MOST_ROWS
 from ..data.windows import WindowSpec
-from ..formats.grids import FORMATS, Types
+from ..formats.grids import Types
+from ..formats.registry import FORMATS
 from ..methods.sparsity import ALLOCATIONS
 from ..model.bitsandbytes import check_format, stored_bits
 from ..model.checkpoint import Checkpoint
@@ -241,9 +242,7 @@ def _format(flags: Flags, model: Model) -> Any:
     if flags.format in FORMATS:
         form = FORMATS[flags.format]
     else:
-        chosen = flags.format == AUTO
-        types = {} if chosen else read_types(flags.format, model.small, model.blocks_name)
-        form = Types(AUTO, types)
+        form = Types(read_types(flags.format, model.small, model.blocks_name))
     if flags.prune_method and not flags.removes and not form.has_zero:
         problem = f"it has no 0, as --prune_method {flags.prune_method} needs"
         fix = "Use --quantize q4_0, or --sparsity_type neurons or experts"

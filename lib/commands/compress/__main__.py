@@ -27,6 +27,7 @@ from pathlib import Path
 
 from ...data.languages import language_text
 from ...data.sources import parse_source
+from ...formats.registry import GRIDS
 from ...run.flags import NATURAL, POSITIVE, build_parser, given, named, without
 from ...run.plan import AUTO
 from ...run.results import RESULTS, is_trained, read_results
@@ -35,7 +36,6 @@ from ...util.cli import make_parser, split_argv, typed
 from ...util.errors import UserError, one_line
 from ...util.files import check_new_folder, check_writable, exclusive_lock, partial_of, write_text
 from ..export.engines import ENGINES, GRID
-from ..gguf import GRID_TYPES
 from .compression import ANY, DENSE, FOLDER, PACKED, PLAN, SMALL, Compression, in_words
 
 SAME_SOURCE = "The test texts have the source of the training texts. Other texts may lose more: "
@@ -306,7 +306,7 @@ def _parser() -> argparse.ArgumentParser:
     text = "q4_0: every engine; only for llama.cpp and ollama: iq4_nl, less loss at that size, "
     text += f"q3_k and q5_0, of three and five bits (default: iq4_nl; with --for: {GRID}; with "
     text += "--megabytes and without --for: a type for each tensor)"
-    add("--quantize", help=text, choices=GRID_TYPES)
+    add("--quantize", help=text, choices=[*GRIDS])
     text = "size limit of the GGUF file; if three bits exceed it, or with --quantize, neurons or "
     text += "MoE experts are removed (default: none)"
     add("--megabytes", help=text, type=POSITIVE, metavar="N")

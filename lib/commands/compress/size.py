@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING
 
+from ...formats.registry import Q8_0
 from ...run.plan import AUTO
 from ...util.errors import UserError
 
@@ -12,9 +13,6 @@ if TYPE_CHECKING:
     from torch import nn
 
     from ...run.run import Run
-
-Q8_0 = "q8_0"  # of embedding and head, and of all if that is small enough
-Q8_0_BITS = 8 + 16 / 32  # per weight, with its share of a scale
 
 
 def choose_size(job: Run, type_: str, megabytes: float | None) -> tuple[str, str | None, str]:
@@ -33,7 +31,7 @@ def choose_size(job: Run, type_: str, megabytes: float | None) -> tuple[str, str
     all_rows, outer = model.get_input_embeddings().num_embeddings, vocabulary_bytes(job)
     rows = f"{len(job.vocabulary.rows):,} of " if job.vocabulary else "all "
     summary = f"{rows}{all_rows:,} rows of the vocabulary, "
-    if megabytes and (size := gguf_bytes(job, model, Types(Q8_0, {}), outer) / 1e6) <= most:
+    if megabytes and (size := gguf_bytes(job, model, Types(), outer) / 1e6) <= most:
         what = f"about {_megabytes(size)} MB as q8_0, small enough without 4 bits"
         return Q8_0, None, summary + what
 

@@ -13,7 +13,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ...formats.grids import FORMATS, held_type
+from ...formats.grids import held_type
+from ...formats.registry import FORMATS
 from ...model.checkpoint import Checkpoint
 from ...model.pretrained import load_config, load_model
 from ...util.errors import UserError
