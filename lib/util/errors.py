@@ -2,10 +2,20 @@
 
 from __future__ import annotations
 
+import re
 import sys
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 
 PACKAGE = __name__.partition(".")[0]  # lib in a checkout, langprune once installed
 OUT_OF_MEMORY = "can't allocate memory", "_STATUS_ALLOC_FAILED"  # in errors of torch and cuBLAS
+# Settings that messages name in braces, since not only main.py asks for them: `{nsamples}` is
+# `--nsamples` there, and may have another name elsewhere (`fields_named`)
+FIELDS = """
+allocation calibration_data dtype method_args nsamples prune_method save_model seqlen sparsity_ratio
+sparsity_type
+""".split()
+IN_BRACES = re.compile(rf"\{{({'|'.join(FIELDS)})\}}")
 JOINERS = "\u200c\u200d"  # invisible, but needed for spelling in Persian and Indic scripts
 
 
@@ -13,20 +23,51 @@ class UserError(ValueError):
     """A mistake of the user or a fault of the environment, reported in one line.
 
     `what` is what is wrong: a flag with its value, a file, a layer. `problem` is a sentence about
-    it and `fix` the way out, if there is one, both without a final period. `main.py` prints
-    `what: problem. fix.` without a traceback (unless `--debug`) and exits with status 1.
+    it and `fix` the way out, if there is one, both without a final period. All three may name
+    FIELDS. `main.py` prints `what: problem. fix.` without a traceback (unless `--debug`) and exits
+    with status 1.
     """
 
     def __init__(self, what: str, problem: str, fix: str) -> None:
         super().__init__(what, problem, fix)  # all three, so that another process can unpickle it
-        self.what, self.problem, self.fix = what, problem, fix
+        self.names: Mapping[str, str] = {}  # of fields, where they differ from main.py's
+
+    @property
+    def what(self) -> str:
+        return with_names(self.args[0], self.names)
+
+    @property
+    def problem(self) -> str:
+        return with_names(self.args[1], self.names)
+
+    @property
+    def fix(self) -> str:
+        return with_names(self.args[2], self.names)
 
     def __str__(self) -> str:
         return f"{self.what}: {self.problem}." + f" {self.fix}." * bool(self.fix)
 
     def inside(self, place: str) -> UserError:
         """Return the same error, with the place where it was raised before `what`."""
-        return type(self)(f"{place}: {self.what}", self.problem, self.fix)
+        what, *rest = self.args
+        moved = type(self)(f"{place}: {what}", *rest)
+        moved.names = self.names
+        return moved
+
+
+def with_names(text: str, names: Mapping[str, str]) -> str:
+    """Return a text with the names of FIELDS in it: main.py's flags, except those in `names`."""
+    return IN_BRACES.sub(lambda it: names.get(it[1], f"--{it[1]}"), text)
+
+
+@contextmanager
+def fields_named(**names: str) -> Iterator[None]:
+    """Let an error inside name fields as they are called here: `calibration_data="--data"`."""
+    try:
+        yield
+    except UserError as error:
+        error.names = names
+        raise
 
 
 class RunWarning(UserWarning):
