@@ -9,13 +9,7 @@ from contextlib import contextmanager
 
 PACKAGE = __name__.partition(".")[0]  # lib in a checkout, langprune once installed
 OUT_OF_MEMORY = "can't allocate memory", "_STATUS_ALLOC_FAILED"  # in errors of torch and cuBLAS
-# Settings that messages name in braces, since not only main.py asks for them: `{nsamples}` is
-# `--nsamples` there, and may have another name elsewhere (`fields_named`)
-FIELDS = """
-allocation calibration_data dtype method_args nsamples prune_method save_model seqlen sparsity_ratio
-sparsity_type
-""".split()
-IN_BRACES = re.compile(rf"\{{({'|'.join(FIELDS)})\}}")
+FIELD = re.compile(r"\{--(\w+)\}")
 JOINERS = "\u200c\u200d"  # invisible, but needed for spelling in Persian and Indic scripts
 
 
@@ -23,26 +17,28 @@ class UserError(ValueError):
     """A mistake of the user or a fault of the environment, reported in one line.
 
     `what` is what is wrong: a flag with its value, a file, a layer. `problem` is a sentence about
-    it and `fix` the way out, if there is one, both without a final period. All three may name
-    FIELDS. `main.py` prints `what: problem. fix.` without a traceback (unless `--debug`) and exits
-    with status 1.
+    it and `fix` the way out, if there is one, both without a final period. `main.py` prints
+    `what: problem. fix.` without a traceback (unless `--debug`) and exits with status 1.
+
+    Where other front ends have their own word for a flag of main.py, a message names its field, as
+    in "Give fewer {--nsamples}", and the front end says its word (`fields_named`).
     """
 
     def __init__(self, what: str, problem: str, fix: str) -> None:
         super().__init__(what, problem, fix)  # all three, so that another process can unpickle it
-        self.names: Mapping[str, str] = {}  # of fields, where they differ from main.py's
+        self.prefix, self.names = "--", {}  # the words of main.py
 
     @property
     def what(self) -> str:
-        return with_names(self.args[0], self.names)
+        return spelled(self.args[0], self.prefix, self.names)
 
     @property
     def problem(self) -> str:
-        return with_names(self.args[1], self.names)
+        return spelled(self.args[1], self.prefix, self.names)
 
     @property
     def fix(self) -> str:
-        return with_names(self.args[2], self.names)
+        return spelled(self.args[2], self.prefix, self.names)
 
     def __str__(self) -> str:
         return f"{self.what}: {self.problem}." + f" {self.fix}." * bool(self.fix)
@@ -51,22 +47,22 @@ class UserError(ValueError):
         """Return the same error, with the place where it was raised before `what`."""
         what, *rest = self.args
         moved = type(self)(f"{place}: {what}", *rest)
-        moved.names = self.names
+        moved.prefix, moved.names = self.prefix, self.names
         return moved
 
 
-def with_names(text: str, names: Mapping[str, str]) -> str:
-    """Return a text with the names of FIELDS in it: main.py's flags, except those in `names`."""
-    return IN_BRACES.sub(lambda it: names.get(it[1], f"--{it[1]}"), text)
+def spelled(text: str, prefix: str = "--", names: Mapping[str, str] | None = None) -> str:
+    """Return a text with a word for each field in it: that of `names`, or prefix and field."""
+    return FIELD.sub(lambda it: (names or {}).get(it[1], prefix + it[1]), text)
 
 
 @contextmanager
-def fields_named(**names: str) -> Iterator[None]:
-    """Let an error inside name fields as they are called here: `calibration_data="--data"`."""
+def fields_named(prefix: str = "--", **names: str) -> Iterator[None]:
+    """Let an error raised inside name fields by these words: `calibration_data="--data"`."""
     try:
         yield
     except UserError as error:
-        error.names = names
+        error.prefix, error.names = prefix, names
         raise
 
 
