@@ -156,7 +156,7 @@ def check_outputs(flags: Flags) -> None:
     if flags.save_masks:
         check_new_file("--save_masks", flags.save_masks)
     if flags.save_model:
-        check_new_folder("--save_model", flags.save_model)
+        check_new_folder("{--save_model}", flags.save_model)
         _check_unfinished(flags, partial_of(flags.save_model))
     if flags.tasks:
         check_tasks(flags.tasks, flags.include_path)
@@ -165,7 +165,8 @@ def check_outputs(flags: Flags) -> None:
 def _check_unfinished(flags: Flags, partial: Path) -> None:
     """Raise UserError if OUT.partial is left by another run, and this run does not continue it."""
     left = {each.name for each in partial.iterdir()} if partial.exists() else set()
-    resumed, what = Path(flags.resume) if flags.resume else None, f"--save_model {flags.save_model}"
+    what = f"{{--save_model}} {flags.save_model}"
+    resumed = Path(flags.resume) if flags.resume else None
     if CARD in left:
         problem = f"{partial} is the complete model of a run that was killed"
         raise UserError(what, problem, f"Rename it to {flags.save_model}")
