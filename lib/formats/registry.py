@@ -12,6 +12,7 @@ from importlib import import_module
 from typing import Any
 
 Q8_0 = "q8_0"  # the type of embedding and head, and of all if that is small enough
+EXPORTED = "q4_0"  # the type that engines other than llama.cpp run
 LLAMA_CPP = {  # types of llama.cpp; a matrix has the first one on whose grid it is
     "q4_0": ".grids:Q4_0",
     "iq4_nl": ".grids:IQ4_NL",

@@ -27,7 +27,7 @@ from pathlib import Path
 
 from ...data.languages import language_text
 from ...data.sources import parse_source
-from ...formats.registry import GRIDS
+from ...formats.registry import EXPORTED, GRIDS
 from ...run.flags import NATURAL, POSITIVE, build_parser, given, named, without
 from ...run.plan import AUTO
 from ...run.results import RESULTS, is_trained, read_results
@@ -35,7 +35,7 @@ from ...util import processes
 from ...util.cli import make_parser, split_argv, typed
 from ...util.errors import UserError, one_line
 from ...util.files import check_new_folder, check_writable, exclusive_lock, partial_of, write_text
-from ..export.engines import ENGINES, GRID
+from ..export.engines import ENGINES
 from .compression import ANY, DENSE, FOLDER, PACKED, PLAN, SMALL, Compression, in_words
 
 SAME_SOURCE = "The test texts have the source of the training texts. Other texts may lose more: "
@@ -88,7 +88,7 @@ def parse(argv: list[str]) -> tuple[argparse.Namespace, argparse.Namespace, list
         fix = f"Name the folder {args.out.removesuffix('.gguf')}"
         raise UserError(f"OUT {args.out}", "OUT.gguf is written beside a folder OUT", fix)
     by_size = args.megabytes and args.target == [ANY]
-    only_gguf = "iq4_nl" if args.target == [ANY] else GRID
+    only_gguf = "iq4_nl" if args.target == [ANY] else EXPORTED
     args.quantize = args.quantize or (AUTO if by_size else only_gguf)
     args.work_dir = args.work_dir or f"{args.out}-compress"
     passed_on = [*others, *passed_on]
@@ -107,7 +107,7 @@ def parse(argv: list[str]) -> tuple[argparse.Namespace, argparse.Namespace, list
 def check_target(args: argparse.Namespace) -> None:
     """Raise UserError if --for excludes other flags."""
     names = " ".join(args.target)
-    if args.quantize != GRID and args.target != [ANY]:
+    if args.quantize != EXPORTED and args.target != [ANY]:
         fix = f"Leave out --for {names}"
         raise UserError(f"--quantize {args.quantize}", "only llama.cpp and ollama run it", fix)
     if PACKED in args.target and len(args.target) > 1:
@@ -210,7 +210,7 @@ def convert(run: Compression) -> dict[str, list[str]]:
     """
     flags = ["--type", run.plan.type, "--data", *run.plan.tests]
     others = {run.gguf: ["gguf", run.args.out, run.gguf, *flags]} if run.gguf else {}
-    if run.plan.type == GRID:
+    if run.plan.type == EXPORTED:
         others |= {
             new: ["export", run.args.out, new, "--to", to] for new, to in run.exports.items()
         }
@@ -304,7 +304,7 @@ def _parser() -> argparse.ArgumentParser:
     targets = dict(choices=(ANY, PACKED, *ENGINES), nargs="+", default=[ANY])
     add("--for", help=text, dest="target", metavar="ENGINE", **targets)
     text = "q4_0: every engine; only for llama.cpp and ollama: iq4_nl, less loss at that size, "
-    text += f"q3_k and q5_0, of three and five bits (default: iq4_nl; with --for: {GRID}; with "
+    text += f"q3_k and q5_0, of three and five bits (default: iq4_nl; with --for: {EXPORTED}; with "
     text += "--megabytes and without --for: a type for each tensor)"
     add("--quantize", help=text, choices=[*GRIDS])
     text = "size limit of the GGUF file; if three bits exceed it, or with --quantize, neurons or "
