@@ -9,12 +9,12 @@ from support import packed_weights, prune_, refused, representative, runner_of, 
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from lib.calibration.changes import UNREACHED
 from lib.formats.grids import FORMATS
 from lib.formats.packed.formats import PACKED
 from lib.formats.packed.linear import SparseLinear
 from lib.methods.sparsity import Sparsity
 from lib.model.blocks import BlockRunner
-from lib.prune import UNREACHED
 from lib.quantize import Quantizer
 from lib.sparse import swap_linears_
 
