@@ -39,7 +39,7 @@ HUB_ID = re.compile(r"[\w.-]+/[\w.-]+(:[^:/]*){0,3}")
 
 @dataclass(frozen=True)
 class Source:
-    """A set of texts and the rules for drawing from it. Exactly one of `path` and `hub` is set.
+    """A set of texts and the rules for drawing from it. With neither `path` nor `hub`, in memory.
 
     A `sampled` set is too large to measure in full: its first documents and windows are the test.
     """

@@ -15,7 +15,7 @@ from ...methods.sparsity import EXPERTS, NEURONS
 from ...run.flags import build_parser, check_flags, named, without
 from ...run.plan import AUTO
 from ...util.cli import typed
-from ...util.errors import UserError
+from ...util.errors import UserError, fields_named
 from ...util.files import write_text
 from .compression import Compression, CompressionPlan, in_words
 from .size import choose_size
@@ -129,6 +129,7 @@ def check_plan(run: Compression, texts: TextNames, tokens: int | None, trims: bo
     return check_job(flags, tokens, CPU_SEQLEN if run.on_cpu else GPU_SEQLEN)
 
 
+@fields_named(calibration_data="--data", save_model="OUT")
 def check_job(flags: list[str], recover: int | None, longest: int = CPU_SEQLEN) -> Run:
     """Return the job of these flags, after main.py's checks without weights.
 
@@ -140,15 +141,10 @@ def check_job(flags: list[str], recover: int | None, longest: int = CPU_SEQLEN) 
     flags += [] if recover == 0 else ["--recover", str(recover or 2**15)]
     args = parser.parse_args(flags)
     check_flags(parser, args)
-    try:
-        check_outputs(args)
-        args.save_model = None  # no folder is created yet
-        with redirect_stdout(io.StringIO()):  # the run will print it
-            return check(args, longest=longest)
-    except UserError as error:
-        parts = (error.what, error.problem, error.fix)
-        parts = (part.replace("--calibration_data", "--data") for part in parts)
-        raise type(error)(*(part.replace("--save_model", "OUT") for part in parts)) from error
+    check_outputs(args)
+    args.save_model = None  # no folder is created yet
+    with redirect_stdout(io.StringIO()):  # the run will print it
+        return check(args, longest=longest)
 
 
 def model_flags(run: Compression, texts: TextNames) -> list[str]:
