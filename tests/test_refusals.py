@@ -366,7 +366,7 @@ def test_one_line_and_nothing_else(
     replace_call(monkeypatch, lambda *argv: pytest.fail(f"{argv} is started"))
     before = files()
     program, *argv = shlex.split(line.replace("main.py ...", RUN))
-    if program in ("trim", "vocabulary"):
+    if program == "trim":
         pytest.importorskip("gguf.constants")  # tests/gguf is a namespace of this name
     with world(where, monkeypatch):
         done, _ = attempt(*argv, program=program_of(program))
