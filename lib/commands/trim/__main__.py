@@ -36,9 +36,10 @@ from ...util.errors import UserError
 from ...util.files import check_writable, partial_of, sync, temporary_folder, write_text
 from ...util.host import available, gib
 from ...util.progress import progress
+from ..gguf.llama import Llama
 from ..gguf.llama_cpp import run_child
 from .choosing import add_text_flags, check_saving, choose_by_text, corpora_of, tokenizer_of
-from .llama import Llama, compare
+from .predictions import compare
 from .proof import compare_tokens, texts_to_compare
 
 EXAMPLES = """examples:

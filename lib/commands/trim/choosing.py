@@ -30,7 +30,7 @@ from ...data.token_choice import (
 from ...run.flags import PRICED
 from ...util.errors import UserError
 from ...util.progress import progress
-from .llama import INSTALL, Llama
+from ..gguf.llama import INSTALL, Llama
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
