@@ -23,6 +23,7 @@ import json
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -33,25 +34,22 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from .data.chats import Document
-from .data.documents import Corpus, batches, many_documents, passages
+from .data.documents import Corpus, batches, passages
 from .data.samples import Sample, Windows, join, packed
 from .data.templates import document_text
 from .data.token_choice import (
-    HELD_OUT,
-    MOST_CHARACTERS,
     PRICE,
     choose,
-    common_scripts,
     read_list,
     round_up,
 )
+from .data.token_counts import count_tokens
 from .data.trimmed_tokenizer import FLAG, TrimmableTokenizer
-from .data.trimming_cost import COSTS, cost_line, record_cost
+from .data.trimming_cost import COSTS
 from .data.windows import sample_of, test_documents
 from .model.checkpoint import Checkpoint
 from .util.errors import UserError
 from .util.files import write_text
-from .util.progress import progress
 from .util.ranks import DistContext
 
 MEASURED_BYTES = 2**14  # of a test text, on which a CPU measures both vocabularies
@@ -271,7 +269,7 @@ def trim_vocabulary(
     """
     tokens = TrimmableTokenizer(tokenizer, str(checkpoint))
     if isinstance(kept, str):
-        needed = (tokens.required_ids(frozenset()) | config_ids) & tokens.id_to_token.keys()
+        needed = (tokens.basic_ids() | tokens.named_ids() | config_ids) & tokens.id_to_token.keys()
         listed = read_list(FLAG_ROWS, kept, tokens.id_to_token, tokens.name, needed)
         ids, order, record = listed["ids"], listed["rows"], listed["record"]
         if (before := record.get("rows_before")) != rows:
@@ -282,9 +280,12 @@ def trim_vocabulary(
             record = {key: value for key, value in record.items() if key not in costs}
     else:
         unnamed = sorted(i for i in config_ids if i < rows and i not in tokens.id_to_token)
-        counts, held_out = count_tokens(corpora, tokenizer, dist)
-        scripts = None if all_letters else common_scripts(tokens.id_to_token, counts)
-        vocabulary = tokens.vocabulary(config_ids, rows, scripts)
+        def ids_of(texts: list[str]) -> list[np.ndarray]:
+            return [np.array(ids, int) for ids in encode_all(tokenizer, texts)]
+
+        text_of, most = partial(document_text, tokenizer), max(tokens.id_to_token) + 1
+        counts, held_out = count_tokens(corpora, ids_of, text_of, most, price)
+        vocabulary = tokens.vocabulary(config_ids, rows)
         used = [i for i in np.flatnonzero(counts).tolist() if i in tokens.id_to_token]
         if used and used[-1] >= rows:
             raise UserError(
@@ -339,39 +340,34 @@ def _row_order(
     return [i if i < rows else next(dropped, rows - 1) for i in order]
 
 
-def count_tokens(
-    corpora: Sequence[Corpus], tokenizer: PreTrainedTokenizerBase, dist: DistContext
-) -> tuple[np.ndarray, np.ndarray]:
-    """Return how often each token occurs in the train text and in its held-out part, (ids,) each.
-
-    Every HELD_OUT-th text is held out (a piece if texts are few), but no dialogue: the answers of
-    one run resemble each other, and would show too few of the missing tokens. The processes of
-    `dist` share the texts. Raises UserError for any problem with them.
-    """
-    n_tokens = max(tokenizer.get_vocab().values()) + 1
-    counts = torch.zeros(2, n_tokens, dtype=torch.long)  # of all text, and of the held-out part
-    for corpus in corpora:
-        source, documents = corpus.source, many_documents(corpus, HELD_OUT)
-        total, limit = (None, MOST_CHARACTERS) if source.hub else (len(documents), math.inf)
-        what, seen = f"counting tokens of {source.name}", 0
-        with progress(total, what, "text", dist.is_main) as on_progress:
-            for batch in batches(documents, limit):
-                own = batch[dist.rank :: dist.size]
-                texts = [document_text(tokenizer, each) for each in own]
-                for place, ids in enumerate(encode_all(tokenizer, texts)):
-                    number = seen + dist.rank + place * dist.size
-                    counted = torch.bincount(torch.tensor(ids, dtype=torch.long))
-                    out = number % HELD_OUT == HELD_OUT - 1 and isinstance(own[place], str)
-                    for row in (0, 1) if out else (0,):
-                        counts[row, : len(counted)] += counted
-                seen += len(batch)
-                on_progress(len(batch))
-    counts = counts.to(dist.device)
-    dist.sum_([counts])
-    return tuple(counts.cpu().numpy())
-
-
 def encode_all(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[list[int]]:
     """Return the token ids of texts, encoded on all cores, without special tokens."""
     encodings = tokenizer.backend_tokenizer.encode_batch_fast(texts, add_special_tokens=False)
     return [encoding.ids for encoding in encodings]
+
+
+def record_cost(
+    record: dict[str, Any], original: np.ndarray, trimmed: np.ndarray, n_bytes: int
+) -> None:
+    """Record COSTS by both models' losses on the same windows, (n,) each, in nats.
+
+    The interval is that of a ratio of sums over independent windows (Cochran, Sampling Techniques,
+    1977, section 6.4), with an approximation of Student's t; None for few windows.
+    """
+    ratio, whole, freedom = trimmed.sum() / original.sum(), original.sum(), len(original) - 1
+    interval, bits = None, whole / math.log(2) / n_bytes
+    if freedom > 2:
+        spread = np.square(trimmed - ratio * original).sum() * len(original) / freedom
+        half = math.sqrt(spread) * (1.96 + 2.37 / freedom + 2.82 / freedom**2) / whole
+        interval = [float(ratio - 1 - half), float(ratio - 1 + half)]
+    record |= zip(COSTS, (float(bits), float(bits * ratio), interval), strict=True)
+
+
+def cost_line(record: dict[str, Any], n_bytes: int, text: str) -> str:
+    """Return a line on the cost in a record, measured on so many bytes of `text`."""
+    original, trimmed, interval = (record[name] for name in COSTS)
+    between = " (95% interval {:+.2%} to {:+.2%})".format(*interval) if interval else ""
+    return (
+        f"trimming costs {trimmed / original - 1:+.2%} bits per byte{between} on {n_bytes:,} bytes "
+        f"of {text}: original {original:.4f}, trimmed {trimmed:.4f}"
+    )

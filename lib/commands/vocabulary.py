@@ -26,7 +26,8 @@ from ..run.flags import POSITIVE
 from ..util.cli import make_parser
 from ..util.errors import UserError
 from ..util.files import check_new_folder, check_writable, staged_folder, temporary_folder
-from .trim.choosing import add_text_flags, choose_by_text, corpora_of, tokenizer_of
+from .trim.choosing import add_text_flags, corpora_of
+from .trim.file import choose_tokens, reader_of, tokenizer_of
 
 MAPS = ("sglang", "tensorrt-edge")
 MANY = 2_000  # test documents of each source
@@ -51,7 +52,8 @@ def main(arguments: list[str]) -> None:
     vocabulary = GgufVocabulary(GgufFile(Path(args.source), f"IN {args.source}"))
     with temporary_folder() as folder:
         llama = tokenizer_of(folder / "whole.gguf", vocabulary, range(vocabulary.rows))
-        ids = choose_by_text(args, corpora, vocabulary, llama).ids
+        args.keep, text_of = None, reader_of(vocabulary)
+        ids = choose_tokens(args, corpora, vocabulary, llama, text_of)[0]
     for corpus in corpora:
         texts = [*islice(corpus.documents("test"), MANY)]
         tokens = np.concatenate(llama.encode_all(texts))

@@ -7,7 +7,6 @@ structures of parameters change between versions, so they are passed on as they 
 from __future__ import annotations
 
 import ctypes
-import math
 import os
 import re
 from collections.abc import Iterator, Sequence
@@ -146,56 +145,3 @@ class Llama:
 def threads() -> int:
     """Return the number of threads: OMP_NUM_THREADS, else all cores."""
     return int(os.environ.get("OMP_NUM_THREADS") or os.cpu_count() or 1)
-
-
-def compare(
-    before: str, after: str, windows: list[list[list[int]]], kept: list[int], places: int
-) -> dict[str, Any]:
-    """Compare the log-probabilities of two files; `kept` are the rows of the second in the first.
-
-    `windows` are pairs of the same text's ids in both. Returns the losses of each window in nats
-    (`before`, `after`), and the largest `distance` of log-probabilities after `places` beginnings
-    with the same tokens in both, after the constant that the removed tokens held.
-    """
-    rows, losses = np.array(kept), {"before": [], "after": []}
-    alike = [i for i, (old, new) in enumerate(windows) if old == rows[new].tolist()]
-    chosen: dict[int, list[int]] = {}  # places of each window
-    for number in range(places if alike else 0):
-        window = alike[number % len(alike)]
-        length = len(windows[window][0])
-        turn = number // len(alike) + 1
-        chosen.setdefault(window, []).append(turn * length // (places // len(alike) + 2))
-    expected: dict[int, np.ndarray] = {}
-    distance = beginnings = 0
-    for which, (name, path) in enumerate((("before", before), ("after", after))):
-        ids = [pair[which] for pair in windows]
-        try:
-            model = Llama(Path(path))
-            for number, logits in enumerate(model.logits(ids)):
-                logits = logits.astype(np.float64)
-                target = logits[np.arange(len(logits) - 1), ids[number][1:]]
-                losses[name].append(float((_normalizers(logits)[:-1] - target).sum()))
-                if number in chosen:
-                    values = logits[sorted({*chosen[number]})]
-                    values = values[:, rows] if which == 0 else values
-                    values = values - _normalizers(values)[:, None]
-                    if which == 0:
-                        expected[number] = values
-                        continue
-                    distance = max(distance, float(np.abs(values - expected[number]).max()))
-                    beginnings += len(values)
-            model.free()
-        except ValueError as error:
-            if which == 0:  # not a fault of the new file
-                return {"reason": str(error)}
-            raise
-    if not math.isfinite(distance):
-        raise ValueError("llama.cpp's log-probabilities are not finite")
-    counts = {"beginnings": beginnings, "values": beginnings * len(rows)}
-    return losses | counts | {"distance": distance}
-
-
-def _normalizers(logits: np.ndarray) -> np.ndarray:
-    """Return the logarithms of the sums of exp(logits), (tokens,)."""
-    top = logits.max(-1)
-    return top + np.log(np.exp(logits - top[:, None]).sum(-1))
