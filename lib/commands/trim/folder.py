@@ -86,6 +86,8 @@ def trim_folder(args: argparse.Namespace) -> None:
     for part in source.parts:
         text_of = _reader_of(part)
         choose_tokens(part, args, corpora, text_of, source.prompts())
+        is_local = Path(args.source).exists()
+        part.record["model"] = source.folder.name if is_local else args.source
         of = f" of {part.folder.relative_to(source.folder)}" * (len(source.parts) > 1)
         print(f"vocabulary{of}: {_summary(part.record)}", flush=True)
         tests = texts_to_compare(corpora, text_of)
