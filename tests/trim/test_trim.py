@@ -23,9 +23,9 @@ from lib.util.errors import UserError  # noqa: E402
 gguf = pytest.importorskip("gguf")
 pytest.importorskip("xllamacpp")
 
-from lib.commands.gguf.llama_cpp import run, run_child  # noqa: E402
+from lib.commands.gguf.llama import Llama, dialogues  # noqa: E402
+from lib.commands.gguf.llama_cpp import run_child  # noqa: E402
 from lib.commands.trim.__main__ import main  # noqa: E402
-from lib.commands.trim.llama import Llama  # noqa: E402
 from lib.commands.trim.predictions import LIMIT, distance_of, losses_of  # noqa: E402
 from lib.commands.trim.proof import texts_to_compare  # noqa: E402
 from lib.data.gguf_file import Field, GgufFile, write  # noqa: E402
@@ -170,7 +170,7 @@ def test_chats_are_rendered_as_before(texts: Path, tmp_path: Path) -> None:
     kept = check(source, tmp_path / "out.gguf")
     chats = [{"messages": [{"role": "user", "content": text}]} for text in ("сонце над", "ліс")]
     one, other = (
-        run_child("chats", run, model=str(path), context=256, chats=chats, letter=20, end=2)
+        run_child("chats", dialogues, model=str(path), chats=chats, end=2)
         for path in (source, tmp_path / "out.gguf")
     )
     assert one["chats"] == [[kept[index] for index in ids] for ids in other["chats"]]

@@ -19,7 +19,7 @@ from ...data.token_kinds import Vocabulary
 from ...data.trimming_cost import cost_line
 from ...run.flags import PRICED
 from ...util.errors import UserError, first_of
-from .llama import INSTALL
+from ..gguf.llama import INSTALL
 
 TOO_COSTLY = 0.02  # rise of bits per byte above which a line asks for more text
 

@@ -28,6 +28,7 @@ from ...util.errors import UserError
 from ...util.files import partial_of, sync, temporary_folder, write_text
 from ...util.host import gib
 from ...util.progress import progress
+from ..gguf.llama import Llama
 from .choosing import (
     check_cost,
     check_saving,
@@ -36,7 +37,6 @@ from .choosing import (
     read_kept,
     text_reader,
 )
-from .llama import Llama
 from .predictions import Predictions
 from .proof import compare_tokens, held_out, texts_to_compare
 

@@ -6,7 +6,7 @@ The cost is measured on IN alone, and OUT must then have IN's log-probabilities.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +16,11 @@ from ...data.gguf_file import GgufFile
 from ...data.trimming_cost import PLACES, pieces_of, places_in, record_cost
 from ...util.errors import UserError
 from ...util.host import available, gib
+from ..gguf.llama import Llama, normalizers
 from ..gguf.llama_cpp import run_child
-from .llama import Llama
 
-WINDOW = 500  # tokens of a passage at most, less than a context of llama.cpp
+WINDOW = 500  # tokens of a passage at most
 LIMIT = 1e-5  # largest difference of log-probabilities
-CHUNK = 64  # positions whose logits are in memory as float64
 
 
 class Predictions:
@@ -89,16 +88,20 @@ def losses_of(
 
     Writes the log-probabilities of the rows `kept` at `places` of the latter to `expected`.
     """
+    windows, losses = [*own, *mapped], [0.0] * (len(own) + len(mapped))
+    values = _Values(places, kept)
     try:
-        model = Llama(Path(path))
-        windows = [*own, *mapped]
-        losses = [*map(_loss, model.logits(windows), windows)]
-        np.save(expected, _values_at(model, mapped, places, kept))
-        model.free()
+        with closing(Llama(path)) as model:
+            for number, begin, logits in model.logits(windows):
+                targets = windows[number][begin + 1 : begin + 1 + len(logits)]
+                found = logits[np.arange(len(targets)), targets]
+                losses[number] += float((normalizers(logits)[: len(targets)] - found).sum())
+                values.add(number - len(own), begin, logits)
     except ValueError as error:
         return {"reason": str(error)}
     if not np.isfinite(losses).all():
         return {"reason": "its log-probabilities are not finite"}
+    np.save(expected, values.found)
     return {"own": losses[: len(own)], "mapped": losses[len(own) :]}
 
 
@@ -106,40 +109,23 @@ def distance_of(
     path: str, windows: list[list[int]], places: list[list[int]], expected: str
 ) -> float:
     """Return the largest difference of log-probabilities from `expected`."""
-    model = Llama(Path(path))
-    values = _values_at(model, windows, places)
-    model.free()
-    return float(np.abs(values - np.load(expected)).max())
+    values, which = _Values(places), sorted({number for number, _ in places})
+    with closing(Llama(path)) as model:
+        for number, begin, logits in model.logits([windows[number] for number in which]):
+            values.add(which[number], begin, logits)
+    return float(np.abs(np.array(values.found) - np.load(expected)).max())
 
 
-def _values_at(
-    model: Llama,
-    windows: Sequence[Sequence[int]],
-    places: list[list[int]],
-    rows: list[int] | slice = slice(None),
-) -> np.ndarray:
-    """Return log-probabilities among the `rows` after the beginnings `places`: (places, rows)."""
-    which = sorted({number for number, _ in places})
-    found = {}
-    for number, logits in zip(which, model.logits([windows[n] for n in which]), strict=True):
-        for of, place in places:
-            if of == number:
-                values = logits[place, rows].astype(np.float64)
-                found[of, place] = values - _normalizers(values[None])
-    return np.stack([found[of, place] for of, place in places])
+class _Values:
+    """Log-probabilities among the `rows` after beginnings, as they come: (places, rows)."""
 
+    def __init__(self, places: list[list[int]], rows: list[int] | slice = slice(None)) -> None:
+        self.places, self.rows = places, rows
+        self.found: list[np.ndarray] = [np.empty(0)] * len(places)
 
-def _loss(logits: np.ndarray, ids: Sequence[int]) -> float:
-    """Return the summed loss of the tokens after the first by logits (tokens, rows)."""
-    loss, targets = 0.0, np.array(ids)[1:]
-    for start in range(0, len(targets), CHUNK):
-        some = targets[start : start + CHUNK]
-        part = logits[start : start + len(some)].astype(np.float64)
-        loss += float((_normalizers(part) - part[np.arange(len(some)), some]).sum())
-    return loss
-
-
-def _normalizers(logits: np.ndarray) -> np.ndarray:
-    """Return the logarithms of the sums of exp(logits), (tokens,)."""
-    top = logits.max(-1)
-    return top + np.log(np.exp(logits - top[:, None]).sum(-1))
+    def add(self, number: int, begin: int, logits: np.ndarray) -> None:
+        """Add those of the logits (tokens, rows) from a position of a window on."""
+        for index, (of, place) in enumerate(self.places):
+            if of == number and begin <= place < begin + len(logits):
+                values = logits[place - begin, self.rows].astype(np.float64)
+                self.found[index] = values - normalizers(values[None])
