@@ -21,7 +21,7 @@ from itertools import product
 from pathlib import Path
 
 from ..util.errors import UserError, spelled
-from .chats import SHAPES, DialogueError, Document, dialogue_of
+from .chats import SHAPES, DialogueError, Document, dialogue_of, plain_text
 
 ONCE = "once"  # each document gives at most one window (UberText's rule)
 AGAIN = "again"  # a document may be drawn repeatedly (C4's rule)
@@ -181,7 +181,7 @@ def text_of(source: Source, row: Mapping[str, object], place: object) -> Documen
             dialogue = dialogue_of(row, source.column)
             if not (dialogue and source.as_text):
                 return dialogue
-            text = "\n\n".join(message["content"] for message in dialogue.messages)
+            text = plain_text(dialogue)
         except LookupError:
             columns = ", ".join(map(str, row)) or "none"
             problem = f"{place}: there is no column {source.column!r}, only {columns}"
