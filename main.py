@@ -16,11 +16,9 @@ from typing import TYPE_CHECKING, Any
 if __package__:  # installed: lib/ is the package langprune, and this file is inside it
     from .run.flags import build_parser, check_flags
     from .util import cli
-    from .util.processes import import_own
 else:
     from lib.run.flags import build_parser, check_flags
     from lib.util import cli
-    from lib.util.processes import import_own
 
 if TYPE_CHECKING:
     from lib.run.run import Run
@@ -31,13 +29,19 @@ def main(argv: list[str]) -> None:
     flags = parser.parse_args(argv)
     check_flags(parser, flags)
     # imports torch and transformers, which --help does not need
-    run(import_own("run.check").check(flags))
+    if __package__:
+        from .run.check import check
+    else:
+        from lib.run.check import check
+    run(check(flags))
 
 
 def run(run: Run) -> dict[str, Any]:
     """Do the run and return what results.json holds, in the main rank."""
-    names = ("completions", "load", "record", "save", "steps", "windows")
-    completions, load, record, save, steps, windows = (import_own(f"run.{n}") for n in names)
+    if __package__:
+        from .run import completions, load, record, save, steps, windows
+    else:
+        from lib.run import completions, load, record, save, steps, windows
     flags, results = run.flags, run.results
     with ExitStack() as cleanup:
         cleanup.callback(save.close_folder, run)

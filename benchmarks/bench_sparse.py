@@ -32,8 +32,8 @@ from torch.nn import functional as F
 
 from lib.formats.packed import kernels
 from lib.formats.packed.checkpoint import pack_embeddings_
-from lib.formats.packed.formats import PACKED
 from lib.formats.packed.linear import SparseLinear
+from lib.formats.registry import FORMATS
 from lib.model.blocks import BlockRunner
 from lib.model.skeleton import decoder_blocks
 from lib.sparse import swap_linears_
@@ -44,6 +44,7 @@ COPIES = 96 * 2**20  # bytes of weights that take turns: more than caches hold
 PROMPT, NEW, PREFILL, BATCHES = 16, 16, 512, (1, 4)
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 CPU = torch.device("cpu")
+PACKED = {form.bits: form for form in (FORMATS["16"], FORMATS["int4"])}
 
 
 def processor() -> str:

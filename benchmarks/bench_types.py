@@ -34,7 +34,7 @@ from lib.commands.gguf import llama_cpp
 from lib.commands.gguf.source import make_view, open_source, pre_tokenizer_of
 from lib.data.sentencepiece import check_of
 from lib.eval import perplexities
-from lib.formats.grids import GRIDS
+from lib.formats.registry import GRIDS
 from lib.model.blocks import BlockRunner
 from lib.run.check import check
 from lib.run.flags import build_parser, check_flags

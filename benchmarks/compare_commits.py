@@ -1,20 +1,19 @@
-"""Compare what two commits write: over a hundred kinds of small run of main.py, on tiny models.
+"""Compare what two commits write: two hundred kinds of small run, on tiny models.
 
-    python benchmarks/compare_commits.py record CHECKOUT OUT.json [--cuda PROGRAM] [--only TEXT]
-    python benchmarks/compare_commits.py compare BEFORE.json AFTER.json
+    python benchmarks/compare_commits.py record CHECKOUT OUT.json [--cuda] [--only TEXT ...]
+    python benchmarks/compare_commits.py compare BEFORE.json AFTER.json [--only TEXT ...]
 
-`record` runs the main.py of a checkout and adds to OUT.json, for each kind, digests of every saved
-tensor and of the zeros, and the figures of results.json. Models and texts are made once, in place/
-beside OUT.json, so that two commits recorded side by side read the same; what the runs leave stays
-in OUT-runs/. PROGRAM runs a Python program on a CUDA device where PRETENDED_CUDA is set; without it
-kinds for CUDA are left out. Every run is forked off one process that has imported everything:
-six minutes of one core. `compare` names what differs, with status 1 if anything does; figures that
-only AFTER has are no difference.
+`record` runs main.py and the commands of a checkout and adds to OUT.json, for each kind, digests of
+every tensor and of the zeros, of tokenizers and other files, every field of a config, and the
+figures of the JSON records. Models and texts are made once, in place/ beside OUT.json, so that two
+commits recorded side by side read the same; what the runs leave stays in OUT-runs/. With --cuda the
+kinds for CUDA are run instead, on the pretended device of tests/. Every run is forked off one
+process that has imported everything. `compare` names what differs, with status 1 if anything does;
+figures and files that only AFTER has are no difference.
 
-kinds.txt lists the kinds, beside those of METHODS and ARCHITECTURES. There `@name` is a model or
-text of place/, and of {OLD|NEW} the retired flags OLD are tried first, then NEW. A step begins
-with `ranks N:` (so many processes, as torchrun starts them), `resumed N:` (killed and started
-again) or `kill N:` (SIGKILL when file N+1 of --resume is complete and about to be renamed).
+tests/run_kinds.py lists the kinds. A step begins with `ranks N:` (so many processes, as torchrun
+starts them) or `kill N:` (SIGKILL when file N+1 of --resume is complete and about to be renamed;
+`resumed N:` starts it again). Of {OLD|NEW}, OLD is tried first; with --new, NEW alone.
 """
 
 from __future__ import annotations
@@ -33,106 +32,127 @@ import subprocess
 import sys
 import traceback
 from pathlib import Path
-from string import Template
 from typing import Any
 
-ARCHITECTURES = ["Llama", "Mistral", "Qwen2", "Gemma 2", "Gemma 3", "Phi-3"]
-ARCHITECTURES += ["GPT-2", "OPT", "BLOOM", "GPT-NeoX", "Mixtral", "Mamba"]
-METHODS, PATTERNS = ["wanda", "sparsegpt", "admm"], ["unstructured", "2:4", "4:8"]
-COMMON = "--seqlen 32 --nsamples 8 --completions 0 --batch_size 4 --eval_data @uk --save out"
-FIGURES = "perplexity kl top1_agreement bits_per_byte standard_error overall loss difference"
+TESTS = Path(__file__).resolve().parents[1] / "tests"
+sys.path.insert(0, str(TESTS))
+import run_kinds  # noqa: E402
+
+# of no two runs alike: times, paths, versions, what a machine measures
+VARYING = r"second|minute|time|date|version|path|host|commit|memory|peak|speed|per_s|hash|digest"
+VARYING += r"|revision|created|threads|cpu|checkpoint|command|argv|pid|_name_or|free|available"
+UNREAD = (".png", ".pdf", ".svg", ".md", ".tex", ".log", ".html")
 
 
-def kinds() -> dict[str, list[str]]:
-    """Return {name: flags of its runs, one after another}."""
-    found, names = {}, {}
-    for i, model in enumerate(ARCHITECTURES):
-        for j, method in enumerate(METHODS):
-            pattern = PATTERNS[(i + j) % len(PATTERNS)]
-            flags = f"--model '@{model}' --calibration_data @uk --prune_method {method}"
-            found[f"{model}, {method} {pattern}"] = [f"{flags} --sparsity_type {pattern}"]
-    for line in Path(__file__).with_name("kinds.txt").read_text("utf-8").splitlines():
-        if line and line[0] != "#" and line.split()[1] == "=":
-            name, _, names[line.split()[0]] = line.partition(" = ")
-        elif line and line[0] != "#":
-            name, _, flags = line.partition(": ")
-            flags = Template(flags).substitute(names)
-            if name.startswith("cuda"):
-                flags = flags.replace("--model", "--device cuda:0 --model")
-            again = r"kill \1: \2 --resume kept; \2 --resume kept"
-            found[name] = re.sub(r"resumed (\d+): (.*)", again, flags).split("; ")
-    return found
-
-
-def make_place(checkout: Path, place: Path) -> None:
-    """Make the models and texts that every run reads."""
-    sys.path.insert(0, str(checkout / "tests"))
+def make_place(place: Path) -> None:
+    """Make the models, lists and texts that every run reads."""
+    sys.path.insert(0, str(TESTS.parent))
+    import ggufs
+    import matrix
     import tiny
+    from transformers import BertConfig, BertForMaskedLM
+    from vocabulary import kinds as tokenizers
 
-    models = {name: tiny.ALL[name]() for name in [*ARCHITECTURES, "Zamba2"]}
-    models["deep"] = tiny.tiny_llama(num_hidden_layers=4)
-    models["tied"] = tiny.tiny_llama(tie_word_embeddings=True, vocab_size=640).bfloat16()
-    models["bfloat16"] = tiny.tiny_llama().bfloat16()
-    for name, model in models.items():
-        tiny.write_model(place / name, model)
-    tiny.write_texts(place / "uk", train=200, test=4)
-    tiny.write_texts(place / "en", train=tiny.sentences(60, seed=9), test=tiny.sentences(5, 8))
+    os.chdir(place)
+    made = matrix.Place(place)
+    tiny.write_texts("en", train=tiny.sentences(60, seed=9), test=tiny.sentences(5, 8))
+    for name in matrix.MODELS:
+        made.make(name)
+    for name in run_kinds.ARCHITECTURES:
+        tiny.write_model(name, tiny.ALL[name]())
+    ggufs.write_texts(place / "words", ggufs.UK)
+    for kind in ("gpt2", "llama", "bert"):
+        ggufs.model(place / f"{kind}.gguf", kind)
+    unigram = tokenizers.unigram(fallback=False)
+    tiny.write_model("unigram", tiny.tiny_llama(vocab_size=len(unigram)), unigram)
+    shape = dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=48)
+    encoder = BertConfig(vocab_size=len(unigram), initializer_range=0.2, **shape)
+    tiny.write_model("encoder", tiny._draw(lambda: BertForMaskedLM(encoder), 0), unigram)
+    for name, texts in (("tied", "uk"), ("bfloat16", "uk"), ("gpt2.gguf", "words")):
+        out = "kept.gguf" if name.endswith("gguf") else "kept"
+        matrix.succeed(name, out, "--data", texts, program=matrix.program_of("trim"))
+        listed = "kept.gguf.vocabulary.json" if name.endswith("gguf") else "kept/vocabulary.json"
+        Path(listed).rename(f"{name.removesuffix('.gguf')}.list.json")
+        subprocess.run(["rm", "-r", out], check=True)
     (place / "made").touch()
 
 
-def record(checkout: Path, out: Path, cuda: str | None, only: str) -> None:
-    """Run the kinds whose names hold `only`, and put what they leave into `out`."""
+def record(checkout: Path, out: Path, cuda: bool, only: list[str], forms: list[bool]) -> None:
+    """Run the kinds whose names hold a text of `only`, and put what they leave into `out`."""
     place, runs = out.parent / "place", out.with_name(f"{out.stem}-runs")
     os.environ |= dict(OMP_NUM_THREADS="1", HF_HUB_OFFLINE="1", TOKENIZERS_PARALLELISM="false")
-    os.environ |= dict(XDG_CACHE_HOME=str(place / "cache"), MPLBACKEND="agg")
+    os.environ |= dict(XDG_CACHE_HOME=str(place / "cache"), MPLBACKEND="agg", COLUMNS="80")
     if not (place / "made").exists():
-        subprocess.run([sys.executable, __file__, "make", str(checkout), str(place)], check=True)
-    sys.path.insert(0, str(checkout))
+        shutil.rmtree(place, ignore_errors=True)
+        place.mkdir(parents=True)
+        subprocess.run([sys.executable, __file__, "make", place, place], check=True)
+    sys.path[:] = [str(checkout), *(path for path in sys.path if path != str(TESTS))]
     import bitsandbytes  # noqa: F401
     import datasets  # noqa: F401
     import transformers.models.llama.modeling_llama  # noqa: F401
 
     import main  # noqa: F401
 
-    on_cuda = "PRETENDED_CUDA" in os.environ
-    for name, steps in kinds().items():
-        if only in name and name.startswith("cuda") == on_cuda:
+    if cuda:
+        sys.path.append(str(TESTS))
+        import pretended_cuda
+        import torch
+
+        pretended_cuda.install()
+        torch.backends.cuda.enable_flash_sdp(False)
+    for name in chosen({**run_kinds.KINDS, **run_kinds.RECORDED}, only):
+        if name.startswith("cuda ") == cuda:
             folder = runs / re.sub(r"\W+", "_", name)
-            for which in (r"\1", r"\2"):
-                spelled = [re.sub(r"\{(.*?)(?:\|(.*?))?\}", which, step) for step in steps]
-                failure = run_all(spelled, checkout, folder, place)
-                if not failure or spelled == steps:
+            for steps in dict.fromkeys(tuple(run_kinds.spelled(name, form)) for form in forms):
+                failure = run_all(steps, checkout, folder, place)
+                if not failure:
                     break
             found = {"failure": failure} if failure else left_behind(folder)
             print(f"{name}: {failure or 'recorded'}", flush=True)
             recorded = json.loads(out.read_text()) if out.exists() else {}
             out.write_text(json.dumps(recorded | {name: found}, indent=1, ensure_ascii=False))
-    if cuda and not on_cuda:
-        argv = [cuda, __file__, "record", checkout, out, "--only", only]
-        subprocess.run([sys.executable, *map(str, argv)], env=os.environ | {"PRETENDED_CUDA": "1"})
 
 
-def run_all(steps: list[str], checkout: Path, folder: Path, place: Path) -> str:
-    """Run main.py in an empty folder, once for each step; return why the first one failed."""
+def chosen(names: dict[str, Any], only: list[str]) -> list[str]:
+    return [name for name in names if not only or any(text in name for text in only)]
+
+
+def run_all(steps: tuple[str, ...], checkout: Path, folder: Path, place: Path) -> str:
+    """Run each step in a folder with links to all of `place`; return why the first one failed."""
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
-    for step in steps:
-        how, number, flags = re.match(r"(?:(kill|ranks) (\d+): )?(.*)", step).groups()
-        argv = shlex.split(f"{COMMON} {flags}".replace("@", f"{place}/"))
-        argv += [] if "--device" in argv else ["--device", "cpu"]
-        argv += [] if {"--save_model", "--eval_only"} & set(argv) else ["--save_model", "model"]
+    for entry in place.iterdir():
+        (folder / entry.name).symlink_to(entry)
+    todo = [*steps]
+    while todo:
+        how, number, step = re.match(r"(?:(kill|ranks) (\d+): )?(.*)", todo[0]).groups()
+        module, argv = command(step)
+        before = run_kinds.made(argv[1]) if module == "main.py" else ""
+        if before and not (folder / argv[1]).exists():
+            todo.insert(0, before)
+            continue
         kill_at, size = (int(number) if how == what else None for what in ("kill", "ranks"))
         children = []
         for settings in settings_of_ranks(size or 1):
             children.append(os.fork())
             if not children[-1]:
-                child(argv, checkout, folder, kill_at, settings)
+                child(module, argv, checkout, folder, kill_at, settings)
         codes = [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
         if set(codes) != {-signal.SIGKILL if kill_at else 0}:
             said = (folder / "said").read_text().splitlines()
             said = [line for line in said if "error" in line.lower()]
             return f"status {codes}: {' '.join(said[-1:])[:300]}"
+        todo.pop(0)
     return ""
+
+
+def command(step: str) -> tuple[str, list[str]]:
+    """Return what is run, `lib.commands` or `main.py`, and its arguments."""
+    name, *words = shlex.split(step)
+    if name in run_kinds.COMMANDS:
+        return "lib.commands", [name, *words]
+    saved = [] if {"--save_model", "--eval_only"} & {*words} else ["--save_model", "model"]
+    return "main.py", ["--model", name, *run_kinds.BASE.split(), "--save", "out", *words, *saved]
 
 
 def settings_of_ranks(size: int) -> list[dict[str, str]]:
@@ -146,9 +166,14 @@ def settings_of_ranks(size: int) -> list[dict[str, str]]:
 
 
 def child(
-    argv: list[str], checkout: Path, folder: Path, kill_at: int | None, settings: dict[str, str]
+    module: str,
+    argv: list[str],
+    checkout: Path,
+    folder: Path,
+    kill_at: int | None,
+    settings: dict[str, str],
 ) -> None:
-    """Be `python main.py ARGV` in this forked process, in `folder`; never returns.
+    """Be `python MODULE ARGV` in this forked process, in `folder`; never returns.
 
     With `kill_at` the process is killed as soon as so many files of `--resume kept` are there and
     another one is complete.
@@ -167,9 +192,12 @@ def child(
 
     if kill_at is not None:
         sys.addaudithook(before_rename)
-    sys.argv, status = ["main.py", *argv], 0
+    sys.argv, status = [module, *argv], 0
     try:
-        runpy.run_path(str(checkout / "main.py"), run_name="__main__")
+        if module == "main.py":
+            runpy.run_path(str(checkout / module), run_name="__main__")
+        else:
+            runpy.run_module(module, run_name="__main__", alter_sys=True)
     except SystemExit as left:
         status = left.code or 0
     except BaseException:
@@ -180,32 +208,84 @@ def child(
 
 
 def left_behind(folder: Path) -> dict[str, Any]:
-    """Return digests of the saved tensors and of all zeros, and the figures of results.json."""
+    """Return digests of tensors, zeros and files, fields of configs, and figures of records.
+
+    A trimmed folder from which a run began adds its figures alone.
+    """
+    found: dict[str, dict] = {"tensors": {}, "masks": {}, "files": {}, "figures": {}}
+    for path in sorted(folder.rglob("*")):
+        name = str(path.relative_to(folder))
+        if path.is_symlink() or not path.is_file() or path.suffix in UNREAD or name == "said":
+            continue
+        given = "-trimmed/" in name
+        if path.suffix == ".safetensors" and not given:
+            read_tensors(path, str(path.parent.relative_to(folder)), found)
+        elif path.suffix == ".gguf":
+            read_gguf(path, name, found)
+        elif path.suffix == ".json" and "token" not in path.name and ".cache" not in name:
+            value = json.loads(path.read_text("utf-8"))
+            if "config" in path.name or path.name == "modules.json":
+                found["files"] |= {} if given else {name: without_varying(value)}
+            elif not path.name.endswith("index.json"):
+                collect(value, found["figures"])
+            if path.name.endswith("vocabulary.json"):
+                lists = {key: digest_of(value[key]) for key in ("ids", "tokens", "rows")}
+                found["files"][path.name] = lists
+        elif not given:
+            lines = path.read_bytes().replace(str(folder).encode(), b"").splitlines(keepends=True)
+            if path.suffix == ".txt":
+                lines = [line for line in lines if not line.startswith(b"#")]
+            found["files"][name] = digest_of(b"".join(lines))
+    found["figures"] = {name: sorted(found["figures"][name]) for name in sorted(found["figures"])}
+    return found
+
+
+def digest_of(value: object) -> str:
+    data = value if isinstance(value, bytes) else json.dumps(value).encode()
+    return hashlib.sha256(data).hexdigest()[:16]
+
+
+def read_tensors(path: Path, prefix: str, found: dict[str, dict]) -> None:
     import torch
     from safetensors.torch import load_file
 
-    tensors, digests, zeros, figures = {}, {}, hashlib.sha256(), {}
-    for file in folder.glob("model/*.safetensors"):
-        tensors |= load_file(file)
-    for name, tensor in sorted(tensors.items()):
+    for name, tensor in load_file(path).items():
         data = tensor.contiguous().flatten().view(torch.uint8).numpy().tobytes()
         header = f"{tensor.dtype} {tuple(tensor.shape)}".encode()
-        digests[name] = hashlib.sha256(header + data).hexdigest()[:16]
-        zeros.update(f"{name} {tuple(tensor.shape)}".encode() + (tensor == 0).numpy().tobytes())
-    collect(json.loads((folder / "out/results.json").read_text()), figures)
-    figures = {name: sorted(values) for name, values in sorted(figures.items())}
-    return {"weights": digests, "masks": zeros.hexdigest()[:16], "figures": figures}
+        found["tensors"][f"{prefix}/{name}"] = digest_of(header + data)
+        found["masks"][f"{prefix}/{name}"] = digest_of((tensor == 0).numpy().tobytes())
+
+
+def read_gguf(path: Path, name: str, found: dict[str, dict]) -> None:
+    from gguf import GGUFReader
+
+    reader = GGUFReader(path)
+    for tensor in reader.tensors:
+        header = f"{tensor.tensor_type.name} {tensor.shape.tolist()}".encode()
+        found["tensors"][f"{name}/{tensor.name}"] = digest_of(header + tensor.data.tobytes())
+    fields = {field.name: str(field.contents()) for field in reader.fields.values()}
+    short = {key: text if len(text) < 80 else digest_of(text) for key, text in fields.items()}
+    found["files"][name] = short
+
+
+def without_varying(value: object) -> object:
+    """Return JSON without versions, paths and dates."""
+    if isinstance(value, dict):
+        pairs = value.items()
+        return {k: without_varying(v) for k, v in pairs if not re.search(VARYING, k)}
+    return [without_varying(each) for each in value] if isinstance(value, list) else value
 
 
 def collect(value: object, figures: dict[str, set], name: str = "") -> None:
-    """Put every number measured into `figures`, by its key alone, wherever it stands."""
+    """Put every number that does not vary into `figures`, by its key alone, wherever it stands."""
     if isinstance(value, dict):
         for key, entry in value.items():
-            collect(entry, figures, name if name in ("perplexity", "bits_per_byte") else key)
+            if not re.search(VARYING, key):
+                collect(entry, figures, name if name in ("perplexity", "bits_per_byte") else key)
     elif isinstance(value, list):
         for entry in value:
             collect(entry, figures, name)
-    elif isinstance(value, float) and name in FIGURES.split():
+    elif isinstance(value, (int, float)) and not isinstance(value, bool):
         figures.setdefault(name, set()).add(value)
 
 
@@ -214,19 +294,28 @@ def differences(one: dict[str, Any], two: dict[str, Any]) -> list[str]:
     if not one or not two or "failure" in {**one, **two}:
         ends = [run.get("failure", "runs") if run else "is missing" for run in (one, two)]
         return [] if ends[0] == ends[1] else [" / ".join(ends)]
-    names = {**one["weights"], **two["weights"]}
-    odd = [name for name in names if one["weights"].get(name) != two["weights"].get(name)]
-    told = [f"{len(odd)} of {len(names)} tensors: {', '.join(odd[:3])}"] if odd else []
-    told += ["masks"] if one["masks"] != two["masks"] else []
-    for name in one["figures"]:
-        values = one["figures"].get(name, []), two["figures"].get(name, [])
-        told += [] if {*values[0]} <= {*values[1]} else [f"{name} {values[0]} / {values[1]}"]
+    told = []
+    for what in ("tensors", "masks"):
+        names = {**one[what], **two[what]}
+        odd = [name for name in names if one[what].get(name) != two[what].get(name)]
+        told += [f"{len(odd)} of {len(names)} {what}: {', '.join(odd[:3])}"] if odd else []
+    for name, value in one["files"].items():
+        other = two["files"].get(name)
+        if isinstance(value, dict) and isinstance(other, dict):
+            keys = [key for key in {**value, **other} if value.get(key) != other.get(key)]
+            told += [f"{name} {key} {value.get(key)} / {other.get(key)}" for key in keys]
+        elif value != other:
+            told.append(f"{name} {'differs' if other else 'is missing'}")
+    for name, values in one["figures"].items():
+        others = two["figures"].get(name, [])
+        if not {*values} <= {*others}:
+            told.append(f"{name} {values[:6]} / {others[:6]}")
     return told
 
 
-def compare(before: dict[str, Any], after: dict[str, Any]) -> int:
+def compare(before: dict[str, Any], after: dict[str, Any], only: list[str]) -> int:
     """Print what differs; return how many kinds do."""
-    names = {**before, **after}
+    names = chosen({**before, **after}, only)
     told = {name: differences(before.get(name, {}), after.get(name, {})) for name in names}
     differ = [name for name in told if told[name]]
     for name in differ:
@@ -239,13 +328,16 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("do", choices=("record", "compare", "make"))
     parser.add_argument("paths", nargs=2, type=Path)
-    parser.add_argument("--cuda", metavar="PROGRAM", help="runs a program with a CUDA device")
-    parser.add_argument("--only", default="", metavar="TEXT", help="of the names of kinds")
+    parser.add_argument("--cuda", action="store_true", help="the kinds for CUDA instead")
+    parser.add_argument("--new", action="store_true", help="of {OLD|NEW}, NEW alone")
+    parser.add_argument("--only", default=[], nargs="+", metavar="TEXT", help="of names of kinds")
     given = parser.parse_args()
     first, second = (path.absolute() for path in given.paths)
     if given.do == "make":
-        make_place(first, second)
+        make_place(first)
     elif given.do == "record":
-        record(first, second, given.cuda, given.only)
+        forms = [True] if given.new else [False, True]
+        record(first, second, given.cuda, given.only, forms)
     else:
-        sys.exit(compare(*(json.loads(path.read_text()) for path in (first, second))) > 0)
+        read = (json.loads(path.read_text()) for path in (first, second))
+        sys.exit(compare(*read, given.only) > 0)

@@ -24,7 +24,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lib.calibration.allocation import allocate
 from lib.calibration.output_error import TokenSample
-from lib.formats.grids import FORMATS
+from lib.formats.registry import FORMATS
 from lib.methods.registry import method_of
 from lib.methods.sparsity import Sparsity
 from lib.methods.wanda import Wanda

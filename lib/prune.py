@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import copy
 import random
-import re
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -53,7 +52,7 @@ from .model.matrix import PrunableLinear
 from .model.pretrained import window_length
 from .model.sparsity_check import SparsityCheck
 from .util import progress
-from .util.errors import RunWarning, UserError, first_of
+from .util.errors import RunWarning, UserError, fields_named, first_of
 from .util.resume import PRUNED
 
 UNREACHED = "no calibration token reached it, or its forward() is bypassed"
@@ -331,7 +330,7 @@ class Pruner(BlockWalker):
 
 def _check_finite(tensors: Iterable[Tensor], what: str, which: str) -> None:
     if not all(map(all_finite, tensors)):
-        raise UserError(what, f"{which} not finite", "Use --dtype float32")
+        raise UserError(what, f"{which} not finite", "Use {--dtype} float32")
 
 
 @dataclass(frozen=True)
@@ -352,18 +351,13 @@ class Pruned:
         return unpacked(self.packed)
 
 
-@contextmanager
-def _of_arguments() -> Iterator[None]:
-    """Name the arguments of `prune` in an error inside that names flags of main.py."""
-    try:
-        yield
-    except UserError as error:
-        flag = r"--(?:prune_)?(\w+?)(?:_ratio|_type)?\b"
-        said = (re.sub(flag, r"\1", part) for part in (error.what, error.problem, error.fix))
-        raise UserError(*said) from error
-
-
-@_of_arguments()
+@fields_named(
+    "",
+    calibration_data="calibration",
+    prune_method="method",
+    sparsity_ratio="sparsity",
+    sparsity_type="sparsity",
+)
 def prune(
     model: PreTrainedModel,
     calibration: Tensor | Sequence[str] | None = None,

@@ -16,8 +16,8 @@ from torch import Tensor
 
 from .calibration.inputs import Group, merge, observe
 from .calibration.mixed_types import CHUNK, tables_of
+from .formats.base import ScaledFormat
 from .formats.grids import Grid, Types
-from .formats.packed.formats import Int4
 from .formats.packed.linear import why_dense
 from .methods.gptq import GPTQ, MasterWeights
 from .model.blocks import BlockRunner
@@ -34,14 +34,14 @@ NOTHING_PACKED = (
 )
 
 
-def form_of(fmt: Int4, linear: PrunableLinear) -> Int4 | None:
+def form_of(fmt: ScaledFormat, linear: PrunableLinear) -> ScaledFormat | None:
     """Return the format of a linear layer; None if it won't be packed, or if its rows don't fit."""
     if fmt.packs:
         return fmt if linear.expert is None and not why_dense(linear.module) else None
     return fmt.of(linear.parameter_name, linear.shape[1])
 
 
-def check_quantized(runner: BlockRunner, fmt: Int4) -> dict[str, Any]:
+def check_quantized(runner: BlockRunner, fmt: ScaledFormat) -> dict[str, Any]:
     """Return the record of a quantized model. UserError if storing as `fmt` changes a value."""
     types: dict[str, str | None] = {}  # of tensors; None: not quantized
     for linear in runner.each_linear():
@@ -59,7 +59,7 @@ def check_quantized(runner: BlockRunner, fmt: Int4) -> dict[str, Any]:
 def quantize(
     runner: BlockRunner,
     windows: Tensor,
-    fmt: Int4,
+    fmt: ScaledFormat,
     master_dtype: torch.dtype | None = None,
     on_progress: Callable[[int], Any] = lambda blocks: None,
 ) -> Quantizer:
@@ -83,7 +83,7 @@ class Quantizer(BlockWalker):
     fallback = "nearest"
 
     def __init__(
-        self, runner: BlockRunner, fmt: Int4, master_dtype: torch.dtype | None = None
+        self, runner: BlockRunner, fmt: ScaledFormat, master_dtype: torch.dtype | None = None
     ) -> None:
         super().__init__(runner, GPTQ)
         self.fmt, self.master_dtype = fmt, master_dtype
@@ -105,7 +105,7 @@ class Quantizer(BlockWalker):
         return form_of(self.fmt, linear) is not None
 
     def solve(self, group: Group, matrices: list[Tensor]) -> None:
-        by_form: dict[Int4, list[int]] = {}  # each one is solved by itself
+        by_form: dict[ScaledFormat, list[int]] = {}  # each one is solved by itself
         for place, linear in enumerate(group.linears):
             by_form.setdefault(form_of(self.fmt, linear), []).append(place)
         for form, places in by_form.items():
@@ -196,7 +196,7 @@ class Quantizer(BlockWalker):
             lines.append(f"quantized to nearest, {UNREACHED}: {first_of(left)}")
         return lines + self.all_warnings()
 
-    def _nearest_(self, matrix: Tensor, form: Int4) -> MasterWeights:
+    def _nearest_(self, matrix: Tensor, form: ScaledFormat) -> MasterWeights:
         """Round a matrix (out, in) to nearest, in place."""
         masters = MasterWeights(matrix.clone(), form.fit_scales(matrix).float())
         matrix.copy_(form.round_to(matrix, masters.scales))

@@ -19,7 +19,7 @@ from .eval import some_logits
 from .formats.packed import kernels
 from .formats.packed.checkpoint import mark_packed_, pack_embeddings_
 from .formats.packed.errors import PackedError
-from .formats.packed.formats import PACKED, Int4, Values
+from .formats.packed.formats import PACKED, Values
 from .formats.packed.linear import FORWARDS, OWN_FORWARD, SparseLinear, multiplying, why_dense
 from .model.blocks import BlockRunner
 from .model.linears import find_linears
@@ -213,7 +213,7 @@ def _packed(name: str, linear: nn.Module, fmt: Values, scales: Tensor | None) ->
     except PackedError as error:
         problem = f"{name}: {error}"
         raise UserError(f"--quantize {fmt.name}", problem, "Run without the flag") from None
-    if isinstance(fmt, Int4):
+    if fmt.stored:
         weight = (linear.weight.T if isinstance(linear, Conv1D) else linear.weight).float()
         expected = fmt.round_to(weight, sparse.scale) if scales is None else weight
         if not torch.equal(sparse.dense(torch.float32), expected):

@@ -1,4 +1,4 @@
-"""The table of whole runs: KINDS of runs, the WAYS in which each is done again, one comparison.
+"""Whole runs: KINDS (run_kinds.py), the WAYS in which each is done again, one comparison.
 
 A run that nothing disturbs is made once of each kind (`Place.plain`), and whatever is done again is
 compared with it by `compare`. The tests of the default run are chosen so that every flag of a kind,
@@ -18,84 +18,19 @@ from typing import Any
 
 import chats
 import pytest
+import run_kinds
 import tiny
-from support import QUICK, program_of, results, succeed, weights, whole
+from run_kinds import PACK, TRAIN, spelled  # noqa: F401  for tests
+from support import program_of, results, succeed, weights, whole
 from torch import Tensor, equal
 from transformers import PreTrainedModel
 from vocabulary import kinds as tokenizers
 
-TRAIN = "--recover 768"  # three steps of eight windows
-PACK, INT4 = "--replace_sparse_layers", "--replace_sparse_layers --quantize int4"
-HALF, NEURONS = "--sparsity_type 2:4", "--sparsity_type neurons"
-FEWER = "--sparsity_type experts --sparsity_ratio 0.25"
-KINDS = {  # name: model, and flags
-    "wanda": "llama --prune_method wanda",
-    "wanda variant": "llama --prune_method wanda --use_variant",
-    "wanda neurons": f"wide --prune_method wanda {NEURONS}",
-    "magnitude, trimmed": "tied --prune_method magnitude --trim_vocabulary",
-    "magnitude neurons": f"wide --prune_method magnitude {NEURONS}",
-    "ria 4:8": "llama --prune_method ria --sparsity_type 4:8",
-    "sparsegpt 2:4": f"bfloat16 --prune_method sparsegpt {HALF}",
-    "sparsegpt 4:8": "llama --prune_method sparsegpt --sparsity_type 4:8",
-    "sparsegpt neurons": f"wide --prune_method sparsegpt {NEURONS}",
-    "admm 2:4": f"llama --prune_method admm {HALF}",
-    "admm neurons": f"wide --prune_method admm {NEURONS}",
-    "by error": "llama --prune_method admm --allocation error --sparsity_ratio 0.6",
-    "by outliers": "llama --prune_method wanda --allocation owl",
-    "experts pruned": "mixture --prune_method sparsegpt",
-    "fewer experts": f"mixture --prune_method reap {FEWER}",
-    "half the experts": "mixture --prune_method contribution --sparsity_type experts",
-    "in bfloat16": "bfloat16 --prune_method sparsegpt --dtype bfloat16",
-    "in 8 bits": "llama --prune_method wanda --load_bit 8",
-    "sharded": "sharded --prune_method sparsegpt",
-    "tied": "tied --prune_method wanda --trim_vocabulary",
-    "transposed": "transposed --prune_method wanda",
-    "mixed": "mixed --prune_method wanda",  # float32 norms in a float16 checkpoint
-    "one window": "llama --prune_method wanda --nsamples 1",  # and ranks that have none
-    # saved packed
-    "packed": f"bfloat16 --prune_method wanda {HALF} {PACK}",
-    "packed, unstructured": f"bfloat16 --prune_method sparsegpt {PACK}",
-    "int4": f"bfloat16 --prune_method wanda {HALF} {INT4}",
-    "int4, unstructured": f"llama --prune_method wanda {INT4}",
-    "int4, trained": f"bfloat16 --prune_method wanda {INT4} {TRAIN}",
-    # on a grid
-    "q4_0": "bfloat16 --trim_vocabulary --quantize q4_0",
-    "q4_0, odd rows": "odd --quantize q4_0",  # no whole blocks; float32, saved in bfloat16
-    "q4_0, SentencePiece": "phi3 --quantize q4_0",
-    "q4_0, transposed": f"transposed --prune_method wanda --quantize q4_0 {TRAIN}",
-    "q4_0, experts": f"mixture --quantize q4_0 {TRAIN}",
-    "q4_0, trained": f"bfloat16 --trim_vocabulary --quantize q4_0 {TRAIN}",
-    "q4_0, by rank": f"bfloat16 --dtype bfloat16 --quantize q4_0 --recover_rank 4 {TRAIN}",
-    "q4_0, neurons": f"wide --prune_method sparsegpt {NEURONS} --quantize q4_0 {TRAIN}",
-    "iq4_nl": "bfloat16 --trim_vocabulary --quantize iq4_nl",
-    "iq4_nl, trained": f"llama --quantize iq4_nl {TRAIN}",
-    "iq4_nl, transposed": "transposed --quantize iq4_nl",
-    "iq4_nl, experts": f"mixture --prune_method reap {FEWER} --quantize iq4_nl {TRAIN}",
-    "q5_0": "bfloat16 --trim_vocabulary --quantize q5_0",
-    "q5_0, trained": f"transposed --prune_method wanda --quantize q5_0 {TRAIN}",
-    "q3_k": f"wide --quantize q3_k {TRAIN}",  # only one of its layers has such rows
-    "auto": "wide --quantize auto --megabytes 0.15",
-    "auto, trained": f"bfloat16 --trim_vocabulary --quantize auto --megabytes 0.05 {TRAIN}",
-    "types of a file": f"wide --quantize types.json {TRAIN}",
-    "iq4_nl, neurons": f"wide --prune_method sparsegpt {NEURONS} --quantize iq4_nl {TRAIN}",
-    # trained
-    "trained": f"bfloat16 --prune_method wanda {HALF} {TRAIN}",
-    "trained in 8 bits": f"wide --prune_method wanda --recover_optimizer adamw8bit {TRAIN}",
-    "trained, tied": f"tied --prune_method wanda --recover_ce_weight 0.3 {TRAIN}",
-    "trained by rank": f"llama --prune_method wanda --recover_rank 4 {TRAIN}",
-    "transposed by rank": f"transposed --prune_method wanda --recover_rank 4 {TRAIN}",
-    "experts by rank": f"mixture --prune_method wanda --recover_rank 4 {TRAIN}",
-    "trained neurons": f"wide --prune_method wanda {NEURONS} {TRAIN}",
-    "trained on one window": "llama --prune_method wanda --recover 32",
-    "trained in vain": f"llama --prune_method wanda --recover_lr 0.5 {TRAIN}",
-    "never called": f"mamba --prune_method wanda {TRAIN}",  # one of its linears
-    "a teacher": f"pruned --teacher llama {TRAIN}",
-    "dialogues": "chat --prune_method wanda --calibration_data chats --recover 96",
-}
+KINDS = {name: spelled(name, new=True)[0] for name in run_kinds.KINDS}
 TYPES = {"model.layers.0.self_attn.q_proj.weight": "q5_0", "model.embed_tokens.weight": "iq4_nl"}
 TYPES |= {"model.layers.0.self_attn.v_proj.weight": "q4_0", "lm_head.weight": "q5_0"}
 TYPES |= {f"model.layers.{place}.mlp.down_proj.weight": "q3_k" for place in range(2)}
-BASE = [*QUICK, "--eval_data", "uk", "--calibration_data", "uk"]
+BASE = run_kinds.BASE.split()
 ALIKE = 0.999  # of all weights, where sums are rounded otherwise
 ALIKE_IN_8_BITS = 0.9
 ALIKE_ON_GRID = 0.7  # 0.84 and more were seen
@@ -169,9 +104,9 @@ MODELS = {
     "transposed": tiny.ARCHITECTURES["GPT-2"],
     "mamba": tiny.HYBRIDS["Mamba"],
     "phi3": lambda: tiny.build("phi3", vocab_size=462).bfloat16(),
-    "chat": tiny.tiny_llama,
+    "chat": partial(tiny.tiny_llama, vocab_size=tiny.ROWS),
     "mixed": lambda: _with_exact_norms(tiny.tiny_llama().half()),
-    "sharded": tiny.tiny_llama,
+    "sharded": partial(tiny.tiny_llama, vocab_size=tiny.ROWS),
 }
 TOKENIZERS = {
     "phi3": tokenizers.byte_fallback,
@@ -210,6 +145,12 @@ class Place:
             return
         if name == "pruned":
             shutil.copytree(self.plain("wanda") / "model", folder)
+            return
+        whole, trimmed, _ = name.partition("-trimmed")
+        if trimmed:
+            self.make(whole)
+            texts = ["--data", self.folder / "uk"]
+            succeed(self.folder / whole, folder, *texts, program=program_of("trim"))
             return
         model = MODELS[name]()
         tiny.write_model(folder, model, TOKENIZERS[name]() if name in TOKENIZERS else None)

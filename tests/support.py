@@ -31,10 +31,9 @@ from transformers import AutoConfig, PreTrainedModel
 import main
 from lib.calibration.allocation import Allocation, uniform
 from lib.data.samples import Windows
-from lib.formats.grids import FORMATS, GRIDS  # noqa: F401  for tests
 from lib.formats.packed import kernels
-from lib.formats.packed.formats import PACKED  # noqa: F401  for tests
 from lib.formats.packed.linear import SparseLinear
+from lib.formats.registry import FORMATS, GRIDS  # noqa: F401  for tests
 from lib.methods.registry import method_of
 from lib.methods.sparsity import Sparsity
 from lib.model import pretrained
@@ -58,6 +57,7 @@ FAILED = cli.FAILED
 CPU = torch.device("cpu")
 ALONE = DistContext(CPU, alone=True)
 HALF = Sparsity(0.5)
+PACKED = {16: FORMATS["16"], 4: FORMATS["int4"]}  # formats of packed checkpoints, by bits
 LIMIT = 600  # seconds after which a process that a test waits for hangs, on a busy machine too
 PROGRESS = re.compile(r"\[\d+:\d\d[<,]")  # a line of a progress bar
 QUICK = ["--device", "cpu", "--seqlen", "32", "--nsamples", "8", "--completions", "0"]

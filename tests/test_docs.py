@@ -59,8 +59,14 @@ def test_the_best_value_of_a_column_is_bold() -> None:
 
 
 def test_every_table_has_its_raw_figures() -> None:
-    for name, (source, make) in tables.TABLES.items():
-        assert make().count("\n") > 2 and ":" in source, name
+    for name, table in tables.specified().items():
+        assert tables.made(table).count("\n") > 2 and ":" in table.source, name
+
+
+def test_a_column_without_figures_is_a_mistake() -> None:
+    table = tables.specified()["passes"]._replace(columns="Model = {nosuch:.1f}")
+    with pytest.raises(AssertionError, match="Model"):
+        tables.made(table)
 
 
 def test_a_first_run_on_a_gpu_ends_the_line_about_it() -> None:
@@ -77,7 +83,7 @@ def test_the_page_of_methods_has_their_parameters() -> None:
 
 def test_figures_that_today_gives_otherwise_name_their_version() -> None:
     """revisions.json has what made a raw file; all other files are of version 0.3.0 or older."""
-    record = tables.raw("revisions.json")
+    record, specified = tables.raw("revisions.json"), tables.specified()
 
     def is_todays(file: str) -> bool:
         made = record["files"].get(file, {"before": 0})
@@ -91,7 +97,7 @@ def test_figures_that_today_gives_otherwise_name_their_version() -> None:
         head, *sections = re.split(r"(?m)^## ", page.read_text("utf-8"))
         for section in sections:
             for name in re.findall(r"<!-- table: ([\w-]+)", section):
-                source = tables.TABLES[name][0].rpartition(": ")[0]
+                source = specified[name].source.rpartition(": ")[0]
                 files = [
                     str(file.relative_to(tables.RESULTS))
                     for start, inside, end, kind in RAW.findall(source)

@@ -184,7 +184,7 @@ def read_layers(
     The blocks need no weights. Raises UserError if the file does not fit them, the N:M pattern, or
     the total.
     """
-    flag = f"--allocation {file}"
+    flag = f"{{--allocation}} {file}"
     try:
         shares = json.loads(Path(file).read_text("utf-8"))
     except (OSError, ValueError) as error:
@@ -207,7 +207,7 @@ def read_layers(
     total = sum(size for _, size in sizes.values())
     mean = sum(share * size for share, size in sizes.values()) / total
     if abs(mean - sparsity.ratio) > TOTAL_TOLERANCE:
-        asked = f"--sparsity_ratio is {sparsity.ratio:g}"
+        asked = f"{{--sparsity_ratio}} is {sparsity.ratio:g}"
         problem = f"it prunes {mean:.4g} of all weights, but {asked}"
         raise UserError(flag, problem, "Make them equal")
     if m:

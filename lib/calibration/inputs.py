@@ -181,7 +181,7 @@ def merge(
         raise UserError(
             f"{experts[0]} and all experts beside it",
             "no calibration token was routed to them",
-            "Use more or other text (--calibration_data, --nsamples)",
+            "Use more or other text ({--calibration_data}, {--nsamples})",
         )
     tokens.update({(name,): 0 for name in experts if name not in reached})
     merged = []
@@ -227,9 +227,9 @@ def check_widths(blocks: nn.ModuleList, blocks_name: str, sparsity: Sparsity) ->
     for linear in linears_of(blocks, blocks_name) if sparsity.m else ():
         if linear.shape[1] % sparsity.m:
             raise UserError(
-                f"--sparsity_type {sparsity.n}:{sparsity.m}",
+                f"{{--sparsity_type}} {sparsity.n}:{sparsity.m}",
                 f"{linear.name} has {linear.shape[1]} inputs, not a multiple of {sparsity.m}",
-                "Use --sparsity_type unstructured",
+                "Use {--sparsity_type} unstructured",
             )
 
 

@@ -17,14 +17,14 @@ long as they fit (the greedy solution of the knapsack problem).
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ..formats.grids import BITS, GRIDS, Q8_0
+from ..formats.registry import GRIDS, TYPES
 from ..model.blocks import BlockRunner, HiddenStates
 from ..model.linears import experts_implementation, linears_of, watch_outputs
 from ..model.matrix import PrunableLinear
@@ -34,8 +34,6 @@ from .allocation import WINDOWS
 from .fisher import FisherDiagonal, backward_pass, empty_diagonal, seeing
 from .inputs import rank_windows
 
-OFFERED = "q3_k", "iq4_nl", "q5_0", Q8_0
-OF_TABLES = OFFERED[1:]
 CHUNK = 2**13  # rows of a table that are processed at a time
 SAMPLED = 64  # rows that show the error of a matrix
 COMPENSATED = 0.5  # error of a linear layer's outputs relative to rounding to nearest
@@ -51,15 +49,16 @@ def sizes_of(model: nn.Module, blocks_name: str, rows: int) -> Costs:
     every = {id(weight): name for name, weight in reversed([*model.named_parameters()])}
     for linear in linears_of(model.get_submodule(blocks_name), blocks_name):
         parameter = getattr(linear.module, linear.parameter)
-        sizes[every[id(parameter)]] = _sizes(parameter.numel(), linear.shape[1], OFFERED)
+        sizes[every[id(parameter)]] = _sizes(parameter.numel(), linear.shape[1], "layers")
     for name, table in tables_of(model).items():
-        sizes[name] = _sizes(rows * table.shape[1], table.shape[1], OF_TABLES)
+        sizes[name] = _sizes(rows * table.shape[1], table.shape[1], "tables")
     return {name: types for name, types in sizes.items() if types}
 
 
-def _sizes(count: int, width: int, offered: Sequence[str]) -> dict[str, float]:
-    fits = {kind: (GRIDS.get(kind) or GRIDS["iq4_nl"]).supports_width(width) for kind in offered}
-    return {kind: count * BITS[kind] / 8 for kind in offered if fits[kind]}
+def _sizes(count: int, width: int, to: str) -> dict[str, float]:
+    offered = [form for form in TYPES.values() if to in form.offered and form.supports_width(width)]
+    offered.sort(key=lambda form: form.bits_per_weight)
+    return {form.name: count * form.bits_per_weight / 8 for form in offered}
 
 
 def measure(
@@ -132,12 +131,8 @@ def rounding_costs(matrix: Tensor, sums: FisherDiagonal, kinds: Iterable[str]) -
     total = (rows.square() @ weighted).sum().clamp_min(least)
     found = {}
     for kind in kinds:
-        if form := GRIDS.get(kind):
-            values = form.round_to(rows, form.fit_scales(rows, inputs))
-        else:
-            blocks = rows.reshape(len(rows), -1, 32)
-            steps = blocks.abs().amax(2, keepdim=True).div_(127).clamp_min_(1e-30)
-            values = (blocks / steps).round_().mul_(steps).view_as(rows)
+        form = TYPES[kind]
+        values = form.round_to(rows, form.fit_scales(rows, inputs))
         error = ((values - rows).square() @ weighted).sum() / total
         found[kind] = whole * float(error) / 2
     return found
@@ -191,10 +186,9 @@ def read_types(file: str, model: nn.Module, blocks_name: str) -> dict[str, str]:
     for name, kind in types.items():
         if name not in widths:
             raise UserError(flag, f"it names {name}, which is no linear layer or table", fix)
-        if kind not in (*GRIDS, Q8_0):
-            offered = ", ".join((*GRIDS, Q8_0))
-            raise UserError(flag, f"{name} is {kind!r}", f"Give one of {offered}")
-        if kind != Q8_0 and not GRIDS[kind].supports_width(widths[name]):
+        if kind not in TYPES:
+            raise UserError(flag, f"{name} is {kind!r}", f"Give one of {', '.join(TYPES)}")
+        if kind in GRIDS and not GRIDS[kind].supports_width(widths[name]):
             problem = f"{name} has rows of {widths[name]}, which {kind} does not fit"
             raise UserError(flag, problem, "Give another type")
     return types

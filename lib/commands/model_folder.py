@@ -14,15 +14,14 @@ from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 from transformers.core_model_loading import revert_weight_conversion
 
-from ..formats.grids import FORMATS
 from ..formats.packed.checkpoint import METHOD
+from ..formats.registry import EXPORTED, FORMATS
 from ..model.checkpoint import Checkpoint
 from ..model.linears import linears_of
 from ..model.matrix import unread_of
 from ..model.pretrained import load_config, load_tokenizer
 from ..model.skeleton import build_skeleton, decoder_blocks
 from ..util.errors import UserError
-from .export.engines import GRID
 
 
 @dataclass(frozen=True)
@@ -83,7 +82,7 @@ class ModelFolder:
         return {
             each.parameter_name: (each.transposed, each.expert is not None)
             for each in linears_of(blocks, prefix)
-            if FORMATS[GRID].supports_width(each.shape[1])
+            if FORMATS[EXPORTED].supports_width(each.shape[1])
         }
 
     @cached_property

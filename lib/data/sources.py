@@ -20,7 +20,7 @@ from dataclasses import dataclass, replace
 from itertools import product
 from pathlib import Path
 
-from ..util.errors import UserError
+from ..util.errors import UserError, spelled
 from .chats import SHAPES, DialogueError, Document, dialogue_of
 
 ONCE = "once"  # each document gives at most one window (UberText's rule)
@@ -45,7 +45,7 @@ class Source:
     """
 
     text: str  # as the user wrote it, without the weight
-    flag: str  # the flag that named it, for messages
+    flag: str  # the flag that named it, or the field of an error, as `{--calibration_data}`
     name: str  # short name for tables and figures
     weight: float | None = None
     path: Path | None = None
@@ -64,11 +64,11 @@ class Source:
     as_text: bool = False  # read dialogues as plain text
 
     def __str__(self) -> str:
-        return f"{self.flag} {self.text}"
+        return spelled(f"{self.flag} {self.text}")
 
-    def error(self, problem: str, fix: str) -> UserError:
+    def error(self, problem: str, fix: str, kind: type[UserError] = UserError) -> UserError:
         """Return an error that names flag and value of this source."""
-        return UserError(str(self), problem, fix)
+        return kind(f"{self.flag} {self.text}", problem, fix)
 
 
 STREAMED = dict(stream=True, sampled=True)

@@ -47,7 +47,7 @@ class TextTooShort(UserError):
 
     @classmethod
     def of(cls, corpus: Corpus, problem: str, fix: str, fits: int) -> TextTooShort:
-        error = cls(str(corpus.source), problem, fix)
+        error = corpus.source.error(problem, fix, cls)
         error.corpus, error.fits = corpus, fits
         return error
 
@@ -126,7 +126,7 @@ def _draw_windows(corpus: Corpus, spec: WindowSpec, count: int) -> tuple[Windows
         cut = list(islice(packed_dialogues(source, spec, every), count))
         if len(cut) < count:
             problem = f"its dialogues fill {len(cut)} of {count} windows of {seqlen} tokens"
-            fix = f"Give more, or --nsamples {len(cut)}, or a smaller --seqlen"
+            fix = f"Give more, or {{--nsamples}} {len(cut)}, or a smaller {{--seqlen}}"
             raise source.error(problem, fix)
         return join(cut), record | {"windows": count}
     for row, ids in _drawn_texts(source, spec, documents, rng):
@@ -143,7 +143,8 @@ def _draw_windows(corpus: Corpus, spec: WindowSpec, count: int) -> tuple[Windows
         longest = sorted(lengths.values(), reverse=True)
         needed = 1 if source.draw in (AGAIN, JOINED) else count  # texts that a window must fit
         fits = longest[needed - 1] - 1 if len(longest) >= needed else 0
-        fixes = [f"--seqlen {fits}"] * (fits > 1) + [f"--nsamples {len(drawn)}"] * bool(drawn)
+        fixes = [f"{{--seqlen}} {fits}"] * (fits > 1)
+        fixes += [f"{{--nsamples}} {len(drawn)}"] * bool(drawn)
         fix = f"Use {' or '.join(fixes)}" if fixes else "Give longer texts"
         number = f"{len(longest)} text{'s' * (len(longest) > 1)}"
         problem = f"its {number} fill {len(drawn)} of {count} windows of {seqlen} tokens, and the "
@@ -154,7 +155,7 @@ def _draw_windows(corpus: Corpus, spec: WindowSpec, count: int) -> tuple[Windows
     if source.draw == JOINED and source.path and tokens < needed:  # windows would be nearly equal
         most, fits = APART * (tokens - seqlen) // seqlen + 1, APART * tokens // (count + APART - 1)
         problem = f"its {tokens} tokens are {needed - tokens} too few for {count} windows of "
-        fix = f"Give more text, --nsamples {most} or --seqlen {max(fits, 2)}"
+        fix = f"Give more text, {{--nsamples}} {most} or {{--seqlen}} {max(fits, 2)}"
         raise TextTooShort.of(corpus, problem + str(seqlen), fix, fits)
     rows, starts, cut = map(list, zip(*drawn, strict=True))
     return join(cut), record | {"windows": count, "rows": rows, "starts": starts}

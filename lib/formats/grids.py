@@ -1,8 +1,4 @@
-"""llama.cpp's types, in numbers that a dense model can hold, and all formats.
-
-FORMATS maps names to formats: the packed ones of packed/formats.py, and llama.cpp's
-types, which packing does not use. CONTRIBUTING.md says how to add one.
-"""
+"""llama.cpp's types, in numbers that a dense model can hold."""
 
 from __future__ import annotations
 
@@ -11,20 +7,15 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from .base import ScaledFormat, significant_steps
 from .packed.errors import PackedError
-from .packed.formats import (
-    PACKED,
-    Int4,
-    Values,
-    check_finite,
-    significant_steps,
-)
+from .packed.formats import check_finite
 from .packed.layout import look_up, tiles
+from .registry import GRIDS, Q8_0, TYPES
 
 TO_TOP = 13  # steps of five significant bits from 1/12 of a number to what rounds to 1/8 of it
 LARGEST = 2.0**12  # eight times this is a float16 number
 LEAST = 2.0**-24  # smallest float16 number
-Q8_0 = "q8_0"
 FEW_VALUES = 16  # rows with so few values may be on a grid by chance
 ROWS = 16  # rows that show the type of a matrix
 SHARES = torch.linspace(0.67, 1.15, 12).tolist()  # of scales that would reach the largest value
@@ -36,23 +27,23 @@ CODES = (torch.arange(-127.75, 128, 0.5)[:, None] - LEVELS).abs().argmin(1)
 CODES, NEAREST = CODES.to(torch.uint8), LEVELS[CODES]
 
 
-class Q4_0(Int4):
-    """llama.cpp's q4_0, in numbers that its own rule reproduces; packing does not use it.
+class LlamaCppType(ScaledFormat):
+    """A type of llama.cpp: whole blocks of inputs, which the file holds as bytes."""
 
-    For a block of 32 inputs, that rule takes d = (the value of largest magnitude) / -8 in float16,
-    and the nearest codes. Here a scale is a float16 number of either sign with five significant
-    bits, and one code of every block is -8, unless all its values are 0. bfloat16 holds the values,
-    and any converter finds the same scales and codes, so conversion changes no value. The scale
-    with the least squared error is chosen, which is closer to the weights than the rule's.
-    """
-
-    name = "q4_0"
-    label = "llama.cpp's q4_0"
     group = 32
     block = 32  # inputs in a block of llama.cpp's
-    packs = False
     instead: str | None = None  # type of rows that do not fit
     ggml_rule_agrees = True  # whether llama.cpp's own rule finds its scales and codes
+    limit = 0.5  # largest distance between llama.cpp's predictions and the model's
+
+    @property
+    def label(self) -> str:
+        return f"llama.cpp's {self.name}"
+
+    @property
+    def file_type(self) -> str:
+        """llama.cpp's name of a file most of whose tensors have this type."""
+        return self.name.upper()
 
     @property
     def conversion_note(self) -> str:
@@ -64,6 +55,25 @@ class Q4_0(Int4):
     def supports_width(self, in_features: int) -> bool:
         """Return whether rows are whole blocks; llama.cpp leaves others at 16 bits."""
         return in_features % self.block == 0
+
+    def _blocks(self, tile: Tensor) -> tuple[Tensor, Tensor]:
+        """Return blocks (rows, groups, group) of a tile, and each one's largest value."""
+        blocks = tile.reshape(len(tile), tile.shape[1] // self.group, self.group)
+        return blocks, blocks.gather(2, blocks.abs().argmax(2, keepdim=True))
+
+
+class Q4_0(LlamaCppType):
+    """llama.cpp's q4_0, in numbers that its own rule reproduces; packing does not use it.
+
+    For a block of 32 inputs, that rule takes d = (the value of largest magnitude) / -8 in float16,
+    and the nearest codes. Here a scale is a float16 number of either sign with five significant
+    bits, and one code of every block is -8, unless all its values are 0. bfloat16 holds the values,
+    and any converter finds the same scales and codes, so conversion changes no value. The scale
+    with the least squared error is chosen, which is closer to the weights than the rule's.
+    """
+
+    name = "q4_0"
+    limit = 1.2
 
     def round_to(self, matrix: Tensor, scales: Tensor) -> Tensor:
         """Return the matrix (out, in) rounded to the grid, float32, with a code -8 in every block.
@@ -99,13 +109,8 @@ class Q4_0(Int4):
 
         return self._nearest(blocks, scales, costs, may).squeeze(2)
 
-    def _blocks(self, tile: Tensor) -> tuple[Tensor, Tensor]:
-        """Return blocks (rows, groups, group) of a tile, and each one's largest value."""
-        blocks = tile.reshape(len(tile), tile.shape[1] // self.group, self.group)
-        return blocks, blocks.gather(2, blocks.abs().argmax(2, keepdim=True))
 
-
-class IQ4_NL(Q4_0):
+class IQ4_NL(LlamaCppType):
     """llama.cpp's iq4_nl: sixteen uneven levels without 0, in as many bytes as q4_0.
 
     A block of 32 inputs has a scale d, a float16 number of either sign with few significant bits,
@@ -116,8 +121,8 @@ class IQ4_NL(Q4_0):
     """
 
     name = "iq4_nl"
-    label = "llama.cpp's iq4_nl"
     scaled = torch.float16
+    offered = "layers", "tables"
     levels = LEVELS
     has_zero = False
     ggml_rule_agrees = False
@@ -131,7 +136,7 @@ class IQ4_NL(Q4_0):
 
     def round_to(self, matrix: Tensor, scales: Tensor) -> Tensor:
         """Return the matrix (out, in) rounded to the grid of `scales`, and to bfloat16; float32."""
-        return Int4.round_to(self, matrix, scales).bfloat16().float().add_(0)  # no -0
+        return super().round_to(matrix, scales).bfloat16().float().add_(0)  # no -0
 
     def is_on_grid(self, matrix: Tensor) -> bool:
         return bool(self.read(matrix)[1].all())
@@ -189,14 +194,14 @@ class Q5_0(IQ4_NL):
     """
 
     name = "q5_0"
-    label = "llama.cpp's q5_0"
     bits = 5
+    trained = False
     lowest, highest = -16, 15
     levels = torch.arange(-16.0, 16)
     has_zero = True
 
     def snap_(self, values: Tensor) -> Tensor:
-        return Int4.snap_(self, values.nan_to_num_(0))  # 0 / 0 in a block of zeros
+        return ScaledFormat.snap_(self, values.nan_to_num_(0))  # 0 / 0 in a block of zeros
 
     def _packed(self, scales: Tensor, levels: Tensor) -> Tensor:
         codes = (levels + 16).view(torch.uint8)
@@ -214,18 +219,20 @@ class Q3_K(Q5_0):
     """
 
     name = "q3_k"
-    label = "llama.cpp's q3_k"
     bits = 3
     bits_per_weight = 8 * 110 / 256
     group = 16
     block = 256
     instead = "iq4_nl"
+    trained = True
+    offered = ("layers",)
+    file_type = "Q3_K_S"
     has_zero = False  # nor has that
     shared = 16  # groups that share a d
     lowest, highest = -4, 3
     levels = torch.arange(-4.0, 4)
 
-    def of(self, name: str, in_features: int) -> Int4 | None:
+    def of(self, name: str, in_features: int) -> ScaledFormat | None:
         return super().of(name, in_features) or GRIDS[self.instead].of(name, in_features)
 
     def fit_units(self, matrix: Tensor, costs: Tensor | None = None) -> Tensor:
@@ -284,6 +291,21 @@ class Q3_K(Q5_0):
         return self._nearest(blocks, scales, costs).squeeze(2)
 
 
+class Q8_0Type(LlamaCppType):
+    """llama.cpp's q8_0: integers from -127 to 127, to which only a GGUF file rounds."""
+
+    name = Q8_0
+    bits = 8
+    bits_per_weight = 8 + 16 / 32  # scales are float16 in a file
+    scaled = torch.float32
+    lowest, highest = -127, 127
+    trained = False
+    offered = "layers", "tables"
+
+    def _fit(self, tile: Tensor, costs: Tensor | None, units: Tensor | None) -> Tensor:
+        return self._blocks(tile)[1].abs().div_(127).clamp_min_(1e-30).squeeze(2)
+
+
 def _divisor(values: Tensor) -> Tensor:
     """Return the largest power of two that divides all values (..., n): (..., 1)."""
     bits = values.contiguous().view(torch.int32)
@@ -310,7 +332,7 @@ class Grid:
     of matrices, such as experts, count as those of one matrix.
     """
 
-    def __init__(self, form: Int4, transposed: bool, scales: Tensor) -> None:
+    def __init__(self, form: ScaledFormat, transposed: bool, scales: Tensor) -> None:
         self.form, self.transposed, self.scales = form, transposed, scales
 
     def rounded(self, weight: Tensor) -> Tensor:
@@ -324,27 +346,26 @@ class Grid:
 
 
 class Types:
-    """A type for each tensor, by its name; tensors without one become q8_0.
+    """A type for each tensor, by its name, of those of TYPES; tensors without one become q8_0."""
 
-    Beside names of GRIDS a type may be q8_0, for values that are rounded only in a GGUF file.
-    """
-
-    packs = has_zero = ggml_rule_agrees = False
+    name = "auto"
+    packs = has_zero = trained = ggml_rule_agrees = False
     group = Q3_K.group  # the least
-
-    def __init__(self, name: str, types: Mapping[str, str]) -> None:
-        self.name, self.types = name, types
-
+    limit = LlamaCppType.limit
     conversion_note = "gguf --type auto will write the scales and codes of"
 
-    def of(self, name: str, in_features: int) -> Int4 | None:
+    def __init__(self, types: Mapping[str, str] | None = None) -> None:
+        self.types = types or {}
+
+    def of(self, name: str, in_features: int) -> ScaledFormat | None:
         """Return the format of a tensor; None if it keeps its values."""
-        return GRIDS.get(self.types.get(name, Q8_0))
+        type_ = self.types.get(name, Q8_0)
+        return GRIDS[type_] if type_ in GRIDS else None
 
     def bits_of(self, name: str, in_features: int) -> float:
         """Return the bits of a weight in a GGUF file, with its share of a scale."""
         fits = in_features % 32 == 0
-        return BITS[self.types.get(name, Q8_0)] if fits else 16
+        return TYPES[self.types.get(name, Q8_0)].bits_per_weight if fits else 16
 
 
 def held_type(matrix: Tensor) -> str | None:
@@ -354,8 +375,3 @@ def held_type(matrix: Tensor) -> str | None:
         return None
     fitting = (form for form in GRIDS.values() if form.supports_width(rows.shape[1]))
     return next((form.name for form in fitting if form.is_on_grid(rows)), None)
-
-
-GRIDS = {fmt.name: fmt for fmt in (Q4_0(), IQ4_NL(), Q5_0(), Q3_K())}  # llama.cpp's types
-BITS = {name: form.bits_per_weight for name, form in GRIDS.items()} | {Q8_0: 8.5}
-FORMATS: dict[str, Values | Int4] = {fmt.name: fmt for fmt in PACKED.values()} | GRIDS

@@ -27,8 +27,8 @@ from typing import ClassVar, NamedTuple
 import torch
 from torch import Tensor
 
+from ..formats.base import ScaledFormat
 from ..formats.grids import Grid
-from ..formats.packed.formats import Int4
 from .gram import cholesky
 from .least_squares import LeastSquares, conjugate_gradients_
 from .sparsegpt import unit_inverse
@@ -56,7 +56,7 @@ class GPTQ(LeastSquares):
     refinements: ClassVar[int] = 5  # steps of conjugate gradients
     sweeps: ClassVar[int] = 2  # passes of coordinate descent over all columns
 
-    def quantize_(self, weights: Sequence[Tensor], fmt: Int4) -> list[MasterWeights]:
+    def quantize_(self, weights: Sequence[Tensor], fmt: ScaledFormat) -> list[MasterWeights]:
         """Quantize float32 matrices (out_i, in) in place. UserError if A cannot be factored."""
         start, target, hessian, norms, _ = self.problem(weights)
         mask = (start == 0) & fmt.has_zero
@@ -79,7 +79,7 @@ class SolverGrid(Grid):
     are 1 until they are fitted, group by group, as multiples of `units` if there are any.
     """
 
-    def __init__(self, form: Int4, input_norms: Tensor, keep: Tensor) -> None:
+    def __init__(self, form: ScaledFormat, input_norms: Tensor, keep: Tensor) -> None:
         scales = keep.new_ones(form.n_groups(len(keep)), keep.shape[1]).T  # a column is contiguous
         super().__init__(form, True, scales)
         self.input_norms, self.keep = input_norms, keep

@@ -21,7 +21,7 @@ from ..util.errors import UserError
 PANEL = 128  # panel rows on a CPU; narrower products lose more speed than they save work
 HALVES = (torch.float16, torch.bfloat16)
 TRIES = 4
-UNFACTORED = "X^T X", "it cannot be factored", "Use more calibration tokens (--nsamples)"
+UNFACTORED = "X^T X", "it cannot be factored", "Use more calibration tokens ({--nsamples})"
 
 
 def add_upper_gram_(hessian: Tensor, x: Tensor) -> None:
@@ -85,7 +85,7 @@ def damped_cholesky_(matrix: Tensor, damping: float, unit: Tensor | float = 1.0)
         problem = f"is not positive definite with damping {damping:g}"
         warnings.warn(f"X^T X {problem}, which is raised tenfold", stacklevel=3)
         damping *= 10
-    fix = "Use more calibration tokens (--nsamples, --seqlen), or --prune_method wanda"
+    fix = "Use more calibration tokens ({--nsamples}, {--seqlen}), or {--prune_method} wanda"
     raise UserError("X^T X", f"it {problem}", fix)
 
 

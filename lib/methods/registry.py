@@ -80,9 +80,9 @@ def method_of(
         module, class_name = every[name].split(":")
         method = getattr(import_module(f".{module}", __package__), class_name + "Variant" * variant)
     if kind and not _has(method, HOOKS.get(kind, "prune_")):
-        fix = "Define it" if is_file(name) else f"Use --sparsity_type {UNSTRUCTURED}"
-        problem = f"--prune_method {name} does not define {HOOKS.get(kind, 'prune_')}"
-        raise UserError(f"--sparsity_type {kind}", problem, fix)
+        fix = "Define it" if is_file(name) else f"Use {{--sparsity_type}} {UNSTRUCTURED}"
+        problem = f"{{--prune_method}} {name} does not define {HOOKS.get(kind, 'prune_')}"
+        raise UserError(f"{{--sparsity_type}} {kind}", problem, fix)
     if isinstance(arguments, Mapping):
         arguments = [f"{name}={value}" for name, value in arguments.items()]
     return _with_arguments(method, arguments or ())
@@ -104,7 +104,7 @@ def _has(method: type, hook: str) -> bool:
 @cache
 def _from_file(path: str, class_name: str, changed: int) -> type[PruningMethod]:
     """Return a class of the user's file; `changed` is the file's time stamp, a key of the cache."""
-    flag = f"--prune_method {path}:{class_name}"
+    flag = f"{{--prune_method}} {path}:{class_name}"
     if changed is False:
         raise UserError(flag, "no such file exists", "Give the path of a Python file")
     # the user's file imports langprune, which in a checkout is lib
@@ -157,13 +157,15 @@ def _with_arguments(method: type[PruningMethod], given: Sequence[str]) -> type[P
         if not equals or name not in declared:
             has = ", ".join(f"{name}={value}" for name, value in declared.items()) or "none"
             problem = f"{method.__name__} has no such parameter"
-            raise UserError(f"--method_args {each}", problem, f"Give NAME=VALUE of these: {has}")
+            raise UserError(
+                f"{{--method_args}} {each}", problem, f"Give NAME=VALUE of these: {has}"
+            )
         kind = type(declared[name])
         try:
             values[name] = TRUTH[text.lower()] if kind is bool else kind(text)
         except (KeyError, ValueError) as error:
             fix = f"Give a value such as {name}={declared[name]}"
             problem = f"its type is not {kind.__name__}"
-            raise UserError(f"--method_args {each}", problem, fix) from error
+            raise UserError(f"{{--method_args}} {each}", problem, fix) from error
     module = {"__module__": method.__module__}
     return type(method.__name__, (method,), module | values) if values else method

@@ -48,15 +48,15 @@ class Sparsity:
         if not 0 <= ratio < 1:  # also refuses nan
             meant = f", such as {ratio / 100:g} for {ratio:g}%" if 1 < ratio < 100 else ""
             problem = "it must be at least 0 and below 1"
-            raise UserError(f"--sparsity_ratio {ratio}", problem, f"Give a share{meant}")
+            raise UserError(f"{{--sparsity_ratio}} {ratio}", problem, f"Give a share{meant}")
         if kind in RATIO_TYPES:
             return cls(ratio)
         n, m = map(int, kind.split(":"))
         if ratio != n / m:
             raise UserError(
-                f"--sparsity_ratio {ratio}",
-                f"--sparsity_type {kind} drops {n} of every {m} weights",
-                f"Use --sparsity_ratio {n / m} or --sparsity_type {UNSTRUCTURED}",
+                f"{{--sparsity_ratio}} {ratio}",
+                f"{{--sparsity_type}} {kind} drops {n} of every {m} weights",
+                f"Use {{--sparsity_ratio}} {n / m} or {{--sparsity_type}} {UNSTRUCTURED}",
             )
         return cls(ratio, n, m)
 

@@ -57,7 +57,7 @@ def window_length(config, requested: int | None, longest: int = LONGEST_WINDOW) 
         return min(limit or longest, longest)
     if limit and requested > limit:
         raise UserError(
-            f"--seqlen {requested}", f"the model's limit is {limit} tokens", "Give less"
+            f"{{--seqlen}} {requested}", f"the model's limit is {limit} tokens", "Give less"
         )
     return requested
 

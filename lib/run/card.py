@@ -17,8 +17,8 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData, hf_hub_downloa
 from yaml import YAMLError
 
 from ..data.sources import BUILT_IN, parse_source
-from ..formats.grids import GRIDS
 from ..formats.packed.checkpoint import card_lines
+from ..formats.registry import GRIDS
 from ..methods.sparsity import SMALLER
 from ..util.errors import UserError, first_of, one_line
 from ..util.markdown import escape, padded_table

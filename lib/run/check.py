@@ -21,7 +21,8 @@ from ..data.documents import Corpus, are_dialogues, check_corpus, read_line
 from ..data.templates import set_date, writes_date
 from ..data.token_choice import MOST_ROWS
 from ..data.windows import WindowSpec
-from ..formats.grids import FORMATS, Types
+from ..formats.grids import Types
+from ..formats.registry import FORMATS
 from ..methods.sparsity import ALLOCATIONS
 from ..model.bitsandbytes import check_format, stored_bits
 from ..model.checkpoint import Checkpoint
@@ -155,7 +156,7 @@ def check_outputs(flags: Flags) -> None:
     if flags.save_masks:
         check_new_file("--save_masks", flags.save_masks)
     if flags.save_model:
-        check_new_folder("--save_model", flags.save_model)
+        check_new_folder("{--save_model}", flags.save_model)
         _check_unfinished(flags, partial_of(flags.save_model))
     if flags.tasks:
         check_tasks(flags.tasks, flags.include_path)
@@ -164,7 +165,8 @@ def check_outputs(flags: Flags) -> None:
 def _check_unfinished(flags: Flags, partial: Path) -> None:
     """Raise UserError if OUT.partial is left by another run, and this run does not continue it."""
     left = {each.name for each in partial.iterdir()} if partial.exists() else set()
-    resumed, what = Path(flags.resume) if flags.resume else None, f"--save_model {flags.save_model}"
+    what = f"{{--save_model}} {flags.save_model}"
+    resumed = Path(flags.resume) if flags.resume else None
     if CARD in left:
         problem = f"{partial} is the complete model of a run that was killed"
         raise UserError(what, problem, f"Rename it to {flags.save_model}")
@@ -241,9 +243,7 @@ def _format(flags: Flags, model: Model) -> Any:
     if flags.format in FORMATS:
         form = FORMATS[flags.format]
     else:
-        chosen = flags.format == AUTO
-        types = {} if chosen else read_types(flags.format, model.small, model.blocks_name)
-        form = Types(AUTO, types)
+        form = Types(read_types(flags.format, model.small, model.blocks_name))
     if flags.prune_method and not flags.removes and not form.has_zero:
         problem = f"it has no 0, as --prune_method {flags.prune_method} needs"
         fix = "Use --quantize q4_0, or --sparsity_type neurons or experts"

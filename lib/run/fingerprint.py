@@ -24,12 +24,12 @@ from typing import Any
 from .. import __version__
 from ..data import token_choice
 from ..eval import REVISION
+from ..formats.registry import QUANTIZED
 from ..methods.gptq import GPTQ
 from ..methods.registry import is_file, label, split_file
 from ..methods.sparsity import ALLOCATIONS
 from ..model.device import dtype_name
 from .flags import FIGURES, MODEL, named
-from .plan import AUTO, QUANTIZED
 from .run import Run
 
 PACKAGES = "torch transformers tokenizers datasets accelerate numpy bitsandbytes".split()
@@ -85,7 +85,7 @@ def fingerprint(run: Run, weights: bool) -> dict[str, dict[str, Any]]:
             pruning["file of --prune_method"] = _digest([Path(file)], named=False)
         if flags.allocation not in ALLOCATIONS:
             pruning["--allocation"] = f"layers {_digest([Path(flags.allocation)], named=False)}"
-    if flags.quantizes and flags.format not in (*QUANTIZED, AUTO):
+    if flags.quantizes and flags.format not in QUANTIZED:
         pruning["--quantize"] = f"types {_digest([Path(flags.format)], named=False)}"
     if flags.quantizes:
         pruning["revision of --quantize"] = GPTQ.revision

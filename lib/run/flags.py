@@ -9,7 +9,7 @@ nor transformers, so `--help` answers at once.
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import date
 from functools import cache
@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from ..data.token_choice import MULTIPLE, PRICE
+from ..formats.registry import GRIDS, PACKING, QUANTIZED
 from ..methods.registry import EXPERT_METHODS, METHODS, is_file
 from ..methods.sparsity import (
     ALLOCATIONS,
@@ -28,7 +29,7 @@ from ..methods.sparsity import (
 )
 from ..util.cli import typed
 from ..util.errors import UserError
-from .plan import AUTO, QUANTIZED, FlagParser, packed
+from .plan import AUTO, FlagParser, packed
 
 DESCRIPTION = """\
 Prune and quantize a Hugging Face causal language model for one language, with text in that
@@ -80,7 +81,7 @@ MULTIPLES = _number(
 RATE = _number(float, lambda value: 0 < value < 1, "above 0 and below 1")
 
 
-def _one_of(names: tuple[str, ...], ends: str, more: str) -> Callable[[str], str]:
+def _one_of(names: Collection[str], ends: str, more: str) -> Callable[[str], str]:
     """Return a type of argparse: one of `names`, or a text that contains `ends`."""
 
     def parse(text: str) -> str:
@@ -100,6 +101,7 @@ def _rows(text: str) -> int | str:
     return value
 
 
+OTHER_GRIDS = ", ".join(name for name in GRIDS if name != "q4_0")
 METHOD = _one_of((*METHODS, *EXPERT_METHODS), ".py:", "FILE.py:CLASS")
 
 
@@ -210,9 +212,9 @@ GROUPS: dict[str, list[Flag]] = {
          metavar="RULE", needs=("prune_method",), doing="measuring errors", smaller=("uniform",)),
 ],
 "quantization and packing": [
-    Flag("quantize", "quantize", "on text; q4_0: every engine; q3_k, iq4_nl, q5_0: llama.cpp; "
+    Flag("quantize", "quantize", f"on text; q4_0: every engine; {OTHER_GRIDS}: llama.cpp; "
          "int4: packed; auto, FILE.json: by tensor",
-         parse=_one_of((*QUANTIZED, AUTO), ".json", "FILE.json"), metavar="TYPE",
+         parse=_one_of(QUANTIZED, ".json", "FILE.json"), metavar="TYPE",
          excludes={"load_bit": "weights can be quantized only once"},
          set_by=COMPRESS, doing="quantizing"),
     Flag("megabytes", "quantize", "size of the GGUF file, for which each tensor's type is chosen; "
@@ -419,7 +421,7 @@ def _pruning_mistakes(args: argparse.Namespace) -> Iterator[UserError]:
     method, kind, ratio = args.prune_method, args.sparsity_type, args.sparsity_ratio
     packs, form = packed(vars(args)), shown(args, "quantize")
     without_packing = "Leave out --replace_sparse_layers"
-    if args.quantize and args.quantize != "int4":
+    if args.quantize and args.quantize not in PACKING:
         if packs:
             yield UserError(form, "llama.cpp cannot read packed weights", without_packing)
         if args.eval_only:

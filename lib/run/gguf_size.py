@@ -8,12 +8,12 @@ from typing import Any
 from torch import nn
 
 from ..calibration.mixed_types import Costs, sizes_of
-from ..formats.grids import BITS, Q8_0, Types
+from ..formats.grids import Types
+from ..formats.registry import Q8_0, TYPES
 from ..model.linears import find_linears
 from ..model.matrix import unread_of
 from ..util.errors import UserError
 from .flags import shown
-from .plan import AUTO
 from .run import Run
 
 # bytes in a GGUF file besides weights
@@ -45,7 +45,7 @@ def sizes_and_rest(run: Run, model: nn.Module, outer: float) -> tuple[Costs, flo
     rows = model.get_input_embeddings().num_embeddings
     rows = len(run.vocabulary.rows) if run.vocabulary else rows
     sizes = sizes_of(model, run.model.blocks_name, rows)
-    whole = gguf_bytes(run, model, Types(AUTO, {}), outer)  # as q8_0
+    whole = gguf_bytes(run, model, Types(), outer)  # as q8_0
     return sizes, whole - sum(types[Q8_0] for types in sizes.values())
 
 
@@ -77,7 +77,7 @@ def vocabulary_bytes(run: Run) -> float:
             continue
         table = len(weight) == all_rows
         numbers = weight.numel() // all_rows * rows if table else weight.numel()
-        size += numbers * (BITS[Q8_0] if table else 32) / 8 + TENSOR_BYTES
+        size += numbers * (TYPES[Q8_0].bits_per_weight if table else 32) / 8 + TENSOR_BYTES
     tokens = tokenizer.get_vocab()
     merges = json.loads(tokenizer.backend_tokenizer.to_str())["model"].get("merges") or ()
     strings = [*tokens, *(merge if isinstance(merge, str) else " ".join(merge) for merge in merges)]

@@ -29,7 +29,8 @@ from ..calibration.output_error import TOKENS
 from ..data.samples import Windows
 from ..data.training import HELD_OUT, TrainingText
 from ..data.windows import TestSet
-from ..formats.grids import FORMATS, Types
+from ..formats.grids import Types
+from ..formats.registry import FORMATS
 from ..methods.base import PruningMethod
 from ..methods.gptq import GPTQ
 from ..methods.registry import method_of

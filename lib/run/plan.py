@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..formats.registry import PACKING
 from ..methods.registry import label, method_of
 from ..methods.sparsity import RATIO_TYPES, SMALLER, Sparsity
 from ..util.cli import Parser
@@ -19,14 +20,13 @@ from ..util.cli import Parser
 if TYPE_CHECKING:
     from ..methods.base import PruningMethod
 
-QUANTIZED = ("q4_0", "q3_k", "iq4_nl", "q5_0", "int4")  # formats of --quantize
 AUTO = "auto"  # of --quantize: a type for each tensor, by --megabytes
 PRUNED_BEFORE = "pruned before"  # method of a run on an already pruned model
 
 
 def packed(flags: Mapping[str, Any]) -> bool:
     """Return whether the model is saved packed; --quantize int4 implies it."""
-    return bool(flags.get("replace_sparse_layers") or flags.get("quantize") == "int4")
+    return bool(flags.get("replace_sparse_layers") or flags.get("quantize") in PACKING)
 
 
 class Flags(argparse.Namespace):
@@ -38,7 +38,7 @@ class Flags(argparse.Namespace):
 
     @property
     def format(self) -> str:
-        """The final format of the linear layers: a name of lib/formats/grids.py, AUTO or a file."""
+        """The final format of the linear layers: a name of lib/formats/registry.py or a file."""
         return self.quantize or "16"
 
     @property

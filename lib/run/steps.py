@@ -210,7 +210,7 @@ def choose_types(run: Run, runner: BlockRunner) -> Types:
     """Choose the type of each tensor for --megabytes."""
     flags, weights = run.flags, runner.weights
     if kept := weights.read_kept(TYPES):
-        return Types(AUTO, kept[1])
+        return Types(kept[1])
     sizes, room = room_for_types(run)
     with run.timed("choose types", "measuring types", 2 * len(runner.blocks)) as bar:
         costs = mixed_types.measure(runner, run.windows.calibration, sizes, flags.seed, bar)
@@ -224,7 +224,7 @@ def choose_types(run: Run, runner: BlockRunner) -> Types:
     kl = sum(costs.get(name, {}).get(kind, 0) for name, kind in chosen.items()) / tokens
     size = f"{flags.megabytes - left / 1e6:.4g} MB as GGUF"
     run.print(f"types: {types}; about {size}, with a KL of about {kl:.2g} nats per token")
-    return Types(AUTO, chosen)
+    return Types(chosen)
 
 
 def recover(

@@ -61,7 +61,7 @@ def named_corpora(flags: Flags) -> Corpora:
     """Return the texts for calibration, for the trimmed vocabulary, and for evaluation."""
     as_named = dict(column=flags.column, as_text=flags.no_chat_template)
     names = flags.calibration_data or ["c4" if flags.prune_on_c4 else "ubertext"]
-    flag = "--prune_on_c4" if flags.prune_on_c4 else "--calibration_data"
+    flag = "--prune_on_c4" if flags.prune_on_c4 else "{--calibration_data}"
     flag += " (default)" if names == ["ubertext"] and not flags.calibration_data else ""
     sources = parse_sources(names, flag, mixture=True, **as_named)
     more = parse_sources(flags.vocabulary_data or [], "--vocabulary_data", **as_named)

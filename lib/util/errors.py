@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import re
 import sys
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 
 PACKAGE = __name__.partition(".")[0]  # lib in a checkout, langprune once installed
 OUT_OF_MEMORY = "can't allocate memory", "_STATUS_ALLOC_FAILED"  # in errors of torch and cuBLAS
+FIELD = re.compile(r"\{--(\w+)\}")
 JOINERS = "\u200c\u200d"  # invisible, but needed for spelling in Persian and Indic scripts
 
 
@@ -15,18 +19,51 @@ class UserError(ValueError):
     `what` is what is wrong: a flag with its value, a file, a layer. `problem` is a sentence about
     it and `fix` the way out, if there is one, both without a final period. `main.py` prints
     `what: problem. fix.` without a traceback (unless `--debug`) and exits with status 1.
+
+    Where other front ends have their own word for a flag of main.py, a message names its field, as
+    in "Give fewer {--nsamples}", and the front end says its word (`fields_named`).
     """
 
     def __init__(self, what: str, problem: str, fix: str) -> None:
         super().__init__(what, problem, fix)  # all three, so that another process can unpickle it
-        self.what, self.problem, self.fix = what, problem, fix
+        self.prefix, self.names = "--", {}  # the words of main.py
+
+    @property
+    def what(self) -> str:
+        return spelled(self.args[0], self.prefix, self.names)
+
+    @property
+    def problem(self) -> str:
+        return spelled(self.args[1], self.prefix, self.names)
+
+    @property
+    def fix(self) -> str:
+        return spelled(self.args[2], self.prefix, self.names)
 
     def __str__(self) -> str:
         return f"{self.what}: {self.problem}." + f" {self.fix}." * bool(self.fix)
 
     def inside(self, place: str) -> UserError:
         """Return the same error, with the place where it was raised before `what`."""
-        return type(self)(f"{place}: {self.what}", self.problem, self.fix)
+        what, *rest = self.args
+        moved = type(self)(f"{place}: {what}", *rest)
+        moved.prefix, moved.names = self.prefix, self.names
+        return moved
+
+
+def spelled(text: str, prefix: str = "--", names: Mapping[str, str] | None = None) -> str:
+    """Return a text with a word for each field in it: that of `names`, or prefix and field."""
+    return FIELD.sub(lambda it: (names or {}).get(it[1], prefix + it[1]), text)
+
+
+@contextmanager
+def fields_named(prefix: str = "--", **names: str) -> Iterator[None]:
+    """Let an error raised inside name fields by these words: `calibration_data="--data"`."""
+    try:
+        yield
+    except UserError as error:
+        error.prefix, error.names = prefix, names
+        raise
 
 
 class RunWarning(UserWarning):

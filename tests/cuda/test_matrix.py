@@ -95,7 +95,9 @@ def test_the_same_model(
             compare(kind, there(place, kind), tmp_path)
         else:
             card = way.removeprefix("with room for ")
-            argv[1] = LARGE[argv[1]]
+            model, trimmed, _ = argv[1].partition("-trimmed")
+            argv[1] = LARGE[model] + trimmed
+            place.make(argv[1])
             device.set_limit(0, torch.accelerator.memory_allocated(0) + CARDS[card])
             with_room(kind, card, [*argv, *SMALL], tmp_path)
 

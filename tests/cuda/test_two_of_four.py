@@ -14,12 +14,11 @@ from typing import Any
 import pytest
 import tiny
 import torch
-from support import loaded, results, succeed, weights, windows
+from support import PACKED, loaded, results, succeed, weights, windows
 from torch import nn
 from transformers import AutoTokenizer
 
 import lib.formats.packed.checkpoint  # noqa: F401  transformers then loads the packed form
-from lib.formats.packed.formats import PACKED
 from lib.formats.packed.linear import SparseLinear, semi_structured_bytes
 from lib.methods.sparsity import Sparsity
 from lib.model.saving import footprint

@@ -3,10 +3,9 @@
 import numpy
 import pytest
 import torch
-from support import CPU, representative
+from support import CPU, PACKED, representative
 from torch import Tensor
 
-from lib.formats.packed.formats import PACKED
 from lib.methods.gptq import GPTQ
 from lib.methods.least_squares import FLOOR
 

@@ -14,7 +14,7 @@ import tiny
 from support import layout_of, prune_, runner_of, windows
 from torch import nn
 
-from lib.formats.grids import FORMATS
+from lib.formats.registry import FORMATS
 from lib.methods.gptq import GPTQ
 from lib.methods.registry import EXPERT_METHODS, METHODS, method_of
 from lib.methods.sparsity import EXPERTS, NEURONS, Sparsity

@@ -10,7 +10,7 @@ import pytest
 import tiny
 import torch
 from safetensors.torch import load_file, save_file
-from support import call, prune_, runner_of
+from support import PACKED, call, prune_, runner_of
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
@@ -19,7 +19,6 @@ from lib.commands.unpack import unpack_folder
 from lib.formats.packed.checkpoint import pack_embeddings_
 from lib.formats.packed.embedding import PackedEmbedding, PackedHead, dense_rows, quantize_rows
 from lib.formats.packed.errors import PackedError, PackedWarning
-from lib.formats.packed.formats import PACKED
 from lib.formats.packed.linear import SparseLinear, multiplying
 from lib.methods.sparsity import Sparsity
 from lib.model.skeleton import decoder_blocks

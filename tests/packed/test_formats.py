@@ -7,7 +7,7 @@ import pickle
 
 import pytest
 import torch
-from support import needs_kernels
+from support import PACKED, needs_kernels
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -15,7 +15,6 @@ from lib.formats.packed import layout
 from lib.formats.packed import linear as packed_linear
 from lib.formats.packed.embedding import dense_rows, quantize_rows
 from lib.formats.packed.errors import PackedError
-from lib.formats.packed.formats import PACKED
 from lib.formats.packed.layout import is_two_of_four, kept_of, row_offsets
 from lib.formats.packed.linear import SparseLinear, multiplying
 from lib.methods.sparsity import Sparsity

@@ -12,11 +12,10 @@ from pathlib import Path
 import pytest
 import torch
 from processes import forkserver
-from support import LIMIT, ROOT, needs_kernels
+from support import LIMIT, PACKED, ROOT, needs_kernels
 
 from lib.formats.packed import kernels
 from lib.formats.packed.embedding import dense_rows, quantize_rows
-from lib.formats.packed.formats import PACKED
 from lib.formats.packed.layout import row_offsets
 
 EPS = {torch.float32: 2e-6, torch.bfloat16: 2**-8, torch.float16: 2**-11}

@@ -5,13 +5,12 @@ from __future__ import annotations
 import pytest
 import tiny
 import torch
-from support import packed_weights, prune_, refused, representative, runner_of, windows
+from support import PACKED, packed_weights, prune_, refused, representative, runner_of, windows
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from lib.formats.grids import FORMATS
-from lib.formats.packed.formats import PACKED
 from lib.formats.packed.linear import SparseLinear
+from lib.formats.registry import FORMATS
 from lib.methods.sparsity import Sparsity
 from lib.model.blocks import BlockRunner
 from lib.prune import UNREACHED

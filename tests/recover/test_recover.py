@@ -7,7 +7,7 @@ import dataclasses
 import pytest
 import tiny
 import torch
-from support import prune_, refused, representative, runner_of, windows
+from support import PACKED, prune_, refused, representative, runner_of, windows
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers.pytorch_utils import Conv1D
@@ -16,7 +16,6 @@ from lib import recover
 from lib.data.samples import Windows, as_windows
 from lib.data.training import TrainingText
 from lib.formats.grids import Grid
-from lib.formats.packed.formats import PACKED
 from lib.methods.sparsity import Sparsity
 from lib.model.blocks import BlockRunner
 from lib.model.matrix import SaveDtypes

@@ -14,10 +14,9 @@ from approval import Words
 from made_up import write_run
 from matplotlib.figure import Figure
 from safetensors.torch import save_file
-from support import QUICK, mistake, program_of, results, succeed, weights
+from support import PACKED, QUICK, mistake, program_of, results, succeed, weights
 
 from lib.formats.packed.checkpoint import PackedConfig
-from lib.formats.packed.formats import PACKED
 
 pytestmark = pytest.mark.usefixtures("elsewhere", "figures")
 

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import ast
+import pickle
+import re
 from collections.abc import Iterator
 
+import pytest
 from support import ROOT
 
 from lib.run.flags import FLAGS, build_parser, mistakes, named, without
+from lib.util.errors import FIELD, UserError, fields_named
 
 PUBLISHED = """
 model seed nsamples sparsity_ratio sparsity_type prune_method cache_dir use_variant save save_model
@@ -76,6 +80,21 @@ def test_a_flag_is_one_entry() -> None:
         if names.issuperset(members) or words.issuperset(members)
     ]
     assert not lists, "\n".join(lists)
+
+
+def test_errors_name_fields() -> None:
+    """A message has `{--nsamples}`, main.py's flag, for which each front end has its own word."""
+    text = "".join(file.read_text("utf-8") for file in (ROOT / "lib").rglob("*.py"))
+    fields = set(FIELD.findall(text))
+    words = " ".join(re.findall(r"(?s)fields_named\((.*?)\)\n", text))
+    assert "nsamples" in fields <= {flag.name for flag in FLAGS}
+    assert {"prune_method"} <= set(re.findall(r"(\w+)=", words)) <= fields
+    error = UserError("{--nsamples} 3", "{x} has less", "Give fewer {--nsamples} or {--seqlen} 2")
+    assert str(error) == "--nsamples 3: {x} has less. Give fewer --nsamples or --seqlen 2."
+    with pytest.raises(UserError) as caught, fields_named("", nsamples="windows"):
+        raise error
+    found = pickle.loads(pickle.dumps(caught.value.inside("down")))
+    assert str(found) == "down: windows 3: {x} has less. Give fewer windows or seqlen 2."
 
 
 def test_a_dense_run_takes_the_rest_of_the_flags() -> None:

@@ -21,13 +21,13 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from ...data.languages import language_text
+from ...formats.registry import EXPORTED, GRIDS
 from ...run.flags import NATURAL, POSITIVE, build_parser, given, named
 from ...run.plan import AUTO
 from ...util.cli import make_parser, split_argv
 from ...util.errors import UserError
 from ...util.files import PARTIAL, check_new_folder, check_writable, exclusive_lock
-from ..export.engines import ENGINES, GRID
-from ..gguf import GRID_TYPES
+from ..export.engines import ENGINES
 from .recipe import script
 from .steps import CONVERTER, first_steps, last_steps
 from .work import ANY, MADE, PACKED, STEPS, Compression
@@ -124,7 +124,7 @@ def parse(argv: list[str]) -> Compression:
         fix = f"Name the folder {args.out.removesuffix('.gguf')}"
         raise UserError(f"OUT {args.out}", "OUT.gguf is written beside a folder OUT", fix)
     by_size = args.megabytes and args.target == [ANY]
-    only_gguf = "iq4_nl" if args.target == [ANY] else GRID
+    only_gguf = "iq4_nl" if args.target == [ANY] else EXPORTED
     args.quantize = args.quantize or (AUTO if by_size else only_gguf)
     args.work_dir = args.work_dir or f"{args.out}-compress"
     passed_on = [*others, *passed_on]
@@ -145,7 +145,7 @@ def parse(argv: list[str]) -> Compression:
 def check_target(args: argparse.Namespace) -> None:
     """Raise UserError if --for excludes other flags, or needs --recover."""
     names = " ".join(args.target)
-    if args.quantize != GRID and args.target != [ANY]:
+    if args.quantize != EXPORTED and args.target != [ANY]:
         fix = f"Leave out --for {names}"
         raise UserError(f"--quantize {args.quantize}", "only llama.cpp and ollama run it", fix)
     if PACKED not in args.target:
@@ -210,9 +210,9 @@ def _parser() -> argparse.ArgumentParser:
     targets = dict(choices=(ANY, PACKED, *ENGINES), nargs="+", default=[ANY])
     add("--for", help=text, dest="target", metavar="ENGINE", **targets)
     text = "q4_0: every engine; only for llama.cpp and ollama: iq4_nl, less loss at that size, "
-    text += f"q3_k and q5_0, of three and five bits (default: iq4_nl; with --for: {GRID}; with "
+    text += f"q3_k and q5_0, of three and five bits (default: iq4_nl; with --for: {EXPORTED}; with "
     text += "--megabytes and without --for: a type for each tensor)"
-    add("--quantize", help=text, choices=GRID_TYPES)
+    add("--quantize", help=text, choices=[*GRIDS])
     text = "size limit of the GGUF file; below the smallest types, or that of --quantize, it "
     text += "requires --recover, and neurons or MoE experts are removed (default: none)"
     add("--megabytes", help=text, type=POSITIVE, metavar="N")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING
 
+from ...formats.registry import Q8_0
 from ...methods.sparsity import EXPERTS, NEURONS
 from ...run.plan import AUTO
 from ...util.errors import UserError
@@ -25,7 +26,7 @@ def megabytes_of(job: Run, model: nn.Module, type_: str, blocks: bool = False) -
 
     `blocks`: without the vocabulary.
     """
-    from ...formats.grids import Q8_0, Types
+    from ...formats.grids import Types
     from ...run.gguf_size import gguf_bytes, sizes_and_rest, vocabulary_bytes
 
     outer = 0.0 if blocks else vocabulary_bytes(job)
@@ -34,7 +35,7 @@ def megabytes_of(job: Run, model: nn.Module, type_: str, blocks: bool = False) -
     sizes, _ = sizes_and_rest(job, model, outer)
     inside = f"{job.model.blocks_name}."
     types = [each for name, each in sizes.items() if name.startswith(inside) or not blocks]
-    rest = gguf_bytes(job, model, Types(AUTO, {}), outer) - sum(each[Q8_0] for each in types)
+    rest = gguf_bytes(job, model, Types(), outer) - sum(each[Q8_0] for each in types)
     return (rest + sum(min(each.values()) for each in types)) / 1e6
 
 

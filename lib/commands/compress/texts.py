@@ -13,7 +13,7 @@ from ...data.languages import language_text
 from ...data.sources import parse_source, parse_sources
 from ...run.flags import build_parser, check_flags, given
 from ...run.plan import AUTO
-from ...util.errors import UserError
+from ...util.errors import UserError, fields_named
 from .size import REMOVAL, check_size
 from .steps import CONVERTER, PACKED_FLAGS, WEIGHT
 from .work import Compression, Facts
@@ -118,7 +118,8 @@ def check_job(run: Compression, model: str, data: list[str], nsamples: int, seql
     parser = build_parser()
     parsed = parser.parse_args([*flags, *run.passed_on])
     check_flags(parser, parsed)
-    check_outputs(parsed)
-    parsed.save_model = None  # no folder is created yet
-    with redirect_stdout(io.StringIO()):  # the run will print it
-        return check(parsed, longest=seqlen)
+    with fields_named(calibration_data="--data", save_model="OUT"):
+        check_outputs(parsed)
+        parsed.save_model = None  # no folder is created yet
+        with redirect_stdout(io.StringIO()):  # the run will print it
+            return check(parsed, longest=seqlen)

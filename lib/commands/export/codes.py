@@ -7,21 +7,21 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from ...formats.grids import FORMATS, held_type
+from ...formats.grids import held_type
+from ...formats.registry import EXPORTED, FORMATS
 from ...model.checkpoint import Checkpoint
 from ...model.pretrained import load_config, load_model
 from ...util.errors import UserError
 from ..model_folder import ModelFolder
-from .engines import GRID as NAME
-from .engines import Logits
 
-GRID = FORMATS[NAME]
+GRID = FORMATS[EXPORTED]
+Logits = Callable[[list[int]], Tensor]  # from a window's ids to (tokens, rows)
 
 
 def grid_rows(source: ModelFolder) -> Iterator[tuple[Tensor, Tensor]]:
@@ -31,13 +31,13 @@ def grid_rows(source: ModelFolder) -> Iterator[tuple[Tensor, Tensor]]:
         weight = source.tensors[name]
         rows = (weight.mT if transposed else weight).flatten(0, -2)
         codes, scales, off = split(rows)
-        if off > 0 and (other := held_type(rows)) not in (None, NAME):
+        if off > 0 and (other := held_type(rows)) not in (None, EXPORTED):
             problem = f"it was made with --quantize {other}, which only llama.cpp and ollama run"
             raise UserError(where, problem, f"Use gguf with --type {other}")
         if not off == 0:  # also rejects nan
             share = off / rows.abs().max()
-            problem = f"a weight of {name} is {share:.1%} of the largest off the grid of {NAME}"
-            raise UserError(where, problem, f"Make the folder with --quantize {NAME}")
+            problem = f"a weight of {name} is {share:.1%} of the largest off the grid of {EXPORTED}"
+            raise UserError(where, problem, f"Make the folder with --quantize {EXPORTED}")
         yield codes, scales
 
 

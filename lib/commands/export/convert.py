@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch.nn.functional import cross_entropy
 
+from ...formats.registry import EXPORTED
 from ...model.checkpoint import Checkpoint, as_user_error, weight_bytes
 from ...run.card import converted_card
 from ...util.errors import UserError
@@ -21,7 +22,7 @@ from ...util.progress import quiet
 from ..gguf.verify import LINES, SHORT, windows_of
 from ..model_folder import ModelFolder
 from .codes import digests, grid_rows, load_transformers
-from .engines import ENGINES, GRID
+from .engines import ENGINES
 
 LIMIT = 1e-3  # sums in another order differ by 1e-5
 
@@ -32,7 +33,7 @@ def convert(path: str, new: str, to: str) -> None:
     engine, source = ENGINES[to], ModelFolder.open(path, "OUT")
     if how := source.quantized_by:
         problem = f"its weights are {'packed' if source.is_packed else f'quantized by {how}'}"
-        raise UserError(f"OUT {path}", problem, f"Name a folder of --quantize {GRID}")
+        raise UserError(f"OUT {path}", problem, f"Name a folder of --quantize {EXPORTED}")
     if not (engine.stacks or source.is_plain):
         problem = f"it supports neither the stacked experts nor the (in, out) layers of OUT {path}"
         raise UserError(f"--to {to}", problem, "Use --to mlx, or gguf")
@@ -49,7 +50,7 @@ def convert(path: str, new: str, to: str) -> None:
         lines += run_both(source, engine, stage, new)
         name = shlex.quote(Path(new).name)
         how = f"{engine.how.format(name)}\nhf upload USER/{name} {name}"
-        about = dict(what=to, tag=to, kind=GRID, changed=engine.changed)
+        about = dict(what=to, tag=to, kind=EXPORTED, changed=engine.changed)
         card = converted_card(path, how=how, proof=lines, **about)
         (stage / "README.md").write_text(card, "utf-8")
     size = sum(file.stat().st_size for file in Path(new).rglob("*.*") if file.is_file())

@@ -7,7 +7,7 @@ flag is refused at once.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from unittest import mock
@@ -18,10 +18,9 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from ..model_folder import ModelFolder
+    from .codes import Logits
 
-GRID = "q4_0"  # the format of --quantize that engines have
 ONNX_FILE = "onnx/model_q4.onnx"  # the name in transformers.js
-Logits = Callable[[list[int]], "Tensor"]  # from a window's ids to (tokens, rows)
 
 
 class CompressedTensors:

@@ -21,15 +21,15 @@ from ...data.sources import parse_sources
 from ...util.cli import make_parser
 from ...util.errors import UserError
 from ...util.files import check_writable
-from . import INSTALL, TYPES
+from . import INSTALL, types
 
 
 def main(arguments: list[str]) -> None:
     args = _parser().parse_args(arguments)
     args.type = args.type and args.type.lower()
-    if args.type and args.type not in TYPES:
+    if args.type and args.type not in types():
         how = f"make an f16 file and run llama-quantize f16.gguf OUT.gguf {args.type.upper()}"
-        problem = f"it is not one of {', '.join(TYPES)}"
+        problem = f"it is not one of {', '.join(types())}"
         raise UserError(f"--type {args.type}", problem, f"For others, {how}")
     out = Path(args.out).absolute()
     check_new(out, args.out)
@@ -66,7 +66,7 @@ def _parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("source", metavar="IN", help="folder of a model, as main.py saves it")
     add("out", metavar="OUT.gguf", help="new file to write")
-    text = f"type of the weights: {', '.join(TYPES)} (default: f16 or bf16, as stored)"
+    text = f"type of the weights: {', '.join(types())} (default: f16 or bf16, as stored)"
     add("--type", help=text)
     text = "test texts for the checks, as in --eval_data (default: a few built-in lines)"
     add("--data", nargs="+", default=[], metavar="SOURCE", help=text)

@@ -17,7 +17,7 @@ import torch
 
 from ...data.sentencepiece import check_of
 from ...data.sources import Source
-from ...formats.grids import GRIDS
+from ...formats.registry import GRIDS
 from ...model.checkpoint import weight_bytes
 from ...model.device import checkpoint_dtype
 from ...run.card import converted_card

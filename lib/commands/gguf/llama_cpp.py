@@ -27,12 +27,12 @@ from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
+from ...formats.registry import GRIDS, TYPES
 from ...run.plan import AUTO
 from ...util.errors import UserError
 from ...util.processes import started_by
 from ...util.progress import progress
 from ...util.quirks import OLDER_LAYER_FIELDS, TEXT_PREFIX
-from . import GRID_TYPES
 
 # linear layers of the blocks in any architecture; a router is too small to quantize
 LINEAR = re.compile(r"blk\.\d+\.(?!ffn_gate_inp)(attn|ffn)_\w+\.weight")
@@ -43,7 +43,6 @@ LIMIT = 600  # seconds for one child, and for one answer of llama.cpp
 QUIET_SECONDS = 5  # before a bar shows that a child still works
 PACE = 1e7  # bytes per further second for a child, far slower than any disk
 FORCED = 1000.0  # added to a logit to make it the highest
-FILE_TYPES = {"Q3_K": "Q3_K_S"}  # llama.cpp's names of whole files, by the type of most tensors
 F32 = 0  # ggml_type of cached keys and values
 DIRECT = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # bypasses any proxy
 
@@ -123,7 +122,7 @@ def convert(
     if check and not pre:
         pre = pre_tokenizer(base.TextModel, check, parts)
     for weight_type, file in files.items():
-        by_tensor = weight_type in (*GRID_TYPES, AUTO)
+        by_tensor = weight_type in (*GRIDS, AUTO)
         outtype = "f16" if by_tensor else weight_type
         argv = ["", folder, "--outfile", file, "--outtype", outtype, "--model-name", name]
         with ExitStack() as patches:
@@ -243,8 +242,6 @@ def _force(patches: ExitStack, model_class: type, name: str, held: dict[str, str
     import gguf
     import torch
 
-    from ...formats.grids import GRIDS
-
     types, original = gguf.GGMLQuantizationType, model_class.tensor_force_quant
 
     def chosen(self: Any, old_name: str, new_name: str, bid: int | None, n_dims: int) -> Any:
@@ -255,8 +252,8 @@ def _force(patches: ExitStack, model_class: type, name: str, held: dict[str, str
         return original(self, old_name, new_name, bid, n_dims)
 
     def file_type(self: Any, _: int) -> None:
-        most = max(set(held.values()), key=list(held.values()).count, default=name).upper()
-        mostly = gguf.LlamaFileType[f"MOSTLY_{FILE_TYPES.get(most, most)}"]
+        most = max(set(held.values()), key=list(held.values()).count, default=name)
+        mostly = gguf.LlamaFileType[f"MOSTLY_{TYPES[most].file_type}"]
         self.add_uint32(gguf.Keys.General.FILE_TYPE, mostly)
 
     def blocks(form: Any) -> Callable[[Any], Any]:
@@ -283,8 +280,6 @@ def compare(file: str, exact: str, weights: str) -> dict[str, Any]:
     import numpy as np
     import torch
     from gguf import GGUFReader, quants
-
-    from ...formats.grids import GRIDS
 
     one, other = (GGUFReader(path) for path in (file, exact))
     fields, expected = (

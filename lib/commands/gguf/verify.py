@@ -26,7 +26,7 @@ from ...data.sentencepiece import begins_with_blank
 from ...data.sources import Source
 from ...data.templates import EXAMPLES, document_text, examples, sample_of_dialogue
 from ...data.windows import test_documents
-from ...formats.grids import GRIDS
+from ...formats.registry import GRIDS
 from ...model.checkpoint import weight_bytes
 from ...model.pretrained import window_length
 from ...model.skeleton import auto_class
@@ -34,7 +34,7 @@ from ...util.errors import UserError
 from ...util.host import available, gib
 from ...util.progress import progress
 from ..model_folder import ModelFolder
-from . import INSTALL, llama_cpp
+from . import INSTALL, limit_of, llama_cpp
 from .llama_cpp import QUIET_SECONDS, run_child
 
 RUNNER = "xllamacpp"
@@ -42,9 +42,6 @@ RUNS = "llama.cpp does not run the file"
 SHORT = 256  # tokens of the shorter window
 PLACES = 8  # beginnings of each window
 TOP = 256  # most likely tokens compared after each beginning
-# largest distances from the model; with one matrix 10% too large it is 0.08, with other weights 1.4
-LIMITS = {"f32": 0.01, "f16": 0.05, "bf16": 0.2, "q8_0": 0.5, "q4_0": 1.2, "q5_0": 0.5}
-LIMITS |= {"iq4_nl": 0.5, "q3_k": 0.5, "auto": 0.5}
 
 
 def verify(
@@ -245,8 +242,8 @@ def verify_predictions(
     distances = {}
     for weight_type, file in files.items():
         distances[weight_type] = distance = _distance(dense, file, prompts, letter)
-        if not distance <= LIMITS[weight_type]:
-            problem = f"they differ by {distance:.2g}, more than {LIMITS[weight_type]}"
+        if not distance <= limit_of(weight_type):
+            problem = f"they differ by {distance:.2g}, more than {limit_of(weight_type)}"
             fix = "It does not compute this model correctly"
             raise UserError(f"llama.cpp's predictions in {weight_type}", problem, fix)
     lengths = {name: [len(window) for window in its] for name, its in windows.items()}
