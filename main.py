@@ -49,8 +49,6 @@ def run(run: Run) -> dict[str, Any]:
         results |= record.base_results(run, runner)
         if flags.quantizes:
             steps.check_zeros(run, runner)
-        if flags.trim_vocabulary:
-            steps.trim(run, runner)
         has_teacher = flags.recover or flags.teacher
         teacher = load.load_teacher(run, runner, cleanup) if has_teacher else None
         run.windows = windows.resolve_bos(run, teacher or runner)

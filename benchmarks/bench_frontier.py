@@ -149,17 +149,22 @@ def in_halves(values, config: dict, name: str):
 def points(args: argparse.Namespace, passed_on: list[str]) -> Iterator[Point]:
     """Make and measure every model, and what llama.cpp makes of it."""
     common = ["--eval_data", args.data, *args.also, "--completions", "0", *passed_on]
-    whole = ["--model", args.model, *common]
+    whole, small = ["--model", args.model, *common], args.out / "trimmed-model"
+    if not small.is_dir():
+        child("bash", ROOT / "launch.sh", "trim", args.model, small, "--data", args.data)
     for label in args.only:
         series, flags, types = MODELS[label]
         name = label.replace(" ", "-").replace(",", "").replace("%", "")
         if label == UNTOUCHED:
             model, tests = args.model, measured(args.out / name, *whole, "--eval_only")
+        elif label == "trimmed":
+            evaluate = ["--model", small, *common, "--eval_only"]
+            model, tests = small, measured(args.out / name, *evaluate)
         else:
             model = args.out / f"{name}-model"
-            made = ["--trim_vocabulary", "--calibration_data", args.data, *flags.split()]
+            made = ["--model", small, *common, "--calibration_data", args.data, *flags.split()]
             made += [] if label in UNTRAINED else ["--recover", args.tokens]
-            tests = measured(args.out / name, *whole, *made, "--save_model", model)
+            tests = measured(args.out / name, *made, "--save_model", model)
         size, file = tensor_bytes(model), None
         if kind := next((kind for kind in (Q4_0, IQ4_NL) if kind in flags), None):
             file = converted(model, args.out / f"{name}.gguf", kind.split()[1])

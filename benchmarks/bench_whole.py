@@ -2,9 +2,10 @@
 
     python benchmarks/bench_whole.py MODEL --data uk --out whole -- --device cpu
 
-Each stage is a run of main.py on what the stage before has saved: `--out` keeps models and results,
-and the same command goes on where it was. Then one token after another is decoded by every stage's
-model in turn, and a table tells bytes on disk, bits per byte and tokens a second.
+Each stage is a run of main.py on what the stage before has saved, or on what `trim` writes: `--out`
+keeps models and results, and the same command goes on where it was. Then one token after another
+is decoded by every stage's model in turn, and a table tells bytes on disk, bits per byte and tokens
+a second.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from measure import decoding_speeds
 from stages import Stage, do
 
 from lib.commands.compress.measure import disk_size
+from lib.commands.trim.__main__ import main as trim
 from lib.model.device import pick_device
 from lib.run.flags import build_parser
 from lib.run.results import read_results
@@ -36,10 +38,9 @@ def stages(model: str, data: Sequence[str], folder: Path, tokens: int) -> list[S
     pack += ["--replace_sparse_layers"]
     prune = ["--model", saved["trimmed"], "--prune_method", "admm", "--allocation", "error", *train]
     again = ["--model", saved["pruned"], "--teacher", saved["trimmed"], *train]
-    trim = ["--model", model, "--trim_vocabulary", "--vocabulary_data", *data]
     flags = {
         "dense": ("dense", ["--model", model, "--eval_only"]),
-        "trimmed": ("+ vocabulary trimmed", trim),
+        "trimmed": ("+ vocabulary trimmed", ["--model", saved["trimmed"], "--eval_only"]),
         "pruned": ("+ half pruned by admm", prune),
         "recovered": (f"+ recovered, {tokens:,} tokens", [*again, "--recover", str(tokens)]),
         "packed-16": ("+ packed, 16 bits", [*pack, "--eval_only"]),
@@ -47,7 +48,8 @@ def stages(model: str, data: Sequence[str], folder: Path, tokens: int) -> list[S
     }
     made = []
     for name, (heading, own) in flags.items():
-        target = [] if name == "dense" else ["--save_model", str(folder / name / "model")]
+        kept = name in ("dense", "trimmed")
+        target = [] if kept else ["--save_model", str(folder / name / "model")]
         made.append(Stage(name, heading, [*own, "--eval_data", *data, *target]))
     return made
 
@@ -94,6 +96,9 @@ def main(argv: list[str]) -> None:
     if args.last and args.last not in names:
         parser.error(f"--last {args.last}: no such stage; there are {', '.join(names)}")
     planned = planned[: names.index(args.last) + 1] if args.last else planned
+    small = args.out / "trimmed" / "model"
+    if not small.is_dir():
+        trim([args.model, str(small), "--data", *args.data])
     for stage in planned:
         do(stage, args.out, passed_on)
     device = build_parser().parse_args([*planned[0].flags, *passed_on]).device

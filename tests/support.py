@@ -115,8 +115,15 @@ def refused(act: Callable, *args: Any, **options: Any) -> str:
 
 
 def named(*argv: str) -> Any:
-    """The corpora of calibration, vocabulary and tests that flags of main.py name."""
+    """The corpora of calibration and tests that flags of main.py name."""
     return named_corpora(build_parser().parse_args(["--model", "m", *argv]))
+
+
+def trimmed(model: Path | str, out: Path | str, *texts: object, **flags: object) -> Path:
+    """The folder `out` that `trim` makes of a model by its texts; flags such as rows=64."""
+    given = (word for name, value in flags.items() for word in (f"--{name}", value))
+    succeed(model, out, "--data", *texts, *given, program=program_of("trim"))
+    return Path(out)
 
 
 def attempt(*argv: object, program: Callable = main.main) -> tuple[Done, UserError | None]:

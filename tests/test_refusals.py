@@ -396,7 +396,7 @@ def test_one_line_and_nothing_else(
     replace_call(monkeypatch, lambda *argv: pytest.fail(f"{argv} is started"))
     before = files()
     program, *argv = shlex.split(case.line)
-    if program in ("trim", "vocabulary"):
+    if program == "trim":
         pytest.importorskip("gguf.constants")  # tests/gguf is a namespace of this name
     with world(case.world, monkeypatch):
         done, error = attempt(*argv, program=program_of(program))

@@ -15,7 +15,7 @@ import pytest
 import tiny
 from approval import Words, without_numbers
 from huggingface_hub import ModelCard
-from support import QUICK, ROOT, program_of, succeed
+from support import QUICK, ROOT, program_of, succeed, trimmed
 
 from lib.commands import __main__ as console
 from lib.run.card import converted_card, model_card
@@ -67,7 +67,7 @@ def test_hyphens_are_as_good_as_underscores() -> None:
 
 RUNS = {
     "pruned and trained": "--model model --prune_method wanda --calibration_data uk --recover 512",
-    "trimmed and quantized": "--model model --trim_vocabulary --quantize q4_0 --completions 1 "
+    "trimmed and quantized": "--model small --quantize q4_0 --completions 1 "
     "--calibration_data uk --eval_data uk en",
     "packed": "--model model --prune_method sparsegpt --allocation error --quantize int4 "
     "--calibration_data uk",
@@ -96,6 +96,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     english = tiny.sentences(20, seed=9)
     tiny.write_texts(folder / "en", english, english[:4])
     chats.write(folder / "said", chats.some(80), chats.some(4, 1))
+    trimmed(folder / "model", folder / "small", folder / "uk")
     return folder
 
 

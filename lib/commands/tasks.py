@@ -77,8 +77,8 @@ def last_words(
     The words of a question have the same script, length and rounded-down log2 of their counts. The
     place of the right one is drawn. Dialogues are rendered with the template of `tokenizer`.
     """
+    from ..data.documents import batches
     from ..data.templates import rendered
-    from ..vocabulary import batches
 
     documents = chain.from_iterable(batches(texts, CHARACTERS))
     # each with the spans whose words are asked for

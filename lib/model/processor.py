@@ -10,11 +10,10 @@ import sys
 from pathlib import Path
 
 import transformers
-from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 from transformers.utils import cached_file
 
-from ..data.token_ids import find_token_ids, map_token_ids
+from ..data.token_ids import find_token_ids
 from .checkpoint import Checkpoint, as_user_error
 
 FILES = ("processor_config.json", "preprocessor_config.json", "video_preprocessor_config.json")
@@ -53,14 +52,9 @@ def processor_ids(checkpoint: Checkpoint, tokenizer: PreTrainedTokenizerBase) ->
     return ids | {index for match, index in numbered if match and match[1] in code}
 
 
-def copy_processor(checkpoint: Checkpoint, folder: Path, rows: Tensor | None) -> None:
-    """Copy the processor's files into `folder`, unless they exist there.
-
-    `rows` (rows,) holds the original id of each new one of a trimmed vocabulary.
-    """
-    new_ids = {old: new for new, old in enumerate([] if rows is None else rows.tolist())}
-    files = map_token_ids(processor_files(checkpoint), lambda index: new_ids.get(index, index))
-    for name, content in files.items():
+def copy_processor(checkpoint: Checkpoint, folder: Path) -> None:
+    """Copy the processor's files into `folder`, unless they exist there."""
+    for name, content in processor_files(checkpoint).items():
         if not (folder / name).exists():
             is_text = isinstance(content, str)
             text = content if is_text else json.dumps(content, indent=2, ensure_ascii=False)

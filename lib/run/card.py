@@ -74,7 +74,7 @@ FIGURES = {
     "top1_agreement": ("top-1 agreement", ".2%"),
     "loss_change": ("loss over {} (nats)", "+.4f"),  # paired by window
 }
-# columns of its table; DENSE_COLUMN is the first if no vocabulary was trimmed
+# columns of its table; DENSE_COLUMN is the first without figures of the original
 FIRST_COLUMN, DENSE_COLUMN, TRIMMED_COLUMN = "original", "dense", "trimmed"
 EARLY_COLUMN, OWN_COLUMN = "before training", "this model"
 LANGUAGE_OF_SET = {"ubertext": "uk", "c4": "en", "fineweb": "en", "wikitext2": "en"}
@@ -83,8 +83,8 @@ LANGUAGE_OF_SET = {"ubertext": "uk", "c4": "en", "fineweb": "en", "wikitext2": "
 def model_card(results: Mapping[str, Any], sources: Sequence[str], online: bool = False) -> str:
     """Return the card: how the model was made, its figures, and how to load it.
 
-    `results` as in lib/run/results.py; `sources` are the texts for calibration, training and
-    vocabulary. `online`: the base model's card may be fetched from the Hub.
+    `results` as in lib/run/results.py; `sources` are the texts for calibration and training.
+    `online`: the base model's card may be fetched from the Hub.
     """
     folder = Path(results["flags"].get("save_model") or "").name
     code = card_lines(folder, results.get("loaded_by") or "AutoModelForCausalLM")
@@ -214,24 +214,19 @@ def figures_table(
 ) -> str:
     """Return the table of figures, with a column for each model: FIRST, or DENSE, to OWN_COLUMN.
 
-    The dense model is the original, or the trimmed one if this run trimmed the vocabulary; it has a
-    column of its own then, unless nothing else was done. `original` are the results of a run on the
-    untrimmed model, `more` further rows: {row: {column: cell}}.
+    `original` are the results of a run on the original model. If the vocabulary was trimmed then,
+    the dense model is the trimmed one, and has a column of its own, unless nothing else was done.
+    `more` are further rows: {row: {column: cell}}.
     """
-    trimmed = results.get("vocabulary") or {}
-    costs = [trimmed.get(f"bits_per_byte_{name}") for name in ("original", "trimmed")]
-    first = FIRST_COLUMN if costs[0] or original else DENSE_COLUMN
-    compares = any("dense" in test for test in results["evaluation"])
-    dense = (TRIMMED_COLUMN if compares else OWN_COLUMN) if costs[0] else first
+    first = FIRST_COLUMN if original else DENSE_COLUMN
+    compares, dense = any("dense" in test for test in results["evaluation"]), first
+    if original and results.get("vocabulary"):
+        dense = TRIMMED_COLUMN if compares else OWN_COLUMN
     table: dict[str, dict[str, str]] = {}
 
     def add(row: str, cells: Mapping[str, str]) -> None:
         table.setdefault(row, {}).update({name: cell for name, cell in cells.items() if cell})
 
-    if costs[0] and (sample := trimmed.get("measured_on")):
-        # in windows, where more text precedes each token, bits per byte are lower
-        name = f"{escape(sample['name'])}, bits per byte, short passages"
-        add(name, {first: f"{costs[0]:.4f}", dense: f"{costs[1]:.4f}"})
     untrained = results.get("recovery", {}).get("before", {}) if is_trained(results) else {}
     of_original = {test["name"]: test for test in (original or {}).get("evaluation", [])}
     for test in results["evaluation"]:
@@ -259,9 +254,8 @@ def figures_table(
             cells = {name: f"{one[key]:.0f}" for name, one in models.items() if one}
             add(f"{escape(answers['test'])}, {each}{of}", cells)
     if "saved_bytes" in results:
-        columns = {first: "dense_bytes", OWN_COLUMN: "saved_bytes"}
-        columns |= {dense: "trimmed_bytes"} if dense == TRIMMED_COLUMN else {}
-        sizes = {name: results.get(key) for name, key in columns.items()}
+        sizes = {first: (original or results).get("dense_bytes")}
+        sizes |= {dense: results.get("dense_bytes"), OWN_COLUMN: results["saved_bytes"]}
         add("MB", {name: f"{size / 1e6:,.1f}" for name, size in sizes.items() if size})
     for row, cells in (more or {}).items():
         add(row, cells)
@@ -291,7 +285,8 @@ def notes(results: Mapping[str, Any]) -> Iterator[str]:
     elif zeros and (kind or before):
         yield f"Share of zeros in the blocks' weights: {zeros:.4f}."
     if vocabulary := results.get("vocabulary"):
-        yield f"{vocabulary['rows']:,} of {vocabulary['rows_before']:,} rows of the vocabulary."
+        of = f" of {vocabulary['model']}" if "model" in vocabulary else ""
+        yield f"{vocabulary['rows']:,} of {vocabulary['rows_before']:,} rows of the vocabulary{of}."
         yield vocabulary["note"]
     yield from results.get("notes", [])
     quantized = results.get("quantized", {})

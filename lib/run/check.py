@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import shutil
 from collections.abc import Iterator
 from dataclasses import replace
@@ -12,14 +11,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
 
 from ..calibration.allocation import read_layers
 from ..calibration.inputs import check_widths
 from ..calibration.mixed_types import read_types
 from ..data.documents import Corpus, are_dialogues, check_corpus, read_line
 from ..data.templates import set_date, writes_date
-from ..data.token_choice import MOST_ROWS
 from ..data.windows import WindowSpec
 from ..formats.grids import Types
 from ..formats.registry import FORMATS
@@ -36,32 +33,26 @@ from ..model.device import (
 from ..model.masks import check_new_file
 from ..model.matrix import unread_of
 from ..model.pretrained import LONGEST_WINDOW, load_config, load_tokenizer, window_length
-from ..model.processor import processor_ids
-from ..model.rows import config_token_ids, keep_rows_, trimmable_rows
 from ..model.saving import parameter_bytes, text_alone
 from ..model.skeleton import build_skeleton, changed_shapes, decoder_blocks
 from ..offload.sharded import check_rows, ranks_of_state
 from ..recover import CROSS_ENTROPY, TrainSchedule
 from ..sparse import check_packable
+from ..util.cli import typed
 from ..util.errors import UserError
 from ..util.files import check_new_folder, check_writable, partial_of
 from ..util.host import gib
 from ..util.progress import quiet
 from ..util.ranks import DistContext, local_device
 from ..util.resume import JOB, RunFolder, begun_with
-from ..vocabulary import (
-    SavesTooLittle,
-    TrimmedVocabulary,
-    measured_bytes,
-    trim_vocabulary,
-)
-from .fingerprint import EARLIER, fingerprint, first_difference
+from .fingerprint import EARLIER, TRIMS, fingerprint, first_difference
 from .flags import named, shown
 from .gguf_size import room_for_types
 from .lm_eval import check_tasks
-from .plan import AUTO, Flags
-from .run import Model, Run, Teacher, kept_parts, timed
+from .plan import AUTO, TRIM, Flags
+from .run import Model, Run, Teacher, kept_parts
 from .save import CARD
+from .trimmed import OTHER_TEACHER, teacher_rows
 from .windows import (
     Corpora,
     RunWindows,
@@ -72,7 +63,6 @@ from .windows import (
 )
 
 PACKED_AT_MOST = 8  # times as many bytes has the dense model, in 32 bits and packed in 4
-OTHER_TEACHER = "Name the dense model that it was made from"
 # until benchmarks/results has a file of benchmarks/gpu/first_run.py
 UNTRIED = "no real GPU has run this code, only a simulated one; report errors, or use --device cpu"
 
@@ -82,7 +72,7 @@ def check(
     shared: Path | None = None,
     longest: int = LONGEST_WINDOW,
 ) -> Run:
-    """Check outputs, texts, device, config, tokenizer, vocabulary and windows, cheapest first.
+    """Check outputs, texts, device, config, tokenizer and windows, cheapest first.
 
     `shared` is the folder in which the runs of a sweep share the dense model's states. `longest` is
     the longest window, in tokens, without --seqlen. Raises UserError for a run that cannot succeed.
@@ -96,7 +86,7 @@ def check(
     quiet()
     device = local_device(pick_device(flags.device))
     set_current_device(device)
-    dist, seconds = DistContext(device), {}
+    dist = DistContext(device)
     model = open_model(flags, device, longest)
     form = _format(flags, model)
     if flags.device is None:
@@ -107,14 +97,10 @@ def check(
     _check_readable(read, hub=True)
     dist.print(*_lines_on_texts(read))
     schedule = _schedule(flags, model, corpora, dist) if flags.recover else None
-    vocabulary = None
-    if flags.trim_vocabulary:
-        vocabulary = _choose_tokens(flags, model, corpora, dist, seconds)
-    tokenizer = vocabulary.tokenizer if vocabulary else model.tokenizer
-    teacher = _open_teacher(flags, model, vocabulary) if flags.teacher else None
-    spec = WindowSpec(tokenizer, model.window, seed=flags.seed)
+    teacher = _open_teacher(flags, model) if flags.teacher else None
+    spec = WindowSpec(model.tokenizer, model.window, seed=flags.seed)
     windows = draw_windows(flags, corpora, spec, schedule, dist)
-    if not may_need_bos(flags, tokenizer):
+    if not may_need_bos(flags, model.tokenizer):
         corpora.free()
     seqlen = windows.seqlen
     if schedule and flags.recover < seqlen:
@@ -122,7 +108,7 @@ def check(
         fix = f"Give at least {seqlen}, or a smaller --seqlen"
         raise UserError(shown(flags, "recover"), problem, fix)
     size = flags.batch_size or default_batch_size(device, seqlen, model.width)
-    _check_tokens(flags, model, tokenizer, windows)
+    _check_tokens(flags, model, windows)
     run = Run(
         flags=flags,
         dist=dist,
@@ -130,12 +116,10 @@ def check(
         corpora=corpora,
         windows=windows,
         batch_size=size,
-        vocabulary=vocabulary,
         schedule=schedule and replace(schedule, seqlen=seqlen),
         teacher=teacher,
         form=form,
         shared=shared,
-        seconds=seconds,
     )
     if flags.format == AUTO:
         room_for_types(run)  # raises if there is too little
@@ -260,43 +244,6 @@ def _set_date(flags: Flags, tokenizer: Any, dist: DistContext) -> None:
         set_date(flags.date)
 
 
-def _choose_tokens(
-    flags: Flags, model: Model, corpora: Corpora, dist: DistContext, seconds: dict[str, float]
-) -> TrimmedVocabulary:
-    """Choose the tokens to keep; the smaller tokenizer is checked on every test text.
-
-    Raises UserError if the model or its tokenizer cannot be trimmed, or if a text would decode
-    differently.
-    """
-    rows = trimmable_rows(model.skeleton, model.checkpoint)
-    ids = config_token_ids(model.checkpoint, model.config)
-    if unread_of(model.skeleton):
-        ids |= processor_ids(model.checkpoint, model.tokenizer)
-    with timed(seconds, dist, "vocabulary"):
-        vocabulary = trim_vocabulary(
-            model.tokenizer,
-            model.checkpoint,
-            config=model.config,
-            corpora=corpora.vocabulary,
-            dist=dist,
-            rows=rows,
-            config_ids=ids,
-            price=flags.vocabulary_price,
-            kept=flags.vocabulary_rows,
-        )
-        left = len(vocabulary.rows)
-        if flags.vocabulary_rows is None and left > MOST_ROWS * rows:
-            problem = f"{left:,} of {rows:,} rows would stay, which saves too little"
-            fix = "Leave the flag out, or give more text, or --vocabulary_rows"
-            raise SavesTooLittle("--trim_vocabulary", problem, fix)
-        lines = vocabulary.verify(corpora.tests)
-        if "measured_on" not in vocabulary.record:
-            size = measured_bytes(dist.device.type)
-            vocabulary.hold_out(corpora.tests[0], model.window, size, flags.eval_windows)
-    dist.print(vocabulary.summary(), *lines)
-    return vocabulary
-
-
 def _schedule(flags: Flags, model: Model, corpora: Corpora, dist: DistContext) -> TrainSchedule:
     """Return the schedule of the recovery. Raises UserError if the model cannot be trained."""
     if stored_bits(model.config):
@@ -317,7 +264,7 @@ def _schedule(flags: Flags, model: Model, corpora: Corpora, dist: DistContext) -
     )
 
 
-def _open_teacher(flags: Flags, model: Model, vocabulary: TrimmedVocabulary | None) -> Teacher:
+def _open_teacher(flags: Flags, model: Model) -> Teacher:
     """Read the teacher's config. Raises UserError if the model was not made from it."""
     checkpoint = replace(model.checkpoint, name=flags.teacher, flag="--teacher", revision=None)
     config = load_config(checkpoint)
@@ -325,45 +272,21 @@ def _open_teacher(flags: Flags, model: Model, vocabulary: TrimmedVocabulary | No
     check_format(checkpoint, config, load_bit=None, changes="--recover")
     if stored_bits(config):
         raise UserError(str(checkpoint), "it is quantized", "Name the unquantized model")
-    dense = copy.deepcopy(build_skeleton(config, checkpoint))  # and its config
-    skeleton = copy.deepcopy(model.skeleton)
-    if vocabulary:
-        keep_rows_(skeleton, vocabulary.rows)
-    rows = _teacher_rows(model, vocabulary, checkpoint, skeleton)
-    if rows is not None:
-        trimmable_rows(dense, checkpoint)
-        keep_rows_(dense, rows)
-    changed = changed_shapes(skeleton, dense)
+    dense = build_skeleton(config, checkpoint)
+    rows = teacher_rows(model, checkpoint, dense.get_input_embeddings().num_embeddings)
+    changed, inside = changed_shapes(model.skeleton, dense), f"{model.blocks_name}."
     for name, (ours, theirs) in changed.items():  # the blocks may have fewer rows or columns
         lost = len(ours) == len(theirs) and all(map(le, ours, theirs))
-        if not lost or not name.startswith(f"{model.blocks_name}."):
+        is_table = rows is not None and (len(rows), *theirs[1:]) == ours
+        if not lost or not (name.startswith(inside) or is_table):
             problem = f"its {name} is {list(theirs) or 'missing'}, and that of "
             problem += f"{model.checkpoint} is {list(ours) or 'missing'}"
             raise UserError(str(checkpoint), problem, OTHER_TEACHER)
-    return Teacher(checkpoint, config, rows, is_larger=bool(changed))
+    is_larger = any(name.startswith(inside) for name in changed)
+    return Teacher(checkpoint, config, rows, is_larger)
 
 
-def _teacher_rows(
-    model: Model, vocabulary: TrimmedVocabulary | None, checkpoint: Checkpoint, skeleton: nn.Module
-) -> Tensor | None:
-    """Return the rows of the teacher's vocabulary that `skeleton` has; None: all of them.
-
-    Raises UserError if the teacher lacks tokens of the model.
-    """
-    teacher_ids = load_tokenizer(checkpoint).get_vocab()
-    if teacher_ids == model.tokenizer.get_vocab():
-        return vocabulary.rows if vocabulary else None
-    tokenizer = vocabulary.tokenizer if vocabulary else model.tokenizer
-    tokens = sorted(tokenizer.get_vocab().items(), key=lambda item: item[1])
-    every_row = range(skeleton.get_input_embeddings().num_embeddings)
-    names_rows = [index for _, index in tokens] == list(every_row)
-    if not names_rows or any(token not in teacher_ids for token, _ in tokens):
-        problem = f"its vocabulary differs from that of {model.checkpoint}"
-        raise UserError(str(checkpoint), problem, OTHER_TEACHER)
-    return torch.tensor([teacher_ids[token] for token, _ in tokens])
-
-
-def _check_tokens(flags: Flags, model: Model, tokenizer: Any, windows: RunWindows) -> None:
+def _check_tokens(flags: Flags, model: Model, windows: RunWindows) -> None:
     """Raise UserError if the texts have tokens for which the model's embedding has no row."""
     rows = model.skeleton.get_input_embeddings().num_embeddings
     sets = [windows.calibration, *(test.windows for test in windows.tests)]
@@ -371,7 +294,7 @@ def _check_tokens(flags: Flags, model: Model, tokenizer: Any, windows: RunWindow
         sets += [windows.training.windows, windows.training.held_out]
     highest = max(int(each.ids.max()) for each in sets if each is not None and len(each))
     if highest >= rows:
-        token = tokenizer.convert_ids_to_tokens(highest)
+        token = model.tokenizer.convert_ids_to_tokens(highest)
         raise UserError(
             f"--model {flags.model}",
             f"the texts have token {highest} ({token!r}), but the embedding has {rows} rows",
@@ -451,6 +374,8 @@ def _cannot_continue(run: Run, folder: RunFolder, flag: str, path: str) -> tuple
         return "it holds the state of an unfinished run", fix
     begun, pruning = EARLIER | folder.begun, run.fingerprint["pruning"]
     if folder.begun and (changed := first_difference(begun, pruning)):
+        if changed[0] == TRIMS:
+            return f"it was begun with {TRIMS}", TRIM.format(typed("trim"), "a new --resume")
         problem = "it was begun with {} {!r}, not {!r}".format(*changed)
         return problem, "Give the same again, or another folder"
     ranks = ranks_of_state(folder) - {run.dist.size if run.is_sharded else 1}
@@ -460,21 +385,15 @@ def _cannot_continue(run: Run, folder: RunFolder, flag: str, path: str) -> tuple
     return None
 
 
-def check_disk(run: Run, flag: str, path: str, more: float = 0, tables: bool = True) -> None:
+def check_disk(run: Run, flag: str, path: str, more: float = 0) -> None:
     """Raise UserError if the saved model, and `more` bytes, do not fit on the disk of `path`.
 
-    `tables`: with the embedding and other tables by tokens. A packed model is smaller than dense,
-    here by the most that packing can save. Blocks that wait in the run's own folders become part of
-    the model.
+    A packed model is smaller than dense, here by the most that packing can save. Blocks that wait
+    in the run's own folders become part of the model.
     """
-    model, flags, dropped = run.model.small, run.flags, 0
-    rows = model.get_input_embeddings().num_embeddings
+    model, flags = run.model.small, run.flags
     gone = unread_of(model) if flags.text_only else ()
-    for name, weight in model.named_parameters():
-        by_token = weight.shape[:1] == (rows,) and not name.startswith(f"{run.model.blocks_name}.")
-        left = (len(run.vocabulary.rows) if run.vocabulary else rows) if tables else 0
-        share = left / rows if by_token else name not in gone
-        dropped += (1 - share) * weight.numel()
+    dropped = sum(weight.numel() for name, weight in model.named_parameters() if name in gone)
     dense = parameter_bytes(model, run.model.save_dtype) - dropped * run.model.save_dtype.itemsize
     size = more + (dense / PACKED_AT_MOST if flags.packs or flags.load_bit else dense)
     own = {str(partial_of(path)), flags.resume, flags.offload_folder} - {None}

@@ -44,10 +44,10 @@ class Completions:
         self.new_ids: dict[str, list[list[int]]] = {}  # continuations of all, by model name
         window = window_length(run.model.config, None)
         for test in run.windows.tests if run.flags.completions else ():
-            prompts = [(decode(run.tokenizer, ids), ids.tolist()) for ids in test.prompts]
+            prompts = [(decode(run.model.tokenizer, ids), ids.tolist()) for ids in test.prompts]
             self.prompts += [(test.name, *prompt) for prompt in prompts]
             for dialogue in test.dialogues:
-                ids = prompt_of(run.tokenizer, dialogue.prompt, dialogue.tools)
+                ids = prompt_of(run.model.tokenizer, dialogue.prompt, dialogue.tools)
                 if 0 < len(ids) < window - NEW_TOKENS:
                     self.asked.append((test.name, dialogue.prompt[-1]["content"], ids))
         longest = max((len(ids) for *_, ids in self.asked), default=0)
@@ -90,12 +90,12 @@ class Completions:
             if not (places and self.new_ids):
                 continue
             windows = [each.ids[:KNOWN_WINDOWS] for each in (*read, test.windows)]
-            text = "\n".join(decode(run.tokenizer, ids) for each in windows for ids in each)
+            text = "\n".join(decode(run.model.tokenizer, ids) for each in windows for ids in each)
             written, known = script_of(text), set(words_of(text))
             record = {"test": test.name, "prompts": len(places), "limit": self.limit}
             for name, new_ids in self.new_ids.items():
                 answers = [new_ids[len(self.prompts) + place] for place in places]
-                texts = [decode(run.tokenizer, ids) for ids in answers]
+                texts = [decode(run.model.tokenizer, ids) for ids in answers]
                 record[name] = {
                     "ended": sum(len(ids) < self.limit for ids in answers),
                     "in_language": sum(is_in(written, known, text) for text in texts),
@@ -109,7 +109,7 @@ class Completions:
         return [
             {"test": test, "prompt": prompt}
             | {
-                name: decode_completion(self.run.tokenizer, ids, new_ids[index])
+                name: decode_completion(self.run.model.tokenizer, ids, new_ids[index])
                 for name, new_ids in self.new_ids.items()
             }
             for index, (test, prompt, ids) in enumerate([*self.prompts, *self.asked])

@@ -3,10 +3,10 @@
 An interrupted run is resumed only with the same fingerprint, and all ranks of a run must have the
 same. A sweep skips a run that was finished with it. Flags that change the result count by value;
 models and texts count by content, paths do not count. The version of this program counts, and the
-revisions of the pruning method, of the quantizer, of the rule that chooses tokens and of figures
-(by held-out text, training keeps its best state); a method in a user's file counts by content. On
-one machine and with as many threads, the same fingerprint gives the same bytes; another processor
-or number of threads changes rounding.
+revisions of the pruning method, of the quantizer and of figures (by held-out text, training keeps
+its best state); a method in a user's file counts by content. On one machine and with as many
+threads, the same fingerprint gives the same bytes; another processor or number of threads changes
+rounding.
 """
 
 from __future__ import annotations
@@ -22,7 +22,6 @@ from pathlib import Path
 from typing import Any
 
 from .. import __version__
-from ..data import token_choice
 from ..eval import REVISION
 from ..formats.registry import QUANTIZED
 from ..methods.gptq import GPTQ
@@ -36,6 +35,8 @@ PACKAGES = "torch transformers tokenizers datasets accelerate numpy bitsandbytes
 DECIDING = "torch", "transformers", "tokenizers", "numpy"  # versions that may change bytes
 VERSION = "version of langprune"
 EARLIER = {VERSION: "before 0.4"}  # which did not write it
+TRIMS = "--trim_vocabulary"  # an entry of runs that could trim
+WITHOUT = {TRIMS: False}  # all others are as today's
 WEIGHTS = "*.safetensors"
 SETTINGS = "*.json", "*.jinja", "*.model", "*.txt", "*.tiktoken"  # tokenizer and generation
 SETTINGS_BYTES = 2**26  # limit of a settings file; larger files, such as logs, do not count
@@ -69,9 +70,6 @@ def fingerprint(run: Run, weights: bool) -> dict[str, dict[str, Any]]:
     for flag, each in read.items():
         pruning[f"config of {flag}"] = _content(*each, "config.json", "*.py")
     pruning |= digests or {}
-    if run.vocabulary:
-        pruning["tokens of --trim_vocabulary"] = run.vocabulary.digest
-        pruning["revision of --trim_vocabulary"] = token_choice.REVISION
     if windows.training:
         pruning["windows of --recover"] = windows.training.record["digest"][:16]
         pruning["revision of figures"] = REVISION
@@ -105,6 +103,7 @@ def fingerprint(run: Run, weights: bool) -> dict[str, dict[str, Any]]:
 
 def first_difference(before: dict[str, Any], now: dict[str, Any]) -> tuple[str, Any, Any] | None:
     """Return the name and both values of the first entry that differs."""
+    before, now = WITHOUT | before, WITHOUT | now
     names = (name for name in {**now, **before} if before.get(name) != now.get(name))
     return next(((name, before.get(name), now.get(name)) for name in names), None)
 

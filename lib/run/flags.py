@@ -16,7 +16,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from ..data.token_choice import MULTIPLE, PRICE
+from ..data.token_choice import MULTIPLE
 from ..formats.registry import GRIDS, PACKING, QUANTIZED
 from ..methods.registry import EXPERT_METHODS, METHODS, is_file
 from ..methods.sparsity import (
@@ -42,7 +42,8 @@ examples:
     {0} --model MODEL --prune_method admm --allocation error --calibration_data TEXTS \\
         --recover 500000 --save_model OUT
   4 bits for llama.cpp, with the vocabulary of the texts:
-    {0} --model MODEL --trim_vocabulary --quantize q4_0 --calibration_data TEXTS --save_model OUT
+    {1} MODEL SMALL --data TEXTS
+    {0} --model SMALL --quantize q4_0 --calibration_data TEXTS --save_model OUT
 """
 
 # what a flag decides, and so how lib/run/fingerprint.py counts it
@@ -92,15 +93,6 @@ def _one_of(names: Collection[str], ends: str, more: str) -> Callable[[str], str
     return parse
 
 
-def _rows(text: str) -> int | str:
-    """Parse a number of rows that GPUs multiply fast, or a file."""
-    if text.endswith(".json"):
-        return text
-    if (value := int(text)) < MULTIPLE or value % MULTIPLE:
-        raise argparse.ArgumentTypeError(f"{text}: must be a multiple of {MULTIPLE}, or FILE.json")
-    return value
-
-
 OTHER_GRIDS = ", ".join(name for name in GRIDS if name != "q4_0")
 METHOD = _one_of((*METHODS, *EXPERT_METHODS), ".py:", "FILE.py:CLASS")
 
@@ -110,7 +102,7 @@ class Flag:
     """A flag of main.py: how it is read, and what it means for a run, a sweep and the outputs."""
 
     name: str
-    step: str  # of a run: "load", "read", "draw", "trim", "prune", ...; "execute" is all of them
+    step: str  # of a run: "load", "read", "draw", "prune", ...; "execute" is all of them
     about: str  # for --help, without the default
     default: Any = None  # False: a switch
     parse: Callable[[str], Any] | None = None
@@ -223,20 +215,6 @@ GROUPS: dict[str, list[Flag]] = {
          "2:4 uses torch's kernels on CUDA (not timed)", False,
          excludes={"load_bit": "quantized weights cannot be packed"}, doing="packing"),
 ],
-"vocabulary": [
-    Flag("trim_vocabulary", "trim", "remove tokens that the training text does not use", False,
-         set_by=COMPRESS),
-    Flag("vocabulary_data", "trim", "more text whose tokens are kept; requires "
-         "--trim_vocabulary", several=True, metavar="SOURCE",
-         needs=("trim_vocabulary",), decides=CONTENT),
-    Flag("vocabulary_price", "trim", "tokens saved per million for which an unused one stays; "
-         "requires --trim_vocabulary", PRICE, PRICED, metavar="TOKENS",
-         needs=("trim_vocabulary",), decides=CONTENT),
-    Flag("vocabulary_rows", "trim", "so many rows stay, or those of vocabulary.json of a run; "
-         "requires --trim_vocabulary", parse=_rows, metavar="N|FILE",
-         shown="by --vocabulary_price", needs=("trim_vocabulary",),
-         excludes={"vocabulary_price": "the rows are given"}, decides=CONTENT),
-],
 "recovery training": [
     Flag("recover", "recover", "train on this many tokens, with the dense model as teacher; "
          "sparsity and 4 bits stay", parse=POSITIVE, metavar="TOKENS",
@@ -333,7 +311,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser = FlagParser(
         description=DESCRIPTION,
         usage="%(prog)s --model MODEL [options]",
-        epilog=EXAMPLES.format(typed("prune")),
+        epilog=EXAMPLES.format(typed("prune"), typed("trim")),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     for title, flags in GROUPS.items():
@@ -406,7 +384,7 @@ def mistakes(args: argparse.Namespace) -> Iterator[UserError]:
     yield from _pruning_mistakes(args)
     if args.save_model:
         target, saved = Path(args.save_model).resolve(), shown(args, "save_model")
-        if args.eval_only and not (packed(vars(args)) or args.trim_vocabulary or args.text_only):
+        if args.eval_only and not (packed(vars(args)) or args.text_only):
             problem = "--eval_only leaves the model unchanged"
             yield UserError(saved, problem, "Leave out one of them")
         for name in named(folder=True):
@@ -434,7 +412,7 @@ def _pruning_mistakes(args: argparse.Namespace) -> Iterator[UserError]:
         yield UserError(shown(args, "megabytes"), problem, "Leave out one of them")
     has_text = args.calibration_data or args.prune_on_c4
     rounds = args.quantize and (has_text or not packs)
-    if not (method or args.eval_only or args.recover or args.trim_vocabulary or rounds):
+    if not (method or args.eval_only or args.recover or rounds):
         fix = f"Use {', '.join(METHODS)}, or give --eval_only"
         yield UserError("--prune_method", "none is given", fix)
     if args.use_variant and method != "wanda":

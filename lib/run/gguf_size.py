@@ -43,7 +43,6 @@ def gguf_bytes(run: Run, model: nn.Module, form: Any, outer: float) -> float:
 def sizes_and_rest(run: Run, model: nn.Module, outer: float) -> tuple[Costs, float]:
     """Return {tensor: {type: bytes}} of `model`, and the bytes of the rest of its file."""
     rows = model.get_input_embeddings().num_embeddings
-    rows = len(run.vocabulary.rows) if run.vocabulary else rows
     sizes = sizes_of(model, run.model.blocks_name, rows)
     whole = gguf_bytes(run, model, Types(), outer)  # as q8_0
     return sizes, whole - sum(types[Q8_0] for types in sizes.values())
@@ -68,16 +67,14 @@ def room_for_types(run: Run) -> tuple[Costs, float]:
 
 def vocabulary_bytes(run: Run) -> float:
     """Return the bytes of a GGUF file outside its blocks: tables, tokens, merges and fields."""
-    model, tokenizer = run.model.skeleton, run.tokenizer
-    all_rows, unread = model.get_input_embeddings().num_embeddings, unread_of(model)
-    rows = len(run.vocabulary.rows) if run.vocabulary else all_rows
+    model, tokenizer = run.model.skeleton, run.model.tokenizer
+    rows, unread = model.get_input_embeddings().num_embeddings, unread_of(model)
     size = HEADER_BYTES + 2 * len(str(tokenizer.chat_template or "").encode())
     for name, weight in model.named_parameters():
         if name.startswith(f"{run.model.blocks_name}.") or name in unread:
             continue
-        table = len(weight) == all_rows
-        numbers = weight.numel() // all_rows * rows if table else weight.numel()
-        size += numbers * (TYPES[Q8_0].bits_per_weight if table else 32) / 8 + TENSOR_BYTES
+        table = len(weight) == rows
+        size += weight.numel() * (TYPES[Q8_0].bits_per_weight if table else 32) / 8 + TENSOR_BYTES
     tokens = tokenizer.get_vocab()
     merges = json.loads(tokenizer.backend_tokenizer.to_str())["model"].get("merges") or ()
     strings = [*tokens, *(merge if isinstance(merge, str) else " ".join(merge) for merge in merges)]

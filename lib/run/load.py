@@ -15,7 +15,6 @@ import torch
 
 from ..model import pretrained
 from ..model.blocks import BlockRunner
-from ..model.rows import keep_rows_
 from ..model.saving import cast
 from ..model.skeleton import decoder_blocks
 from ..model.sparsity_check import SparsityCheck
@@ -27,6 +26,7 @@ from ..util.host import keep_freed_memory
 from ..util.resume import RunFolder
 from .memory import local_memory
 from .run import Run
+from .trimmed import predict_rows_
 
 LEAST_ZEROS = 0.01  # share of zeros in the blocks below which a model counts as not pruned
 MEMORY = Path("/dev/shm")  # on Linux: files in memory
@@ -120,7 +120,8 @@ def load_teacher(run: Run, runner: BlockRunner, cleanup: ExitStack) -> BlockRunn
         )
         run.dist.barrier()  # as above
         if spec.rows is not None:
-            keep_rows_(model, spec.rows)
+            predict_rows_(model, spec.rows)
+            model.generation_config = runner.model.generation_config  # with the model's ids
         if not resident:
             files = dict(folder=None, on_disk=False, cast_on_load=False, dist=run.dist)
             store = FileBlockStore(model, run.device, **files)

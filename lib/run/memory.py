@@ -113,11 +113,6 @@ class Memory:
         return self.run.dist.count(len(self.run.windows.calibration or ()))
 
     @property
-    def rows(self) -> int | None:
-        """Rows of a trimmed vocabulary."""
-        return len(self.run.vocabulary.rows) if self.run.vocabulary else None
-
-    @property
     def separable(self) -> bool:
         """Whether blocks can be offloaded."""
         quantized = self.flags.load_bit or self.is_stored
@@ -175,19 +170,14 @@ class Memory:
     @cached_property
     def _tables(self) -> int:
         """Bytes outside the blocks: embedding, head, norms, other towers, buffers."""
-        return self._outside(self.model.skeleton, None)
+        return self._outside(self.model.skeleton)
 
-    def _outside(self, model: nn.Module, rows: int | None) -> int:
-        """Return the bytes outside the blocks, with `rows` of the vocabulary (None: all)."""
+    def _outside(self, model: nn.Module) -> int:
+        """Return the bytes outside the blocks."""
         inside = {id(one) for one in model.get_submodule(self.model.blocks_name).parameters()}
-        every = model.get_input_embeddings().num_embeddings
-        size = sum(one.nbytes for one in model.buffers())
-        for one in model.parameters():
-            if id(one) not in inside:
-                cut = rows is not None and one.shape[:1] == (every,)
-                count = one.numel() // every * rows if cut else one.numel()
-                size += count * self.model.dtype.itemsize
-        return size
+        outside = (one.numel() for one in model.parameters() if id(one) not in inside)
+        buffers = sum(one.nbytes for one in model.buffers())
+        return buffers + sum(outside) * self.model.dtype.itemsize
 
     def _teacher_at(self, stage: str) -> int:
         """Return the teacher's bytes: a separate model, or a copy of the blocks.
@@ -200,7 +190,10 @@ class Memory:
         inside = sum(self._sizes(teacher.skeleton) if teacher else self._inside)
         if self.offloaded and (self.ranks > 1 or self.run.schedule):
             inside = self._shard(inside) if stage == "train" and self.ranks > 1 else 0
-        return inside + (self._outside(teacher.skeleton, self.rows) if teacher else 0)
+        if not teacher:
+            return inside
+        head = len(teacher.rows or ()) * self.model.width  # a trimmed model's part of it, beside it
+        return inside + self._outside(teacher.skeleton) + head * self.model.dtype.itemsize
 
     def stream(self, windows: int) -> int:
         """Return the bytes of the hidden states of windows."""
@@ -283,7 +276,7 @@ class Memory:
     @property
     def _logits(self) -> int:
         """Bytes of a batch's logits, in as many chunks as needed."""
-        vocabulary = self.rows or self.model.skeleton.get_input_embeddings().num_embeddings
+        vocabulary = self.model.skeleton.get_input_embeddings().num_embeddings
         most = GPU_LOGIT_BYTES if self.gpu else LOGIT_BYTES
         tokens = self.run.batch_size * self.run.windows.seqlen
         return LOGITS * min(most, FLOAT * tokens * vocabulary)
@@ -474,10 +467,8 @@ class Memory:
     def _weights_at(self, stage: str) -> int:
         """Return the bytes of weights on the device, fewer after removals."""
         size = self.weights
-        if stage != "load":
-            size += self._outside(self.model.skeleton, self.rows) - self._tables
         if stage in ("quantize", "train", "save") and isinstance(self.run.form, Types):
-            size += self._outside(self.model.skeleton, self.rows)  # the dense model keeps its own
+            size += self._tables  # the dense model keeps its own
         if stage in ("train", "save") and not self.offloaded:
             size -= sum(self._inside) - sum(self._sizes(self.model.small))
         if stage == "train" and self.offloaded and self.ranks > 1:  # beside a gathered block
@@ -679,7 +670,7 @@ def memory_of(
     tests = [TestSet("", windows(TESTS), {})]
     drawn = RunWindows(seqlen, calibration=calibration, tests=tests, training=training)
     batch_size = flags.batch_size or default_batch_size(device, seqlen, model.width)
-    corpora = Corpora([], [], [])
+    corpora = Corpora([], [])
     form = FORMATS.get(flags.format)
     run = Run(flags, dist, model, corpora, drawn, batch_size, schedule=schedule, form=form)
     memory = Memory(run, int(free), int(host), ranks)

@@ -1,32 +1,46 @@
 """What the flags of a run mean: its steps besides evaluation, derived from the flags alone.
 
-`Flags` holds the flags as argparse has parsed them. Its properties say what is removed (vocabulary;
-weights, neurons or experts), how it is chosen, and the format of the result. This module imports
-neither torch nor transformers.
+`Flags` holds the flags as argparse has parsed them. Its properties say what is removed (weights,
+neurons or experts), how it is chosen, and the format of the result. This module imports neither
+torch nor transformers.
 """
 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Mapping
+import sys
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..formats.registry import PACKING
 from ..methods.registry import label, method_of
 from ..methods.sparsity import RATIO_TYPES, SMALLER, Sparsity
-from ..util.cli import Parser
+from ..util.cli import Parser, typed, underscored
+from ..util.errors import UserError
 
 if TYPE_CHECKING:
     from ..methods.base import PruningMethod
 
 AUTO = "auto"  # of --quantize: a type for each tensor, by --megabytes
 PRUNED_BEFORE = "pruned before"  # method of a run on an already pruned model
+# flags of earlier versions, for which `trim` is a command of its own
+RETIRED = "--trim_vocabulary", "--vocabulary_data", "--vocabulary_price", "--vocabulary_rows"
+TRIM = "Run {} MODEL SMALL --data TEXTS, then {} with --model SMALL"
 
 
 def packed(flags: Mapping[str, Any]) -> bool:
     """Return whether the model is saved packed; --quantize int4 implies it."""
     return bool(flags.get("replace_sparse_layers") or flags.get("quantize") in PACKING)
+
+
+def retired(words: Iterable[str]) -> UserError | None:
+    """Return the mistake in words of a command line that would trim the vocabulary."""
+    for word in underscored(words):
+        if (flag := word.partition("=")[0]) in RETIRED:
+            problem = "trimming is a command of its own"
+            return UserError(flag, problem, TRIM.format(typed("trim"), "this"))
+    return None
 
 
 class Flags(argparse.Namespace):
@@ -132,4 +146,7 @@ class FlagParser(Parser):
     """Parses the command line of main.py into `Flags`."""
 
     def parse_known_args(self, args=None, namespace=None):
-        return super().parse_known_args(args, Flags() if namespace is None else namespace)
+        words = sys.argv[1:] if args is None else args
+        if mistake := retired(words):
+            self.error(str(mistake))
+        return super().parse_known_args(words, Flags() if namespace is None else namespace)

@@ -18,19 +18,18 @@ from ..data.windows import TestSet
 from ..eval import exp
 from ..model.blocks import BlockRunner
 from ..model.device import checkpoint_dtype
-from ..model.rows import TRIMMED_FROM
 from ..model.saving import footprint, parameter_bytes
 from ..model.skeleton import auto_class
 from ..util.errors import UserError, one_line
 from ..util.files import write_text
 from ..util.host import gib, peak_memory
 from ..util.processes import ROOT
-from ..vocabulary import NOTE
 from .card import figures_table, notes
 from .fingerprint import versions
 from .flags import command_words
 from .results import LOSSES, RESULTS, read_results
 from .run import Run
+from .trimmed import vocabulary_record
 
 
 def base_results(run: Run, runner: BlockRunner) -> dict[str, Any]:
@@ -83,14 +82,11 @@ def processor() -> str:
 
 
 def finish_results(run: Run, runner: BlockRunner) -> None:
-    """Add vocabulary, memory, timing and footprint figures to the results."""
+    """Add memory, timing and footprint figures to the results."""
     results = run.results
     results |= {"bos": run.windows.bos, "calibration": run.windows.record}
-    if run.vocabulary:
-        results["vocabulary"] = {"note": NOTE} | run.vocabulary.record
-    elif before := getattr(run.model.config, TRIMMED_FROM, None):  # trimmed by an earlier run
-        rows = run.model.config.get_text_config(decoder=True).vocab_size
-        results["vocabulary"] = {"note": NOTE, "rows": rows, "rows_before": before}
+    if vocabulary := vocabulary_record(run.model):
+        results["vocabulary"] = vocabulary
     results["footprint"]["after"] = footprint(runner.model)
     results |= {"seconds": run.seconds, "peak_memory": peak_memory(run.device)}
 

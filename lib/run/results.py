@@ -1,7 +1,6 @@
 """results.json: one dictionary with the settings and figures of a run.
 
-Beside it, allocation.json has the share of zeros that each linear layer should have, not rounded,
-and vocabulary.json the tokens of a trimmed vocabulary.
+Beside it, allocation.json has the share of zeros that each linear layer should have, not rounded.
 A run fills only the keys that it has figures for. Obsolete keys in files of earlier versions
 (`abilities`, `fidelity`, `depth`, `products`) are ignored. The keys, in an example:
 
@@ -27,12 +26,9 @@ A run fills only the keys that it has figures for. Obsolete keys in files of ear
             "weights_before": 9, "weights_after": 8, "bytes_before": 9, "bytes_after": 8,
             "removed": [[3, 17]]},                          # removed neurons of each block
         "experts": {..., "routed": [[0.1, 0.9]]},           # as neurons, and shares of tokens
-        "vocabulary": {
-            "note": "...", "rows": 30000, "rows_before": 262144, "digest": "...",
-            "rise": 0.02, "likely": 512,    # of held-out text with used tokens; tokens added
-            "measured_on": {"name": "uk", "bytes": 16384, "model": "owner/name"},
-            "bits_per_byte_original": 0.75, "bits_per_byte_trimmed": 0.76,
-            "cost_interval": [0.005, 0.02]},                # 95%, of the rise as a share
+        "vocabulary": {                                     # of a model that `trim` wrote
+            "note": "...", "rows": 30000, "rows_before": 262144,
+            "digest": "...", "model": "owner/name"},        # the original, by vocabulary.json
         "recovery": {
             "tokens": 300000, "seconds": 60.0, "step_seconds": 55.0, "teacher": "owner/name",
             "cross_entropy": 0.2,
@@ -65,7 +61,6 @@ A run fills only the keys that it has figures for. Obsolete keys in files of ear
         "seconds": {"load": 1.0}, "peak_memory": {"host": 9, "device": null},       # bytes
         "footprint": {"before": 9, "after": 5},             # bytes of the model in memory
         "saved_bytes": 5, "dense_bytes": 9,                 # weights saved; original weights
-        "trimmed_bytes": 7,                                 # weights of the trimmed model
         "fingerprint": {"pruning": {"--nsamples": 128}, "measuring": {}},
     }
 """

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -29,7 +29,6 @@ from ..remove import experts_left, neurons_left
 from ..util.progress import progress
 from ..util.ranks import DistContext
 from ..util.resume import RunFolder
-from ..vocabulary import TrimmedVocabulary
 from .plan import Flags
 from .windows import Corpora, RunWindows
 
@@ -89,7 +88,7 @@ class Teacher:
 
     checkpoint: Checkpoint
     config: Any
-    rows: Tensor | None  # its vocabulary rows that the model has; None: all
+    rows: list[int] | None  # of its vocabulary, one for each of the model's; None: all
     is_larger: bool  # it has more neurons or experts than the model
 
     @cached_property
@@ -107,7 +106,6 @@ class Run:
     corpora: Corpora
     windows: RunWindows
     batch_size: int
-    vocabulary: TrimmedVocabulary | None = None
     schedule: TrainSchedule | None = None  # of the recovery training
     teacher: Teacher | None = None
     form: Any = None  # of the linear layers; with --quantize auto chosen before they are quantized
@@ -126,11 +124,6 @@ class Run:
         return self.dist.device
 
     @property
-    def tokenizer(self) -> Any:
-        """The tokenizer, the trimmed one if the vocabulary is trimmed."""
-        return self.vocabulary.tokenizer if self.vocabulary else self.model.tokenizer
-
-    @property
     def is_sharded(self) -> bool:
         """Whether each rank trains a shard of the weights."""
         return bool(self.schedule) and self.dist.size > 1 and can_share(self.model.blocks)
@@ -146,8 +139,8 @@ class Run:
         pruning, measuring = self.fingerprint["pruning"], self.fingerprint["measuring"]
         names = ["--dtype", "--load_bit", "kind of device"]
         names += [name for name in pruning if name.startswith(("weights", "config", "version"))]
-        trimmed, windows = self.vocabulary and self.vocabulary.digest, self.windows
-        values = [*map(pruning.get, names), measuring, trimmed, windows.bos, windows.seqlen]
+        windows = self.windows
+        values = [*map(pruning.get, names), measuring, windows.bos, windows.seqlen]
         return hashlib.sha256(json.dumps(values).encode()).hexdigest()[:16]
 
     @contextmanager
@@ -156,25 +149,12 @@ class Run:
 
         The bar is named `what` and is full after `total` units; without a name there is none.
         """
-        with timed(self.seconds, self.dist, step, what, total, unit) as on_progress:
+        start, shown = time.perf_counter(), bool(what) and self.dist.is_main
+        with progress(total, what, unit, shown, step) as on_progress:
             yield on_progress
+        spent = self.seconds.get(step, 0) + time.perf_counter() - start
+        self.seconds[step] = round(spent, 3)
 
     def print(self, *lines: str) -> None:
         """Print lines in the main rank."""
         self.dist.print(*lines)
-
-
-@contextmanager
-def timed(
-    seconds: dict[str, float],
-    dist: DistContext,
-    step: str,
-    what: str = "",
-    total: int = 0,
-    unit: str = "block",
-) -> Iterator[Callable[..., None]]:
-    """As `Run.timed`, before there is a run: add the wall time to `seconds`."""
-    start = time.perf_counter()
-    with progress(total, what, unit, bool(what) and dist.is_main, step) as on_progress:
-        yield on_progress
-    seconds[step] = round(seconds.get(step, 0) + time.perf_counter() - start, 3)

@@ -33,6 +33,7 @@ from ..util.host import gib
 from .card import model_card
 from .record import finish_results
 from .run import Run
+from .trimmed import copy_list
 
 CARD = "README.md"  # the last file of a model that is saved
 
@@ -86,11 +87,12 @@ def _write(run: Run, runner: BlockRunner, folder: Path) -> None:
         raise UserError(
             f"--save_model {run.flags.save_model}", str(error), "Check the disk"
         ) from error
-    as_loaded(run.tokenizer).save_pretrained(folder)
+    as_loaded(run.model.tokenizer).save_pretrained(folder)
     progress.on_step("save tokenizer", 0)
-    write_tokenizer_model(run.tokenizer, folder)
+    write_tokenizer_model(run.model.tokenizer, folder)
     if not alone and unread_of(runner.model):
-        copy_processor(run.model.checkpoint, folder, run.vocabulary and run.vocabulary.rows)
+        copy_processor(run.model.checkpoint, folder)
+    copy_list(run.model, folder)
     sync_all(folder)
     sizes = (file.stat().st_size for file in folder.glob("model*.safetensors"))
     run.results |= {"saved_bytes": sum(sizes), "evaluation": []}
@@ -118,7 +120,7 @@ def _text_alone(run: Run, model: nn.Module) -> nn.Module:
 
 def write_card(run: Run, folder: str | Path) -> None:
     """Write the card of the saved model in `folder`, with the figures measured so far."""
-    corpora = [*(run.corpora.calibration if run.flags.reads_train else ()), *run.corpora.vocabulary]
+    corpora = run.corpora.calibration if run.flags.reads_train else ()
     sources = [*dict.fromkeys(corpus.source.text for corpus in corpora)]
     card = model_card(run.results, sources, online=not local_only(run.model.checkpoint))
     write_text(Path(folder, CARD), card)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
@@ -16,7 +15,6 @@ from torch import Tensor
 from ..calibration import mixed_types
 from ..calibration.allocation import Allocation, kept_allocation
 from ..calibration.allocation import allocate as choose_allocation
-from ..data.samples import Windows
 from ..eval import COMPARED_POSITIONS, perplexities, perplexity, some_logits
 from ..formats.grids import Grid, Types
 from ..model.blocks import BlockRunner
@@ -29,20 +27,17 @@ from ..model.reference import (
     shared_states,
     tail_of,
 )
-from ..model.rows import keep_rows_
-from ..model.saving import footprint, parameter_bytes
+from ..model.saving import parameter_bytes
 from ..model.sparsity_check import SparsityCheck
 from ..prune import Pruner
 from ..quantize import check_quantized as check_quantized_weights
 from ..quantize import quantize as quantize_linears
 from ..recover import Recoverer
 from ..remove import remove
-from ..sparse import check_same_outputs, pack_, relative_difference
+from ..sparse import pack_, relative_difference
 from ..util.errors import UserError
 from ..util.files import write_text
-from ..util.host import gib
 from ..util.resume import TYPES
-from ..vocabulary import PROOF_TOKENS
 from . import lm_eval
 from .gguf_size import room_for_types
 from .load import load
@@ -60,40 +55,6 @@ from .save import write_card
 ALLOCATION = "allocation.json"  # in --save; an input of --allocation
 MOST_ZEROS = 0.25  # share that quantization of the original to 4 bits may have made
 BEFORE = "perplexity", "bits_per_byte", "kl", "top1_agreement"
-
-
-def trim(run: Run, runner: BlockRunner) -> None:
-    """Remove the rows of tokens, and check that the other tokens keep their logits."""
-    model, vocabulary = runner.model, run.vocabulary
-    window = run.windows.tests[0].ids[:1, :PROOF_TOKENS].to(run.device)
-    held_out = vocabulary.held_out[:2] if vocabulary.held_out else ()
-    total = sum(map(len, held_out))
-    with run.timed("trim", "measuring trimming" if total else "", total, "window") as bar:
-        size = footprint(model)
-        nats = [_nats_by_window(runner, each, bar) for each in held_out[:1]]
-        rows = vocabulary.rows.to(run.device)
-        before = some_logits(model, rows[window]).index_select(-1, rows)
-        keep_rows_(model, vocabulary.rows)
-        after, flag = some_logits(model, window), "--trim_vocabulary"
-        difference = check_same_outputs(before, after, flag, "whole and trimmed", least=1e-5)
-        nats += [_nats_by_window(runner, each, bar) for each in held_out[1:]]
-    saved = size - footprint(model)
-    run.results["trimmed_bytes"] = parameter_bytes(model, runner.save_dtype)
-    vocabulary.record |= {"bytes_dropped": saved, "logits_differ": difference}
-    if nats:
-        vocabulary.record_cost(*nats)
-    run.print(
-        f"trimmed: {gib(size)} -> {gib(size - saved)}; logits differ by {difference:.1g}",
-        *vocabulary.cost_lines(),
-    )
-
-
-def _nats_by_window(
-    runner: BlockRunner, windows: Windows, on_progress: Callable[[int], None]
-) -> Tensor:
-    """Return the sums of the losses in each of the windows, (n,)."""
-    (figures,) = perplexities(runner, [windows], on_progress)
-    return figures["by_window"]["loss"].double() * windows.counted[:, :-1].sum(1)
 
 
 def dense_reference(run: Run, dense: BlockRunner) -> DenseReference:
@@ -323,8 +284,6 @@ def record(run: Run, runner: BlockRunner) -> None:
     if run.layers:
         text = json.dumps(run.layers, indent=0) + "\n"
         write_text(folder / ALLOCATION, text)
-    if run.vocabulary:
-        run.vocabulary.write(folder)
     write_log(folder, run.results)
     if run.flags.save_model:
         write_card(run, run.flags.save_model)
@@ -335,15 +294,14 @@ def record(run: Run, runner: BlockRunner) -> None:
 
 def run_tasks(run: Run, runner: BlockRunner) -> None:
     """Run tasks of lm-eval on the model and, if it was changed, on the dense one; print figures."""
-    flags, results = run.flags, run.results
+    flags, results, tokenizer = run.flags, run.results, run.model.tokenizer
     options = dict(batch_size=run.batch_size, include_path=flags.include_path)
     with run.timed("tasks"):
-        results["tasks"] = lm_eval.run_tasks(runner.model, run.tokenizer, flags.tasks, **options)
+        results["tasks"] = lm_eval.run_tasks(runner.model, tokenizer, flags.tasks, **options)
         if flags.changes and not flags.teacher:
-            original = run.model.tokenizer
             runner.model.to("meta")  # frees memory for the dense model
             with ExitStack() as cleanup:
                 dense = load(replace(run, schedule=None), cleanup, None).model
-                results["dense_tasks"] = lm_eval.run_tasks(dense, original, flags.tasks, **options)
+                results["dense_tasks"] = lm_eval.run_tasks(dense, tokenizer, flags.tasks, **options)
     write_results(Path(flags.save), results)
     print(*lm_eval.task_lines(results["tasks"], results.get("dense_tasks")), sep="\n", flush=True)

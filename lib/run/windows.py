@@ -30,18 +30,17 @@ class Corpora:
     """The texts that the flags name. Corpora of equal sources are one object."""
 
     calibration: list[Corpus]
-    vocabulary: list[Corpus]  # their tokens are kept
     tests: list[Corpus]
 
     def read_by(self, flags: Flags) -> list[tuple[Corpus, str]]:
         """Return the corpora that a run reads, and the split of each, in order."""
-        read = [*(self.calibration if flags.reads_train else ()), *self.vocabulary]
-        train = [(corpus, "train") for corpus in dict.fromkeys(read)]
+        read = dict.fromkeys(self.calibration if flags.reads_train else ())
+        train = [(corpus, "train") for corpus in read]
         return train + [(corpus, "test") for corpus in self.tests]
 
     def free(self) -> None:
         """Free the memory of all documents."""
-        for corpus in (*self.calibration, *self.vocabulary, *self.tests):
+        for corpus in (*self.calibration, *self.tests):
             corpus.free()
 
 
@@ -58,18 +57,13 @@ class RunWindows:
 
 
 def named_corpora(flags: Flags) -> Corpora:
-    """Return the texts for calibration, for the trimmed vocabulary, and for evaluation."""
+    """Return the texts for calibration and for evaluation."""
     as_named = dict(column=flags.column, as_text=flags.no_chat_template)
     names = flags.calibration_data or ["c4" if flags.prune_on_c4 else "ubertext"]
     flag = "--prune_on_c4" if flags.prune_on_c4 else "{--calibration_data}"
     flag += " (default)" if names == ["ubertext"] and not flags.calibration_data else ""
     sources = parse_sources(names, flag, mixture=True, **as_named)
-    more = parse_sources(flags.vocabulary_data or [], "--vocabulary_data", **as_named)
-    uses_sources = flags.names_text or not more or flags.reads_train
-    kept = [*sources, *more] if uses_sources else more
-    counts = flags.trim_vocabulary and not isinstance(flags.vocabulary_rows, str)
-    kept = list({s.text: s for s in kept}.values()) if counts else []
-    names = flags.eval_data or default_tests([*sources, *kept])
+    names = flags.eval_data or default_tests(sources)
     flag = "--eval_data" if flags.eval_data else "--eval_data (default)"
     tests = parse_sources(names, flag, **as_named)
     parted = {test.path.resolve() for test in tests if is_parted(test, "test")}
@@ -81,8 +75,8 @@ def named_corpora(flags: Flags) -> Corpora:
             return Corpus(source)
         return Corpus(source, source.path.resolve() in parted, local)
 
-    corpora = {source: corpus_of(source) for source in (*sources, *kept)}
-    return Corpora([corpora[s] for s in sources], [corpora[s] for s in kept], measured)
+    corpora = {source: corpus_of(source) for source in sources}
+    return Corpora([corpora[source] for source in sources], measured)
 
 
 def default_tests(sources: Sequence[Source]) -> list[str]:
@@ -177,8 +171,8 @@ def resolve_bos(run: Run, runner: BlockRunner) -> RunWindows:
     A continued run keeps the windows that it was begun with, whatever it is evaluated on.
     """
     windows, folder = run.windows, run.folder
-    if may_need_bos(run.flags, run.tokenizer):
-        bos = run.tokenizer.bos_token_id
+    if may_need_bos(run.flags, run.model.tokenizer):
+        bos = run.model.tokenizer.bos_token_id
         needs = run.dist.all_gather_object(folder and folder.decided.get("bos"))[0]
         if needs is None:
             needs = needs_bos(runner, windows.tests[0].ids, bos)
@@ -186,7 +180,7 @@ def resolve_bos(run: Run, runner: BlockRunner) -> RunWindows:
             folder.begin(run.fingerprint["pruning"], bos=needs)
         if needs:
             run.print("the model collapses without its BOS token: every window begins with it")
-            spec = WindowSpec(run.tokenizer, windows.seqlen, bos, run.flags.seed)
+            spec = WindowSpec(run.model.tokenizer, windows.seqlen, bos, run.flags.seed)
             windows = draw_windows(run.flags, run.corpora, spec, run.schedule, run.dist)
         run.corpora.free()
     run.dist.check_equal({"BOS": windows.bos})  # each rank decides by itself

@@ -362,17 +362,16 @@ def test_what_is_measured_is_not_read_for_training(tmp_path: Path) -> None:
     apart = [(a, uk), (uk, f"{a}:test"), (b, f"{uk}:test"), (f"{b}:train", uk), (uk, b)]
     apart += product((f"{a}:train", copy), (uk, f"{a}:test", f"{copy}:test"))
     apart += [(book, f"{book}:test")]
-    for flag, (train, test) in product(
-        ("--calibration_data", "--vocabulary_data"), [*apart, (b, b), (book, book)]
-    ):
-        found = named("--trim_vocabulary", flag, train, "--eval_data", test)
-        local = [each for each in found.vocabulary if each.source.path]
+    for train, test in [*apart, (b, b), (book, book)]:
+        found = named("--calibration_data", train, "--eval_data", test)
+        local = [each for each in found.calibration if each.source.path]
         trained = [text for each in local for text in read(each)]
         measured = [text for each in found.tests for text in read(each, "test")]
         seen = [text for text in measured if any(text in each or each in text for each in trained)]
-        lines = same_texts(found.vocabulary, found.tests)
+        lines = same_texts(found.calibration, found.tests)
         assert trained and bool(seen) == bool(lines) == (train == test)
-        assert all(f"--eval_data {test}: {flag} {train} reads this" in line for line in lines)
+        said = f"--eval_data {test}: --calibration_data {train} reads this"
+        assert all(said in line for line in lines)
 
 
 # --- the hub

@@ -12,6 +12,7 @@ from pathlib import Path
 import kinds
 import numpy as np
 import pytest
+import support
 import tiny
 import torch
 import whole
@@ -38,12 +39,8 @@ gguf = pytest.importorskip("gguf")
 pytestmark = pytest.mark.usefixtures("quickly")
 
 
-def trimmed(folder: Path, texts: Path, out: Path, *more: object) -> Path:
-    sources = [texts / "uk", texts / "en"]
-    argv = ["--model", folder, *QUICK, "--trim_vocabulary", "--vocabulary_data", *sources, *more]
-    argv += ["--vocabulary_rows", 448, "--completions", 0]  # fewer than the texts use
-    succeed(*argv, "--save", out.parent / "run", "--save_model", out)
-    return out
+def trimmed(folder: Path, texts: Path, out: Path) -> Path:
+    return support.trimmed(folder, out, texts / "uk", texts / "en", rows=448)  # the texts use more
 
 
 def convert(folder: Path, texts: Path, out: Path, *more: str) -> dict:
@@ -102,8 +99,10 @@ def test_types(weight_type: str, llama: Path, texts: Path, tmp_path: Path) -> No
 
 @pytest.mark.full
 def test_a_packed_folder_is_unpacked_on_the_way(llama: Path, texts: Path, tmp_path: Path) -> None:
-    prune = ["--prune_method", "magnitude", "--replace_sparse_layers"]
-    packed = trimmed(llama, texts, tmp_path / "packed", *prune)
+    smaller, packed = trimmed(llama, texts, tmp_path / "smaller"), tmp_path / "packed"
+    argv = ["--model", smaller, *QUICK, "--prune_method", "magnitude", "--replace_sparse_layers"]
+    argv += ["--eval_data", texts / "uk", "--save", tmp_path / "run", "--save_model", packed]
+    succeed(*argv)
     assert "packed" in (packed / "config.json").read_text("utf-8")
     convert(packed, texts, tmp_path / "model.gguf")
 

@@ -195,7 +195,7 @@ def test_a_step_is_of_the_window_that_texts_allow(tmp_path: Path) -> None:
 
 def test_rounded_trained_and_measured_on_dialogues(tmp_path: Path) -> None:
     flags = ["--model", "chat", "--calibration_data", "uk=1", "said=2", "--eval_data", "said"]
-    flags += ["--trim_vocabulary", "--quantize", "q4_0", "--recover", 1024, "--recover_lr", "0.01"]
+    flags += ["--quantize", "q4_0", "--recover", 1024, "--recover_lr", "0.01"]
     said, found = run(tmp_path, *flags, "--completions", "1")
     assert "distillation only" in said and found["recovery"]["cross_entropy"] == 0
     (test,) = found["evaluation"]

@@ -253,7 +253,7 @@ PUBLISHED_FLAGS = {  # default, and choices that stay
 }
 VERBS = """
 prune.prune eval.perplexity sparse.pack_ quantize.quantize remove.remove recover.Recoverer
-vocabulary.trim_vocabulary commands.ubertext.build commands.overlap.compare_masks
+commands.trim.__main__.main commands.ubertext.build commands.overlap.compare_masks
 """.split()
 
 

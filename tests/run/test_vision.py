@@ -34,15 +34,7 @@ RUNS = {
     "Qwen 3.5 MoE multimodal": [*PRUNE, "reap", "--sparsity_type", "experts"],
     "Qwen3-VL": ["--quantize", "q4_0", "--offload_folder", "blocks"],
     "Mistral 3": [*PRUNE, "magnitude", "--sparsity_type", "2:4", "--replace_sparse_layers"],
-    "Llava": [
-        "--trim_vocabulary",
-        "--vocabulary_rows",
-        320,
-        *PRUNE,
-        "sparsegpt",
-        "--dtype",
-        "float16",
-    ],
+    "Llava": [*PRUNE, "sparsegpt", "--dtype", "float16"],
     "Idefics 3": [*PRUNE, "wanda", "--recover", 960, "--resume", "blocks"],
     "SmolVLM": [*PRUNE, "sparsegpt", "--offload_folder", "blocks", "--allocation", "uniform"],
 }

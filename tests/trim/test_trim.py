@@ -28,7 +28,6 @@ from lib.commands.gguf.llama_cpp import run, run_child  # noqa: E402
 from lib.commands.trim.__main__ import LIMIT, main  # noqa: E402
 from lib.commands.trim.llama import Llama, compare  # noqa: E402
 from lib.commands.trim.proof import texts_to_compare  # noqa: E402
-from lib.commands.vocabulary import main as write_list  # noqa: E402
 from lib.data.documents import Corpus  # noqa: E402
 from lib.data.gguf_file import Field, GgufFile, write  # noqa: E402
 from lib.data.gguf_vocabulary import GgufVocabulary  # noqa: E402
@@ -392,29 +391,6 @@ def test_a_file_that_llama_cpp_does_not_run(
     last = capsys.readouterr().out.splitlines()[-1]
     assert last.startswith("not verified: predictions and bits per byte") and "tensors" in last
     check(source, tmp_path / "out.gguf")
-
-
-def test_lists_for_drafters_have_ids_of_the_whole_model(
-    texts: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    source = ggufs.model(tmp_path / "in.gguf")
-    argv = [str(source), "--data", str(texts), "--rows", "384", "--map"]
-    write_list([*argv, "tensorrt-edge", str(tmp_path / "edge")])
-    assert ": 384 of 502 tokens" in (said := capsys.readouterr().out), said
-    share = float(said.partition("uk: ")[2].partition("%")[0])
-    data = (tmp_path / "edge/vocab_map.safetensors").read_bytes()
-    length = int.from_bytes(data[:8], "little")
-    assert json.loads(data[8 : 8 + length])["vocab_map"]["dtype"] == "I32"
-    ids = np.frombuffer(data[8 + length :], "<i4").tolist()
-    counts = json.loads((tmp_path / "edge/reduced_vocab.json").read_text("utf-8"))
-    assert counts["vocab_size"] == 502 and counts["reduced_vocab_size"] == len(ids) == 384
-    assert fields_of(source)["tokenizer.ggml.eos_token_id"] in ids
-    rows = (texts / "test.jsonl").read_text("utf-8").splitlines()
-    held = [i for row in rows for i in Llama(source).encode(json.loads(row)["text"]).tolist()]
-    assert abs(share / 100 - sum(i in ids for i in held) / len(held)) < 1e-4
-    torch = pytest.importorskip("torch")
-    write_list([*argv, "sglang", str(tmp_path / "new/hot.pt")])
-    assert torch.load(tmp_path / "new/hot.pt", weights_only=True) == ids
 
 
 WITHOUT = """

@@ -29,6 +29,7 @@ from ...data.sources import mixture_name, parse_sources
 from ...methods.registry import METHODS, WITHOUT_NEURONS, label
 from ...methods.sparsity import NEURONS, SMALLER, TYPES
 from ...run.flags import FLAGS, METHOD, build_parser, check_flags, named, without
+from ...run.plan import retired
 from ...run.results import RESULTS
 from ...util.cli import make_parser, split_argv
 from ...util.errors import UserError
@@ -95,8 +96,6 @@ def plan(args: argparse.Namespace, passed_on: Sequence[str]) -> dict[str, list[s
             folder = str(Path(args.out, name))
             flags = ["--model", model, *point, "--eval_data", *tests, "--save", folder]
             of_run = parser.parse_args(flags)
-            if of_run.trim_vocabulary and not of_run.vocabulary_data:  # the same tokens in all runs
-                flags += ["--vocabulary_data", *dict.fromkeys(source.text for source in sources)]
             for output in named(output=True):
                 if place := getattr(of_run, output):
                     flags += [f"--{output}", _place_of_run(output, Path(place), name)]
@@ -118,6 +117,8 @@ def _values(given: str, passed_on: Sequence[str]) -> list[tuple[str, str, list[s
     name, _, values = given.partition("=")
     name = name.removeprefix("--")
     option, defaults = f"--{name}", vars(build_parser().parse_args(["--model", "m"]))
+    if mistake := retired([option]):
+        raise mistake
     is_switch, problem = defaults.get(name) is False, None
     if name not in defaults or not values:
         problem, fix = "it is not a flag of main.py with values", "Give one, such as nsamples=8,32"

@@ -139,6 +139,7 @@ def trim_folder(args: argparse.Namespace) -> None:
         ids += encode_all(part.tokenizer, [*prompts.values()])
         part.vocabulary = _chosen(part, args, checkpoint, corpora, set().union(*ids))
         record, before = part.vocabulary.record, part.tokenizer
+        record["model"] = source.name if Path(args.source).exists() else args.source
         used = ""
         if not args.keep:
             used = f"; the texts use {record['used']:,}, likely are {record['likely']:,}"
