@@ -1,6 +1,6 @@
-"""What `compress` plans and makes in its minutes: seconds, peak memory, size, tokens per second.
+"""What `compress` makes: its steps, seconds, peak memory, size, tokens per second.
 
-    python benchmarks/bench_compress.py LABEL MODEL OUT --json FILE -- --data uk --minutes 30
+    python benchmarks/bench_compress.py LABEL MODEL OUT --json FILE -- --data uk
 
 Runs the command and adds a record to FILE. bench_types.py measures OUT.gguf beside llama.cpp's
 types (`--files`).
@@ -35,10 +35,12 @@ def main(argv: list[str]) -> None:
     child(sys.executable, "-m", "lib.commands", "compress", args.model, args.out, *passed_on)
     seconds = time.monotonic() - start
     peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss  # KiB, of the largest process
-    folder = next(Path(f"{args.out}-compress").glob("*/plan.json")).parent
-    plan = json.loads((folder / "plan.json").read_text("utf-8"))
+    folder = Path(f"{args.out}-compress")
+    facts = json.loads((folder / "steps.json").read_text("utf-8"))["facts"]
     results = json.loads((folder / "compressed" / "results.json").read_text("utf-8"))
-    record = {"label": args.label, "seconds": seconds, "peak": 1024 * peak, "plan": plan["plan"]}
+    recover = results["flags"]["recover"] or 0
+    plan = {"windows": facts["nsamples"], "tokens": recover, "tests": facts["tests"]}
+    record = {"label": args.label, "seconds": seconds, "peak": 1024 * peak, "plan": plan}
     record |= {"bytes": Path(f"{args.out}.gguf").stat().st_size, "recovery": {}}
     if "recovery" in results:
         kept = "tokens", "seconds", "kept"

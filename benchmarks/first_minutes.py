@@ -1,6 +1,6 @@
-"""New users' ways, from `git clone` to tokens in llama.cpp: what was planned, and what it took.
+"""New users' ways, from `git clone` to tokens in llama.cpp: what they took, and made.
 
-    python benchmarks/first_minutes.py FOLDER MODEL=LANGUAGE=TEXTS=MINUTES[=FLAGS] ... --cpu_clock
+    python benchmarks/first_minutes.py FOLDER MODEL=LANGUAGE=TEXTS[=FLAGS] ... --cpu_clock
 
 Each is a clone of this checkout, `pip install` of it (without what it needs, which this Python must
 have), `langprune compress` in an empty folder, and a text gone on with by llama.cpp; a row each.
@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import re
 import shlex
 import subprocess
 import sys
@@ -30,7 +29,7 @@ def clock():
 time.monotonic = time.perf_counter = clock
 """
 HEAD = (
-    *("model", "typed", "minutes: asked", "planned", "real", "MB: before", "file"),
+    *("model", "typed", "minutes", "MB: before", "file"),
     *("bits per byte: before", "after", "tokens a second: before", "file", "llama.cpp writes"),
 )
 
@@ -38,7 +37,7 @@ HEAD = (
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("folder", type=Path, help="new folder for all of it")
-    parser.add_argument("ways", nargs="+", metavar="MODEL=LANGUAGE=TEXTS=MINUTES[=FLAGS]")
+    parser.add_argument("ways", nargs="+", metavar="MODEL=LANGUAGE=TEXTS[=FLAGS]")
     parser.add_argument("--cpu_clock", action="store_true")
     args = parser.parse_args()
     print("|", " | ".join(HEAD), f"|\n|{'---|' * len(HEAD)}", flush=True)
@@ -49,7 +48,7 @@ def main() -> None:
 
 def walk(folder: Path, clock: bool, way: str) -> list[str]:
     """Go one way in a new folder and return its row."""
-    model, language, texts, minutes, more = (way.split("=") + [""])[:5]
+    model, language, texts, more = (way.split("=") + [""])[:4]
     site, work, name = folder / "site", folder / "work", Path(model).name
     work.mkdir(parents=True)  # the user's, not the clone
     log = (folder / "log.txt").open("wb")
@@ -65,24 +64,21 @@ def walk(folder: Path, clock: bool, way: str) -> list[str]:
     os.symlink(Path(model).resolve(), work / name)
     os.symlink(Path(texts).resolve(), work / Path(texts).name)
     typed = [name, "small", "--language", language, "--data", Path(texts).name]
-    typed += ["--minutes", minutes, *more.split()]
+    typed += more.split()
     before, start = os.times(), time.monotonic()
     environment = os.environ | {"PYTHONPATH": str(site)}
     call(sys.executable, site / "bin" / "langprune", "compress", *typed, cwd=work, env=environment)
     seconds, after = time.monotonic() - start, os.times()
     if clock:
         seconds = sum(after[2:4]) - sum(before[2:4])
-    text = (folder / "log.txt").read_text("utf-8", errors="replace")
-    planned = re.findall(r"test windows, about (\d+ \w+)", text)[-1:]
-    (kept,) = (work / "small-compress").iterdir()
-    tests = next(kept.glob("tests/*.jsonl"))
-    lines = (kept / "compressed.md").read_text("utf-8").splitlines()[2:]
+    tests = next(Path(texts).glob("test*.jsonl"))
+    lines = (work / "small-compress" / "compressed.md").read_text("utf-8").splitlines()[2:]
     cells = [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines]
     rows = {name: figures for name, *figures in cells}
     sizes, speeds = rows["on disk, MB"], rows["tokens/s"]
-    bits = rows[f"{tests.stem}, bits per byte"]
-    row = [name, f"`langprune compress {shlex.join(typed)}`", minutes, *planned]
-    row += [f"{seconds / 60:.1f} min", sizes[0], sizes[-1], *bits[:2], speeds[0]]
+    bits = rows[f"{Path(texts).name}, bits per byte"]
+    row = [name, f"`langprune compress {shlex.join(typed)}`", f"{seconds / 60:.1f}"]
+    row += [sizes[0], sizes[-1], *bits[:2], speeds[0]]
     if (work / "small.gguf").exists():
         row += continued(work / "small.gguf", tests)
     return row

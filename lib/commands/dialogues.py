@@ -7,7 +7,8 @@ The prompts are the messages before the first answer of a dialogue, or ask to su
 plain text. Answers are sampled with the model's generation_config; one that does not end is cut
 after its last sentence. OUT.jsonl has a row for each dialogue, with the settings that wrote it; it
 can be read and edited. The same command continues after its last row. Answers that have no whole
-sentence, or are in another script than the prompts, are left out.
+sentence, or are in another script than the prompts, are left out. With --fill the command ends as
+soon as the dialogues have so many tokens. The exit status is 3 if the model writes too few.
 """
 
 from __future__ import annotations
@@ -15,8 +16,10 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
+import math
 import random
 import re
+import sys
 import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -24,13 +27,13 @@ from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..data.chats import TOOLS, Dialogue, Document
+from ..data.chats import TOOLS, Dialogue, Document, dialogue_of
 from ..data.documents import Corpus, check_corpus, pieces_of
 from ..data.languages import REQUESTS, script_of
 from ..data.sources import parse_sources
 from ..run.flags import POSITIVE
 from ..util.cli import make_parser
-from ..util.errors import UserError, counted
+from ..util.errors import UserError, counted, one_line
 from ..util.files import check_writable, write_text
 from ..util.progress import progress, quiet
 
@@ -42,23 +45,28 @@ ENDED = 2
 MORE = 4  # maximum number of prompts per wanted dialogue
 PASSAGE = 600  # maximum characters of a passage of plain text
 IDENTIFYING = 64  # first prompts, whose digest identifies all
+FILLED = 1 / 4  # least share of --fill: calibration reads a dialogue up to four times
+NO_DIALOGUES = 3  # exit status
 WRITER = "written_by"  # key of a row: the settings of its answer
 ENDLESS = "do not end"
 SENTENCES = re.compile(r"(?s).*(?:[.!?…][\"'»”’)\]]*(?=\s|$)|[。！？।։؟])")
+
+
+class NoDialogues(UserError):
+    """The model writes too few answers to calibrate on."""
 
 
 def main(argv: list[str]) -> None:
     args, began = _parser().parse_args(argv), time.monotonic()
     try:
         answer(args, began)
-    except UserError as error:
-        if not args.optional:
-            raise
-        print(f"no dialogues: {error}", flush=True)
+    except NoDialogues as error:
+        print(f"error: {one_line(str(error))}", file=sys.stderr, flush=True)
+        raise SystemExit(NO_DIALOGUES) from error
 
 
 def answer(args: argparse.Namespace, began: float) -> None:
-    """Write OUT.jsonl until --count or --minutes, counted from `began`, are reached."""
+    """Write OUT.jsonl until --count, --fill or --minutes, counted from `began`, are reached."""
     out = Path(args.out)
     if out.suffix != ".jsonl":
         raise UserError(f"OUT {out}", "the name does not end with .jsonl", "Give one that does")
@@ -69,6 +77,7 @@ def answer(args: argparse.Namespace, began: float) -> None:
     # heavy, and not needed for a wrong flag
     import torch
 
+    from ..data.templates import sample_of_dialogue
     from ..model.checkpoint import Checkpoint
     from ..model.device import pick_device, pick_dtype
     from ..model.pretrained import load_config, load_model, load_tokenizer, window_length
@@ -88,11 +97,17 @@ def answer(args: argparse.Namespace, began: float) -> None:
     asked = list(islice(prompts, MORE * args.count))
     if not asked:
         problem = f"no prompt has 1 to {limit} tokens"
-        raise UserError(f"--data {' '.join(args.data)}", problem, "Add some")
+        raise NoDialogues(f"--data {' '.join(args.data)}", problem, "Add some")
     writer = _writer(args, config, [messages for messages, *_ in asked[:IDENTIFYING]])
-    count = len(answered := _answered(out, writer))
+    fill = args.fill or math.inf
+
+    def tokens_of(dialogue: Dialogue) -> int:
+        return len(sample_of_dialogue(tokenizer, dialogue).ids) if args.fill else 0
+
+    count = len(written := _answered(out, writer))
+    size, answered = sum(map(tokens_of, written)), [dialogue.prompt for dialogue in written]
     places = (place for place, (messages, *_) in enumerate(asked) if messages in answered)
-    left = asked[max(places, default=-1) + 1 :] if count < args.count else []
+    left = asked[max(places, default=-1) + 1 :] if count < args.count and size < fill else []
     left_out, ended = Counter[str | None](), 0
     if left:
         texts = (messages[-1]["content"].removeprefix(request) for messages, *_ in asked)
@@ -101,9 +116,12 @@ def answer(args: argparse.Namespace, began: float) -> None:
         model = load_model(checkpoint, config, dtype=dtype, device_map={"": device})
         out.parent.mkdir(parents=True, exist_ok=True)
         shown = progress(args.count - count, "answering", "dialogue")
+        if args.fill:
+            shown = progress(args.fill - size, "answering", "token")
         with shown as bar, out.open("a", encoding="utf-8") as file:
             for start in range(0, len(left), args.batch_size):
-                if count >= args.count or time.monotonic() - began > 60 * args.minutes:
+                full = count >= args.count or size >= fill
+                if full or time.monotonic() - began > 60 * args.minutes:
                     break
                 batch = left[start : start + args.batch_size]
                 torch.manual_seed(args.seed + count)
@@ -116,18 +134,22 @@ def answer(args: argparse.Namespace, began: float) -> None:
                         text = whole_sentences(text)
                     problem = _problem(endless, text, script)
                     left_out[problem] += 1
-                    if not problem and count < args.count:
+                    if not problem and count < args.count and size < fill:
                         said = [*messages, {"role": "assistant", "content": text}]
                         row = {"messages": said} | ({TOOLS: tools} if tools else {})
-                        row |= {WRITER: writer}
-                        file.write(json.dumps(row, ensure_ascii=False) + "\n")
-                        count += 1
-                        bar(1)
+                        more = tokens_of(dialogue_of(row, args.column))
+                        file.write(json.dumps(row | {WRITER: writer}, ensure_ascii=False) + "\n")
+                        count, size = count + 1, size + more
+                        bar(more if args.fill else 1)
                 file.flush()
                 _check_ends(args, left_out.total(), ended, len(batch))
     reasons = [f"{number} that {reason}" for reason, number in left_out.items() if reason]
     left = f"; left out: {', '.join(reasons)}" * bool(reasons)
-    print(f"{out}: {counted(count, 'dialogue')}{left}")
+    of = f" of {size:,} tokens" * bool(args.fill)
+    print(f"{out}: {counted(count, 'dialogue')}{of}{left}")
+    if args.fill and size < FILLED * args.fill:
+        problem = f"the dialogues fill {size:,} tokens of {args.fill:,}"
+        raise NoDialogues(f"MODEL {args.model}", problem, "Add prompts, or use a chat model")
 
 
 def _writer(args: argparse.Namespace, config: Any, prompts: list[Any]) -> dict[str, Any]:
@@ -157,10 +179,10 @@ def _problem(endless: bool, text: str, script: str | None) -> str | None:
 
 
 def _check_ends(args: argparse.Namespace, tried: int, ended: int, new: int) -> None:
-    """Raise UserError if few of the first answers end; the last `new` of those tried are new."""
+    """Raise NoDialogues if few of the first answers end; the last `new` of those tried are new."""
     if tried - new < TRIED <= tried and ended < ENDED:
         problem = f"only {ended} of {tried} answers end within {args.tokens} tokens"
-        raise UserError(f"MODEL {args.model}", problem, "Use a chat model, or more --tokens")
+        raise NoDialogues(f"MODEL {args.model}", problem, "Use a chat model, or more --tokens")
 
 
 def _prompts(
@@ -214,6 +236,8 @@ def _parser() -> argparse.ArgumentParser:
     text = "language of the texts, such as uk: the model is asked in it (default: in English)"
     add("--language", metavar="TAG", help=text)
     add("--count", type=POSITIVE, default=256, help="number of dialogues (default: 256)")
+    text = "number of tokens of all dialogues, with their prompts (default: by --count alone)"
+    add("--fill", type=POSITIVE, metavar="TOKENS", help=text)
     add("--tokens", type=POSITIVE, default=512, help="maximum length of an answer (default: 512)")
     add("--minutes", type=float, default=float("inf"), help="time limit in minutes (default: none)")
     add("--seed", type=int, default=0, help="seed of prompts and answers (default: 0)")
@@ -222,12 +246,11 @@ def _parser() -> argparse.ArgumentParser:
     add("--cache_dir", help="folder for weights from the Hub (default: the Hub's cache)")
     text = "run Python code that comes with the model, if you trust it"
     add("--trust_remote_code", action="store_true", help=text)
-    add("--optional", action="store_true", help=argparse.SUPPRESS)  # mistakes are no errors
     return parser
 
 
-def _answered(out: Path, writer: dict[str, Any]) -> list[list[dict[str, Any]]]:
-    """Return the prompts of the rows in OUT, and let it end with a line break.
+def _answered(out: Path, writer: dict[str, Any]) -> list[Dialogue]:
+    """Return the dialogues in OUT, and let it end with a line break.
 
     A last line that was cut off is removed. Raises UserError if a row has other settings.
     """
@@ -240,7 +263,6 @@ def _answered(out: Path, writer: dict[str, Any]) -> list[list[dict[str, Any]]]:
     if not text.strip():
         return []
     (source,) = parse_sources([str(out)], "OUT")
-    prompts = [document.prompt for document in Corpus(source).documents("train")]
     for number, line in enumerate(text.split(b"\n"), 1):
         before = json.loads(line).get(WRITER, writer) if line.strip() else writer
         if before != writer:
@@ -248,7 +270,7 @@ def _answered(out: Path, writer: dict[str, Any]) -> list[list[dict[str, Any]]]:
             problem = f"line {number} was written with {name} {before.get(name)!r}, not "
             fix = "Give the same model, prompts and flags, or name a new file"
             raise UserError(f"OUT {out}", f"{problem}{writer[name]!r}", fix)
-    return prompts
+    return [*Corpus(source).documents("train")]
 
 
 def _is_json(line: bytes) -> bool:

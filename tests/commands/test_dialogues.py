@@ -13,9 +13,11 @@ from approval import Words
 from support import Done, call, mistake, program_of
 
 from lib.commands import dialogues
+from lib.data.chats import Dialogue
 from lib.data.documents import Corpus
 from lib.data.languages import REQUESTS
 from lib.data.sources import parse_sources
+from lib.data.templates import sample_of_dialogue
 
 pytestmark = pytest.mark.usefixtures("elsewhere")
 BASE = ["model", "a.jsonl", "--data", "texts"]
@@ -41,6 +43,11 @@ def any_script(monkeypatch: pytest.MonkeyPatch) -> None:
 def rows(name: str = "a.jsonl") -> list[list[dict[str, str]]]:
     lines = Path(name).read_text("utf-8").split("\n")
     return [json.loads(line)["messages"] for line in lines if line]
+
+
+def documents() -> list[Dialogue]:
+    (source,) = parse_sources(["a.jsonl"], "--data")
+    return [*Corpus(source).documents("train")]
 
 
 def write(*argv: object) -> Done:
@@ -110,23 +117,36 @@ def test_one_text_has_many_passages() -> None:
     assert sum(map(len, found)) > 0.9 * sum(map(len, paragraphs))
 
 
-def test_what_compress_asks_for_is_no_error() -> None:
-    Path("blank.jsonl").write_text('{"text": " "}\n', "utf-8")
-    argv = ["model", "a.jsonl", "--data", "blank.jsonl", *FLAGS]
-    assert str(mistake(*argv, program=main)).startswith("--data blank.jsonl: ")
-    done = call(*argv, "--optional", program=main)
-    assert done.status == 0 and not done.err and not Path("a.jsonl").exists()
-    assert done.out.startswith("no dialogues: --data blank.jsonl: ")
-
-
-def test_no_chat_model(monkeypatch: pytest.MonkeyPatch) -> None:
-
+def test_too_little_to_calibrate_on_has_a_status_of_its_own(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     def endless(model: object, asked: list, tokens: int, _: object) -> list[list[int]]:
         return len(asked) * [24 * [5]]
 
+    Path("blank.jsonl").write_text('{"text": " "}\n', "utf-8")
+    done = call("model", "a.jsonl", "--data", "blank.jsonl", *FLAGS, program=main)
+    assert done.status == 3 and done.err.startswith("error: --data blank.jsonl: ")
+    done = call(*BASE, *FLAGS, "--fill", "9000", program=main)
+    assert done.status == 3 and "error: MODEL model: the dialogues fill" in done.err
+    Path("a.jsonl").unlink()
     monkeypatch.setattr("lib.run.completions.continue_rows", endless)
-    error = mistake(*BASE, *FLAGS, program=main)
-    assert str(error).startswith("MODEL model: ") and "only 0 of 8 answers end" in str(error)
+    done = call(*BASE, *FLAGS, program=main)
+    assert done.status == 3 and done.err.startswith("error: MODEL model: only 0 of 8 answers end")
+
+
+@pytest.mark.usefixtures("any_script")
+def test_it_ends_with_as_many_tokens_as_asked_for() -> None:
+    done = write("model", "a.jsonl", "--data", "texts", "--fill", "400")
+    tokenizer = chats.tokenizer_with(chats.GEMMA)
+    lengths = [len(sample_of_dialogue(tokenizer, dialogue).ids) for dialogue in documents()]
+    assert f"{len(lengths)} dialogues of {sum(lengths):,} tokens" in done.out
+    assert sum(lengths[:-1]) < 400 <= sum(lengths) and 2 < len(lengths) < 12
+    first = rows()
+    write("model", "a.jsonl", "--data", "texts", "--fill", "400")
+    assert rows() == first
+    write("model", "b.jsonl", "--data", "texts", "--fill", "200")
+    write("model", "b.jsonl", "--data", "texts", "--fill", "400")
+    assert rows("b.jsonl")[:2] == first[:2]
 
 
 @pytest.mark.usefixtures("any_script")

@@ -8,9 +8,8 @@ from typing import Any
 import pytest
 import tiny
 import torch
-from support import call, call_here, reloaded, results, succeed
+from support import call, results, succeed
 
-from lib.commands.compress import __main__ as compress
 from lib.model import pretrained
 from lib.prune import BlockWalker
 from lib.run import save as saving
@@ -191,26 +190,3 @@ def test_test_windows_take_no_more_than_there_is(device: Any, tmp_path: Path) ->
     states = found[room][0]["windows"] * BATCH // 2
     assert states > room / 2 > 0 and peak < room
     assert found[room] == found[10**10]
-
-
-def test_compress_plans_without_training_where_only_the_weights_fit(
-    device: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("lib.util.processes.call", call_here)
-    monkeypatch.setattr(compress, "find_spec", lambda name: None)
-    model = tiny.tiny_llama(num_hidden_layers=12, intermediate_size=256)
-    tiny.write_model("deep", model)
-    tiny.write_texts("uk", tiny.sentences(200, words=60), tiny.sentences(8, 1, words=60))
-    weights = 4 * sum(parameter.numel() for parameter in model.parameters())
-    argv = "deep small --data uk --device cuda:0 --minutes 3".split()
-    argv += "--batch_size 2 --nsamples 8 --seqlen 64".split()
-    device.set_limit(0, torch.accelerator.memory_allocated(0) + int(2.6 * weights) + 4_000_000)
-    done = call(*argv, program=compress.main)
-    assert done.status == 0, done.err
-    assert "planned without training: training takes about" in done.out
-    (work,) = Path("small-compress").iterdir()
-    assert "recovery" not in results(work / "compressed")
-    assert not list(Path("small-compress").rglob("recovery*"))
-    measured = ["--seqlen", "64", "--eval_data", str(work / "tests/uk.jsonl")]
-    reloaded("small", work / "compressed", "--device", "cuda:0", *measured)

@@ -1,194 +1,125 @@
-"""The texts of `compress`: of the language, of the user, and dialogues that the model writes."""
+"""The texts and windows of `compress`, by checks of main.py that need no weights."""
 
 from __future__ import annotations
 
-import json
-import math
-import random
-import re
-from dataclasses import dataclass, replace
-from pathlib import Path
+import io
+from contextlib import redirect_stdout
+from dataclasses import replace
+from importlib.util import find_spec
 from typing import TYPE_CHECKING
 
-from ...data.chats import Dialogue, row_of
-from ...data.documents import PIECE_CHARACTERS, Corpus, are_dialogues, pieces_of
+from ...data.documents import Corpus, are_dialogues, check_corpus
 from ...data.languages import language_text
-from ...data.sources import PART, parse_source, parse_sources
-from ...run.flags import named, without
-from ...util import processes
-from ...util.errors import UserError, counted
-from ...util.files import write_text
-from .compression import Compression
+from ...data.sources import parse_source, parse_sources
+from ...run.flags import build_parser, check_flags, given
+from ...run.plan import AUTO
+from ...util.errors import UserError, fields_named
+from .size import REMOVAL, check_size
+from .steps import CONVERTER, PACKED_FLAGS, WEIGHT
+from .work import Compression, Facts
 
 if TYPE_CHECKING:
     from ...run.run import Run
 
-FEW_DIALOGUES, TEST_DIALOGUES = 16, 32  # fewest to calibrate on; held-out ones
-CHARACTERS = {"test": 1_000_000, "train": 20_000_000}  # downloaded for --language
-DIALOGUES = "dialogues"  # folder in that of the command
+# calibration windows, their tokens, and windows of each test text
+ON_CPU, ON_GPU = (32, 512, 64), (128, 1024, 256)
+OF_LARGE = (16, 512, 32)  # on a CPU
+LARGE = 0.7e9  # weights in the blocks
+F32 = 4  # bytes of a weight in the file that OUT.gguf is made from
 
 
-@dataclass(frozen=True)
-class TextNames:
-    """The texts of a compression, as flags of main.py name them."""
-
-    data: list[str]  # for --calibration_data
-    vocabulary: list[str]  # for --vocabulary_data
-    tests: list[str] | None  # None: those of the data
-    chat: bool = False  # the data has dialogues
-    plain_chat: bool = False  # the model is a chat model, but the data has none
-
-
-def fetch_text(run: Compression) -> TextNames:
-    """Return the texts of the flags; that of the language is downloaded into a folder of its name.
-
-    With --data, tokens of the language's text are kept too, if the Hub can be reached.
-    """
-    from ...data.hub import keep_text
-    from ...run.windows import default_tests
-
-    args, data = run.args, list(run.args.data or [])
-    texts = TextNames(data, list(run.parsed.vocabulary_data or []), args.eval_data)
-    if not args.language:
-        return texts
-    folder = run.folder / args.language
-    source = parse_source(language_text(args.language)[1], "--language")
-    try:
-        if not folder.exists():
-            keep_text(replace(source, text=args.language), folder, CHARACTERS)
-    except UserError as error:
-        if not data:
-            fix = f"{error.fix}. Or give texts with --data"
-            raise UserError(error.what, error.problem, fix) from error
-        print(f"{str(error).rstrip('.')}. Its tokens are not counted.", flush=True)
-        return texts
-    run.keep()
-    if not data:
-        return replace(texts, data=[str(folder)])
-    tests = texts.tests
-    if not tests:  # of the data, not of the language
-        column = run.parsed.column
-        read = parse_sources([*data, *texts.vocabulary], "--data", mixture=True, column=column)
-        tests = default_tests(read)
-    return replace(texts, vocabulary=[*texts.vocabulary, str(folder)], tests=tests)
-
-
-def answer_prompts(run: Compression, texts: TextNames) -> TextNames:
-    """Let a chat model write its calibration dialogues, if the data has none.
-
-    The texts are checked first, as answers take minutes. dialogues/ gets them, the last ones as a
-    test set: two thirds of the calibration text.
-    """
+def find_facts(run: Compression) -> Facts:
+    """Check flags, texts, size and disk, and return what the steps follow from."""
     from ...model.pretrained import load_tokenizer
+    from ...model.skeleton import build_skeleton, decoder_blocks
+    from ...run.check import check_disk, check_room
 
-    args, parsed, folder = run.args, run.parsed, run.folder / DIALOGUES
-    if parsed.no_chat_template:
+    args, parsed = run.args, run.parsed
+    if args.language:
+        _check_language(args.language, bool(args.data))
+    data = args.data or [language_text(args.language)[1]]
+    sources = parse_sources(data, "--data", mixture=True, column=parsed.column)
+    _, blocks = decoder_blocks(build_skeleton(run.config, run.checkpoint))
+    weights = sum(weight.numel() for weight in blocks.parameters())
+    defaults = ON_GPU if run.device != "cpu" else OF_LARGE if weights > LARGE else ON_CPU
+    nsamples, seqlen, eval_windows = defaults
+    nsamples = parsed.nsamples if given(parsed, "nsamples") else nsamples
+    job = check_job(run, args.model, data, nsamples, seqlen)
+    linears = sum(weight.numel() for weight in job.model.small_blocks.parameters())
+    more = linears * job.model.save_dtype.itemsize  # of the trimmed model
+    more += linears * (F32 + 1) if run.gguf and find_spec(CONVERTER) else 0
+    check_disk(job, "OUT", args.out, more)
+    with redirect_stdout(io.StringIO()):
+        check_room(job, "--work_dir", args.work_dir)
+    if args.megabytes and not args.recover:
+        check_size(job, args.quantize, args.megabytes, blocks=True)  # the vocabulary is trimmed
+    facts = Facts(
+        texts=[(source.text, source.weight) for source in sources],
+        tests=[test.source.text for test in job.corpora.tests],
+        chats=False,
+        seqlen=job.windows.seqlen,
+        nsamples=nsamples,
+        eval_windows=parsed.eval_windows or eval_windows,
+        date=job.flags.date,
+    )
+    if parsed.no_chat_template or not load_tokenizer(run.checkpoint).chat_template:
+        return facts
+    facts.chats = any(are_dialogues(Corpus(source).documents("train")) for source in sources)
+    if args.dialogues != 0 and not facts.chats:
+        facts.prompts, facts.chats = _prompts(run, data), True
+        total = sum(weight or 1 for _, weight in facts.texts)
+        facts.texts = [(text, (weight or 1) / total) for text, weight in facts.texts]
+        tokens = nsamples * facts.seqlen * WEIGHT / (1 + WEIGHT)
+        facts.fill = round(tokens * 10 / 9)  # a tenth is held out
+    return facts
+
+
+def _check_language(tag: str, has_data: bool) -> None:
+    """Raise UserError if the text of a language cannot be read."""
+    source = replace(parse_source(language_text(tag)[1], "--language"), text=tag)
+    try:
+        check_corpus(Corpus(source), "train")
+    except UserError as error:
+        fix = "Or leave it out" if has_data else "Or give texts with --data"
+        raise UserError(error.what, error.problem, f"{error.fix}. {fix}") from error
+
+
+def _prompts(run: Compression, data: list[str]) -> list[str]:
+    """Return the sources of prompts: people's own in the language, if there are any, and texts."""
+    sources = parse_sources(data, "--data", mixture=True, column=run.parsed.column)
+    texts, people = [source.text for source in sources], f"aya:{run.args.language}"
+    if run.args.data:
         return texts
-    sources = parse_sources(texts.data, "--data", mixture=True, column=parsed.column)
-    if not load_tokenizer(run.checkpoint).chat_template:
+    try:
+        check_corpus(Corpus(parse_source(people, "--language")), "train")
+    except UserError:  # the dataset has none
         return texts
-    if any(are_dialogues(Corpus(source).documents("train")) for source in sources):
-        return replace(texts, chat=True)
-    plain = replace(texts, plain_chat=True)
-    if not args.dialogues:
-        return plain
-    if (folder / "test.jsonl").exists():  # an interrupted command has asked
-        return with_dialogues(run, texts, folder)
-    check_texts(run, texts)
-    run.announce("Chat model: it answers prompts, and its answers become calibration text")
-    run.keep()
-    written = run.folder / f"{DIALOGUES}.jsonl"
-    flags = ["--count", args.dialogues, "--minutes", args.minutes / 5, "--device", run.device]
-    flags += ["--cache_dir", parsed.cache_dir] if parsed.cache_dir else []
-    flags += ["--trust_remote_code"] if parsed.trust_remote_code else []
-    flags += ["--language", args.language] if args.language else []
-    of_people = [[f"aya:{args.language}"]] if args.language and not args.data else []
-    for prompts in [*of_people, [source.text for source in sources]]:
-        arguments = ["--data", *prompts, "--column", parsed.column, "--optional", *flags]
-        failed = processes.call("commands.dialogues", args.model, written, *arguments)
-        if not failed and written.is_file():
-            break
-    lines = written.read_text("utf-8").split("\n") if written.is_file() else []
-    rows = [f"{line}\n" for line in lines if line.strip()]
-    if len(rows) < FEW_DIALOGUES:
-        few = f"{counted(len(rows), 'dialogue')}, fewer than {FEW_DIALOGUES}"
-        print(f"{few}: the model is quantized on plain text instead", flush=True)
-        return plain
-    folder.mkdir(exist_ok=True)
-    held_out = min(TEST_DIALOGUES, len(rows) // 4)
-    write_text(folder / "train.jsonl", "".join(rows[:-held_out]))
-    write_text(folder / "test.jsonl", "".join(rows[-held_out:]))  # last: all are there
-    run.keep()
-    return with_dialogues(run, texts, folder)
+    return [people, *texts]
 
 
-def with_dialogues(run: Compression, texts: TextNames, folder: Path) -> TextNames:
-    """Return the texts with the dialogues in `folder`."""
-    from ...run.windows import default_tests
+def check_job(run: Compression, model: str, data: list[str], nsamples: int, seqlen: int) -> Run:
+    """Return main.py's run of the model, after its checks without weights.
 
-    column = run.parsed.column
-    sources = parse_sources(texts.data, "--data", mixture=True, column=column)
-    total = sum(source.weight or 1 for source in sources)
-    data = [f"{each.text}={(each.weight or 1) / total:.6g}" for each in sources]
-    tests = run.args.eval_data or [*(texts.tests or default_tests(sources)), str(folder)]
-    return replace(texts, data=[*data, f"{folder}=2"], tests=tests, chat=True)
-
-
-def check_texts(run: Compression, texts: TextNames) -> None:
-    """Raise UserError if texts have no window to calibrate or to test on, or OUT has no room."""
-    from ...run.check import check_disk
-    from .plan import check_job, files_beside, model_flags
-
-    flags = ["--device", run.device, *model_flags(run, texts), *run.format]
-    flags += ["--nsamples", "1", *(["--eval_data", *texts.tests] if texts.tests else [])]
-    flags += without(run.passed_on, named(step="trim"))
-    job = check_job([*flags, "--save_model", run.args.out], recover=0)
-    check_disk(job, "OUT", run.args.out, files_beside(run, job), tables=False)  # to be trimmed
-
-
-def without_tests(texts: TextNames, job: Run) -> TextNames:
-    """Return the texts without held-out documents, which become separate files."""
-
-    def trained(corpus: Corpus) -> str:
-        source = corpus.source
-        text = PART.sub("", source.text) + ":train" if corpus.parted else source.text
-        return text if source.weight is None else f"{text}={source.weight:.6g}"
-
-    more = [each for each in job.corpora.vocabulary if each.source.text in texts.vocabulary]
-    data = [*map(trained, job.corpora.calibration)]
-    return replace(texts, data=data, vocabulary=[*map(trained, more)])
-
-
-def cut_tests(job: Run, folder: Path, share: float, rehearsed: bool = False) -> list[str]:
-    """Write a share of each test text, at least about two windows; return the files' names.
-
-    Dialogues are kept whole, and all of them. In a rehearsal they are cut too, to two beside the
-    first test text, on which the cost of trimming is measured.
+    Windows have `seqlen` tokens, or as many as the texts allow. Neurons or experts are removed, if
+    at all, until the size is known.
     """
-    from ...data.windows import test_documents
+    from ...model.parts import kind_of
+    from ...run.check import check, check_outputs
 
-    folder.mkdir(parents=True, exist_ok=True)
-    files = []
-    for corpus, test in zip(job.corpora.tests, job.windows.tests, strict=True):
-        texts = list(test_documents(corpus))
-        random.Random(0).shuffle(texts)
-        left = math.ceil(test.record["bytes"] * max(share, 2 / len(test.windows)))
-        chats = "dialogues" in test.record
-        if chats and not (rehearsed and share and not files):
-            texts, left = texts[: 2 if rehearsed else None], math.inf
-        stem = re.sub(r"[^\w.-]+", "_", test.name)
-        while str(folder / f"{stem}.jsonl") in files:
-            stem += "_"
-        files.append(str(folder / f"{stem}.jsonl"))
-        lines = []
-        while left > 0 and texts:
-            text = texts.pop()
-            whole = isinstance(text, Dialogue) or len(text) <= PIECE_CHARACTERS
-            if len(text.encode()) > left and not whole:
-                texts += reversed(pieces_of(text))  # training leaves them out piece by piece
-                continue
-            left -= len(text.encode())
-            row = row_of(text, job.flags.column)  # read by gguf and main.py
-            lines.append(json.dumps(row, ensure_ascii=False) + "\n")
-        write_text(Path(files[-1]), "".join(lines))
-    return files
+    args = run.args
+    flags = ["--model", model, "--device", run.device, "--calibration_data", *data]
+    flags += ["--eval_data", *args.eval_data] if args.eval_data else []
+    flags += ["--nsamples", str(nsamples), "--save_model", args.out]
+    form = "iq4_nl" if args.quantize == AUTO else args.quantize
+    flags += ["--quantize", form] if run.gguf else PACKED_FLAGS.split()
+    flags += ["--recover", str(args.recover)] if args.recover else []
+    if args.megabytes and args.recover:
+        flags += [*REMOVAL[kind_of(run.config)].split(), "0.5"]
+    parser = build_parser()
+    parsed = parser.parse_args([*flags, *run.passed_on])
+    check_flags(parser, parsed)
+    with fields_named(calibration_data="--data", save_model="OUT"):
+        check_outputs(parsed)
+        parsed.save_model = None  # no folder is created yet
+        with redirect_stdout(io.StringIO()):  # the run will print it
+            return check(parsed, longest=seqlen)
