@@ -25,7 +25,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from lib.commands.gguf.__main__ import main as convert  # noqa: E402
-from lib.commands.gguf.llama_cpp import ask, start  # noqa: E402
+from lib.commands.gguf.llama import ask, start  # noqa: E402
 from lib.data.documents import Corpus  # noqa: E402
 from lib.data.sources import parse_source  # noqa: E402
 

@@ -99,7 +99,7 @@ def parts(path: Path) -> dict[str, int]:
 MEMORY = """
 import sys
 sys.path.insert(0, {root!r})
-from lib.commands.trim.llama import Llama
+from lib.commands.gguf.llama import Llama
 from pathlib import Path
 from lib.util.host import peak_host_memory
 model = Llama(Path({path!r}))

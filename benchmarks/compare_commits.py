@@ -40,7 +40,9 @@ import run_kinds  # noqa: E402
 
 # of no two runs alike: times, paths, versions, what a machine measures
 VARYING = r"second|minute|time|date|version|path|host|commit|memory|peak|speed|per_s|hash|digest"
-VARYING += r"|revision|created|threads|cpu|checkpoint|command|argv|pid|_name_or|free|available"
+VARYING += (
+    r"|revision|created|threads|cpu|checkpoint|command|argv|pid|_name_or|free|is_local|files_on"
+)
 UNREAD = (".png", ".pdf", ".svg", ".md", ".tex", ".log", ".html")
 
 
@@ -222,11 +224,12 @@ def left_behind(folder: Path) -> dict[str, Any]:
             read_tensors(path, str(path.parent.relative_to(folder)), found)
         elif path.suffix == ".gguf":
             read_gguf(path, name, found)
-        elif path.suffix == ".json" and "token" not in path.name and ".cache" not in name:
+        elif "config" in path.name:
+            value = without_varying(json.loads(path.read_text("utf-8")))
+            found["files"] |= {} if given else {name: value}
+        elif path.suffix == ".json" and path.name != "tokenizer.json":
             value = json.loads(path.read_text("utf-8"))
-            if "config" in path.name or path.name == "modules.json":
-                found["files"] |= {} if given else {name: without_varying(value)}
-            elif not path.name.endswith("index.json"):
+            if not path.name.endswith("index.json"):
                 collect(value, found["figures"])
             if path.name.endswith("vocabulary.json"):
                 lists = {key: digest_of(value[key]) for key in ("ids", "tokens", "rows")}

@@ -24,13 +24,14 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lib.calibration.allocation import allocate
 from lib.calibration.output_error import TokenSample
+from lib.data.windows import WindowSpec
 from lib.formats.registry import FORMATS
 from lib.methods.registry import method_of
 from lib.methods.sparsity import Sparsity
 from lib.methods.wanda import Wanda
 from lib.model.blocks import BlockRunner
 from lib.model.device import default_batch_size
-from lib.prune import Pruner, _text_windows
+from lib.prune import Pruner, windows_of_texts
 from lib.quantize import quantize
 from lib.run.record import processor
 
@@ -97,7 +98,7 @@ def main() -> None:
     model.eval().requires_grad_(False)
     tokenizer = AutoTokenizer.from_pretrained(args.model)
     texts = [json.loads(line)["text"] for line in args.text.open(encoding="utf-8")]
-    windows = _text_windows(tokenizer, texts, args.seqlen, args.windows, 0)
+    windows = windows_of_texts(texts, WindowSpec(tokenizer, args.seqlen), args.windows)
     names = [name for name in RUNS if name == "one pass" or name.startswith(tuple(args.only))]
     seconds: dict[str, list[float]] = {name: [] for name in names}
     one_pass(model, windows[:2])

@@ -1,61 +1,45 @@
 """Prune a model block by block: observe the inputs of its linear layers, solve, propagate.
 
 `BlockWalker.run` is the loop, as in Wanda (https://github.com/locuslab/wanda); Wanda's names are in
-brackets. The first block's inputs are recorded (`prepare_calibration_input`:
-`BlockRunner.capture`). For each block one pass observes the inputs of its linear layers
-(`WrappedGPT.add_batch`: `PruningMethod.observe`), all of them are pruned (`Pruner.solve`), and a
-second pass takes the hidden states through the pruned block (`BlockRunner.advance_`).
-`check_sparsity` is `SparsityCheck` in lib/model/sparsity_check.py. lib/quantize.py and
-lib/remove.py walk in the same way.
+its comments. `check_sparsity` is `SparsityCheck` in lib/model/sparsity_check.py. lib/quantize.py
+and lib/remove.py walk in the same way.
 
 `prune` takes a model in memory and runs a `Pruner`, as main.py does.
 """
 
 from __future__ import annotations
 
-import copy
-import random
-import warnings
-from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
-from math import prod
+from dataclasses import dataclass
+from functools import partial
 from typing import Any, Self
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from .calibration.allocation import Allocation, allocate
-from .calibration.inputs import (
-    BlockNotes,
-    Group,
-    check_widths,
-    merge,
-    observe,
-    rank_windows,
-    weight_key,
-)
+from .calibration.block_inputs import BlockInputs
+from .calibration.changes import Changes
+from .calibration.inputs import Group, check_widths
 from .calibration.output_error import relative_error
-from .calibration.sequential import OrderedBlock, Stage, known_order
-from .data.windows import tokenize
+from .data.documents import Corpus
+from .data.sources import Source
+from .data.windows import WindowSpec, calibration_windows, fitting_windows
 from .formats.packed.layout import all_finite
 from .methods.base import PruningMethod
 from .methods.registry import method_of
 from .methods.sparsity import UNSTRUCTURED, Sparsity
-from .model.blocks import BlockRunner, HiddenStates
+from .model.blocks import BlockRunner
 from .model.device import default_batch_size
-from .model.linears import experts_implementation, find_linears
+from .model.linears import experts_implementation
 from .model.masks import Packed, packed_masks, unpacked
 from .model.matrix import PrunableLinear
 from .model.pretrained import window_length
 from .model.sparsity_check import SparsityCheck
-from .util import progress
-from .util.errors import RunWarning, UserError, fields_named, first_of
+from .util.errors import UserError, fields_named, first_of, spelled
 from .util.resume import PRUNED
-
-UNREACHED = "no calibration token reached it, or its forward() is bypassed"
 
 
 class BlockWalker:
@@ -63,38 +47,18 @@ class BlockWalker:
 
     `solve` changes layers that share an input, whose statistics are a `method`. A subclass may
     choose among the layers (`takes`), and does in `finish_` what a block needs afterwards. Ranks
-    share the windows and the groups to solve. After a run `pruned` maps changed layers to their
-    number of weights, and `left_dense` the others also to the reason.
+    share the windows and the groups to solve. `changes` has what is kept, restored and reported.
     """
 
     checkpoint_prefix = PRUNED  # of the files in which --resume keeps finished blocks
     fallback: str | None = None  # method for experts with few tokens, else the group's fallback
+    caches_inputs = True  # if memory suffices
 
     def __init__(self, runner: BlockRunner, method: type[PruningMethod]) -> None:
-        self.runner = runner
-        self.method = method
-        self.dist = runner.dist
-        self.saved = runner.weights.saved  # dtype in which changed weights are saved
-        self.pruned: dict[str, int] = {}
-        self.left_dense: dict[str, tuple[int, str]] = {}
-        self.notes: list[BlockNotes] = []  # the last ones are the current block's
-        # weights that several blocks share are changed once, where tokens reach them first
-        count = Counter(id(p) for block in runner.blocks for p in block.parameters())
-        self.shared = {key for key, times in count.items() if times > 1}
-        self.shared_done: set[tuple[int, int | None]] = set()
-        # per class of blocks: the layers of the first block, and their order
-        self.orders: dict[tuple, tuple[list[PrunableLinear], list[Stage]]] = {}
-        # fetching cached inputs from other memory would take longer than computing them again
-        on_device = torch.device(runner.state_device).type == runner.device.type
-        self.cache_inputs = runner.cache_inputs and on_device
-        self.states: HiddenStates | None = None  # inputs of the next block
-        self.dense_states: HiddenStates | None = None  # the same in the dense model
-        # the current block
-        self.index = -1
-        self.linears: list[PrunableLinear] = []  # to be changed
-        self.written: dict[str, Tensor] = {}  # changed matrices as they are saved, by layer
-        self.dense: nn.Module | None = None  # a copy from before, for a method with a dense stream
-        self.ordered: OrderedBlock | None = None
+        self.runner, self.method, self.dist = runner, method, runner.dist
+        self.changes = Changes(runner, self.checkpoint_prefix)
+        self.pruned, self.left_dense = self.changes.pruned, self.changes.left_dense
+        self.notes = self.changes.notes
 
     @torch.no_grad()
     def run(
@@ -105,60 +69,24 @@ class BlockWalker:
         `on_progress(1)` is called after each block. Raises UserError if a weight or an activation
         is not finite.
         """
-        runner = self.runner
+        runner, changes = self.runner, self.changes
         with experts_implementation(runner.model, "eager"):
-            if self.method.observes:
-                local, self.idle = rank_windows(windows, self.dist)
-                self.states = runner.capture(local)
-            if self.method.dense_stream:
-                self.dense_states = self.states.copy()
-            for index in range(len(runner.blocks)):
-                with runner.on_device(index, write_back=True):
-                    self._open(index)
+            # prepare_calibration_input
+            self.inputs = BlockInputs(runner, windows, self.method, self.caches_inputs)
+            for self.index in range(len(runner.blocks)):
+                with runner.on_device(self.index, write_back=True):
+                    self.inputs.begin(self.index)
+                    self.linears = changes.begin(self.index, self.takes)  # find_layers
                     if not self.restore_():
-                        for groups in self.groups():  # all, or q k v | o | gate up | down
+                        for groups in self.groups():  # WrappedGPT.add_batch, in a forward pass
                             self.solve_all_(groups)
+                        changes.share()
                         self.finish_()
-                        self._keep()
-                    self._advance_()
+                        changes.keep()
+                    changes.end()
+                    self.inputs.advance_()  # the second forward pass
                 on_progress(1)
         return self
-
-    def solve(self, group: Group, matrices: list[Tensor]) -> None:
-        """Change the float32 matrices (out, in) of a group in place, in the rank that owns it."""
-        raise NotImplementedError
-
-    def takes(self, linear: PrunableLinear) -> bool:
-        """Return whether a layer is to be changed."""
-        return True
-
-    def groups(self) -> Iterator[list[Group]]:
-        """Observe the block, and yield groups of layers that can be solved at one time.
-
-        With a dense stream each stage is observed when the one before is solved.
-        """
-        runner, method = self.runner, self.method
-        if self.states is None:
-            yield [Group([one], method(one.shape[1], runner.device)) for one in self.linears]
-        elif self.dense and self.linears:
-            order = known_order(self.orders, runner, self.states, self.index, self.linears)
-            self.ordered = OrderedBlock(
-                runner=runner,
-                method=method,
-                index=self.index,
-                order=order,
-                dense=self.dense,
-                states=self.states,
-                dense_states=self.dense_states,
-                cache_inputs=self.cache_inputs,
-                need_outputs=self.needs_outputs,
-            )
-            for place, stage in enumerate(order):
-                yield merge(self.ordered.observe(place), stage.linears, method, runner, self.idle)
-        else:
-            passes = ((run, {}) for _, run in runner.iter_batches(self.states, self.index))
-            groups = observe(runner, self.linears, method, passes)
-            yield merge(groups, self.linears, method, runner, self.idle)
 
     def solve_all_(self, groups: list[Group]) -> None:
         """Solve the groups that this rank owns, write the matrices of all ranks, empty the list."""
@@ -172,119 +100,38 @@ class BlockWalker:
                 if owner == self.dist.rank:
                     _check_finite(group.method.statistics(), group.names, "activations are")
                     matrices = [linear.matrix() for linear in group.linears]
-                    with self._reporting(group):
+                    with self.changes.reporting(group):
                         self.solve(group, matrices)
                     for linear in group.linears:
                         _check_finite(matrices[:1], linear.name, "pruned weights are")
-                        self._write_(linear, matrices.pop(0).to(linear.saved_dtype(self.saved)))
+                        self.changes.write_(linear, matrices.pop(0))
         for group, owner in zip(groups, owners, strict=True) if self.dist.size > 1 else ():
             self.exchange_(group, owner)
         groups.clear()  # frees the statistics
 
+    def solve(self, group: Group, matrices: list[Tensor]) -> None:
+        """Change the float32 matrices (out, in) of a group in place, in the rank that owns it."""
+        raise NotImplementedError
+
+    def takes(self, linear: PrunableLinear) -> bool:
+        """Return whether a layer is to be changed."""
+        return True
+
+    def groups(self) -> Iterator[list[Group]]:
+        """Observe the block, and yield groups that can be solved at one time."""
+        return self.inputs.observe(self.linears)
+
     def exchange_(self, group: Group, owner: int) -> None:
         """Send a group's matrices from the rank that solved it to all others."""
         for linear in group.linears:
-            matrix = self.written.get(linear.name)
-            if matrix is None:
-                dtype, device = linear.saved_dtype(self.saved), linear.raw_weight.device
-                matrix = torch.empty(linear.shape, dtype=dtype, device=device)
-            matrix = self.dist.broadcast_(matrix, owner)
-            if owner != self.dist.rank:
-                self._write_(linear, matrix)
+            self.changes.exchange_(linear, owner)
 
     def restore_(self) -> bool:
-        """Load the block and its notes if an interrupted run finished it; return whether it did."""
-        facts = self.runner.weights.get(self.index, prefix=self.checkpoint_prefix)
-        if facts is None:
-            return False
-        notes = BlockNotes(**facts)
-        self.notes[-1] = replace(notes, pruned=[])
-        for linear in self.linears:
-            if linear.name in notes.pruned:
-                self._mark_pruned(linear)
-        return True
+        """Load the block if an interrupted run finished it; return whether it did."""
+        return self.changes.restore_()
 
     def finish_(self) -> None:
-        """Share the notes of all ranks, once the block's layers are changed."""
-        notes = self.notes[-1]
-        of_all = self.dist.all_gather_object((notes.warnings, notes.kept, notes.errors))
-        warned, kept, errors = zip(*of_all, strict=True)
-        notes.warnings, notes.kept = sum(warned, []), sum(kept, [])
-        notes.errors = {name: error for each in errors for name, error in each.items()}
-
-    def all_warnings(self) -> list[str]:
-        """Return all warnings of the methods."""
-        return [warning for notes in self.notes for warning in notes.warnings]
-
-    def errors(self) -> dict[str, float]:
-        """Return the relative squared error of each pruned layer's outputs, by name."""
-        return {name: error for notes in self.notes for name, error in notes.errors.items()}
-
-    def _open(self, index: int) -> None:
-        """Begin a block: choose its layers that are still to be changed; report the others."""
-        runner, self.index = self.runner, index
-        self.needs_outputs = self.states is not None and index + 1 < len(runner.blocks)
-        self.dense = copy.deepcopy(runner.blocks[index]) if self.dense_states else None
-        self.notes.append(BlockNotes())
-        # resident blocks were checked when they were loaded
-        for linear in runner.linears(index) if not runner.weights.resident else ():
-            linear.check_finite(runner.named)
-        linears, left_dense = find_linears(runner.blocks[index], f"{runner.name}.{index}")
-        self.left_dense |= left_dense
-        left = [linear for linear in linears if weight_key(linear) not in self.shared_done]
-        self.linears = [linear for linear in left if self.takes(linear)]
-
-    def _keep(self) -> None:
-        """Store the block for --resume: for quantized layers the matrices behind their codes."""
-        prefix = f"{self.runner.name}.{self.index}."
-        matrices = {
-            linear.name.removeprefix(prefix): self.written[linear.name]
-            for linear in self.linears
-            if linear.is_quantized and linear.name in self.written
-        }
-        notes = vars(self.notes[-1])
-        self.runner.weights.put(self.index, notes, matrices, prefix=self.checkpoint_prefix)
-
-    def _advance_(self) -> None:
-        """Report layers that no token reached, and take the streams through the block."""
-        for linear in self.linears:
-            if linear.name not in self.pruned:
-                self.left_dense[linear.name] = prod(linear.shape), UNREACHED
-        if self.needs_outputs:
-            if self.ordered:
-                self.ordered.advance_()
-            else:
-                if self.dense:
-                    self.runner.advance_(self.dense_states, self.index, self.dense)
-                self.runner.advance_(self.states, self.index)
-            self.states.block_args[self.index] = []  # these arguments are not needed again
-        self.dense = self.ordered = None
-        self.written.clear()
-
-    @contextmanager
-    def _reporting(self, group: Group) -> Iterator[None]:
-        """Note warnings raised inside, and name the group's layers in an error."""
-        with warnings.catch_warnings(record=True) as caught:
-            warnings.simplefilter("always")
-            try:
-                progress.on_step("solve", 0)
-                yield
-            except UserError as error:
-                raise error.inside(group.names) from error
-        for warning in caught:
-            prefix = "" if issubclass(warning.category, RunWarning) else f"{group.names}: "
-            self.notes[-1].warnings.append(f"{prefix}{warning.message}")
-
-    def _write_(self, linear: PrunableLinear, matrix: Tensor) -> None:
-        linear.set_weight_(matrix)
-        self.written[linear.name] = matrix
-        self._mark_pruned(linear)
-
-    def _mark_pruned(self, linear: PrunableLinear) -> None:
-        self.pruned[linear.name] = prod(linear.shape)
-        self.notes[-1].pruned.append(linear.name)
-        if weight_key(linear)[0] in self.shared:
-            self.shared_done.add(weight_key(linear))
+        """Do what the block needs once its layers are changed."""
 
 
 class Pruner(BlockWalker):
@@ -324,7 +171,7 @@ class Pruner(BlockWalker):
         return [
             f"pruned {pruned:,} weights in {len(self.pruned)} linear layers{left_dense}",
             *(f"{reason}: {first_of(names)}" for reason, names in by_reason.items()),
-            *self.all_warnings(),
+            *self.changes.warnings(),
         ]
 
 
@@ -383,49 +230,47 @@ def prune(
     kind, ratio = (sparsity, None) if isinstance(sparsity, str) else (UNSTRUCTURED, sparsity)
     wanted = Sparsity.parse(kind, ratio)
     method = method_of(method, arguments=method_args, kind=kind)
-    length = window_length(model.config, seqlen)
+    length, notes = window_length(model.config, seqlen), []
     gradients, measured = method.needs_gradients, allocation in ("error", "owl")
     if calibration is None and (method.observes or gradients or measured):
         problem = f"{method.__name__} needs windows or texts"
         raise UserError("calibration", problem, "Give some")
-    if isinstance(calibration, Tensor):
+    if isinstance(calibration, str):
+        raise UserError("calibration", "it is a single text", "Give a list of texts")
+    if calibration is not None and not isinstance(calibration, Tensor):
+        if tokenizer is None:
+            raise UserError("tokenizer", "texts require one", "Give it, or windows of token ids")
+        spec = WindowSpec(tokenizer, length, seed=seed)
+        calibration = windows_of_texts(calibration, spec, nsamples, not seqlen, notes.append)
+    if calibration is not None:
         if calibration.ndim != 2 or calibration.is_floating_point() or not calibration.numel():
             problem = f"its shape is {tuple(calibration.shape)}, its dtype {calibration.dtype}"
             raise UserError("calibration", problem, "Give windows of token ids (windows, tokens)")
         length = calibration.shape[1]
-    elif isinstance(calibration, str):
-        raise UserError("calibration", "it is a single text", "Give a list of texts")
-    elif calibration is not None:
-        calibration = _text_windows(tokenizer, calibration, length, nsamples, seed)
     with _runner_of(model, length, batch_size, wanted) as runner:
         layers = allocate(runner, calibration, wanted, allocation, seed, gradients=gradients)
         pruner = Pruner(runner, method, layers).run(calibration, on_progress)
         check = SparsityCheck(runner, layers.sparsity, pruner.left_dense)
         masks = packed_masks(runner, pruner.pruned)
-    shares = check.record()["linears"]
-    return Pruned(pruner.errors(), shares, check.overall, pruner.summary()[1:], masks)
+    shares, notes = check.record()["linears"], [*notes, *pruner.summary()[1:]]
+    return Pruned(pruner.changes.errors(), shares, check.overall, notes, masks)
 
 
-def _text_windows(
-    tokenizer: Any, texts: Sequence[str], seqlen: int, count: int, seed: int
+def windows_of_texts(
+    texts: Sequence[str],
+    spec: WindowSpec,
+    count: int,
+    shortens: bool = False,
+    say: Callable[[str], Any] = lambda line: None,
 ) -> Tensor:
-    """Return `count` windows of token ids (count, seqlen) from the texts, shuffled with `seed`.
+    """Return windows of token ids (count, tokens), drawn as main.py does from the rows of a file.
 
-    Raises UserError if they are too short.
+    `shortens` and `say` are as for `fitting_windows`. Raises UserError if the texts are too short.
     """
-    if tokenizer is None:
-        raise UserError("tokenizer", "texts require one", "Give it, or windows of token ids")
-    order = random.Random(seed).sample(range(len(texts)), len(texts))
-    pieces, total = [], 0
-    for place in order:
-        if total < count * seqlen:
-            pieces.append(tokenize(tokenizer, texts[place]))
-            total += len(pieces[-1])
-    if total < count * seqlen:
-        wanted = f"nsamples {count} windows of seqlen {seqlen}"
-        problem = f"their {total} tokens are too few for {wanted}"
-        raise UserError("texts", problem, "Give more text, or lower one of these")
-    return torch.cat(pieces)[: count * seqlen].view(count, seqlen)
+    corpora = [Corpus(Source("texts", "{--calibration_data}", "texts"), rows=texts)]
+    draw = partial(calibration_windows, corpora, nsamples=count)
+    windows, _ = fitting_windows(draw, corpora, spec, shortens, lambda line: say(spelled(line, "")))
+    return windows.ids
 
 
 @contextmanager

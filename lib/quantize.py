@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .calibration.changes import UNREACHED
 from .calibration.inputs import Group, merge, observe
 from .calibration.mixed_types import CHUNK, tables_of
 from .formats.base import ScaledFormat
@@ -23,7 +24,7 @@ from .methods.gptq import GPTQ, MasterWeights
 from .model.blocks import BlockRunner
 from .model.matrix import PrunableLinear, SaveDtypes
 from .offload.sharded import shard_of_masters, sharded_dims
-from .prune import UNREACHED, BlockWalker
+from .prune import BlockWalker
 from .util.errors import UserError, first_of
 from .util.resume import QUANTIZED, START, of_block
 
@@ -92,7 +93,7 @@ class Quantizer(BlockWalker):
         first: dict[int, str] = {}
         every = runner.model.named_parameters(remove_duplicate=False)
         self.names = {name: first.setdefault(id(each), name) for name, each in every}
-        self.saved = SaveDtypes()  # integers times scales are kept exactly
+        self.changes.saved = SaveDtypes()  # integers times scales are kept exactly
         forms = [form for each in runner.each_linear() if (form := form_of(fmt, each))]
         self.bits = sorted({form.bits for form in forms})
         if not forms and not isinstance(fmt, Types):  # which may be for embedding and head alone
@@ -126,7 +127,7 @@ class Quantizer(BlockWalker):
     def finish_(self) -> None:
         """Also round layers without tokens to nearest, and store the masters for --resume."""
         for linear in self.linears:
-            if linear.name not in self.written:
+            if linear.name not in self.changes.written:
                 matrix = linear.matrix()
                 masters = self._nearest_(matrix, form_of(self.fmt, linear))
                 self._keep_masters(linear, masters)
@@ -139,7 +140,6 @@ class Quantizer(BlockWalker):
             }
             finished.write(of_block(START, self.index), named, {})
         self._shard_masters()
-        super().finish_()
 
     def restore_(self) -> bool:
         stored = None
@@ -160,14 +160,14 @@ class Quantizer(BlockWalker):
 
         They become new tensors, since the dense model of comparisons shares the old ones.
         """
-        runner, states, last = self.runner, self.states, len(self.runner.blocks) - 1
+        runner, states, last = self.runner, self.inputs.states, len(self.runner.blocks) - 1
         head = PrunableLinear("head", runner.model.get_output_embeddings())
         places = torch.arange(states.windows.shape[1], device=runner.device)
         with runner.on_device(last):
             runner.advance_(states, last)
         runs = (partial(runner.logits(states, batch), places) for batch in states.batches)
         groups = observe(runner, [head], GPTQ, ((run, {}) for run in runs))
-        [group] = merge(groups, [head], GPTQ, runner, self.idle)
+        [group] = merge(groups, [head], GPTQ, runner, self.inputs.idle)
         for name, weight in tables_of(runner.model).items():
             if form := self.fmt.of(name, weight.shape[1]):
                 table = torch.empty_like(weight)
@@ -194,7 +194,7 @@ class Quantizer(BlockWalker):
         dense = self.left_dense.items()
         if left := [name for name, (_, reason) in dense if reason == UNREACHED]:
             lines.append(f"quantized to nearest, {UNREACHED}: {first_of(left)}")
-        return lines + self.all_warnings()
+        return lines + self.changes.warnings()
 
     def _nearest_(self, matrix: Tensor, form: ScaledFormat) -> MasterWeights:
         """Round a matrix (out, in) to nearest, in place."""

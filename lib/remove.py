@@ -21,13 +21,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .calibration.changes import UNREACHED
 from .calibration.inputs import Group
 from .methods.base import PruningMethod
 from .methods.sparsity import NEURONS
 from .model.blocks import BlockRunner, Stop, run_block
 from .model.matrix import PrunableLinear
 from .model.parts import StructureLayout, get_tensor, keep_parts_
-from .prune import UNREACHED, BlockWalker
+from .prune import BlockWalker
 from .util.errors import UserError
 from .util.host import malloc_trim
 
@@ -64,6 +65,8 @@ class PartRemover(BlockWalker):
     parts of a block, and `finish_` cuts the others off.
     """
 
+    caches_inputs = False  # they would have the wrong width once neurons are removed
+
     def __init__(
         self,
         runner: BlockRunner,
@@ -74,8 +77,7 @@ class PartRemover(BlockWalker):
     ) -> None:
         super().__init__(runner, method)
         self.layout, self.left, self.seed = layout, left, seed
-        self.shared.clear()  # once it is smaller, a shared weight is another parameter
-        self.cache_inputs = False  # inputs would have the wrong width once neurons are removed
+        self.changes.shared.clear()  # once it is smaller, a shared weight is another parameter
         self.weights_before = self._count_weights()
 
     def set_config_(self) -> None:
@@ -89,12 +91,15 @@ class PartRemover(BlockWalker):
     def restore_(self) -> bool:
         restored = super().restore_()
         if restored:
-            self._cut_()
+            PartRemover.finish_(self)
         return restored
 
     def finish_(self) -> None:
-        super().finish_()
-        self._cut_()
+        """Make the block smaller, in all ranks."""
+        if kept := self.notes[-1].kept:
+            block, name = self.runner.blocks[self.index], f"{self.runner.name}.{self.index}"
+            keep_parts_(block, self.layout, self.index, name, torch.tensor(kept))
+            malloc_trim()  # freed weights are in heaps of reader threads, which nothing else reuses
 
     def summary(self) -> list[str]:
         """Return lines for the user."""
@@ -103,7 +108,7 @@ class PartRemover(BlockWalker):
         return [
             f"removed {count - self.left} of {count} {self.layout.kind} in each of {cut} blocks, "
             f"{share:.1%} of the blocks' weights",
-            *self.all_warnings(),
+            *self.changes.warnings(),
         ]
 
     def record(self) -> dict[str, Any]:
@@ -125,13 +130,6 @@ class PartRemover(BlockWalker):
     def _module_name(self) -> str:
         """Full name of the down projection, or of the module of experts, of the current block."""
         return f"{self.runner.name}.{self.index}.{self.layout.modules[self.index]}"
-
-    def _cut_(self) -> None:
-        """Make the block smaller, in all ranks."""
-        if kept := self.notes[-1].kept:
-            block, name = self.runner.blocks[self.index], f"{self.runner.name}.{self.index}"
-            keep_parts_(block, self.layout, self.index, name, torch.tensor(kept))
-            malloc_trim()  # freed weights are in heaps of reader threads, which nothing else reuses
 
 
 def multiple_of(width: int) -> int:
@@ -173,7 +171,7 @@ class NeuronRemover(PartRemover):
 
     def finish_(self) -> None:
         """Make the block smaller in all ranks, and check that a batch's outputs do not change."""
-        runner, states = self.runner, self.states
+        runner, states = self.runner, self.inputs.states
         if states is None:  # no calibration text
             ids = torch.arange(CHECKED, device=runner.device)[None]
             states = runner.capture(ids, 1, runner.device)
@@ -238,7 +236,7 @@ class ExpertRemover(PartRemover):
             self._check_once()
             method = self.method(self.layout.count, self.runner.device)
             self._observe(method.observe)
-            self.dist.sum_(method.statistics(), self.idle)
+            self.dist.sum_(method.statistics(), self.inputs.idle)
             yield [Group([], method, name=self._module_name)]
 
     def solve(self, group: Group, matrices: list[Tensor]) -> None:
@@ -269,19 +267,19 @@ class ExpertRemover(PartRemover):
             raise Stop
 
         with experts.register_forward_pre_hook(see, with_kwargs=True):
-            for _, run in self.runner.iter_batches(self.states, self.index):
+            for _, run in self.runner.iter_batches(self.inputs.states, self.index):
                 with suppress(Stop):
                     run()
 
     def _check_once(self) -> None:
         """Check for each class of blocks that the order of its experts does not change outputs."""
-        index, groups = self.index, self.layout.groups
+        index, groups, states = self.index, self.layout.groups, self.inputs.states
         block = self.runner.blocks[index]
         if type(block) in self.checked:
             return
         self.checked |= {type(block)}
-        hidden = self.states.hidden[self.states.batches[0]].to(self.runner.device)
-        args, kwargs = self.states.block_args[index][0]
+        hidden = states.hidden[states.batches[0]].to(self.runner.device)
+        args, kwargs = states.block_args[index][0]
         run = partial(run_block, hidden=hidden, args=args, kwargs=kwargs)
         order = torch.arange(self.layout.count).view(groups, -1).flip(1).flatten()
         turned, name = copy.deepcopy(block), f"{self.runner.name}.{index}"

@@ -140,12 +140,12 @@ def quickly(runs, monkeypatch: pytest.MonkeyPatch) -> None:
     """The converter and the reader run here, where torch is imported already."""
     from support import LIMIT
 
-    from lib.commands.gguf import convert, llama_cpp, verify
+    from lib.commands.gguf import convert, llama, verify
     from lib.util.errors import UserError
 
     def here(what: str, function, size: float = 0, **arguments):
         try:
-            if function is llama_cpp.run:
+            if function.__module__ == llama.__name__:
                 return runs.submit(function, **arguments).result(LIMIT)
             return function(**arguments)
         except Exception as error:

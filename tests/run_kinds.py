@@ -89,45 +89,56 @@ KINDS = {  # of one step, which the matrix does again in its ways
 RECOVER, FAST = "--recover 2600 --recover_lr 0.01", "--eval_windows 4 --nsamples 4"
 OFFLOAD, KEPT = "--offload_folder away", "model --eval_only"
 PRUNED = f"bfloat16 {WANDA} {HALF} --save_model pruned"
+SMALL_TEXT = f"--data uk --device cpu --recover 0 --seqlen 32 {FAST}"
 ARCHITECTURES = ["Mistral", "Qwen2", "Gemma 2", "Gemma 3", "Phi-3"]
 ARCHITECTURES += ["GPT-2", "OPT", "BLOOM", "GPT-NeoX", "Mixtral", "Mamba", "Zamba2"]
 PATTERNS = ["unstructured", "2:4", "4:8"]
+SOME = ["wanda", "sparsegpt 2:4", "admm 2:4", "by error", "experts pruned", "sparsegpt neurons"]
 RECORDED = {  # `ranks N:`, `resumed N:` and `kill N:` are explained in compare_commits.py
     f"{name}, {flags.split()[1]}": f"'{name}' {flags} --sparsity_type {PATTERNS[(i + j) % 3]}"
     for i, name in enumerate(ARCHITECTURES)
     for j, flags in enumerate((WANDA, SPARSEGPT, ADMM))
-} | {
+}
+RECORDED |= {
+    f"ranks, {kind}": f"ranks 2: {KINDS[kind]}" for kind in [*SOME, "trained", "int4", "q4_0"]
+}
+RECORDED |= {f"resumed, {kind}": f"resumed 2: {KINDS[kind]}" for kind in [*SOME[:4], "q4_0"]}
+RECORDED |= {f"offload, {kind}": f"{KINDS[kind]} {OFFLOAD}" for kind in [*SOME[:4], "packed"]}
+CUDA = [*SOME, "trained", "packed", "int4", "int4, trained", "tied"]
+RECORDED |= {f"cuda {kind}": KINDS[kind] for kind in CUDA}
+RECORDED |= {
+    f"{kind}, again": f"{KINDS[kind]}; {KEPT}; unpack model dense"
+    for kind in ("packed", "packed, unstructured", "int4", "int4, unstructured")
+}
+RECORDED |= {
+    f"gguf {to}": f"{name} --quantize {to}; gguf model model.gguf --type {to}"
+    for name, to in (
+        ("llama", "q4_0"),
+        ("wide", "iq4_nl"),
+        ("transposed", "q5_0"),
+        ("wide", "q3_k"),
+    )
+}
+RECORDED |= {
+    f"export {to}": f"wide --quantize q4_0; export model new --to {to}"
+    for to in ("compressed-tensors", "mlx", "onnx")
+}
+RECORDED |= {
+    "resumed, trained": f"resumed 4: {KINDS['trained']}",
+    "resumed, offload": f"resumed 2: llama {SPARSEGPT} {OFFLOAD}",
+    "cuda offload": f"llama {ADMM} {HALF} {OFFLOAD}",
+    "cuda resumed": f"resumed 2: llama {SPARSEGPT}",
     "magnitude 2:4": f"bfloat16 --prune_method magnitude {HALF}",
     "completions": f"tied {WANDA} --completions 2",
     "seed, batch size, length": f"llama {ADMM} --seed 3 --batch_size 1 --seqlen 48",
     "mix of texts": f"llama {WANDA} --calibration_data uk=3 en=1 --eval_data uk en",
-    "dense": KEPT.replace("model", "bfloat16"),
+    "dense": "bfloat16 --eval_only",
     "bfloat16 experts": f"mixture {WANDA} {HALF} --dtype bfloat16",
     "bos never": f"llama {WANDA} --bos never",
     "load 4 bits": f"llama {WANDA} --load_bit 4",
     "error, wanda": f"llama {WANDA} {ERROR}",
     "error, sparsegpt": f"llama {SPARSEGPT} {ERROR}",
     "error, experts": f"mixture {WANDA} {ERROR}",
-    "offload, wanda": f"llama {WANDA} {OFFLOAD}",
-    "offload, admm": f"llama {ADMM} {HALF} {OFFLOAD}",
-    "offload, error": f"bfloat16 {SPARSEGPT} {ERROR} {OFFLOAD}",
-    "offload, packed": f"bfloat16 {WANDA} {HALF} {PACK} {OFFLOAD}",
-    "ranks, wanda": f"ranks 2: llama {WANDA}",
-    "ranks, sparsegpt": f"ranks 2: llama {SPARSEGPT} {HALF}",
-    "ranks, admm": f"ranks 2: llama {ADMM} {ERROR}",
-    "ranks, experts": f"ranks 2: mixture {SPARSEGPT}",
-    "ranks, neurons": f"ranks 2: wide {SPARSEGPT} {NEURONS}",
-    "ranks, recovery": f"ranks 2: llama {WANDA} {HALF} {RECOVER}",
-    "ranks, packed": f"ranks 2: bfloat16 {WANDA} {HALF} {INT4}",
-    "ranks, q4_0": "ranks 2: bfloat16 --quantize q4_0",
-    "resumed, wanda": f"resumed 2: llama {WANDA}",
-    "resumed, sparsegpt": f"resumed 1: llama {SPARSEGPT} {HALF}",
-    "resumed, admm": f"resumed 2: llama {ADMM}",
-    "resumed, error": f"resumed 2: llama {WANDA} {ERROR}",
-    "resumed, offload": f"resumed 2: llama {SPARSEGPT} {OFFLOAD}",
-    "resumed, recovery": f"resumed 5: llama {WANDA} {HALF} {RECOVER}",
-    "resumed, neurons": f"resumed 2: wide {WANDA} {NEURONS}",
-    "resumed, q4_0": "resumed 2: llama --quantize q4_0",
     "trimmed": "{tied --trim_vocabulary --vocabulary_rows tied.list.json --save_model model|"
     f"trim tied model --keep tied.list.json; {KEPT}}}",
     "trimmed and pruned": f"{SMALL} {WANDA} {HALF}",
@@ -140,28 +151,12 @@ RECORDED = {  # `ranks N:`, `resumed N:` and `kill N:` are explained in compare_
     "measured beside a teacher": f"{PRUNED}; pruned --eval_only --teacher bfloat16",
     "neurons, Conv1D": f"GPT-2 {SPARSEGPT} {NEURONS} --sparsity_ratio 0.25",
     "neurons, fused": f"Phi-3 {WANDA} {NEURONS} --sparsity_ratio 0.25",
-    "packed, again": f"bfloat16 {WANDA} {HALF} {PACK}; {KEPT}; unpack model dense",
-    "packed, unstructured, again": f"llama {ADMM} {PACK}; {KEPT}",
     "packed experts": f"mixture {WANDA} {PACK}; {KEPT}",
-    "packed 4 bits": f"bfloat16 {SPARSEGPT} {HALF} {INT4}; {KEPT}; unpack model dense",
     "packed 4 bits, tied": f"tied {WANDA} {INT4}; {KEPT}",
     "packed 4 bits, Conv1D": f"GPT-2 {WANDA} {HALF} {INT4}",
     "packed 4 bits, experts": f"mixture {WANDA} {HALF} {INT4}; unpack model dense",
     "rounded later": f"{PRUNED}; pruned {INT4} --save_model model",
     "rounded to the nearest": f"{PRUNED}; pruned --eval_only {INT4} --save_model model",
-    "cuda wanda": f"llama {WANDA}",
-    "cuda sparsegpt": f"bfloat16 {SPARSEGPT} {HALF}",
-    "cuda admm": f"llama {ADMM}",
-    "cuda error": f"llama {ADMM} {ERROR}",
-    "cuda experts": f"mixture {WANDA} {HALF}",
-    "cuda offload": f"llama {ADMM} {HALF} {OFFLOAD}",
-    "cuda resumed": f"resumed 2: llama {SPARSEGPT}",
-    "cuda packed": f"bfloat16 {WANDA} {HALF} {PACK}",
-    "cuda packed 4 bits": f"bfloat16 {WANDA} {INT4}",
-    "cuda recovered": f"llama {WANDA} {HALF} {RECOVER}",
-    "cuda recovered on the grid": f"bfloat16 {WANDA} {HALF} {RECOVER} {INT4}",
-    "cuda neurons": f"wide {SPARSEGPT} {NEURONS}",
-    "cuda trimmed": f"{TIED} {WANDA}",
     "trim: folder": "trim bfloat16 small --data uk",
     "trim: tied folder, two texts": "trim tied small --data uk en --price 2",
     "trim: folder by a list": "trim tied small --keep tied.list.json",
@@ -184,16 +179,8 @@ RECORDED = {  # `ranks N:`, `resumed N:` and `kill N:` are explained in compare_
     "gguf, SentencePiece": "gguf phi3 model.gguf",
     "gguf, experts": "gguf mixture model.gguf --type f32",
     "gguf, dialogues": "gguf chat model.gguf",
-    "gguf q4_0": "bfloat16 --quantize q4_0; gguf model model.gguf --type q4_0",
-    "gguf iq4_nl": "wide --quantize iq4_nl; gguf model model.gguf --type iq4_nl",
-    "gguf q5_0": "transposed --quantize q5_0; gguf model model.gguf --type q5_0",
-    "gguf q3_k": "wide --quantize q3_k; gguf model model.gguf --type q3_k",
     "gguf auto": "wide --quantize auto --megabytes 0.15; gguf model model.gguf --type auto",
     "gguf, packed": f"bfloat16 {WANDA} {HALF} {INT4}; gguf model model.gguf",
-} | {
-    f"export {to}": f"wide --quantize q4_0; export model new --to {to}"
-    for to in ("compressed-tensors", "mlx", "onnx")
-} | {
     "overlap": f"llama {WANDA} --save_model one; llama {ADMM} --save_model two; overlap one two",
     "report": f"llama {WANDA} --save runs/one; llama {ADMM} {HALF} --save runs/two; "
     "report runs --csv runs.csv --latex runs.tex --against runs/one",
@@ -201,10 +188,9 @@ RECORDED = {  # `ranks N:`, `resumed N:` and `kill N:` are explained in compare_
     "--device cpu --seqlen 32 --completions 0; report runs --csv runs.csv",
     "dialogues, written": "dialogues chat new.jsonl --data uk",
     "tasks": "tasks uk new",
-    "compress: text": f"compress wide small --data uk --device cpu --recover 0 --seqlen 32 {FAST}",
-    "compress: dialogues": "compress chat small --data uk --device cpu --recover 0 --dialogues 8 "
-    f"--quantize q4_0 --seqlen 32 {FAST}",
-}  # fmt: skip
+    "compress: text": f"compress wide small {SMALL_TEXT}",
+    "compress: dialogues": f"compress chat small --dialogues 8 --quantize q4_0 {SMALL_TEXT}",
+}
 
 
 def spelled(kind: str, new: bool) -> list[str]:

@@ -6,6 +6,7 @@ import html
 import io
 import re
 import sys
+import time
 from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,7 @@ from lib.run.card import converted_card, model_card
 from lib.run.flags import build_parser
 from lib.util import cli
 from lib.util.errors import one_line
-from lib.util.markdown import escape
+from lib.util.markdown import escape, padded_table
 from lib.util.terminal import fitted
 
 sys.path.append(str(ROOT / "tests/report"))
@@ -137,6 +138,16 @@ def test_a_terminal_gets_lines_of_its_width(words: Words, monkeypatch: pytest.Mo
             assert cli.run(lambda _: print(command + printed, end=""), []) == 0
         assert out.getvalue() == command + (fitted(printed, 60) if is_terminal else printed)
     assert fitted(printed, 60) != printed
+
+
+def test_a_long_table_is_fitted_at_once() -> None:
+    """Also if a column is empty; each cell stays whole or is broken between words."""
+    row = ["admm + recovery", "", "texts of " * 6, "23.45 (20.1 to 25.3)"]
+    table = padded_table(["method", "", "calibrated on", "perplexity"], [row] * 200, left=3)
+    start = time.process_time()
+    shown = fitted(table, 60).splitlines()
+    assert time.process_time() - start < 2
+    assert {len(line) for line in shown} == {60} and shown[3].split("|")[2].isspace()
 
 
 # --- cards of results that nobody has measured, and of what is converted from a folder

@@ -27,18 +27,6 @@ from .output_error import TOKENS, TokenSample
 
 
 @dataclass
-class BlockNotes:
-    """Report on pruning one block; stored with the block."""
-
-    pruned: list[str] = field(default_factory=list)  # names of linear layers
-    fallbacks: dict[str, list[str]] = field(default_factory=dict)  # method: experts
-    warnings: list[str] = field(default_factory=list)
-    errors: dict[str, float] = field(default_factory=dict)  # relative squared errors of outputs
-    kept: list[int] = field(default_factory=list)  # remaining neurons or experts
-    routed: list[float] = field(default_factory=list)  # share of tokens routed to each expert
-
-
-@dataclass
 class Group:
     """Linear layers that share an input, and the method's statistics of that input.
 

@@ -27,7 +27,8 @@ from ..methods.sparsity import Sparsity
 from ..methods.wanda import Wanda
 from ..model.blocks import BlockRunner
 from ..model.linears import experts_implementation
-from .inputs import Group, first_names, merge, observe, rank_windows
+from .block_inputs import BlockInputs
+from .inputs import Group, first_names
 
 OUTLIER = 5.0  # M: the smallest outlier, as a multiple of the mean
 SPREAD = 0.08  # lambda
@@ -45,25 +46,23 @@ def by_outliers(
 
     `on_progress(1)` is called after each block.
     """
-    local, idle = rank_windows(windows, runner.dist)
-    states, first = runner.capture(local), first_names(runner)
+    first = first_names(runner)
     shares: dict[int, float] = {}  # D, by block
     sizes: dict[int, int] = {}  # weights that no earlier block shares
     block_of: dict[str, int] = {}
     with experts_implementation(runner.model, "eager"):
+        inputs = BlockInputs(runner, windows, Wanda)
         for index in range(len(runner.blocks)):
             with runner.on_device(index):
+                inputs.begin(index)
                 linears = runner.linears(index)
-                passes = ((run, {}) for _, run in runner.iter_batches(states, index))
-                groups = observe(runner, linears, Wanda, passes) if linears else []
-                groups = merge(groups, linears, Wanda, runner, idle)
+                [groups] = inputs.observe(linears)
                 reached = [group for group in groups if group.method.tokens]
                 if reached:
                     shares[index] = outlier_share(partial(_scores, reached))
                     sizes[index] = sum(prod(o.shape) for o in linears if first[o.name] == o.name)
                     block_of |= {one.name: block_of.get(first[one.name], index) for one in linears}
-                if index + 1 < len(runner.blocks):
-                    runner.advance_(states, index)
+                inputs.advance_()
             on_progress(1)
     each = owl_sparsities([*shares.values()], [*sizes.values()], sparsity)
     chosen = dict(zip(shares, each, strict=True))

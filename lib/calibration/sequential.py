@@ -20,7 +20,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext, suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -86,24 +86,6 @@ def find_order(
         shared = place < len(reached) and all(linear.expert is None for linear in stage)
         order.append(Stage(stage, shared, projection))
     return order
-
-
-def known_order(
-    orders: dict[tuple, tuple[list[PrunableLinear], list[Stage]]],
-    runner: BlockRunner,
-    states: HiddenStates,
-    index: int,
-    linears: list[PrunableLinear],
-) -> list[Stage]:
-    """Return the result of `find_order`, cached in `orders` per class of blocks."""
-    prefix = f"{runner.name}.{index}."
-    names = [(linear.name.removeprefix(prefix), linear.shape) for linear in linears]
-    key = type(runner.blocks[index]), *names
-    if key not in orders:
-        orders[key] = linears, find_order(runner, states, index, linears)
-    first, order = orders[key]
-    linear_of = dict(zip(first, linears, strict=True))
-    return [replace(stage, linears=[linear_of[one] for one in stage.linears]) for stage in order]
 
 
 @dataclass(eq=False)

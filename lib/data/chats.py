@@ -68,6 +68,13 @@ class Dialogue:
 Document = str | Dialogue
 
 
+def plain_text(document: Document) -> str:
+    """Return a document's text; of a dialogue, that of its messages."""
+    if isinstance(document, str):
+        return document
+    return "\n\n".join(message["content"] for message in document.messages)
+
+
 def row_of(document: Document, column: str = "text") -> dict[str, object]:
     """Return a row from which a document could be read."""
     if isinstance(document, Dialogue):

@@ -41,11 +41,17 @@ class Corpus:
     """The documents of a source, which are read once; local ones are in memory until `free`.
 
     `parted`: a tenth of them are held out for evaluation. Passages of the local test sets `tests`
-    are left out of the training text.
+    are left out of the training text. `rows`: the documents, if they are in memory already.
     """
 
-    def __init__(self, source: Source, parted: bool = False, tests: Sequence[Corpus] = ()) -> None:
-        self.source, self.tests = source, tests
+    def __init__(
+        self,
+        source: Source,
+        parted: bool = False,
+        tests: Sequence[Corpus] = (),
+        rows: Sequence[Document] | None = None,
+    ) -> None:
+        self.source, self.tests, self.rows = source, tests, rows
         self.parted = parted or source.parted
         self._splits: dict[str, tuple[Documents, str | None]] = {}  # documents and revision
 
@@ -74,7 +80,7 @@ class Corpus:
 
     def joined(self) -> Corpus:
         """Return a corpus whose training documents are one text."""
-        return Corpus(replace(self.source, draw=JOINED), self.parted, self.tests)
+        return Corpus(replace(self.source, draw=JOINED), self.parted, self.tests, self.rows)
 
     def is_parted(self, split: str) -> bool:
         """Return whether a split is only a part of the documents in its files."""
@@ -87,7 +93,9 @@ class Corpus:
     def _read(self, split: str) -> list[Document]:
         source, texts, nulls = self.source, [], 0
         limit = left = TEXT_CHARACTERS if source.draw == JOINED else ROWS_CHARACTERS
-        rows = ((path, text) for path in _files_of(self, split) for text in _read(source, path))
+        rows = ((source, text) for text in self.rows or ())
+        if self.rows is None:
+            rows = ((path, text) for path in _files_of(self, split) for text in _read(source, path))
         for file, text in rows:
             nulls += text is None
             texts += [] if text is None else [text]

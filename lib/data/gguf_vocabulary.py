@@ -19,6 +19,7 @@ from ..util.errors import UserError
 from .gguf_file import STRING, UINT32, Field, GgufFile, Tensor, with_value
 from .sentencepiece import BYTE, CONTROL, NORMAL, UNKNOWN, UNUSED, USER_DEFINED
 from .token_kinds import (
+    BLANK,
     BYTE_OF_LETTER,
     BYTE_TOKENS,
     Bpe,
@@ -69,7 +70,7 @@ DEFAULTS = {
     "t5": {"eos": 1, "unknown": 2, "padding": 0},
 }
 # llama.cpp finds ends, prefixes and image tokens by their text, whatever their type
-LOOKS_SPECIAL = re.compile(r"[▁_]?<[^<>\s]{2,}>|\[[A-Z]+\]|\[e~\[")
+LOOKS_SPECIAL = re.compile(r"[▁_]?<[^<>\s]{2,}>|\[[A-Z]+\]|\[e~\[|\[unused\d+\]")
 RESERVED = re.compile(r"(?i)unused|reserved|placeholder|extra_id")
 LITERAL = re.compile(r"'((?:[^'\\]|\\.)*)'|\"((?:[^\"\\]|\\.)*)\"")
 
@@ -190,41 +191,40 @@ class GgufVocabulary:
             texts += [f"{word} {word}" for word in words]
         return texts
 
-    def vocabulary(self, needed: Set[int]) -> Vocabulary:
-        """Return what `choose` needs to know; the ids `needed` are required."""
-        special = np.isin(self.types, (CONTROL, USER_DEFINED, UNKNOWN)).tolist()
-        special = {
-            index
-            for index, token in enumerate(self.tokens)
-            if special[index] or LOOKS_SPECIAL.fullmatch(token)
-        }
+    def vocabulary(self, template: Set[int]) -> Vocabulary:
+        """Return what `choose` needs to know; `template` are the ids of the chat templates."""
+        listed = np.isin(self.types, (CONTROL, USER_DEFINED, UNKNOWN, UNUSED)).tolist()
+        looks = {i for i, token in enumerate(self.tokens) if LOOKS_SPECIAL.fullmatch(token)}
+        special = {index for index in range(self.rows) if listed[index]} | looks
         bytes_ = set(np.flatnonzero(self.types == BYTE).tolist())
-        families = in_families(self.tokens[index] for index in special - bytes_)
-        reserved = {
+        unused = set(np.flatnonzero(self.types == UNUSED).tolist())
+        families = in_families(self.tokens[index] for index in special - bytes_ - unused)
+        reserved = unused | {
             index
             for index in special - bytes_
             if (token := self.tokens[index]) in families
             and (self.types[index] == CONTROL or RESERVED.search(token))
         }
-        reserved |= set(np.flatnonzero(self.types == UNUSED).tolist())
         ids = {token: index for index, token in enumerate(self.tokens)}
-        basic = set(BYTE_OF_LETTER) if self.kind == "gpt2" else BYTE_TOKENS | {"▁", "\n"}
-        if self.kind == "bert" or self.kind != "gpt2" and not BYTE_TOKENS <= ids.keys():
-            basic |= {token for token in self.tokens if len(token.lstrip("▁")) <= 1}
-        required = needed | self.named | bytes_ | (special - reserved)
-        required |= {ids[token] for token in basic & ids.keys()}
+        basic = set(BYTE_OF_LETTER) if self.kind == "gpt2" else BYTE_TOKENS | {BLANK}
+        named = (special - bytes_ - reserved) | {ids[token] for token in ("\n",) if token in ids}
         options = dict(tokens=dict(enumerate(self.tokens)), byte_level=self.kind == "gpt2")
+        options["has_bytes"] = self.kind == "gpt2" or BYTE_TOKENS <= ids.keys()
+        options["basic"] = bytes_ | {ids[token] for token in basic if token in ids}
         if self.kind in ("gpt2", "gemma4"):
             options["ranks"] = ranks_of(self._merges)
         elif self.kind in ("llama", "t5"):
             scores = self.file.fields[SCORES].value[: self.rows]
             options["scores"] = dict(enumerate(scores.tolist()))
             if self.kind == "t5":  # an unknown letter's score is computed from the lowest one
-                required.add(int(np.where(self.types == NORMAL, scores, np.inf).argmin()))
+                named.add(int(np.where(self.types == NORMAL, scores, np.inf).argmin()))
                 own = {NORMAL: scores, UNUSED: scores, USER_DEFINED: 0 * scores}
                 types = enumerate(self.types.tolist())
                 options["scores"] = {i: float(own[t][i]) for i, t in types if t in own}
-        return KINDS[self.kind](**options, required=required, reserved=reserved - required)
+        options["reasons"] = {"special": named, "chat template": template, "config": self.named}
+        # a listed type is that of an added token; what only looks special is an ordinary one
+        options["special"] = {index for index in special if listed[index]} | reserved
+        return KINDS[self.kind](**options)
 
     @cached_property
     def _merges(self) -> list[tuple[str, str]]:

@@ -21,7 +21,7 @@ from itertools import product
 from pathlib import Path
 
 from ..util.errors import UserError, spelled
-from .chats import SHAPES, DialogueError, Document, dialogue_of
+from .chats import SHAPES, DialogueError, Document, dialogue_of, plain_text
 
 ONCE = "once"  # each document gives at most one window (UberText's rule)
 AGAIN = "again"  # a document may be drawn repeatedly (C4's rule)
@@ -39,7 +39,7 @@ HUB_ID = re.compile(r"[\w.-]+/[\w.-]+(:[^:/]*){0,3}")
 
 @dataclass(frozen=True)
 class Source:
-    """A set of texts and the rules for drawing from it. Exactly one of `path` and `hub` is set.
+    """A set of texts and the rules for drawing from it. With neither `path` nor `hub`, in memory.
 
     A `sampled` set is too large to measure in full: its first documents and windows are the test.
     """
@@ -181,7 +181,7 @@ def text_of(source: Source, row: Mapping[str, object], place: object) -> Documen
             dialogue = dialogue_of(row, source.column)
             if not (dialogue and source.as_text):
                 return dialogue
-            text = "\n\n".join(message["content"] for message in dialogue.messages)
+            text = plain_text(dialogue)
         except LookupError:
             columns = ", ".join(map(str, row)) or "none"
             problem = f"{place}: there is no column {source.column!r}, only {columns}"

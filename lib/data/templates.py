@@ -12,7 +12,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from datetime import date, timedelta
 from functools import cache
 from pathlib import Path
@@ -81,6 +81,23 @@ class Template:
         self.problem = answer.get("error", "")
         return None if self.problem else (answer["text"], answer["spans"])
 
+    def fitted(
+        self, messages: list[dict[str, Any]], follows: bool = False, **more: Any
+    ) -> tuple[str, list[tuple[int, int]]]:
+        """Return the result of `render`, or no text if the template rejects the messages.
+
+        If it has no system role, as Gemma's, the system message is put before the first question.
+        """
+        rendering = self.render(messages, follows, **more)
+        if rendering is None and [message["role"] for message in messages[:2]] == [
+            "system",
+            "user",
+        ]:
+            words = "\n\n".join(message["content"] for message in messages[:2])
+            joined = [messages[1] | {"content": words}, *messages[2:]]
+            rendering = self.render(joined, follows, **more)
+        return rendering or ("", [])
+
     def _error(self, problem: str) -> UserError:
         return UserError(
             self.name, f"its chat template {problem}", "Repair it, or add --no_chat_template"
@@ -88,6 +105,16 @@ class Template:
 
 
 _template = cache(Template)
+
+
+def open_template(name: str, template: str | None, tokens: Mapping[str, Any]) -> Template:
+    """Return the chat template of a model `name`, with its special tokens.
+
+    Raises UserError if there is none, or it fails.
+    """
+    if not template:
+        raise UserError(name, "it has no chat template", "Give plain text")
+    return _template(name, template, json.dumps(dict(tokens)))
 
 
 def set_date(day: str) -> None:
@@ -143,17 +170,8 @@ def rendered(
     follows: bool = False,
     **more: Any,
 ) -> tuple[str, list[tuple[int, int]]]:
-    """Return the result of `Template.render`, or no text if the template rejects the messages.
-
-    If it has no system role, as Gemma's, the system message is put before the first question.
-    """
-    template = template_of(tokenizer)
-    rendering = template.render(messages, follows, **more)
-    if rendering is None and [message["role"] for message in messages[:2]] == ["system", "user"]:
-        words = "\n\n".join(message["content"] for message in messages[:2])
-        joined = [messages[1] | {"content": words}, *messages[2:]]
-        rendering = template.render(joined, follows, **more)
-    return rendering or ("", [])
+    """Return the result of `Template.fitted` with a tokenizer's template."""
+    return template_of(tokenizer).fitted(messages, follows, **more)
 
 
 def prompt_of(

@@ -26,9 +26,7 @@ from .token_kinds import Vocabulary
 if TYPE_CHECKING:
     import numpy as np
 
-REVISION = 4  # incremented when the same counts give other tokens
-HELD_OUT = 10  # every tenth document is held out of a first count
-MOST_CHARACTERS = 100_000_000  # counted of a text from the Hub, and by trim of any
+REVISION = 5  # incremented when the same counts give other tokens
 MOST_ROWS = 0.9  # share of rows above which trimming saves too little
 PRICE = 0.2  # tokens per million of held-out text that a row saves at least
 PRICES = [2 ** (step / 4) for step in range(-4, 5)]  # factors: the mean of what they ask for
@@ -60,29 +58,36 @@ def choose(
 
     `held_out` (ids,) are the counts of a part of the text, a tenth of its documents: without it,
     the other tokens show what the language lacks. If nothing was held out, all likely tokens are
-    kept. Tokens fill the rows up to a multiple of MULTIPLE, less `n_unnamed` rows without a token.
+    kept. How many are worth their rows depends on the texts alone, not on the tokens that are
+    required for other reasons. Tokens fill the rows up to a multiple of MULTIPLE, less `n_unnamed`
+    rows without a token.
 
     With `rows`, so many rows are kept instead: all required tokens, even if they are more, then
     used ones by falling count, then likely ones.
     """
+    if not vocabulary.has_bytes:
+        vocabulary.basic |= letters_of(vocabulary, counts)
     order, likely = likely_order(vocabulary, counts)
-    used = _used(vocabulary, counts)
-    kept = _with_parts(vocabulary, vocabulary.required)
-    rise = None
+    used, rise = _used(vocabulary, counts), None
     if held_out.any():
         rise, likely = worth_their_rows(vocabulary, counts - held_out, held_out, price)
+    kept, limit = _with_parts(vocabulary, vocabulary.required), (rows or 0) - n_unnamed
     if rows is None:
-        kept |= _with_parts(vocabulary, used)
-        limit = round_up(len(kept) + likely + n_unnamed) - n_unnamed
-    else:
-        limit = rows - n_unnamed
+        ordinary = _with_parts(vocabulary, [*vocabulary.basic, *used])
+        kept |= _fill_(vocabulary, ordinary, order, len(ordinary) + likely)
+        limit = round_up(len(kept) + n_unnamed) - n_unnamed
+    _fill_(vocabulary, kept, order, limit)
+    return Choice(sorted(kept), len(used), likely, rise)
+
+
+def _fill_(vocabulary: Vocabulary, kept: set[int], order: Iterable[int], limit: int) -> set[int]:
+    """Add the first tokens of an order to `kept`, with their parts, up to a `limit`."""
     for index in order:
         if len(kept) >= limit:
             break
-        if counts[index] or index not in vocabulary.reserved:
-            new = vocabulary.with_parts(index, kept)
-            kept |= new if len(kept) + len(new) <= limit else set()
-    return Choice(sorted(kept), len(used), likely, rise)
+        new = vocabulary.with_parts(index, kept)
+        kept |= new if len(kept) + len(new) <= limit else set()
+    return kept
 
 
 def read_list(
@@ -122,7 +127,8 @@ def worth_their_rows(
     number is therefore the mean of those for prices from half to twice the given one.
     """
     order, likely = likely_order(vocabulary, counts)
-    kept = _with_parts(vocabulary, [*vocabulary.required, *_used(vocabulary, counts)])
+    kept = _with_parts(vocabulary, [*vocabulary.basic, *_used(vocabulary, counts)])
+    kept |= vocabulary.special  # matched whole, and kept if any text uses them
     missing = [index for index in _used(vocabulary, held_out) if index not in kept]
     saves = {i: held_out[i].item() * (_n_pieces(vocabulary, i, kept) - 1) for i in missing}
     total = held_out.sum().item()
@@ -131,7 +137,7 @@ def worth_their_rows(
     for index in order:
         if len(rows) > likely or price * PRICES[0] * rows[-1] > 1e6 * rise:
             break  # further rows cost more than all that can be saved
-        if index not in kept and index not in vocabulary.reserved:
+        if index not in kept:
             new = vocabulary.with_parts(index, kept)
             kept |= new
             rows.append(rows[-1] + len(new))
@@ -169,18 +175,19 @@ def _with_parts(vocabulary: Vocabulary, ids: Iterable[int]) -> set[int]:
 
 
 def likely_order(vocabulary: Vocabulary, counts: np.ndarray) -> tuple[list[int], int]:
-    """Return all tokens, by falling count and then most likely first, and how many are likely.
+    """Return the used and ordinary tokens, by falling count and then most likely first, and how
+    many of the unused are likely.
 
     A tokenizer learns its most frequent tokens first. By Zipf's law, the token of rank r among
     the N of a script thus has about 1 / (r ln N) of that script's share of the text. Tokens with
     letters that are not common in the text, and those below UNLIKELY, come last.
     """
-    tokens, texts, scripts = vocabulary.tokens, vocabulary.texts, vocabulary.scripts
+    texts, scripts = vocabulary.texts, vocabulary.scripts
     n_letters: Counter[str] = Counter()
     shares: Counter[str | None] = Counter()  # by script; None: no letters
     used = [(index, counts[index].item()) for index in _used(vocabulary, counts)]
     for index, n in used:
-        shares[scripts[index]] += n
+        shares[scripts.get(index)] += n
         for letter in set(texts[index]):
             n_letters[letter] += n
     total = sum(shares.values())
@@ -194,8 +201,16 @@ def likely_order(vocabulary: Vocabulary, counts: np.ndarray) -> tuple[list[int],
         zipf = ranks[script] * math.log(sizes[script] + 1)
         known = bool(texts[index]) and common.issuperset(texts[index])
         expected[index] = shares[script] / total / zipf if known and total else 0.0
-    unused = sorted(tokens.keys() - set(by_count), key=lambda i: (-expected[i], i))
+    unused = sorted(scripts.keys() - set(by_count), key=lambda i: (-expected[i], i))
     return by_count + unused, sum(expected[index] >= UNLIKELY for index in unused)
+
+
+def letters_of(vocabulary: Vocabulary, counts: np.ndarray) -> set[int]:
+    """Return the single characters that may occur in any text in the scripts of a text, by its
+    counts (ids,)."""
+    scripts = common_scripts(vocabulary.tokens, counts)
+    letters = ((index, vocabulary.letter(index)) for index in vocabulary.tokens)
+    return {i for i, letter in letters if len(letter) == 1 and belongs(letter, scripts)}
 
 
 def common_scripts(tokens: Mapping[int, str], counts: np.ndarray) -> set[str | None]:

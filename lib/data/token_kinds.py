@@ -21,6 +21,7 @@ PRINTABLE = {*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *
 OTHERS = [number for number in range(256) if number not in PRINTABLE]
 BYTE_OF_LETTER = {chr(number): number for number in PRINTABLE}
 BYTE_OF_LETTER |= {chr(256 + place): number for place, number in enumerate(OTHERS)}
+BLANK = "▁"  # a blank, as SentencePiece writes it
 NUMBER = re.compile(r"\d+")
 FAMILY = 4  # special tokens that differ only in a number are reserved from this many on
 
@@ -44,14 +45,22 @@ def ranks_of(merges: Iterable[Sequence[str]]) -> dict[tuple[str, str], int]:
 class Vocabulary:
     """Tokens that are matched whole, as special ones; the kinds below know how others are cut.
 
-    `tokens` are as the tokenizer writes them, by id. `required` ones are always kept, `reserved`
-    ones only if a text uses them.
+    `tokens` are as the tokenizer writes them, by id. All texts need the `basic` ones, bytes and the
+    sign for a blank; `reasons` say which others are always kept, and why. `special` ones, and those
+    without a row, are kept only if a text uses them or for a reason.
     """
 
     tokens: Mapping[int, str]
-    required: Set[int] = frozenset()
-    reserved: Set[int] = frozenset()
+    basic: Set[int] = frozenset()
+    reasons: Mapping[str, Set[int]] = field(default_factory=dict)
+    special: Set[int] = frozenset()
     byte_level: bool = False  # each letter of a token is a byte
+    has_bytes: bool = True  # else letters that are no tokens are unknown
+
+    @property
+    def required(self) -> set[int]:
+        """The tokens that are kept whatever the texts use."""
+        return set(self.basic).union(*self.reasons.values())
 
     @cached_property
     def ids(self) -> dict[str, int]:
@@ -64,8 +73,13 @@ class Vocabulary:
 
     @cached_property
     def scripts(self) -> dict[int, str | None]:
-        """The script of most letters of each token; None without letters."""
-        return {index: script_of(text) for index, text in self.texts.items()}
+        """The script of most letters of each ordinary token; None without letters."""
+        texts = self.texts.items()
+        return {index: script_of(text) for index, text in texts if index not in self.special}
+
+    def letter(self, index: int) -> str:
+        """Return a token's text without a mark for its place in a word."""
+        return self.tokens[index]
 
     def _text(self, token: str) -> str:
         if self.byte_level and BYTE_OF_LETTER.keys() >= set(token):
@@ -169,6 +183,9 @@ class WordPiece(Vocabulary):
 
     As in a GGUF file, tokens at the beginning of a word have "▁" before them, others nothing.
     """
+
+    def letter(self, index: int) -> str:
+        return self.tokens[index].removeprefix("▁")
 
     def pieces(self, index: int) -> tuple[int, ...]:
         text, place, cut = self.tokens[index], 0, []

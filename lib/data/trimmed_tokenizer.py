@@ -27,9 +27,9 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from ..util.errors import UserError
 from .sentencepiece import CHECK, check_of
 from .templates import dated_texts, examples
-from .token_choice import belongs
 from .token_ids import map_token_ids
 from .token_kinds import (
+    BLANK,
     BYTE_OF_LETTER,
     BYTE_TOKENS,
     Bpe,
@@ -93,15 +93,19 @@ def _texts(template: str, name: str) -> list[str]:
 class TrimmableTokenizer:
     """The tokens of a fast tokenizer by id, and the tokens that each of them is merged from.
 
-    `name` names the tokenizer in messages. Raises UserError if it cannot be trimmed.
+    `name` names the tokenizer in messages; `file` is the content of its tokenizer.json, which some
+    classes of transformers change. Raises UserError if it cannot be trimmed.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, name: str) -> None:
+    def __init__(
+        self, tokenizer: PreTrainedTokenizerBase, name: str, file: dict[str, Any] | None = None
+    ) -> None:
         if not getattr(tokenizer, "is_fast", False):
             kind = type(tokenizer).__name__
             raise _unsupported(name, f"a {kind} without a tokenizer.json")
         self.tokenizer, self.name = tokenizer, name
         self.data: dict[str, Any] = json.loads(as_loaded(tokenizer).backend_tokenizer.to_str())
+        self.file = file or self.data
         model = self.data["model"]
         self.kind = model.get("type")
         if self.kind not in ("BPE", "Unigram", "WordPiece"):
@@ -118,23 +122,20 @@ class TrimmableTokenizer:
         if len(set(self.model_tokens)) < len(self.model_tokens):
             raise _unsupported(name, "one with duplicate tokens")
 
-    def vocabulary(
-        self,
-        config_ids: Set[int] = frozenset(),
-        rows: int | None = None,
-        scripts: Set[str | None] | None = None,
-    ) -> Vocabulary:
-        """Return what `choose` needs to know; tokens in `config_ids` are required.
+    def vocabulary(self, config_ids: Set[int] = frozenset(), rows: int | None = None) -> Vocabulary:
+        """Return what `choose` needs to know; the tokens in `config_ids` are required.
 
-        Tokens that have none of the model's `rows` are reserved. Without bytes, single characters
-        are required: all, or those that belong to the `scripts`.
+        Tokens that have none of the model's `rows` are kept only if a text or a config has them.
         """
-        required = self.required_ids(scripts) | self.template_ids()
-        required |= config_ids & self.id_to_token.keys()
-        reserved = self.reserved_ids() - required
-        reserved |= {i for i in self.id_to_token if rows is not None and i >= rows}
-        options = dict(tokens=dict(self.id_to_token), required=required, reserved=reserved)
-        options["byte_level"], model = self.is_byte_level, self.data["model"]
+        model, special = self.data["model"], self.special_ids()
+        special |= {i for i in self.id_to_token if rows is not None and i >= rows}
+        options = dict(tokens=dict(self.id_to_token), special=special, basic=self.basic_ids())
+        options |= dict(byte_level=self.is_byte_level, has_bytes=self.has_bytes)
+        options["reasons"] = {
+            "special": self.named_ids(),
+            "chat template": self.template_ids(),
+            "config": config_ids & self.id_to_token.keys(),
+        }
         if self.kind == "Unigram":
             scores = {self.token_to_id[token]: score for token, score in model["vocab"]}
             return Unigram(**options, scores=scores)
@@ -144,8 +145,6 @@ class TrimmableTokenizer:
                 token = self.id_to_token[index]
                 inside = token.startswith(self.prefix)
                 options["tokens"][index] = token[len(self.prefix) :] if inside else f"▁{token}"
-            unused = in_families(token for token in words if token.startswith("[unused"))
-            options["reserved"] |= {self.token_to_id[token] for token in unused} - required
             return WordPiece(**options)
         return Bpe(**options, ranks=ranks_of(model.get("merges") or ()))
 
@@ -153,6 +152,27 @@ class TrimmableTokenizer:
     def is_byte_level(self) -> bool:
         components = (self.data["pre_tokenizer"], self.data["decoder"])
         return any(part.get("type") == "ByteLevel" for part in _components(components))
+
+    @property
+    def has_bytes(self) -> bool:
+        """Whether letters that are no tokens are cut into bytes; else they are unknown."""
+        falls_back = (
+            self.data["model"].get("byte_fallback") and BYTE_TOKENS <= self.token_to_id.keys()
+        )
+        return self.is_byte_level or bool(falls_back)
+
+    def basic_ids(self) -> set[int]:
+        """Return the bytes, if there are any, and the sign for a blank."""
+        basic = set(BYTE_OF_LETTER) if self.is_byte_level else BYTE_TOKENS | {BLANK}
+        return {self.token_to_id[token] for token in basic if token in self.token_to_id}
+
+    def special_ids(self) -> set[int]:
+        """Return all special and added tokens, and unused ones of WordPiece."""
+        tokens = {token["content"] for token in self.data["added_tokens"]}
+        tokens |= set(self.tokenizer.all_special_tokens)
+        if self.kind == "WordPiece":
+            tokens |= in_families(t for t in self.model_tokens if t.startswith("[unused"))
+        return {self.token_to_id[token] for token in tokens if token in self.token_to_id}
 
     def reserved_ids(self) -> set[int]:
         """Return the reserved special tokens, such as `<unused42>`.
@@ -163,43 +183,32 @@ class TrimmableTokenizer:
         """
         added = self.data["added_tokens"]
         special = {t["content"] for t in added if t["special"] or "unused" in t["content"]}
+        if self.kind == "WordPiece":
+            special |= {token for token in self.model_tokens if token.startswith("[unused")}
         reserved = in_families(special) - set(self.tokenizer.all_special_tokens)
         return {self.token_to_id[content] for content in reserved} - self._inserted_ids()
 
-    def required_ids(self, scripts: Set[str | None] | None = None) -> set[int]:
-        """Return special and added tokens except reserved ones, and the basic parts of any text.
-
-        Without bytes these are single characters: all, or those that belong to the `scripts`.
-        """
+    def named_ids(self) -> set[int]:
+        """Return special and added tokens except reserved ones, and what the tokenizer inserts."""
         data, model = self.data, self.data["model"]
-        needed = {token["content"] for token in data["added_tokens"]}
-        needed |= set(self.tokenizer.all_special_tokens)
         components = (data["normalizer"], data["pre_tokenizer"], data["decoder"])
         # as bytes, the sign for a blank would not decode to a blank
         texts = (part.get(key) for part in _components(components) for key in SUBSTITUTES)
-        needed |= {text for text in texts if isinstance(text, str)}
-        if self.is_byte_level:
-            needed |= set(BYTE_OF_LETTER)
-        elif model.get("byte_fallback") and BYTE_TOKENS <= self.token_to_id.keys():
-            needed |= BYTE_TOKENS
-        elif scripts != set():
-            letters = ((t, t.removeprefix(self.prefix)) for t in self.model_tokens)
-            single = ((t, letter) for t, letter in letters if len(letter) == 1)
-            needed |= {t for t, letter in single if scripts is None or belongs(letter, scripts)}
+        needed = {text for text in texts if isinstance(text, str)} | {model.get("unk_token")}
         if self.kind == "Unigram":
             # an unknown letter's score is computed from the lowest score
             needed.add(min(model["vocab"], key=lambda entry: entry[1])[0])
             if model["unk_id"] is not None:
                 needed.add(self.model_tokens[model["unk_id"]])
-        elif model.get("unk_token"):
-            needed.add(model["unk_token"])
         ids = {self.token_to_id[token] for token in needed if token in self.token_to_id}
-        return (ids - self.reserved_ids()) | self._inserted_ids()
+        return ids | (self.special_ids() - self.reserved_ids()) | self._inserted_ids()
 
     def _inserted_ids(self) -> set[int]:
         """Return the ids that the post-processor and padding add to a text."""
-        ids = {self.data["padding"]["pad_id"]} if self.data["padding"] else set()
-        _map_ids(self.data["post_processor"], ids.add)
+        ids: set[int] = set()
+        for data in (self.data, self.file):
+            ids |= {data["padding"]["pad_id"]} if data["padding"] else set()
+            _map_ids(data["post_processor"], ids.add)
         return ids
 
     def template_ids(self) -> set[int]:
@@ -223,7 +232,7 @@ class TrimmableTokenizer:
         """Return the content of a tokenizer.json with only the tokens `kept`, in this order."""
         places = {self.id_to_token[index]: place for place, index in enumerate(kept)}
         new_ids = {index: place for place, index in enumerate(kept)}
-        data, model = dict(self.data), dict(self.data["model"])
+        data, model = dict(self.file), dict(self.file["model"])
         if self.kind == "Unigram":
             scores = dict(model["vocab"])
             model["vocab"] = [[token, scores[token]] for token in places if token in scores]
@@ -235,7 +244,7 @@ class TrimmableTokenizer:
             model["merges"] = [[a, b] for a, b in merges if {a, b, a + b} <= places.keys()]
         added = [
             token | {"id": places[token["content"]]}
-            for token in data["added_tokens"]
+            for token in self.data["added_tokens"]
             if token["content"] in places
         ]
         data |= {"model": model, "added_tokens": sorted(added, key=lambda token: token["id"])}
@@ -283,12 +292,8 @@ class TrimmableTokenizer:
 
 
 def _unsupported(name: str, what: str) -> UserError:
-    return UserError(
-        FLAG,
-        f"the tokenizer of {name} is {what}, and only fast BPE, Unigram and WordPiece tokenizers "
-        "can be trimmed",
-        "Leave the flag out",
-    )
+    problem = f"its tokenizer is {what}, and only fast BPE, Unigram and WordPiece can be trimmed"
+    return UserError(name, problem, "Name another model")
 
 
 def _components(value: Any) -> Iterator[dict[str, Any]]:

@@ -11,10 +11,11 @@ from __future__ import annotations
 import hashlib
 import logging
 import random
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from fractions import Fraction
 from itertools import accumulate, chain, islice
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -35,8 +36,10 @@ TEST_CHARACTERS = 4_000_000  # limit of a large set's test text
 TEST_BYTES = 1024  # measured per token of a window: about 256 windows
 PROMPT = 16  # tokens per prompt
 PROMPT_CHARACTERS = 50 * PROMPT  # characters of a document that are tokenized for its prompt
+SHORTEST = 128  # tokens; shorter windows only as requested
 APART = 4  # windows of plain text start at least 1/4 window apart, on average
 log = logging.getLogger(__name__)
+Drawn = TypeVar("Drawn")
 
 
 class TextTooShort(UserError):
@@ -89,6 +92,41 @@ def calibration_windows(
     record |= {"seqlen": spec.seqlen, "tokens": ids.numel(), "bos": spec.bos, "digest": digest(ids)}
     whole = bool((positions[:, 1:] > 0).all())
     return Windows(ids, positions=None if whole else positions), record
+
+
+def fitting_windows(
+    draw: Callable[[WindowSpec], Drawn],
+    corpora: list[Corpus],
+    spec: WindowSpec,
+    shortens: bool,
+    say: Callable[[str], Any],
+) -> Drawn:
+    """Return `draw(spec)`, which may find the texts of `corpora` too short for windows of `spec`.
+
+    If it `shortens`, a window then becomes the largest power of two for which they suffice. If that
+    is too short, or it does not, the documents of a source that is not on the Hub are joined into
+    one text, also in `corpora`. `say` gets lines about it.
+    """
+    wanted = spec.seqlen
+    while True:
+        try:
+            drawn = draw(spec)
+            break
+        except TextTooShort as error:
+            short = error.corpus
+            if error.fits >= SHORTEST and shortens:
+                spec = replace(spec, seqlen=2 ** (error.fits.bit_length() - 1))
+                continue
+            if short not in corpora or short.source.hub or short.source.draw == JOINED:
+                raise
+            corpora[corpora.index(short)] = short.joined()
+            say(f"{short.source.text}: documents are shorter than a window, so they are joined")
+    if spec.seqlen < wanted:
+        say(
+            f"window: {spec.seqlen} tokens, the largest power of two for which the texts are long "
+            f"enough (model: {wanted}); {{--seqlen}} sets another"
+        )
+    return drawn
 
 
 def apportion(weights: Sequence[float], total: int) -> list[int]:
@@ -152,7 +190,8 @@ def _draw_windows(corpus: Corpus, spec: WindowSpec, count: int) -> tuple[Windows
         raise TextTooShort.of(corpus, problem, fix, fits)
     tokens = sum(lengths.values())
     needed = seqlen + (count - 1) * seqlen // APART
-    if source.draw == JOINED and source.path and tokens < needed:  # windows would be nearly equal
+    # with fewer tokens windows would be nearly equal
+    if source.draw == JOINED and not source.hub and tokens < needed:
         most, fits = APART * (tokens - seqlen) // seqlen + 1, APART * tokens // (count + APART - 1)
         problem = f"its {tokens} tokens are {needed - tokens} too few for {count} windows of "
         fix = f"Give more text, {{--nsamples}} {most} or {{--seqlen}} {max(fits, 2)}"

@@ -157,9 +157,8 @@ def _with_arguments(method: type[PruningMethod], given: Sequence[str]) -> type[P
         if not equals or name not in declared:
             has = ", ".join(f"{name}={value}" for name, value in declared.items()) or "none"
             problem = f"{method.__name__} has no such parameter"
-            raise UserError(
-                f"{{--method_args}} {each}", problem, f"Give NAME=VALUE of these: {has}"
-            )
+            fix = f"Give NAME=VALUE of these: {has}"
+            raise UserError(f"{{--method_args}} {each}", problem, fix)
         kind = type(declared[name])
         try:
             values[name] = TRUTH[text.lower()] if kind is bool else kind(text)

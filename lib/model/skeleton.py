@@ -38,8 +38,8 @@ def auto_class(config: Any) -> type:
     return AutoModelForImageTextToText if multimodal and not named else AutoModelForCausalLM
 
 
-def build_skeleton(config: Any, checkpoint: Checkpoint) -> nn.Module:
-    """Build the model without weights, on the meta device.
+def build_skeleton(config: Any, checkpoint: Checkpoint, kind: Any = None) -> nn.Module:
+    """Build the model without weights, on the meta device; `kind` is its class, else by config.
 
     `unread_of` knows what text does not read. Raises UserError if it cannot be built, or is far
     larger than a local folder's weights.
@@ -64,9 +64,11 @@ def build_skeleton(config: Any, checkpoint: Checkpoint) -> nn.Module:
         register_module_parameter_registration_hook(on_parameter),
         torch.device("meta"),
     ):
-        model = auto_class(config).from_config(
-            config, trust_remote_code=checkpoint.trust_remote_code
-        )
+        if kind:
+            model = kind(config)
+        else:
+            options = dict(trust_remote_code=checkpoint.trust_remote_code)
+            model = auto_class(config).from_config(config, **options)
     if config.get_text_config(decoder=True) is not config:
         model.unread = _unread(model.eval())
     return model

@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from transformers.utils import cached_file
 
 from ..model.checkpoint import Checkpoint, as_user_error
+from ..model.checkpoint_rows import TRIMMED_FROM
 from ..model.pretrained import load_tokenizer
-from ..model.rows import TRIMMED_FROM
 from ..util.errors import UserError
 from .run import Model
 

@@ -4,17 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from itertools import product
 from typing import TYPE_CHECKING, Any
 
 from ..data.documents import Corpus, locations
 from ..data.samples import Windows
-from ..data.sources import JOINED, PART, Source, has_test, is_parted, parse_sources
+from ..data.sources import PART, Source, has_test, is_parted, parse_sources
 from ..data.training import TrainingText, training_windows
-from ..data.windows import TestSet, TextTooShort, WindowSpec, calibration_windows, test_set
+from ..data.windows import TestSet, WindowSpec, calibration_windows, fitting_windows, test_set
 from ..eval import needs_bos
 from ..model.blocks import BlockRunner
 from ..recover import TrainSchedule
+from ..util.errors import spelled
 from ..util.ranks import DistContext
 from .plan import Flags
 
@@ -22,7 +24,6 @@ if TYPE_CHECKING:
     from .run import Run
 
 PUBLISHED = ("ubertext", "c4")  # evaluated on UberText
-SHORTEST = 128  # tokens; shorter windows require --seqlen
 
 
 @dataclass(frozen=True)
@@ -113,39 +114,14 @@ def draw_windows(
     schedule: TrainSchedule | None,
     dist: DistContext,
 ) -> RunWindows:
-    """Draw the windows for calibration, evaluation and recovery.
-
-    If the texts are too short for windows of `spec`, and `--seqlen` is not given, a window becomes
-    the largest power of two for which they suffice. If that is too short, or `--seqlen` is given,
-    the documents of a local source are joined into one text, also in `corpora`.
-    """
-    wanted = spec.seqlen
-    while True:
-        try:
-            windows = _windows(flags, corpora, spec, schedule)
-            break
-        except TextTooShort as error:
-            short = error.corpus
-            if error.fits >= SHORTEST and not flags.seqlen:
-                spec = replace(spec, seqlen=2 ** (error.fits.bit_length() - 1))
-                continue
-            sources = corpora.calibration
-            if short not in sources or not short.source.path or short.source.draw == JOINED:
-                raise
-            sources[sources.index(short)] = short.joined()
-            dist.print(
-                f"{short.source.text}: documents are shorter than a window, so they are joined"
-            )
-    if spec.seqlen < wanted:
-        dist.print(
-            f"window: {spec.seqlen} tokens, the largest power of two for which the texts are long "
-            f"enough (model: {wanted}); --seqlen sets another"
-        )
-    return windows
+    """Draw the windows for calibration, evaluation and recovery, by `fitting_windows`."""
+    draw = partial(_windows, flags, corpora, schedule)
+    shortens, sources = not flags.seqlen, corpora.calibration
+    return fitting_windows(draw, sources, spec, shortens, lambda line: dist.print(spelled(line)))
 
 
 def _windows(
-    flags: Flags, corpora: Corpora, spec: WindowSpec, schedule: TrainSchedule | None
+    flags: Flags, corpora: Corpora, schedule: TrainSchedule | None, spec: WindowSpec
 ) -> RunWindows:
     windows = record = training = None
     if flags.calibrated:

@@ -26,19 +26,11 @@ class UserError(ValueError):
 
     def __init__(self, what: str, problem: str, fix: str) -> None:
         super().__init__(what, problem, fix)  # all three, so that another process can unpickle it
-        self.prefix, self.names = "--", {}  # the words of main.py
+        self.name_fields("--", {})
 
-    @property
-    def what(self) -> str:
-        return spelled(self.args[0], self.prefix, self.names)
-
-    @property
-    def problem(self) -> str:
-        return spelled(self.args[1], self.prefix, self.names)
-
-    @property
-    def fix(self) -> str:
-        return spelled(self.args[2], self.prefix, self.names)
+    def name_fields(self, prefix: str, names: Mapping[str, str]) -> None:
+        """Name each field by its word in `names`, or else by prefix and field."""
+        self.what, self.problem, self.fix = (spelled(each, prefix, names) for each in self.args)
 
     def __str__(self) -> str:
         return f"{self.what}: {self.problem}." + f" {self.fix}." * bool(self.fix)
@@ -46,14 +38,7 @@ class UserError(ValueError):
     def inside(self, place: str) -> UserError:
         """Return the same error, with the place where it was raised before `what`."""
         what, *rest = self.args
-        moved = type(self)(f"{place}: {what}", *rest)
-        moved.prefix, moved.names = self.prefix, self.names
-        return moved
-
-
-def spelled(text: str, prefix: str = "--", names: Mapping[str, str] | None = None) -> str:
-    """Return a text with a word for each field in it: that of `names`, or prefix and field."""
-    return FIELD.sub(lambda it: (names or {}).get(it[1], prefix + it[1]), text)
+        return type(self)(f"{place}: {what}", *rest)
 
 
 @contextmanager
@@ -62,8 +47,13 @@ def fields_named(prefix: str = "--", **names: str) -> Iterator[None]:
     try:
         yield
     except UserError as error:
-        error.prefix, error.names = prefix, names
+        error.name_fields(prefix, names)
         raise
+
+
+def spelled(text: str, prefix: str = "--", names: Mapping[str, str] | None = None) -> str:
+    """Return a text with a word for each field in it; by default main.py's flag."""
+    return FIELD.sub(lambda it: (names or {}).get(it[1], prefix + it[1]), text)
 
 
 class RunWarning(UserWarning):

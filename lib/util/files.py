@@ -15,6 +15,7 @@ from filelock import FileLock, Timeout
 from .errors import UserError
 
 PARTIAL = ".partial"  # suffix of incomplete files and folders
+FICLONE = 0x40049409  # Linux: share the blocks of a file until one of both is changed
 
 
 def check_writable(flag: str, path: str, beside: bool = False) -> None:
@@ -95,6 +96,29 @@ def sync_all(folder: Path) -> None:
             sync(path)
 
 
+def clone(source: Path, target: Path, cached: bool = False) -> bool:
+    """Make the new file `target` share the blocks of `source`, and return whether the disk can.
+
+    `cached`: the source is in the Hub's cache, so `target` may also be a link to it; the file is
+    then read-only.
+    """
+    try:
+        import fcntl  # Windows has none
+
+        with source.open("rb") as one, target.open("wb") as other:
+            fcntl.ioctl(other, FICLONE, one.fileno())
+        return True
+    except (ImportError, OSError):
+        target.unlink(missing_ok=True)
+    try:
+        if cached:
+            os.link(source.resolve(), target)
+            target.chmod(0o444)
+    except OSError:  # another disk, or one without hard links
+        pass
+    return target.exists()
+
+
 def share(path: Path) -> None:
     """Give a file the mode of new files: safetensors' are readable to their owner alone."""
     mask = os.umask(0)
@@ -105,7 +129,8 @@ def share(path: Path) -> None:
 def put_in_place(partial: Path, target: Path) -> None:
     """Rename a complete folder, once all of it has reached the disk."""
     for path in partial.rglob("*.safetensors"):
-        share(path)
+        if path.stat().st_nlink == 1:  # others are the Hub's, and read-only
+            share(path)
     sync_all(partial)
     if target.is_dir():
         target.rmdir()  # only an empty target is removed
@@ -133,7 +158,8 @@ def sync(path: Path) -> None:
     """Wait until a file, or the names in a folder, are on the disk."""
     if path.is_dir() and os.name == "nt":
         return  # Windows offers no such call
-    descriptor = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
+    written = path.is_file() and os.access(path, os.W_OK)
+    descriptor = os.open(path, os.O_RDWR if written else os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import re
 import shutil
 import textwrap
+from collections.abc import Iterable
+from functools import cache
 from itertools import zip_longest
 from typing import Any, TextIO
 
@@ -45,6 +47,16 @@ def fitted(text: str, width: int) -> str:
     )
 
 
+def table_width(columns: Iterable[Iterable[str]], broken: bool = False) -> int:
+    """Return the width of a table with these cells, the least if they are broken between words."""
+    sizes = _sizes(columns, broken)
+    return sum(sizes) + 3 * len(sizes) + 1
+
+
+def _sizes(columns: Iterable[Iterable[str]], broken: bool = False) -> list[int]:
+    return [max((3, *map(len, " ".join(c).split() if broken else c))) for c in columns]
+
+
 def _narrow(table: str, width: int) -> str:
     """Return a table of `width` if its words allow it: few lines, and figures broken last."""
     if len(table.partition("\n")[0]) <= width:
@@ -52,24 +64,44 @@ def _narrow(table: str, width: int) -> str:
     rows = [[cell.strip() for cell in CELL.split(line)[1:-1]] for line in table.splitlines()]
     aligned = [str.rjust if cell.endswith(":") else str.ljust for cell in rows.pop(1)]
     columns = list(zip(*rows, strict=True))
-    least = [max(3, *map(len, " ".join(column).split())) for column in columns]
-    sizes = [max(3, *map(len, column)) for column in columns]
+    if table_width(columns, broken=True) > width:
+        return table
+    figures = [c[1:] if a is str.rjust else () for c, a in zip(columns, aligned, strict=True)]
+    figures = [max(map(len, cells), default=0) for cells in figures]
+    least, sizes = _sizes(columns, broken=True), _sizes(columns)
+    words = [[[*map(len, cell.split())] for cell in column] for column in columns]
 
-    def lines_of(row: list[str], narrowed: int | None = None) -> list[tuple[str, ...]]:
-        cells = [textwrap.wrap(c, sizes[n] - (n == narrowed), **WORDS) for n, c in enumerate(row)]
-        return list(zip_longest(*cells, fillvalue=""))
-
-    def cost(place: int) -> tuple[bool, int, int]:
-        figures = columns[place][1:] if aligned[place] is str.rjust else ()
-        breaks = sizes[place] <= max(map(len, figures), default=0)
-        return breaks, sum(len(lines_of(row, place)) for row in rows), -sizes[place]
+    @cache
+    def lines_of(place: int, size: int) -> list[int]:
+        return [_line_count(lengths, size) for lengths in words[place]]
 
     while sum(sizes) + 3 * len(sizes) + 1 > width:
+        lines = [lines_of(place, size) for place, size in enumerate(sizes)]
+        height = sum(map(max, zip(*lines, strict=True)))
+
+        def cost(place: int, lines: list = lines, height: int = height) -> tuple[bool, int, int]:
+            narrowed = lines_of(place, sizes[place] - 1)
+            if narrowed != lines[place]:
+                others = lines[:place] + lines[place + 1 :]
+                height = sum(map(max, zip(narrowed, *others, strict=True)))
+            return sizes[place] <= figures[place], height, -sizes[place]
+
         free = [place for place, size in enumerate(sizes) if size > least[place]]
-        if not free:
-            return table
         sizes[min(free, key=cost)] -= 1
-    head, *body = (lines_of(row) for row in rows)
+    cells = [
+        [textwrap.wrap(c, s, **WORDS) for c, s in zip(row, sizes, strict=True)] for row in rows
+    ]
+    head, *body = (list(zip_longest(*row, fillvalue="")) for row in cells)
     lines = [*head, ["-" * size for size in sizes], *(line for row in body for line in row)]
     padded = ([a(*of) for a, *of in zip(aligned, line, sizes, strict=True)] for line in lines)
     return "\n".join(f"| {' | '.join(line)} |" for line in padded)
+
+
+def _line_count(lengths: list[int], width: int) -> int:
+    """Return in how many lines of `width` words of these lengths are broken."""
+    count, used = 1, -1
+    for length in lengths:
+        used += 1 + length
+        if used > width and used > length:
+            count, used = count + 1, length
+    return count

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 from pathlib import Path
 
 import chats
@@ -10,8 +11,9 @@ import pyarrow
 import pytest
 import tiny
 from pyarrow import parquet
-from support import ALONE, refused
+from support import refused
 
+from lib.commands.trim.parts import Fast
 from lib.data import templates
 from lib.data import windows as data
 from lib.data.chats import Dialogue, row_of
@@ -19,8 +21,8 @@ from lib.data.documents import Corpus
 from lib.data.samples import Windows
 from lib.data.sources import parse_source
 from lib.data.templates import document_text, prompt_of, sample_of_dialogue
+from lib.data.token_counts import count_tokens
 from lib.data.training import training_windows
-from lib.vocabulary import count_tokens
 
 FLAG = "--calibration_data"
 ASKED, ANSWERED = "Де тече ріка?", "Над старим містом."
@@ -134,7 +136,8 @@ def test_dialogues_share_windows_and_none_is_lost(
     trained, held_out = text.windows, text.held_out
     assert trained.mask.any(1).all() and held_out.mask.any(1).all()
     assert not set(map(tuple, held_out.ids.tolist())) & set(map(tuple, trained.ids.tolist()))
-    counts, _ = count_tokens([source], tokenizer, ALONE)
+    fast, text_of = Fast(tokenizer), partial(document_text, tokenizer)
+    counts, _ = count_tokens([source], fast.encode_all, text_of, fast.rows, 0)
     assert counts[tokenizer.convert_tokens_to_ids("<end>")] == sum(map(len, every))
 
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import ctypes
 import json
 import os
+import re
 import shutil
 import sys
 from collections.abc import Callable
@@ -18,17 +20,18 @@ import torch
 import whole
 from safetensors.torch import save_file
 from support import QUICK, content, refused, representative, succeed, weights
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoTokenizer, MistralConfig, PreTrainedTokenizerBase
 
 from lib.commands.gguf import convert as command
+from lib.commands.gguf import llama as binding
 from lib.commands.gguf import llama_cpp, verify
 from lib.commands.gguf.__main__ import main
 from lib.commands.gguf.source import make_view, open_source
 from lib.commands.gguf.verify import (
-    letter_of,
     verify_predictions,
     verify_tensors,
     verify_tokens,
+    windows_of,
 )
 from lib.data.sentencepiece import FILE
 
@@ -48,9 +51,9 @@ def convert(folder: Path, texts: Path, out: Path, *more: str) -> dict:
     main([str(folder), str(out), "--data", str(texts / "uk"), str(texts / "en"), *more])
     record = whole.record_of(out)
     assert [cut["documents"] for cut in record["proof"]["tokens"]] == [11, 9, 9]
-    predictions = record["proof"]["predictions"]
-    assert predictions["places"] == 8 * 2 * 3
-    assert predictions["windows"]["uk"] == [127, 127]
+    compared = record["proof"]["predictions"]
+    assert compared["windows"]["uk"] == [128, 128]
+    assert compared["places"] == sum(map(sum, compared["windows"].values()))
     assert not [path for path in out.parent.iterdir() if path.name[0] == "."]
     return record
 
@@ -152,6 +155,14 @@ def add(name: str) -> Callable:
     return change
 
 
+def permute(name: str) -> Callable:
+    def change(reader) -> None:
+        data = next(tensor for tensor in reader.tensors if tensor.name == name).data
+        data[:2] = data[1::-1].copy()
+
+    return change
+
+
 def rewrite(name: str, value: float) -> Callable:
     def change(reader) -> None:
         reader.fields[name].parts[-1][0] = value
@@ -161,6 +172,7 @@ def rewrite(name: str, value: float) -> Callable:
 
 WRONG = [  # type, what is written into the file, what the line names
     ("f16", scale("blk.0.ffn_down.weight", 1.1), "blk.0.ffn_down.weight"),
+    ("f16", permute("blk.1.attn_k.weight"), "blk.1.attn_k.weight"),
     ("q8_0", scale("blk.0.ffn_up.weight", 1.3), "blk.0.ffn_up.weight"),
     ("q4_0", scale("blk.1.ffn_gate.weight", 1.3), "blk.1.ffn_gate.weight"),
     ("q4_0", rewrite("llama.rope.freq_base", 2e4), "field llama.rope.freq_base"),
@@ -181,17 +193,17 @@ def test_other_weights_and_fields(
 
 def test_another_model_predicts_otherwise(files: dict, llama: Path, tmp_path: Path) -> None:
     windows = {"some": [torch.arange(5, 105)]}
-    letter = letter_of(open_source(str(llama)).tokenizer)
-    proven = verify_predictions(llama, files, windows, letter)["distances"]
-    assert proven["f32"] < 1e-4 < proven["f16"] < proven["q8_0"] < proven["q4_0"]
+    proven = verify_predictions(llama, files, windows)["distances"]
+    assert proven["f32"] < 1e-5 < proven["f16"] < proven["q8_0"] < proven["q4_0"]
     for weight_type, change in (
-        ("f32", scale("blk.1.attn_v.weight", 1.1)),
+        ("f32", scale("blk.1.attn_q.weight", 1.002)),
+        ("f32", permute("blk.0.attn_k.weight")),
         ("f32", rewrite("llama.rope.freq_base", 1.2e4)),
         ("f16", scale("blk.0.ffn_down.weight", 1.1)),
         ("q8_0", scale("blk.0.ffn_down.weight", 0)),
     ):
         file = changed(files[weight_type], tmp_path / "file", change)
-        line = refused(verify_predictions, llama, {weight_type: file}, windows, letter)
+        line = refused(verify_predictions, llama, {weight_type: file}, windows)
         assert f"in {weight_type}: they differ by" in line
 
 
@@ -213,16 +225,113 @@ def test_blocks_that_llama_cpp_takes_for_others_end_it(texts: Path, tmp_path: Pa
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
 
 
+# ------------------------------------------------------------------------------ how exact it is
+
+
+SILU = """Llama,Qwen3,StableLM,Cohere,OLMo 2,Granite,Mixtral,Qwen2-MoE,GPT-OSS,GraniteMoE,Jamba"""
+TABLE = "Gemma", "Gemma 2", "BLOOM", "GPT-2"  # GELU, which llama.cpp reads from one of 16 bits
+
+
+@pytest.mark.parametrize("name", representative([*SILU.split(","), *TABLE], ["Llama", "GPT-2"]))
+def test_distances_by_which_the_limits_of_32_bits_are_set(name: str, tmp_path: Path) -> None:
+    """A tenth of them at most, of architectures that the converter knows."""
+    kind, fields = (tiny.SPECS | tiny.HYBRID_SPECS)[name]
+    made = kinds.byte_fallback if name in ("Gemma", "Gemma 2", "Jamba") else kinds.byte_level
+    folder, file = whole.write_whole(tmp_path / "in", kind, fields, made()), tmp_path / "f32.gguf"
+    view = str(make_view(open_source(str(folder)), tmp_path / "view", folder))
+    llama_cpp.convert(view, "model", {"f32": str(file)}, pre="gpt-2")
+    windows = {"some": [torch.arange(5, 105)]}
+    found = verify_predictions(folder, {"f32": file}, windows)["distances"]["f32"]
+    assert found < (1e-3 if name in TABLE else 1e-5)
+    if name == "GPT-2":
+        file = changed(file, tmp_path / "file", scale("blk.0.ffn_down.weight", 1.02))
+        assert "more than 0.01" in refused(verify_predictions, folder, {"f32": file}, windows)
+
+
+def test_32_bits_are_in_effect(
+    files: dict, llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And a window that is computed in parts gives the same."""
+    expected, windows = tmp_path / "expected.npz", [torch.arange(5, 105), torch.arange(9, 40)]
+    config = AutoConfig.from_pretrained(llama)
+    np.savez(expected, **verify.predictions(llama, config, windows, 462))
+    asked = str(files["f32"]), [window.tolist() for window in windows], str(expected)
+    assert binding.distance(*asked) < 1e-5
+    lines = "\n".join(binding._library()[1])
+    assert "K (f32)" in lines and "V (f32)" in lines
+    assert re.search(r"flash_attn += disabled", lines)
+    monkeypatch.setattr(binding, "PART", 40)
+    assert binding.distance(*asked) < 1e-5
+    for name in ("F32", "DISABLED"):  # now of 16 bits, and fused
+        with monkeypatch.context() as patched:
+            patched.setattr(binding, name, 1)
+            assert binding.distance(*asked) > verify.EXACT
+
+
+def test_windows_exceed_the_sliding_window(llama: Path) -> None:
+    tokenizer, texts = AutoTokenizer.from_pretrained(llama), kinds.texts(kinds.UK, 400, 2)
+
+    def lengths(sliding: int | None, thorough: bool = False) -> dict[str, list[int]]:
+        config = MistralConfig(sliding_window=sliding, max_position_embeddings=2048)
+        windows = windows_of(tokenizer, {"uk": texts, "none": []}, config, thorough)
+        assert all(window[0] == tokenizer.bos_token_id for window in windows["uk"])
+        return {name: [*map(len, its)] for name, its in windows.items()}
+
+    short = {"uk": [512, 256]}
+    assert lengths(None) == lengths(100) == lengths(2048) == lengths(8192) == short
+    assert lengths(600) == short | {"all": [856]}
+    assert lengths(1900) == lengths(600, True) == lengths(None, True) == short | {"all": [2048]}
+
+
+PLACES = {"n_gpu_layers": 16, "n_ctx": 0, "n_threads": 28, "n_threads_batch": 32}
+PLACES |= {"flash_attn_type": 52, "type_k": 104, "type_v": 108}  # in bytes
+
+
+@pytest.mark.parametrize("kind", ["model", "context"])
+def test_fields_at_other_places_are_noticed(kind: str) -> None:
+    """As of a version that has one more, unless those that are set stand where they stood."""
+    from xllamacpp import xllamacpp
+
+    known = {"model": binding.MODEL, "context": binding.CONTEXT}[kind]
+    places = {name: place for name, place in PLACES.items() if name in known}
+    for left_out in [None, *(name for name in known if name not in places)]:
+        function = getattr(ctypes.CDLL(xllamacpp.__file__), f"llama_{kind}_default_params")
+        fewer = {name: value for name, value in known.items() if name != left_out}
+        function.restype = params = binding._params_of(fewer)
+        stay = places == {name: getattr(params, name).offset for name in places}
+        assert stay if left_out is None else stay or not function().are_known, left_out
+        assert function().are_known or left_out
+
+
 # ------------------------------------------------------------------------------- the command
 
 
-def test_without_a_runner_only_tensors_are_proven(
-    llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
+UNAVAILABLE = {
+    "not installed": "tokens and predictions (xllamacpp is not installed: ",
+    "no functions": "tokens and predictions (xllamacpp: it does not export llama.cpp's functions",
+    "another version": "predictions (this version of xllamacpp has parameters that are not known)",
+}
+
+
+@pytest.mark.parametrize("why", UNAVAILABLE)
+def test_what_the_package_cannot_tell_is_not_verified(
+    why: str, llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
 ) -> None:
-    monkeypatch.setitem(sys.modules, "xllamacpp", None)
+    def here(_: str, function: Callable, size: float = 0, **arguments: object) -> object:
+        return function(**arguments)
+
+    monkeypatch.setattr(verify, "run_child", here)
+    if why == "not installed":
+        monkeypatch.setitem(sys.modules, "xllamacpp", None)
+    elif why == "no functions":
+        monkeypatch.setitem(binding.RESULTS, "llama_is_not_here", None)
+        monkeypatch.setattr(binding, "_library", binding._library.__wrapped__)
+    else:
+        monkeypatch.setitem(binding.CONTEXT, "type_v", 2)
     main([str(llama), str(tmp_path / "model.gguf")])
-    assert "not verified: tokens and predictions (xllamacpp is not inst" in capsys.readouterr().out
-    assert set(whole.record_of(tmp_path / "model.gguf")["proof"]) == {"tensors", "not_proven"}
+    assert f"not verified: {UNAVAILABLE[why]}" in capsys.readouterr().out
+    proven = {"tensors", "not_proven"} | ({"tokens"} if why == "another version" else set())
+    assert set(whole.record_of(tmp_path / "model.gguf")["proof"]) == proven
 
 
 @pytest.mark.full
@@ -242,8 +351,8 @@ def test_relative_paths_children_and_a_proxy(
     predictions, missing, written = last
     assert tokens == "uk: llama.cpp has the same tokens in all 9 documents"
     assert dialogues.endswith("llama.cpp renders the same text")
-    assert predictions.startswith("predictions after 32 beginnings differ by ")
-    assert missing == "not verified: texts past 127 tokens"
+    assert predictions.startswith("predictions at 512 positions differ by ")
+    assert missing == "not verified: texts past 128 tokens"
     assert written.startswith("written: new/model.gguf, ") and " KiB, q8_0, and" in written
     assert sorted(os.listdir("new")) == ["model.gguf", "model.gguf.json", "model.gguf.md"]
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import re
 import warnings
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from support import (
     HALF,
     QUICK,
     call,
+    loaded,
     prune_,
     refused,
     results,
@@ -281,17 +283,28 @@ def test_prune_in_memory_is_what_a_run_does() -> None:
     assert again.sparsity == pytest.approx(0.5, abs=0.03)  # rounded in each row
 
 
-def test_prune_reads_texts() -> None:
-    tokenizer, texts = tiny.tiny_tokenizer(), tiny.sentences(20)
-    found = []
-    for seed in (0, 0, 1):
-        model = tiny.tiny_llama()
-        prune(model, texts, tokenizer=tokenizer, nsamples=8, seqlen=32, seed=seed)
-        found.append(model.model.layers[0].mlp.up_proj.weight)
-    assert torch.equal(found[0], found[1]) and not torch.equal(found[0], found[2])
+@pytest.mark.usefixtures("elsewhere")
+def test_prune_reads_texts_as_a_run_does() -> None:
+    """Each gives at most one window, or windows are anywhere in their whole if they are short."""
+    tokenizer, texts = tiny.tiny_tokenizer(), tiny.sentences(20, words=16)
+    tiny.write_model("model", tokenizer=tokenizer)
+    tiny.write_texts("uk", texts)
+    run = ["--model", "model", "--calibration_data", "uk", "--prune_method", "wanda", *QUICK]
+    for seqlen in (16, 120):
+        given = ["--seqlen", seqlen, "--save_masks", f"{seqlen}", "--seed", 1, "--bos", "never"]
+        succeed(*run, *given, "--save", f"out-{seqlen}")
+        model, masks = loaded("model"), read_masks(f"{seqlen}")
+        given = dict(tokenizer=tokenizer, nsamples=8, seqlen=seqlen)
+        done = prune(model, texts, seed=1, **given)
+        assert all(torch.equal(masks[name], mask) for name, mask in done.masks.items())
+        assert any("are joined" in note for note in done.notes) == (seqlen == 120)
+        other = prune(loaded("model"), texts, seed=2, **given)
+        assert not all(torch.equal(masks[name], mask) for name, mask in other.masks.items())
     model = tiny.tiny_llama()
     assert "tokenizer: " in refused(prune, model, texts)
-    assert "nsamples 128" in refused(prune, model, texts, tokenizer=tokenizer, seqlen=64)
+    line = refused(prune, model, texts[:2], tokenizer=tokenizer, seqlen=64)
+    assert line.startswith("calibration texts: ") and "128 windows of 64" in line
+    assert re.search(r"Give more text, nsamples \d+ or seqlen \d+\.", line)
     assert "Wanda" in refused(prune, model)
 
 

@@ -9,11 +9,11 @@ from support import PACKED, packed_weights, prune_, refused, representative, run
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from lib.calibration.changes import UNREACHED
 from lib.formats.packed.linear import SparseLinear
 from lib.formats.registry import FORMATS
 from lib.methods.sparsity import Sparsity
 from lib.model.blocks import BlockRunner
-from lib.prune import UNREACHED
 from lib.quantize import Quantizer
 from lib.sparse import swap_linears_
 

@@ -92,8 +92,8 @@ def test_errors_name_fields() -> None:
     error = UserError("{--nsamples} 3", "{x} has less", "Give fewer {--nsamples} or {--seqlen} 2")
     assert str(error) == "--nsamples 3: {x} has less. Give fewer --nsamples or --seqlen 2."
     with pytest.raises(UserError) as caught, fields_named("", nsamples="windows"):
-        raise error
-    found = pickle.loads(pickle.dumps(caught.value.inside("down")))
+        raise error.inside("down")
+    found = pickle.loads(pickle.dumps(caught.value))
     assert str(found) == "down: windows 3: {x} has less. Give fewer windows or seqlen 2."
 
 

@@ -8,7 +8,6 @@ import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Sequence
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -24,11 +23,11 @@ from lib.util.errors import UserError  # noqa: E402
 gguf = pytest.importorskip("gguf")
 pytest.importorskip("xllamacpp")
 
-from lib.commands.gguf.llama_cpp import run, run_child  # noqa: E402
-from lib.commands.trim.__main__ import LIMIT, main  # noqa: E402
-from lib.commands.trim.llama import Llama, compare  # noqa: E402
+from lib.commands.gguf.llama import Llama, dialogues  # noqa: E402
+from lib.commands.gguf.llama_cpp import run_child  # noqa: E402
+from lib.commands.trim.__main__ import main  # noqa: E402
+from lib.commands.trim.predictions import LIMIT, distance_of, losses_of  # noqa: E402
 from lib.commands.trim.proof import texts_to_compare  # noqa: E402
-from lib.data.documents import Corpus  # noqa: E402
 from lib.data.gguf_file import Field, GgufFile, write  # noqa: E402
 from lib.data.gguf_vocabulary import GgufVocabulary  # noqa: E402
 from lib.util.quirks import PRE_TOKENIZERS  # noqa: E402
@@ -116,7 +115,7 @@ def test_kept_rows_tokens_and_ids(
             assert before.decode(ids) == after.decode(after.encode(text))
     assert 0 < alike
     if kind in ("t5", "bert"):
-        assert "not verified: what the model computes" in said
+        assert "not verified: predictions and cost (it predicts no next token)" in said
     else:
         assert "log-probabilities after 24 beginnings" in said and "bits per byte" in said
 
@@ -171,7 +170,7 @@ def test_chats_are_rendered_as_before(texts: Path, tmp_path: Path) -> None:
     kept = check(source, tmp_path / "out.gguf")
     chats = [{"messages": [{"role": "user", "content": text}]} for text in ("сонце над", "ліс")]
     one, other = (
-        run_child("chats", run, model=str(path), context=256, chats=chats, letter=20, end=2)
+        run_child("chats", dialogues, model=str(path), chats=chats, end=2)
         for path in (source, tmp_path / "out.gguf")
     )
     assert one["chats"] == [[kept[index] for index in ids] for ids in other["chats"]]
@@ -199,7 +198,7 @@ def test_text_is_counted_until_the_list_stops_changing(
     texts = ggufs.sentences(ggufs.UK[:20], 400) + ggufs.sentences(ggufs.UK[20:], 100, 1)
     (folder / "train.jsonl").write_text("\n".join(json.dumps({"text": t}) for t in texts))
     (folder / "test.jsonl").write_text(json.dumps({"text": texts[-1]}))
-    monkeypatch.setattr("lib.commands.trim.choosing.STEP", 4000)
+    monkeypatch.setattr("lib.data.token_counts.STEP", 4000)
     main([str(source), str(tmp_path / "out.gguf"), "--data", str(folder), "--price", "200"])
     said = capsys.readouterr().out
     assert f" of at most {sum(map(len, texts)):,} characters are counted; " in said
@@ -278,15 +277,17 @@ def test_the_proof_notices_other_bytes(texts: Path, tmp_path: Path) -> None:
     main([str(source), str(out), "--data", str(texts)])
     kept = json.loads(Path(f"{out}.vocabulary.json").read_text("utf-8"))["ids"]
     ids = Llama(out).encode(ggufs.sentences(ggufs.UK[:8], 1)[0]).tolist()
-    windows = [[[kept[index] for index in ids], ids]] * 4
-    honest = compare(str(source), str(out), windows, kept, 4)
-    assert honest["distance"] < LIMIT and honest["beginnings"] == 4
-    assert np.allclose(honest["before"], honest["before"][0])
+    old, places, expected = [kept[index] for index in ids], [[0, 3], [1, 5]], tmp_path / "e.npy"
+    given = dict(path=str(source), own=[old] * 2, mapped=[old] * 2, kept=kept, places=places)
+    losses = losses_of(**given, expected=str(expected))
+    assert np.allclose([*losses["own"], *losses["mapped"]], losses["own"][0])
+    given = dict(windows=[ids] * 2, places=places, expected=str(expected))
+    assert distance_of(str(out), **given) < LIMIT
     data = bytearray(out.read_bytes())
     row = next(t for t in gguf.GGUFReader(out).tensors if t.name == "output.weight").data_offset
     data[row + 1] ^= 0x40  # the largest exponent of the first row's first number
     (tmp_path / "other.gguf").write_bytes(data)
-    assert compare(str(source), str(tmp_path / "other.gguf"), windows, kept, 4)["distance"] > LIMIT
+    assert distance_of(str(tmp_path / "other.gguf"), **given) > LIMIT
 
 
 def test_a_trimmed_file_is_trimmed_again(texts: Path, tmp_path: Path) -> None:
@@ -306,11 +307,11 @@ def test_a_file_that_another_run_writes_is_left(
 ) -> None:
     source, partial = ggufs.model(tmp_path / "in.gguf"), tmp_path / "out.gguf.partial"
 
-    def begun(corpora: Sequence[Corpus]) -> dict[str, Sequence[str]]:
+    def begun(*args: object) -> dict[str, list[str]]:
         partial.write_bytes(b"theirs")
-        return texts_to_compare(corpora)
+        return texts_to_compare(*args)
 
-    monkeypatch.setattr("lib.commands.trim.__main__.texts_to_compare", begun)
+    monkeypatch.setattr("lib.commands.trim.file.texts_to_compare", begun)
     with pytest.raises(UserError, match="another run writes it now"):
         main([str(source), str(tmp_path / "out.gguf"), "--data", str(texts)])
     assert partial.read_bytes() == b"theirs"
@@ -321,7 +322,7 @@ def test_nothing_is_left_of_a_file_that_is_not_whole(
     fault: str, texts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     source = ggufs.model(tmp_path / "in.gguf")
-    module = "lib.commands.trim.__main__"
+    module = "lib.commands.trim.file"
 
     def spoiled(path: Path, *rest: object) -> object:
         yield from write(path, *rest)
@@ -389,7 +390,7 @@ def test_a_file_that_llama_cpp_does_not_run(
     source = ggufs.model(tmp_path / "in.gguf", more=more)
     main([str(source), str(tmp_path / "out.gguf"), "--data", str(texts)])
     last = capsys.readouterr().out.splitlines()[-1]
-    assert last.startswith("not verified: predictions and bits per byte") and "tensors" in last
+    assert last.startswith("not verified: predictions and cost (") and "tensors" in last
     check(source, tmp_path / "out.gguf")
 
 

@@ -53,7 +53,7 @@ def test_a_removed_token_is_cut_as_the_tokenizer_cuts_it(kind: str) -> None:
         pieces = [vocabulary.tokens[piece] for piece in vocabulary.pieces(index)]
         if index in vocabulary.required or len(token) < 2 or not pieces:
             continue
-        tokens.data = data
+        tokens.data = tokens.file = data
         (cut,) = cut_by(tokens, vocabulary.tokens.keys() - {index}, [token])
         if "".join(cut) == token:  # bytes for letters that are no tokens
             assert len(pieces) == len(cut) and (tokens.kind == "Unigram" or pieces == cut)
@@ -96,10 +96,11 @@ def brute_force(
         )
 
     kept: set[int] = set()
-    for index in [*vocabulary.required, *np.flatnonzero(counts).tolist()]:
+    for index in [*vocabulary.basic, *np.flatnonzero(counts).tolist()]:
         kept |= vocabulary.with_parts(index, kept)
+    kept |= vocabulary.special
     order, likely = likely_order(vocabulary, counts)
-    added = [i for i in order if i not in kept and i not in vocabulary.reserved][:likely]
+    added = [i for i in order if i not in kept][:likely]
     best, known = (np.inf, 0), set(kept)
     for index in [None, *added]:
         kept |= set() if index is None else vocabulary.with_parts(index, kept)

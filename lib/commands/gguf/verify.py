@@ -1,56 +1,63 @@
 """Verify that a GGUF file is the folder's model: its tensors, its tokens and its predictions.
 
-llama.cpp must split every test document into the same tokens as the folder's tokenizer. After
-beginnings of several windows, the log-probabilities of the most likely tokens must agree. The
-32-bit file is compared strictly, which shows whether llama.cpp computes the model as transformers
-does. Files of other types have the same weights, rounded. They are compared loosely, which shows
-whether llama.cpp's code for the type works.
+llama.cpp must split every test document into the same tokens as the folder's tokenizer. At every
+position of several windows, the log-probabilities of the most likely tokens must agree. The 32-bit
+file is compared strictly, which shows whether llama.cpp computes the model as transformers does.
+Files of other types have the same weights, rounded. They are compared loosely, which shows whether
+llama.cpp's code for the type works.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from transformers import AutoConfig, PreTrainedTokenizerBase
 
 from ...data.chats import Dialogue
 from ...data.documents import Corpus
+from ...data.gguf_file import GgufFile
 from ...data.lines import LINES
 from ...data.sentencepiece import begins_with_blank
-from ...data.sources import Source
 from ...data.templates import EXAMPLES, document_text, examples, sample_of_dialogue
 from ...data.windows import test_documents
 from ...formats.registry import GRIDS
 from ...model.checkpoint import weight_bytes
-from ...model.pretrained import window_length
+from ...model.pretrained import LONGEST_WINDOW, window_length
 from ...model.skeleton import auto_class
 from ...util.errors import UserError
 from ...util.host import available, gib
 from ...util.progress import progress
 from ..model_folder import ModelFolder
-from . import INSTALL, limit_of, llama_cpp
-from .llama_cpp import QUIET_SECONDS, run_child
+from . import INSTALL, limit_of, llama, llama_cpp
+from .llama_cpp import OUTER, QUIET_SECONDS, run_child
 
 RUNNER = "xllamacpp"
 RUNS = "llama.cpp does not run the file"
-SHORT = 256  # tokens of the shorter window
-PLACES = 8  # beginnings of each window
-TOP = 256  # most likely tokens compared after each beginning
+SHORT = 256  # tokens of the shorter window, and past a sliding window
+TOP = 256  # most likely tokens compared at each position
+# of f32, by activation: other ones than SiLU are read from a table of 16 bits (GELU)
+EXACT, SILU = 1e-3, ("silu", "swish")
 
 
 def verify(
-    source: ModelFolder, weights: Path, files: Mapping[str, Path], texts: Sequence[Source]
+    source: ModelFolder,
+    weights: Path,
+    files: Mapping[str, Path],
+    texts: Sequence[Corpus],
+    thorough: bool,
 ) -> dict[str, Any]:
     """Verify the last of `files` {type: path}, print a line on each part, and return the record.
 
-    `weights` is the folder with dense weights; the first of `files` has 32 bits. Raises UserError
-    at the first difference.
+    `weights` is the folder with dense weights; the first of `files` has 32 bits. `thorough` also
+    compares a window of the model's full length. Raises UserError at the first difference.
     """
     file, missing = list(files.values())[-1], []
     tensors = verify_tensors(file, files["f32"], weights)
@@ -62,10 +69,12 @@ def verify(
             rounded = "" if GRIDS[name].ggml_rule_agrees else " once rounded to bfloat16"
             print(f"{name}: {counts[0]:,} of {counts[1]:,} values change{rounded}", flush=True)
     proof: dict[str, Any] = {"tensors": tensors}
-    needed = 2 * weight_bytes(weights)
-    if find_spec(RUNNER) is None:
-        missing.append(f"tokens and predictions ({RUNNER} is not installed: {INSTALL})")
+    if find_spec(RUNNER):
+        unavailable = run_child(RUNS, llama.unavailable)
     else:
+        unavailable = {"tokens and predictions": f"{RUNNER} is not installed: {INSTALL}"}
+    missing += [f"{what} ({reason})" for what, reason in unavailable.items()]
+    if "tokens and predictions" not in unavailable:
         documents = documents_of(texts, source)
         proof["tokens"] = verify_tokens(file, source.tokenizer, documents)
         for cut in proof["tokens"]:
@@ -73,27 +82,28 @@ def verify(
                 f"{cut['name']}: llama.cpp has the same tokens in all {cut['documents']} documents"
             )
         missing += verify_chat(file, source.tokenizer)
-        if needed > available():
+        windows = windows_of(source.tokenizer, documents, source.config, thorough)
+        longest = max(len(window) for its in windows.values() for window in its)
+        needed = 2 * weight_bytes(weights) + 4 * longest * len(source.tokenizer)
+        if not unavailable and needed > available():
             missing.append(f"predictions (comparing them needs {gib(needed)} of memory)")
-        else:
-            windows = windows_of(source.tokenizer, documents, source.config)
-            compared = verify_predictions(weights, files, windows, letter_of(source.tokenizer))
+        elif not unavailable:
+            compared = verify_predictions(weights, files, windows)
             distances = compared["distances"].items()
             by = ", ".join(f"{value:.2g} in {name}" for name, value in distances)
-            what = f"predictions after {compared['places']} beginnings differ by {by}"
+            what = f"predictions at {compared['places']} positions differ by {by}"
             print(f"{what}, relative to the spread of log-probabilities", flush=True)
             proof["predictions"] = compared
-            longest = max(max(lengths) for lengths in compared["windows"].values())
             missing.append(f"texts past {longest} tokens")
     missing += [] if texts else ["languages of the model (no --data)"]
     print(f"not verified: {', '.join(missing)}", flush=True)
     return proof | {"not_proven": missing}
 
 
-def _run(file: Path, passes: float = 1, **arguments: Any) -> dict[str, Any]:
+def _run(function: Callable[..., Any], file: Path, passes: float = 1, **arguments: Any) -> Any:
     """Run llama.cpp on a file; the time limit allows for reading it `passes` times."""
     size = passes * file.stat().st_size
-    return run_child(RUNS, llama_cpp.run, size=size, model=str(file), **arguments)
+    return run_child(RUNS, function, size=size, model=str(file), **arguments)
 
 
 def verify_tensors(file: Path, exact: Path, weights: Path) -> dict[str, Any]:
@@ -131,8 +141,8 @@ def verify_tokens(
 
     Raises UserError at the first difference, and if llama.cpp does not read the file.
     """
-    answer = _run(file, context=64, texts=[text for its in texts.values() for text in its])
-    tokens, records = iter(answer["tokens"]), []
+    every = [text for its in texts.values() for text in its]
+    tokens, records = iter(_run(llama.tokens, file, texts=every)), []
     for name, documents in texts.items():
         count = 0
         for number, text in enumerate(documents, start=1):
@@ -156,7 +166,7 @@ def verify_chat(file: Path, tokenizer: PreTrainedTokenizerBase) -> list[str]:
     kinds, asked, texts = zip(*examples(tokenizer, True), strict=True)
     said = sample_of_dialogue(tokenizer, Dialogue(json.dumps(EXAMPLES["several turns"])))
     end = int(said.ids[said.mask][-1])
-    answer = _run(file, context=64, chats=asked, end=end, letter=letter_of(tokenizer))
+    answer = _run(llama.dialogues, file, chats=asked, end=end)
     proven, missing = [], []
     for kind, text, theirs in zip(kinds, texts, answer["chats"], strict=True):
         ids = tokenizer(text, add_special_tokens=False).input_ids
@@ -184,84 +194,92 @@ def _difference(tokenizer: PreTrainedTokenizerBase, ids: list[int], theirs: list
 
 
 def windows_of(
-    tokenizer: PreTrainedTokenizerBase, texts: Mapping[str, Sequence[str]], config: Any
+    tokenizer: PreTrainedTokenizerBase,
+    texts: Mapping[str, Sequence[str]],
+    config: Any,
+    thorough: bool = False,
 ) -> dict[str, list[Tensor]]:
-    """Return two windows (tokens,) of each source.
+    """Return two windows (tokens,) of each source, and perhaps a longer one of all.
 
-    One begins with the first document and has the model's full length, if the documents suffice;
-    the other begins with the last and is short. Full is one token less than the model's limit,
-    since llama.cpp generates one more.
+    One begins with the first document, the other with the last and is shorter. The longer one
+    exceeds the model's sliding window, if it has one; if `thorough`, it has the full length. Each
+    ends earlier where the documents do.
     """
-    full = window_length(config, None) - 1
-    windows: dict[str, list[Tensor]] = {}
-    for name, documents in texts.items():
-        for ordered, most in ((documents, full), (documents[::-1], min(SHORT, full))):
-            ids: list[int] = []
-            for text in ordered:
-                ids += tokenizer(text, add_special_tokens=not ids).input_ids
-                if len(ids) >= most:
-                    break
-            if ids:
-                windows.setdefault(name, []).append(torch.tensor(ids[:most]))
-    return windows
+    full = window_length(config, None)
+    sliding = getattr(config.get_text_config(decoder=True), "sliding_window", None) or 0
+    longer = window_length(config, None, sliding + SHORT)
+    if not llama.PART <= sliding < longer or sliding > LONGEST_WINDOW:
+        longer = 0
 
+    def window(documents: Sequence[str], most: int) -> Tensor:
+        ids: list[int] = []
+        for text in documents:
+            ids += tokenizer(text, add_special_tokens=not ids).input_ids
+            if len(ids) >= most:
+                break
+        return torch.tensor(ids[:most])
 
-def letter_of(tokenizer: PreTrainedTokenizerBase) -> int:
-    """Return the id of a token that has only letters."""
-    special = set(tokenizer.all_special_ids)
-    ids = (index for index in range(len(tokenizer)) if index not in special)
-    return next(index for index in ids if tokenizer.decode([index]).isalpha())
+    windows = {
+        name: [window(its, min(llama.PART, full)), window(its[::-1], min(SHORT, full))]
+        for name, its in texts.items()
+    }
+    if most := max(longer, full if thorough else 0):
+        every = [text for its in reversed(texts.values()) for text in its]
+        windows["all"] = [window(every, most)]
+    windows = {name: [each for each in its if len(each)] for name, its in windows.items()}
+    return {name: its for name, its in windows.items() if its}
 
 
 def verify_predictions(
-    weights: Path, files: Mapping[str, Path], windows: Mapping[str, Sequence[Tensor]], letter: int
+    weights: Path, files: Mapping[str, Path], windows: Mapping[str, Sequence[Tensor]]
 ) -> dict[str, Any]:
     """Compare the predictions of `files` {type: file} with the model in the folder `weights`.
 
-    `windows` {name: each (tokens,)} are its input; `letter` is the id of a token of letters.
-    Returns the windows' lengths, the number of places and the distances by type. Raises UserError
-    if llama.cpp differs by more than the type's limit.
+    `windows` {name: each (tokens,)} are its input. Returns the windows' lengths, the number of
+    positions and the distances by type. Raises UserError if llama.cpp differs by more than the
+    type's limit.
     """
-    prompts, expected = [], []
-    local = dict(local_files_only=True, trust_remote_code=False)
-    kind = auto_class(AutoConfig.from_pretrained(weights, **local))
-    model = kind.from_pretrained(weights, dtype=torch.float32, **local).eval()
-    every = [window for its in windows.values() for window in its]
-    with progress(len(every), "predicting in transformers", "window", delay=QUIET_SECONDS) as bar:
-        for window in every:
-            length = len(window)
-            ends = sorted({max(1, length * place // PLACES) for place in range(1, PLACES + 1)})
-            prompts += [window[:end].tolist() for end in ends]
-            with torch.no_grad():
-                last = torch.tensor(ends) - 1
-                logits = model(window[None], use_cache=False, logits_to_keep=last).logits[0]
-            expected.append(logits.double().log_softmax(-1))
-            bar(1)
-    del model
-    dense = torch.cat(expected)  # (places, rows)
-    distances = {}
-    for weight_type, file in files.items():
-        distances[weight_type] = distance = _distance(dense, file, prompts, letter)
-        if not distance <= limit_of(weight_type):
-            problem = f"they differ by {distance:.2g}, more than {limit_of(weight_type)}"
-            fix = "It does not compute this model correctly"
-            raise UserError(f"llama.cpp's predictions in {weight_type}", problem, fix)
+    every, distances = [window for its in windows.values() for window in its], {}
+    config = AutoConfig.from_pretrained(weights, local_files_only=True, trust_remote_code=False)
+    fields = [*config.get_text_config(decoder=True).to_dict().values()]
+    exact = {"f32": EXACT} if any(name in fields for name in SILU) else {}
+    n_positions = sum(map(len, every))
+    passes = 1 + n_positions / 300  # the file is read once, and multiplied by all
+    with tempfile.TemporaryDirectory() as folder:
+        expected = Path(folder) / "expected.npz"
+        tables = GgufFile(next(iter(files.values())), "the file").tensors
+        rows = next(table.shape[-1] for table in tables if table.name == OUTER[0])
+        np.savez(expected, **predictions(weights, config, every, rows))
+        asked = dict(windows=[window.tolist() for window in every], expected=str(expected))
+        for weight_type, file in files.items():
+            distances[weight_type] = distance = _run(llama.distance, file, passes, **asked)
+            limit = exact.get(weight_type, limit_of(weight_type))
+            if not distance <= limit:
+                problem = f"they differ by {distance:.2g}, more than {limit}"
+                fix = "It does not compute this model correctly"
+                raise UserError(f"llama.cpp's predictions in {weight_type}", problem, fix)
     lengths = {name: [len(window) for window in its] for name, its in windows.items()}
-    return {"windows": lengths, "places": len(prompts), "distances": distances}
+    return {"windows": lengths, "places": n_positions, "distances": distances}
 
 
-def _distance(dense: Tensor, file: Path, prompts: list[list[int]], letter: int) -> float:
-    """Return the distance of log-probabilities relative to their spread, over all places.
+def predictions(
+    weights: Path, config: Any, windows: Sequence[Tensor], rows: int
+) -> dict[str, np.ndarray]:
+    """Return the most likely tokens of the first `rows` at each position, by transformers.
 
-    `dense` (places, rows) is compared at the most likely tokens of llama.cpp.
+    `ids` (positions, TOP) and `values`, their log-probabilities, of all `windows`.
     """
-    rows = dense.shape[-1]
-    options = dict(context=max(map(len, prompts)) + 32, top=min(TOP, rows), letter=letter)
-    passes = 1 + sum(map(len, prompts)) / 300  # the file is read once, and multiplied by all
-    answer = _run(file, passes, prompts=prompts, **options)
-    distances = []
-    for expected, pairs in zip(dense, answer["logprobs"], strict=True):
-        ids, values = zip(*(pair for pair in pairs if pair[0] < rows), strict=True)
-        theirs, ours = torch.tensor(values, dtype=torch.float64), expected[list(ids)]
-        distances.append((theirs - ours).norm() / (ours - ours.mean()).norm())
-    return float(torch.stack(distances).square().mean().sqrt())
+    local = dict(local_files_only=True, trust_remote_code=False)
+    model = auto_class(config).from_pretrained(weights, dtype=torch.float32, **local).eval()
+    ids, values = [], []
+    with progress(len(windows), "predicting in transformers", "window", delay=QUIET_SECONDS) as bar:
+        for window in windows:
+            with torch.no_grad():
+                logits = model(window[None], use_cache=False).logits[0, :, :rows]
+            top = logits.topk(min(TOP, logits.shape[-1]))
+            parts = logits.split(64)  # in float64, a whole window takes gigabytes
+            constants = torch.cat([part.double().logsumexp(-1) for part in parts])
+            ids.append(top.indices.numpy())
+            values.append((top.values.double() - constants[:, None]).numpy())
+            bar(1)
+    return {"ids": np.concatenate(ids), "values": np.concatenate(values)}

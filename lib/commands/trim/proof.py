@@ -2,25 +2,35 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from itertools import islice
 from typing import Any
 
 import numpy as np
 
+from ...data.chats import Document
 from ...data.documents import Corpus
 from ...data.lines import LINES
 from ...util.errors import UserError, first_of
 
 MANY = 2_000  # test documents of each source that are compared
+LINES_NAME = "lines in many scripts"
 
 
-def texts_to_compare(corpora: Iterable[Corpus]) -> dict[str, list[str]]:
+def texts_to_compare(
+    corpora: Iterable[Corpus], text_of: Callable[[Document], str]
+) -> dict[str, list[str]]:
     """Return texts by name: lines in many scripts with their letters, then the test documents."""
-    tests = {"lines in many scripts": [*LINES, *(c for line in LINES for c in line)]}
+    tests = {LINES_NAME: [*LINES, *(c for line in LINES for c in line)]}
     for corpus in corpora:
-        tests[corpus.source.name] = [*islice(corpus.documents("test"), MANY)]
+        documents = islice(corpus.documents("test"), MANY)
+        tests[corpus.source.name] = [text_of(document) for document in documents]
     return tests
+
+
+def held_out(tests: dict[str, list[str]]) -> list[str]:
+    """Return the test documents of all sources."""
+    return [text for name, texts in tests.items() if name != LINES_NAME for text in texts]
 
 
 def compare_tokens(

@@ -1,0 +1,307 @@
+"""Call llama.cpp, which the package xllamacpp holds: its functions (llama.h), and its server.
+
+The functions give tokens and the logits of whole texts; the server renders dialogues and measures
+speed. The two structures of parameters change between versions. Their fields are set only if all
+have the defaults of the pinned version.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import os
+import re
+import urllib.error
+import urllib.request
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
+from functools import cache
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+
+from ...util.errors import UserError, first_line
+from .llama_cpp import LIMIT
+
+INSTALL = "pip install -r requirements-trim.txt"
+PART = 512  # tokens computed at a time
+F32 = 0  # ggml_type of cached keys and values
+DISABLED = 0  # llama_flash_attn_type
+DIRECT = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # bypasses any proxy
+Log = ctypes.CFUNCTYPE(None, ctypes.c_int, ctypes.c_char_p, ctypes.c_void_p)
+# fields in their order, with defaults, of which each has its C type; None: of a pointer's width
+MODEL = dict(devices=None, tensor_buft_overrides=None, n_gpu_layers=-1, split_mode=1)
+MODEL |= dict(load_mode=-1, lazy_mode=1, main_gpu=0, tensor_split=None, progress_callback=None)
+MODEL |= dict(progress_callback_user_data=None, kv_overrides=None, vocab_only=False)
+MODEL |= dict(check_tensors=False, use_extra_bufts=True, no_host=False, no_alloc=False)
+CONTEXT = dict(n_ctx=512, n_batch=2048, n_ubatch=512, n_seq_max=1, n_rs_seq=0, n_outputs_max=0)
+CONTEXT |= dict(n_outputs_max_per_seq=1, n_threads=4, n_threads_batch=4, ctx_type=0)
+CONTEXT |= dict(rope_scaling_type=-1, pooling_type=-1, attention_type=-1, flash_attn_type=-1)
+CONTEXT |= dict(rope_freq_base=0.0, rope_freq_scale=0.0, yarn_ext_factor=-1.0)
+CONTEXT |= dict(yarn_attn_factor=-1.0, yarn_beta_fast=-1.0, yarn_beta_slow=-1.0, yarn_orig_ctx=0)
+CONTEXT |= dict(defrag_thold=-1.0, cb_eval=None, cb_eval_user_data=None, type_k=1, type_v=1)
+CONTEXT |= dict(abort_callback=None, abort_callback_data=None, added=None, embeddings=False)
+CONTEXT |= dict(offload_kqv=True, no_perf=True, op_offload=True, swa_full=True, kv_unified=False)
+CONTEXT |= dict(samplers=None, n_samplers=None, ctx_other=None)
+C_TYPES = {bool: ctypes.c_bool, int: ctypes.c_int32, float: ctypes.c_float}
+
+
+class _Pointer(ctypes.c_void_p):
+    """A pointer; ctypes makes plain numbers of the results of c_void_p itself."""
+
+
+class _Params(ctypes.Structure):
+    """One of llama.cpp's structures of default parameters, with room for those of any version."""
+
+    defaults: ClassVar[Mapping[str, Any]]
+
+    @property
+    def are_known(self) -> bool:
+        """Whether the installed version has the fields of the pinned one where that has them."""
+        return all(getattr(self, name) == value for name, value in self.defaults.items())
+
+
+def _params_of(defaults: Mapping[str, Any]) -> type[_Params]:
+    fields = [(name, C_TYPES.get(type(value), ctypes.c_void_p)) for name, value in defaults.items()]
+    fields += [("more", ctypes.c_byte * 1024)]
+    return type("_Params", (_Params,), {"defaults": defaults, "_fields_": fields})
+
+
+class _Batch(ctypes.Structure):
+    """llama_batch."""
+
+    _fields_ = [("n_tokens", ctypes.c_int32)]
+    _fields_ += [(n, ctypes.c_void_p) for n in "token embd pos n_seq_id seq_id logits".split()]
+
+
+RESULTS = {
+    "llama_model_default_params": _params_of(MODEL),
+    "llama_context_default_params": _params_of(CONTEXT),
+    "llama_model_load_from_file": _Pointer,
+    "llama_init_from_model": _Pointer,
+    "llama_model_get_vocab": _Pointer,
+    "llama_get_memory": _Pointer,
+    "llama_get_logits": ctypes.POINTER(ctypes.c_float),
+    "llama_tokenize": ctypes.c_int32,
+    "llama_vocab_is_eog": ctypes.c_bool,
+}
+
+
+@cache
+def _library() -> tuple[Any, list[str], Any]:
+    """Return llama.cpp, the lines that it has logged, and the function that collects them."""
+    try:
+        from xllamacpp import xllamacpp
+
+        llama = ctypes.CDLL(xllamacpp.__file__)
+        for name, result in RESULTS.items():
+            getattr(llama, name).restype = result
+    except (ImportError, OSError, AttributeError) as error:
+        problem = f"it does not export llama.cpp's functions here ({first_line(error)})"
+        raise UserError("xllamacpp", problem, f"Run {INSTALL}") from error
+    lines: list[str] = []
+    log = Log(lambda _, text, __: lines.append(text.decode(errors="replace").strip()))
+    llama.llama_log_set(log, None)
+    llama.llama_backend_init()
+    return llama, lines, log
+
+
+def unavailable() -> dict[str, str]:
+    """Return what the installed version cannot tell, and why; {} if nothing."""
+    try:
+        llama, *_ = _library()
+    except UserError as error:
+        return {"tokens and predictions": f"{error.what}: {error.problem}"}
+    defaults = llama.llama_model_default_params(), llama.llama_context_default_params()
+    if all(each.are_known for each in defaults):
+        return {}
+    return {"predictions": "this version of xllamacpp has parameters that are not known"}
+
+
+class Llama:
+    """A model of a file in llama.cpp. Raises ValueError if it does not load."""
+
+    def __init__(self, path: Path | str) -> None:
+        self.llama, lines, _ = _library()
+        lines.clear()
+        params = self.llama.llama_model_default_params()
+        if params.are_known:
+            params.n_gpu_layers = 0
+        self.model = self.llama.llama_model_load_from_file(os.fsencode(path), params)
+        if not self.model:
+            errors = [line for line in lines if "error" in line] or lines or [""]
+            reason = re.sub(r"^.*error loading model( \w+)?: ", "", errors[0])
+            raise ValueError(f"llama.cpp does not load it ({reason})")
+        self.vocabulary = self.llama.llama_model_get_vocab(self.model)
+        self.rows = self.llama.llama_vocab_n_tokens(self.vocabulary)
+
+    def close(self) -> None:
+        self.llama.llama_model_free(self.model)
+
+    @property
+    def first(self) -> int:
+        """The id that begins a text: BOS, else an end token."""
+        ends = (self.llama.llama_vocab_bos, self.llama.llama_vocab_eos)
+        return next((i for each in ends if (i := each(self.vocabulary)) >= 0), 0)
+
+    def ends_answer(self, token: int) -> bool:
+        """Return whether generation stops at a token."""
+        return self.llama.llama_vocab_is_eog(self.vocabulary, token)
+
+    def encode(self, text: str, whole: bool = False) -> np.ndarray:
+        """Return the ids (tokens,) of a text, whose special tokens count as such.
+
+        A `whole` text also has those that the file's fields add.
+        """
+        data = text.encode()
+        size = len(data) + 16
+        while True:
+            ids = np.empty(size, np.int32)
+            known = self.vocabulary, data, len(data), ctypes.c_void_p(ids.ctypes.data), size
+            n = self.llama.llama_tokenize(*known, whole, True)
+            if n >= 0:
+                return ids[:n].copy()
+            size = -n  # a normalizer can make more letters of a few
+
+    def encode_all(self, texts: Sequence[str]) -> list[np.ndarray]:
+        """Return the ids of texts, encoded on all cores."""
+        with ThreadPoolExecutor(threads()) as pool:  # ctypes releases the interpreter's lock
+            return [*pool.map(self.encode, texts)]
+
+    def decode(self, ids: np.ndarray) -> bytes:
+        """Return the text of ids (tokens,), special tokens too."""
+        ids, size = np.ascontiguousarray(ids, np.int32), 64
+        while True:
+            text, place = ctypes.create_string_buffer(size), ctypes.c_void_p(ids.ctypes.data)
+            known = self.vocabulary, place, len(ids), text, size
+            n = self.llama.llama_detokenize(*known, False, True)
+            if n >= 0:
+                return text.raw[:n]
+            size = -n
+
+    def logits(self, windows: Sequence[Sequence[int]]) -> Iterator[tuple[int, int, np.ndarray]]:
+        """Yield logits (tokens, rows) of PART tokens at a time, after window and first token.
+
+        Keys and values are kept in 32 bits, and attention is not fused, so results are as exact as
+        the file allows. The array is overwritten at the next step.
+        """
+        params = self.llama.llama_context_default_params()
+        if not params.are_known:
+            raise ValueError(*unavailable().values())
+        params.n_ctx = max(map(len, windows), default=1)
+        params.type_k = params.type_v = F32
+        params.flash_attn_type = DISABLED
+        params.n_threads = params.n_threads_batch = threads()
+        context = self.llama.llama_init_from_model(self.model, params)
+        if not context:
+            raise ValueError("llama.cpp does not begin to compute")
+        try:
+            for number, window in enumerate(windows):
+                self.llama.llama_memory_clear(self.llama.llama_get_memory(context), True)
+                for begin in range(0, len(window), PART):
+                    ids = np.array(window[begin : begin + PART], np.int32)
+                    outputs = np.ones(len(ids), np.int8)
+                    batch = _Batch(len(ids), ids.ctypes.data, logits=outputs.ctypes.data)
+                    if status := self.llama.llama_decode(context, batch):
+                        raise ValueError(f"llama.cpp cannot compute a window (status {status})")
+                    values = self.llama.llama_get_logits(context)
+                    yield number, begin, np.ctypeslib.as_array(values, (len(ids), self.rows))
+        finally:
+            self.llama.llama_free(context)
+
+
+def threads() -> int:
+    """Return the number of threads: OMP_NUM_THREADS, else all cores."""
+    return int(os.environ.get("OMP_NUM_THREADS") or os.cpu_count() or 1)
+
+
+def normalizers(logits: np.ndarray) -> np.ndarray:
+    """Return the logarithms of the sums of exp(logits) of each row, (tokens,) in float64."""
+    top = logits.max(-1).astype(np.float64)
+    sums = [np.exp(row - most).sum() for row, most in zip(logits, top, strict=True)]
+    return top + np.log(sums)
+
+
+# --------------------------------------------------------------------- asked in a child process
+
+
+def tokens(model: str, texts: Sequence[str]) -> list[list[int]]:
+    """Return the ids of whole texts, split by the file `model`."""
+    with closing(Llama(model)) as llama:
+        return [llama.encode(text, whole=True).tolist() for text in texts]
+
+
+def distance(model: str, windows: Sequence[Sequence[int]], expected: str) -> float:
+    """Return the distance of the file's log-probabilities from those in the file `expected`.
+
+    That has the `ids` (positions, some) of some tokens after each position of all windows, and
+    their log-probabilities, `values`. The distance is relative to the spread of these, over all
+    positions.
+    """
+    with np.load(expected) as stored:
+        ids, values = stored["ids"], stored["values"].astype(np.float64)
+    squares, at = [], 0
+    with closing(Llama(model)) as llama:
+        for *_, logits in llama.logits(windows):
+            part = slice(at, at := at + len(logits))
+            theirs = np.take_along_axis(logits, ids[part], -1) - normalizers(logits)[:, None]
+            spread = values[part] - values[part].mean(-1, keepdims=True)
+            square = np.square(theirs - values[part]).sum(-1) / np.square(spread).sum(-1)
+            squares += square.tolist()
+    assert at == len(ids)
+    return float(np.sqrt(np.mean(squares)))
+
+
+def dialogues(model: str, chats: Sequence[Mapping[str, Any]], end: int) -> dict[str, Any]:
+    """Return the tokens of dialogues, `chats`, messages and tools, that the file renders.
+
+    Also whether it ends an answer at the token `end` (`stops`).
+    """
+    server = start(model, 64)
+    # a server that is ended before its loop has begun would wait for ever
+    ask(server, "/completion", {"prompt": [end], "n_predict": 1})
+
+    def render(fields: Mapping[str, Any]) -> str:
+        fields = json.loads(json.dumps(fields))
+        for call in (call for m in fields["messages"] for call in m.get("tool_calls", [])):
+            call["function"]["arguments"] = json.dumps(call["function"]["arguments"])
+        fields = {key: value for key, value in fields.items() if value}
+        return ask(server, "/apply-template", fields)["prompt"]
+
+    texts = [render(fields) for fields in chats]
+    with closing(Llama(model)) as llama:
+        ids = [llama.encode(text, whole=True).tolist() for text in texts]
+        return {"chats": ids, "stops": llama.ends_answer(end)}
+
+
+def ask(server: Any, path: str, fields: dict[str, Any]) -> dict[str, Any]:
+    """Return the answer of llama.cpp's server. Raises ValueError for an error."""
+    body, headers = json.dumps(fields).encode(), {"Content-Type": "application/json"}
+    request = urllib.request.Request(server.listening_address + path, body, headers)
+    try:
+        with DIRECT.open(request, timeout=LIMIT) as answer:
+            return json.load(answer)
+    except urllib.error.HTTPError as error:
+        raise ValueError(error.read().decode(errors="replace")) from error
+
+
+def start(file: str, context: int) -> Any:
+    """Start llama.cpp's server for a file, at a free port of this machine.
+
+    Attention is computed in 32 bits, so results are as exact as the file allows.
+    """
+    import xllamacpp
+
+    settings = xllamacpp.CommonParams()
+    settings.model.path = file
+    settings.n_ctx = context
+    settings.n_parallel = 1
+    settings.n_gpu_layers = 0
+    settings.cache_type_k = settings.cache_type_v = F32
+    settings.flash_attn_type = xllamacpp.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DISABLED
+    settings.fit_params = settings.warmup = False
+    settings.cpuparams.n_threads = threads()
+    settings.verbosity = -1
+    return xllamacpp.Server(settings)

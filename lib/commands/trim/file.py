@@ -1,0 +1,260 @@
+"""Trim the vocabulary of a GGUF file; other tensors and fields are copied by bytes.
+
+Its tokens are cut by llama.cpp's own tokenizer, and its cost and proof are llama.cpp's logits.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from importlib.util import find_spec
+from itertools import islice
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from ...data.chats import Document
+from ...data.documents import Corpus
+from ...data.gguf_file import Field, GgufFile, Tensor, header, write
+from ...data.gguf_vocabulary import TOKENIZER, GgufVocabulary, tokenizer_model
+from ...data.lines import LINES
+from ...data.token_counts import count_tokens
+from ...util.errors import UserError
+from ...util.files import partial_of, sync, temporary_folder, write_text
+from ...util.host import gib
+from ...util.progress import progress
+from ..gguf.llama import Llama
+from .choosing import (
+    check_cost,
+    check_saving,
+    choose_by_text,
+    corpora_of,
+    read_kept,
+    text_reader,
+)
+from .predictions import Predictions
+from .proof import compare_tokens, held_out, texts_to_compare
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
+
+NOT_CAUSAL = ("t5", "bert")  # kinds of vocabulary whose models predict no next token
+# names of special tokens in a file, and in a chat template
+SPECIAL = dict(bos="bos", eos="eos", unknown="unk", seperator="sep", padding="pad", mask="mask")
+
+
+def trim_file(args: argparse.Namespace) -> None:
+    """Trim the file `args.source` to the new file `args.out`."""
+    out = Path(args.out).absolute()
+    listed = out.with_name(f"{out.name}.vocabulary.json")
+    _check_new(args.out, out, listed)
+    corpora = corpora_of(args)
+    file = GgufFile(Path(args.source), f"IN {args.source}")
+    vocabulary = GgufVocabulary(file, frozenset(args.drop))
+    with temporary_folder() as folder:
+        before = tokenizer_of(folder / "before.gguf", vocabulary, range(vocabulary.rows))
+        text_of = reader_of(vocabulary)
+        kept, record = choose_tokens(args, corpora, vocabulary, before, text_of)
+        vocabulary.check_count(len(kept))
+        fields, tensors = vocabulary.trimmed(kept)
+        record |= {"digest": vocabulary.digest(kept), "sources": [str(c.source) for c in corpora]}
+        record |= {"bytes_before": file.size, "bytes": (size := _size(file, fields, tensors))}
+        _print_sizes(record)
+        if dropped := [name for name in file.fields if name not in fields]:
+            print(f"fields left out: {', '.join(dropped)}")
+        after = tokenizer_of(folder / "after.gguf", vocabulary, kept)
+        tests = texts_to_compare(corpora, text_of)
+        lossy = vocabulary.kind in NOT_CAUSAL
+        record["tests"] = [
+            compare_tokens(name, texts, before, after, kept, lossy) for name, texts in tests.items()
+        ]
+        if args.dry_run:
+            print("nothing is written (--dry_run)")
+            return
+        found, expected = {"reason": "it predicts no next token"}, folder / "expected.npy"
+        if not lossy:
+            predictions = Predictions(file, (before, after), kept, held_out(tests))
+            found = predictions.measure(expected)
+        check_cost(args, found)
+        record |= found
+        with _partial(args.out, out, size) as partial:
+            record["seconds_written"] = _write(partial, fields, tensors, file.alignment)
+            if "reason" not in found:
+                record |= predictions.verify(partial, expected)
+            tokens = [vocabulary.tokens[index] for index in kept]
+            content = {"ids": kept, "tokens": tokens, "rows": kept, "record": record}
+            write_text(listed, json.dumps(content, ensure_ascii=False))
+            partial.rename(out)
+            sync(out.parent)
+    for projector in Path(args.source).absolute().parent.glob("*mmproj*.gguf"):
+        print(f"{projector.name} beside IN works with OUT as it is")
+    missing = f"predictions and cost ({found.get('reason')})"
+    if "reason" not in found:
+        missing = f"texts past {max(map(len, predictions.own))} tokens, answers of the model"
+    print(f"not verified: {missing}", flush=True)
+
+
+def _check_new(name: str, out: Path, listed: Path) -> None:
+    if out.suffix != ".gguf":
+        raise UserError(f"OUT {name}", "the name does not end with .gguf", "Give one that does")
+    for path in (out, partial_of(out), listed):
+        if path.exists() or path.is_symlink():
+            fix = "Name a new file, or remove it"
+            raise UserError(f"OUT {name}", f"{path.name} exists", fix)
+
+
+def tokenizer_of(path: Path, vocabulary: GgufVocabulary, kept: Sequence[int]) -> Llama:
+    """Return llama.cpp's tokenizer with the tokens `kept`, from a file of a few megabytes."""
+    for _ in write(path, *tokenizer_model(vocabulary.trimmed(kept)[0])):
+        pass
+    try:
+        return Llama(path)
+    except ValueError as error:
+        fix = "Only a vocabulary that llama.cpp reads can be trimmed"
+        raise UserError(vocabulary.file.what, str(error), fix) from error
+    finally:
+        path.unlink()
+
+
+def reader_of(vocabulary: GgufVocabulary) -> Callable[[Document], str]:
+    """Return a function for the text of a document, a dialogue by the file's chat template."""
+    ids = {name: vocabulary.ids.get(f"{TOKENIZER}{name}_token_id") for name in SPECIAL}
+    tokens = {
+        f"{SPECIAL[name]}_token": vocabulary.tokens[index]
+        for name, index in ids.items()
+        if index is not None
+    }
+    template = vocabulary.file.value("tokenizer.chat_template")
+    return text_reader(vocabulary.file.what, template, tokens)
+
+
+def choose_tokens(
+    args: argparse.Namespace,
+    corpora: Sequence[Corpus],
+    vocabulary: GgufVocabulary,
+    llama: Llama,
+    text_of: Callable[[Document], str],
+) -> tuple[list[int], dict[str, Any]]:
+    """Return the tokens to keep, by the train texts or a list, and a record."""
+    template = {int(i) for ids in llama.encode_all(vocabulary.template_texts()) for i in ids}
+    rules, what = vocabulary.vocabulary(template), vocabulary.file.what
+    if args.keep:
+        kept = read_kept(args, rules, rules.tokens, vocabulary.named, what)["ids"]
+        record = {}
+    else:
+        encode = _fastest(args, corpora, vocabulary, llama)
+        counts = count_tokens(corpora, encode, text_of, vocabulary.rows, args.price)
+        choice, record = choose_by_text(args, rules, counts)
+        kept = choice.ids
+    check_saving(args, len(kept), vocabulary.rows, what)
+    return kept, {"rows": len(kept), "rows_before": vocabulary.rows} | record
+
+
+def _fastest(
+    args: argparse.Namespace, corpora: Sequence[Corpus], vocabulary: GgufVocabulary, llama: Llama
+) -> Callable[[list[str]], list[np.ndarray]]:
+    """Return llama.cpp's tokenizer, or that of a tokenizer.json beside the file that agrees."""
+    beside = Path(args.source).absolute().parent / "tokenizer.json"
+    tokenizer = _read_tokenizer(beside)
+    if not tokenizer or tokenizer.get_vocab_size() > vocabulary.rows:
+        return llama.encode_all
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+
+    def fast(texts: list[str]) -> list[np.ndarray]:
+        batch = tokenizer.encode_batch_fast(texts, add_special_tokens=False)
+        return [np.array(encoding.ids, np.int32) for encoding in batch]
+
+    proof = [*LINES]
+    for corpus in corpora:
+        proof += [text for text in islice(corpus.documents("test"), 64) if isinstance(text, str)]
+    if not all(map(np.array_equal, fast(proof), llama.encode_all(proof))):
+        return llama.encode_all
+    print(f"{beside} gives the same tokens, and counts them")  # ten times as fast
+    return fast
+
+
+def _read_tokenizer(file: Path) -> Tokenizer | None:
+    """Return the tokenizer of a file, or None if it cannot be read, as a Git LFS pointer."""
+    if not (file.is_file() and find_spec("tokenizers")):
+        return None
+    from tokenizers import Tokenizer
+
+    try:
+        return Tokenizer.from_file(str(file))
+    except Exception:  # noqa: BLE001  tokenizers raises no other
+        return None
+
+
+def _size(file: GgufFile, fields: dict[str, Field], tensors: Sequence[Tensor]) -> int:
+    size = len(header(fields, tensors, file.alignment))
+    return size + sum(tensor.size + -tensor.size % file.alignment for tensor in tensors)
+
+
+def _print_sizes(record: dict[str, Any]) -> None:
+    used = ""
+    if "used" in record:
+        used = f"; the texts use {record['used']:,}, likely are {record['likely']:,}"
+    megabytes = "{:,.1f} MB become {:,.1f}".format(
+        *(record[name] / 1e6 for name in ("bytes_before", "bytes"))
+    )
+    rows = f"{record['rows']:,} of {record['rows_before']:,} rows stay"
+    print(f"vocabulary: {rows}{used}; {megabytes}", flush=True)
+
+
+@contextmanager
+def _partial(name: str, out: Path, size: int) -> Iterator[Path]:
+    """Yield a new file beside `out`, which is deleted unless it was renamed."""
+    out.parent.mkdir(parents=True, exist_ok=True)
+    if (free := shutil.disk_usage(out.parent).free) < size:
+        problem = f"it needs {gib(size)}, and its disk has {gib(free)} left"
+        raise UserError(f"OUT {name}", problem, "Name a file on another disk")
+    partial = partial_of(out)
+    try:
+        partial.touch(exist_ok=False)
+    except FileExistsError:
+        problem = "another run writes it now"
+        raise UserError(f"OUT {name}", problem, "Name a new file") from None
+    try:
+        yield partial
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def _write(
+    partial: Path, fields: dict[str, Field], tensors: Sequence[Tensor], alignment: int
+) -> float:
+    """Write the file, compare its bytes with IN's, and return the seconds of writing."""
+    start = time.monotonic()
+    size = sum(tensor.size for tensor in tensors)
+    with progress(size, f"writing {partial.stem}", "B") as on_progress:
+        for step in write(partial, fields, tensors, alignment):
+            on_progress(step)
+    written = time.monotonic() - start
+    _check_bytes(partial, tensors)
+    seconds = time.monotonic() - start - written
+    tables = sum(tensor.kept is not None for tensor in tensors)
+    print(
+        f"written in {written:.1f} s; {tables} tensors have the kept rows of IN, and "
+        f"{len(tensors) - tables} are IN's, by bytes ({seconds:.1f} s)"
+    )
+    return written
+
+
+def _check_bytes(partial: Path, tensors: Sequence[Tensor]) -> None:
+    """Read the written file, and compare each tensor's bytes with IN's."""
+    written = GgufFile(partial, f"OUT {partial.name}")  # gguf's reader takes half a minute
+    for tensor, other in zip(tensors, written.tensors, strict=True):
+        same, place = (other.name, other.kind) == (tensor.name, tensor.kind), 0
+        for part in tensor.parts():
+            data = other.data[place : place + part.size]
+            same = same and np.array_equal(part.reshape(-1), data)
+            place += part.size
+        if not same or place != other.data.size:
+            problem = f"{tensor.name} is not IN's"
+            raise UserError(f"OUT {partial.name}", problem, "Check the disk")
