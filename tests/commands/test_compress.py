@@ -166,7 +166,8 @@ def test_the_steps(name: str, runs: Runs, words: Words, monkeypatch: pytest.Monk
     if name == "any":
         words.terminal(done.out, "compress")
         table = Path(f"{TABLE}.md").read_text("utf-8")
-        assert table in done.out and "| |" not in re.sub(" +", " ", table)
+        rows = re.sub(" +", " ", table.partition("\n")[2])
+        assert table in done.out and "| |" not in rows
         again = compress(*BASE, "--table")
         assert again.status == 0 and table in again.out
 
@@ -269,11 +270,12 @@ def test_parts_are_removed_until_the_file_is_as_small(kind: str, type_: str, run
     tiny.write_model("dense", SIZES[kind]())
     asked = ["--quantize", type_] if type_ == "q4_0" else []
     enough, tight, least = (4, 3, 2) if asked else (3, 2, 1)
-    for megabytes, started in ((least, []), (tight, ["trim"])):  # at first by the blocks alone
+    whole = ["trim"] if asked else []  # otherwise the blocks alone are larger than `tight`
+    for megabytes, started in ((least, []), (tight, whole)):
         error = mistake(*BASE, *asked, "--megabytes", megabytes, program=program_of("compress"))
         fewest = float(re.search(r"Give at least ([\d.]+), or --recover TOKENS", error.fix)[1])
         assert megabytes < fewest <= enough and runs.names == started
-    shutil.rmtree("small-compress")
+    shutil.rmtree("small-compress", ignore_errors=True)
     runs.started.clear()
     ratios = {}
     for megabytes in (enough, tight, least):

@@ -26,11 +26,11 @@ from ...run.flags import NATURAL, POSITIVE, build_parser, given, named
 from ...run.plan import AUTO
 from ...util.cli import make_parser, split_argv
 from ...util.errors import UserError
-from ...util.files import PARTIAL, check_new_folder, check_writable, exclusive_lock
+from ...util.files import check_new_folder, check_writable, exclusive_lock
 from ..export.engines import ENGINES
 from .recipe import script
 from .steps import CONVERTER, first_steps, last_steps
-from .work import ANY, MADE, PACKED, STEPS, Compression
+from .work import ANY, PACKED, STEPS, Compression
 
 INSTALL = "pip install -r requirements-gguf.txt, and run this command again"
 OWN_FLAGS = ("debug", "dry_run", "table")  # they do not change the steps
@@ -133,11 +133,10 @@ def parse(argv: list[str]) -> Compression:
         raise UserError(f"--{wrong[0]}", "compress sets this flag", "Use the flags of compress")
     check_target(args)
     check_writable("--work_dir", args.work_dir)
-    known = {STEPS, *MADE, *(f"{name}{PARTIAL}" for name in MADE)}
-    for path in Path(args.work_dir).glob("[!.]*"):
-        if path.name not in known:
-            problem = f"it holds {path.name}"
-            raise UserError(f"--work_dir {args.work_dir}", problem, "Name a new folder")
+    held = [path.name for path in Path(args.work_dir).glob("[!.]*")]
+    if held and STEPS not in held and not args.table:
+        problem = f"it holds {held[0]}"
+        raise UserError(f"--work_dir {args.work_dir}", problem, "Name a new folder")
     words = [word for word in argv if word not in ("--dry_run", "--dry-run", "--table", "--debug")]
     return Compression(args, words, passed_on, parsed)
 

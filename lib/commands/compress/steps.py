@@ -27,13 +27,13 @@ def first_steps(run: Compression) -> list[Step]:
     args, facts, parsed, steps = run.args, run.facts, run.parsed, []
     flags = ["--language", args.language] if args.language else []
     flags += ["--column", parsed.column] if parsed.column != "text" else []
-    flags += ["--cache_dir", parsed.cache_dir] if parsed.cache_dir else []
-    flags += ["--trust_remote_code"] if parsed.trust_remote_code else []
     flags += ["--device", args.device] if args.device else []
     if facts.prompts:
         about = f"The model answers prompts, until calibration has {facts.fill:,} tokens of it"
         words = [args.model, made := run.inside(DIALOGUES), "--data", *facts.prompts, *flags]
         words += ["--fill", str(facts.fill)]
+        words += ["--cache_dir", parsed.cache_dir] if parsed.cache_dir else []
+        words += ["--trust_remote_code"] if parsed.trust_remote_code else []
         words += ["--count", str(args.dialogues)] if args.dialogues else []
         options = dict(variable="dialogues", grows=True)
         steps.append(Step("dialogues", about, "dialogues", words, made, **options))

@@ -23,9 +23,9 @@ from .recipe import NOTHING, Step
 if TYPE_CHECKING:
     from ...model.checkpoint import Checkpoint
 
-STEPS = "steps.json"
-MADE = ("trimmed", "dialogues.jsonl", "blocks", "compressed", "compressed.md", "figures.json")
-TRIMMED, DIALOGUES, BLOCKS, RUN, TABLE, FIGURES = MADE  # files and folders of the steps
+# in the work folder; RUN and BLOCKS are results and state of main.py
+STEPS, DIALOGUES, TRIMMED = "steps.json", "dialogues.jsonl", "trimmed"
+RUN, BLOCKS, TABLE, FIGURES = "compressed", "blocks", "compressed.md", "figures.json"
 STAGED = ("trim", "export")  # commands that write OUT.partial first
 ANY, PACKED = "any", "packed"  # of --for, beside the formats of export
 
