@@ -224,7 +224,7 @@ def convert(run: Compression) -> dict[str, list[str]]:
 
 def compare(run: Compression, others: dict[str, list[str]]) -> None:
     """Measure sizes and speeds, and print the table of the card with them; keep compressed.md."""
-    from ...run.card import FIRST_COLUMN, OWN_COLUMN, figures_table
+    from ...run.figures import FIRST_COLUMN, OWN_COLUMN, figures_table
 
     args, out, gguf, small = run.args, run.args.out, run.gguf, read_results(run.folder / SMALL)
     run.announce("Measuring sizes and speeds")
