@@ -44,7 +44,7 @@ from .data.windows import tokenize
 from .formats.packed.layout import all_finite
 from .methods.base import PruningMethod
 from .methods.registry import method_of
-from .methods.sparsity import UNSTRUCTURED, Sparsity
+from .methods.sparsity import UNSTRUCTURED, Passes, Sparsity
 from .model.blocks import BlockRunner, HiddenStates
 from .model.device import default_batch_size
 from .model.linears import experts_implementation, find_linears
@@ -390,8 +390,7 @@ def prune(
     wanted = Sparsity.parse(kind, ratio)
     method = method_of(method, arguments=method_args, kind=kind)
     length = window_length(model.config, seqlen)
-    gradients, measured = method.needs_gradients, allocation in ("error", "owl")
-    if calibration is None and (method.observes or gradients or measured):
+    if calibration is None and (method.observes or any(Passes.of(allocation, method))):
         problem = f"{method.__name__} needs windows or texts"
         raise UserError("calibration", problem, "Give some")
     if isinstance(calibration, Tensor):
@@ -404,7 +403,7 @@ def prune(
     elif calibration is not None:
         calibration = _text_windows(tokenizer, calibration, length, nsamples, seed)
     with _runner_of(model, length, batch_size, wanted) as runner:
-        layers = allocate(runner, calibration, wanted, allocation, seed, gradients=gradients)
+        layers = allocate(runner, calibration, wanted, allocation, seed, method=method)
         pruner = Pruner(runner, method, layers).run(calibration, on_progress)
         check = SparsityCheck(runner, layers.sparsity, pruner.left_dense)
         masks = packed_masks(runner, pruner.pruned)

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import copy
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from datetime import date
+from functools import partial
 from operator import le
 from pathlib import Path
 from typing import Any
@@ -41,7 +42,7 @@ from ..model.rows import config_token_ids, keep_rows_, trimmable_rows
 from ..model.saving import parameter_bytes, text_alone
 from ..model.skeleton import build_skeleton, changed_shapes, decoder_blocks
 from ..offload.sharded import check_rows, ranks_of_state
-from ..recover import CROSS_ENTROPY, TrainSchedule
+from ..recover import CROSS_ENTROPY, TrainSchedule, state_bytes
 from ..sparse import check_packable
 from ..util.errors import UserError
 from ..util.files import check_new_folder, check_writable, partial_of
@@ -106,18 +107,18 @@ def check(
     _set_date(flags, model.tokenizer, dist)
     _check_readable(read, hub=True)
     dist.print(*_lines_on_texts(read))
-    schedule = _schedule(flags, model, corpora, dist) if flags.recover else None
+    schedule_of = _schedule(flags, model, corpora, dist) if flags.recover else None
     vocabulary = None
     if flags.trim_vocabulary:
         vocabulary = _choose_tokens(flags, model, corpora, dist, seconds)
     tokenizer = vocabulary.tokenizer if vocabulary else model.tokenizer
     teacher = _open_teacher(flags, model, vocabulary) if flags.teacher else None
     spec = WindowSpec(tokenizer, model.window, seed=flags.seed)
-    windows = draw_windows(flags, corpora, spec, schedule, dist)
+    windows = draw_windows(flags, corpora, spec, schedule_of, dist)
     if not may_need_bos(flags, tokenizer):
         corpora.free()
     seqlen = windows.seqlen
-    if schedule and flags.recover < seqlen:
+    if flags.recover and flags.recover < seqlen:
         problem = f"it is less than one step, a window of {seqlen} tokens"
         fix = f"Give at least {seqlen}, or a smaller --seqlen"
         raise UserError(shown(flags, "recover"), problem, fix)
@@ -131,7 +132,7 @@ def check(
         windows=windows,
         batch_size=size,
         vocabulary=vocabulary,
-        schedule=schedule and replace(schedule, seqlen=seqlen),
+        schedule=windows.schedule,
         teacher=teacher,
         form=form,
         shared=shared,
@@ -296,16 +297,21 @@ def _choose_tokens(
     return vocabulary
 
 
-def _schedule(flags: Flags, model: Model, corpora: Corpora, dist: DistContext) -> TrainSchedule:
-    """Return the schedule of the recovery. Raises UserError if the model cannot be trained."""
+def _schedule(
+    flags: Flags, model: Model, corpora: Corpora, dist: DistContext
+) -> Callable[..., TrainSchedule]:
+    """Return a function that makes the schedule of the recovery, for windows of `seqlen` tokens.
+
+    Raises UserError if the model cannot be trained.
+    """
     if stored_bits(model.config):
         problem = f"the weights of {flags.model} are quantized and cannot be trained"
         raise UserError(shown(flags, "recover"), problem, "Name the unquantized model")
     chats = any(are_dialogues(corpus.documents("train")) for corpus in corpora.calibration)
     default = 0.0 if chats else CROSS_ENTROPY  # the model did not write the answers of a chat
-    return TrainSchedule(
+    return partial(
+        TrainSchedule,
         tokens=flags.recover,
-        seqlen=model.window,
         rate=flags.recover_lr,
         rank=flags.recover_rank,
         optimizer=flags.recover_optimizer,
@@ -498,11 +504,9 @@ def check_room(run: Run, flag: str, folder: str | Path) -> None:
     schedule = run.schedule
     if not schedule:
         return
-    # bytes per weight: its best value, its float32 master, and two averages
-    state = each = run.model.dtype.itemsize
-    eight_bits = schedule.optimizer == "adamw8bit"
-    state += 0 if schedule.rank else 6 if eight_bits else 12
-    size = 2 * state + (6 if run.flags.quantizes else 0)  # old and new state exist together
+    each = run.model.dtype.itemsize
+    size = 2 * (each + state_bytes(schedule))  # old and new state exist together
+    size += 6 if run.flags.quantizes else 0
     size += each * bool(run.flags.prune_method)  # pruned blocks, and trained ones that are fetched
     size += each * (run.is_sharded or run.device.type != "cpu")
     size *= sum(weight.numel() for weight in run.model.small_blocks.parameters())

@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..calibration.inputs import SharedInput, expected_inputs
 from ..methods.sparsity import EXPERTS
 from ..model.checkpoint import Checkpoint
 from ..model.parts import StructureLayout, find_parts
@@ -40,7 +41,6 @@ class Model:
 
     checkpoint: Checkpoint
     config: Any
-    tokenizer: Any
     skeleton: nn.Module  # without weights
     blocks_name: str
     dtype: torch.dtype  # compute dtype
@@ -48,6 +48,7 @@ class Model:
     window: int  # tokens, unless the texts are too short
     layout: StructureLayout | None = None  # neurons or experts, if they are removed
     left: int | None = None  # number that each block keeps of these
+    tokenizer: Any = None
 
     @property
     def blocks(self) -> nn.ModuleList:
@@ -57,6 +58,11 @@ class Model:
     def width(self) -> int:
         """Numbers in a hidden state."""
         return self.config.get_text_config(decoder=True).hidden_size
+
+    @cached_property
+    def inputs(self) -> list[list[SharedInput]]:
+        """The inputs of the linear layers of each kind of block."""
+        return expected_inputs(self.skeleton, self.blocks_name)
 
     @cached_property
     def small(self) -> nn.Module:
@@ -97,20 +103,40 @@ class Teacher:
         return build_skeleton(self.config, self.checkpoint)
 
 
-@dataclass
-class Run:
-    """Everything about a run; the fields from `results` on are measured by its steps."""
+@dataclass(kw_only=True)
+class RunPlan:
+    """The decisions on which a run's memory depends."""
 
     flags: Flags
     dist: DistContext
     model: Model
-    corpora: Corpora
     windows: RunWindows
     batch_size: int
     vocabulary: TrimmedVocabulary | None = None
     schedule: TrainSchedule | None = None  # of the recovery training
     teacher: Teacher | None = None
     form: Any = None  # of the linear layers; with --quantize auto chosen before they are quantized
+
+    @property
+    def device(self) -> torch.device:
+        return self.dist.device
+
+    @property
+    def is_sharded(self) -> bool:
+        """Whether each rank trains a shard of the weights."""
+        return bool(self.schedule) and self.dist.size > 1 and can_share(self.model.blocks)
+
+    @property
+    def fetches_teacher(self) -> bool:
+        """Whether a teacher's blocks are fetched one at a time, if the model's are."""
+        return bool(self.schedule) or self.dist.size > 1
+
+
+@dataclass(kw_only=True)
+class Run(RunPlan):
+    """Everything about a run; the fields from `results` on are measured by its steps."""
+
+    corpora: Corpora
     shared: Path | None = None  # folder of a sweep, for the dense model's states
     fingerprint: dict[str, dict[str, Any]] = field(default_factory=dict)
     folder: RunFolder | None = None  # of finished blocks, in the main rank
@@ -122,18 +148,9 @@ class Run:
     is_recorded: bool = False  # the results are on the disk
 
     @property
-    def device(self) -> torch.device:
-        return self.dist.device
-
-    @property
     def tokenizer(self) -> Any:
         """The tokenizer, the trimmed one if the vocabulary is trimmed."""
         return self.vocabulary.tokenizer if self.vocabulary else self.model.tokenizer
-
-    @property
-    def is_sharded(self) -> bool:
-        """Whether each rank trains a shard of the weights."""
-        return bool(self.schedule) and self.dist.size > 1 and can_share(self.model.blocks)
 
     @property
     def trains_all(self) -> bool:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from itertools import product
 from typing import TYPE_CHECKING, Any
 
@@ -55,6 +56,7 @@ class RunWindows:
     record: dict[str, Any] | None = None  # of the calibration windows
     tests: list[TestSet] = field(default_factory=list)
     training: TrainingText | None = None  # for recovery
+    schedule: TrainSchedule | None = None  # of the training
 
 
 def named_corpora(flags: Flags) -> Corpora:
@@ -116,10 +118,10 @@ def draw_windows(
     flags: Flags,
     corpora: Corpora,
     spec: WindowSpec,
-    schedule: TrainSchedule | None,
+    schedule_of: Callable[..., TrainSchedule] | None,
     dist: DistContext,
 ) -> RunWindows:
-    """Draw the windows for calibration, evaluation and recovery.
+    """Draw the windows for calibration, evaluation and, with a schedule for their size, recovery.
 
     If the texts are too short for windows of `spec`, and `--seqlen` is not given, a window becomes
     the largest power of two for which they suffice. If that is too short, or `--seqlen` is given,
@@ -128,7 +130,7 @@ def draw_windows(
     wanted = spec.seqlen
     while True:
         try:
-            windows = _windows(flags, corpora, spec, schedule)
+            windows = _windows(flags, corpora, spec, schedule_of)
             break
         except TextTooShort as error:
             short = error.corpus
@@ -151,18 +153,21 @@ def draw_windows(
 
 
 def _windows(
-    flags: Flags, corpora: Corpora, spec: WindowSpec, schedule: TrainSchedule | None
+    flags: Flags,
+    corpora: Corpora,
+    spec: WindowSpec,
+    schedule_of: Callable[..., TrainSchedule] | None,
 ) -> RunWindows:
-    windows = record = training = None
+    windows = record = training = schedule = None
     if flags.calibrated:
         windows, record = calibration_windows(corpora.calibration, spec, flags.nsamples)
     tests = [test_set(test, spec, flags.completions, flags.eval_windows) for test in corpora.tests]
-    if schedule:
-        schedule = replace(schedule, seqlen=spec.seqlen)
+    if schedule_of:
+        schedule = schedule_of(seqlen=spec.seqlen)
         count = max(1, schedule.steps * schedule.windows)
         measured = [test.windows for test in tests]
         training = training_windows(corpora.calibration, spec, count, measured, windows)
-    return RunWindows(spec.seqlen, spec.bos, windows, record, tests, training)
+    return RunWindows(spec.seqlen, spec.bos, windows, record, tests, training, schedule)
 
 
 def may_need_bos(flags: Flags, tokenizer: Any) -> bool:
@@ -187,7 +192,8 @@ def resolve_bos(run: Run, runner: BlockRunner) -> RunWindows:
         if needs:
             run.print("the model collapses without its BOS token: every window begins with it")
             spec = WindowSpec(run.tokenizer, windows.seqlen, bos, run.flags.seed)
-            windows = draw_windows(run.flags, run.corpora, spec, run.schedule, run.dist)
+            same = partial(replace, run.schedule) if run.schedule else None
+            windows = draw_windows(run.flags, run.corpora, spec, same, run.dist)
         run.corpora.free()
     run.dist.check_equal({"BOS": windows.bos})  # each rank decides by itself
     return windows
