@@ -9,7 +9,6 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
-import torch
 from torch import Tensor
 
 from ..calibration import mixed_types
@@ -17,6 +16,7 @@ from ..calibration.allocation import Allocation, kept_allocation
 from ..calibration.allocation import allocate as choose_allocation
 from ..eval import COMPARED_POSITIONS, perplexities, perplexity, some_logits
 from ..formats.grids import Grid, Types
+from ..methods.sparsity import Passes
 from ..model.blocks import BlockRunner
 from ..model.device import checkpoint_dtype, dtype_name
 from ..model.masks import packed_masks, write_masks
@@ -112,13 +112,13 @@ def prune(run: Run, runner: BlockRunner) -> SparsityCheck:
 def allocate(run: Run, runner: BlockRunner) -> Allocation:
     """Return the sparsity of every linear layer."""
     flags, windows = run.flags, run.windows.calibration
-    rule, gradients = flags.allocation, flags.method_class.needs_gradients
-    total = len(runner.blocks) * ((rule == "owl") + 2 * (rule == "error" or gradients))
+    rule, method = flags.allocation, flags.method_class
+    total = len(runner.blocks) * Passes.of(rule, method).count
     choose = partial(choose_allocation, runner, windows, flags.sparsity, rule, flags.seed)
     allocation = kept_allocation(runner) if total else choose()
     if allocation is None:
         with run.timed("allocate", "measuring errors", total) as bar:
-            allocation = choose(bar, gradients=gradients)
+            allocation = choose(bar, method=method)
     run.layers = {name: each.ratio for name, each in allocation.sparsity.items()}
     if rule == "uniform":
         return allocation
@@ -155,8 +155,8 @@ def quantize(
     if run.flags.format == AUTO:
         run.form = choose_types(run, runner)
     form, windows, masters = run.form, run.windows.calibration, None
-    if run.flags.recover:  # low-rank training has no memory for float32 masters
-        masters = runner.save_dtype if run.schedule.rank else torch.float32
+    if run.schedule:
+        masters = run.schedule.master_dtype(runner.save_dtype)
     with run.timed("quantize", "quantizing", len(runner.blocks)) as bar:
         quantizer = quantize_linears(runner, windows, form, masters, bar)
         if isinstance(form, Types):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import product
@@ -55,6 +55,7 @@ class RunWindows:
     record: dict[str, Any] | None = None  # of the calibration windows
     tests: list[TestSet] = field(default_factory=list)
     training: TrainingText | None = None  # for recovery
+    schedule: TrainSchedule | None = None  # of the training
 
 
 def named_corpora(flags: Flags) -> Corpora:
@@ -111,28 +112,31 @@ def draw_windows(
     flags: Flags,
     corpora: Corpora,
     spec: WindowSpec,
-    schedule: TrainSchedule | None,
+    schedule_of: Callable[..., TrainSchedule] | None,
     dist: DistContext,
 ) -> RunWindows:
-    """Draw the windows for calibration, evaluation and recovery, by `fitting_windows`."""
-    draw = partial(_windows, flags, corpora, schedule)
+    """Draw the windows for calibration, evaluation and, with a schedule for its size, training."""
+    draw = partial(_windows, flags, corpora, schedule_of)
     shortens, sources = not flags.seqlen, corpora.calibration
     return fitting_windows(draw, sources, spec, shortens, lambda line: dist.print(spelled(line)))
 
 
 def _windows(
-    flags: Flags, corpora: Corpora, schedule: TrainSchedule | None, spec: WindowSpec
+    flags: Flags,
+    corpora: Corpora,
+    schedule_of: Callable[..., TrainSchedule] | None,
+    spec: WindowSpec,
 ) -> RunWindows:
-    windows = record = training = None
+    windows = record = training = schedule = None
     if flags.calibrated:
         windows, record = calibration_windows(corpora.calibration, spec, flags.nsamples)
     tests = [test_set(test, spec, flags.completions, flags.eval_windows) for test in corpora.tests]
-    if schedule:
-        schedule = replace(schedule, seqlen=spec.seqlen)
+    if schedule_of:
+        schedule = schedule_of(seqlen=spec.seqlen)
         count = max(1, schedule.steps * schedule.windows)
         measured = [test.windows for test in tests]
         training = training_windows(corpora.calibration, spec, count, measured, windows)
-    return RunWindows(spec.seqlen, spec.bos, windows, record, tests, training)
+    return RunWindows(spec.seqlen, spec.bos, windows, record, tests, training, schedule)
 
 
 def may_need_bos(flags: Flags, tokenizer: Any) -> bool:
@@ -157,7 +161,8 @@ def resolve_bos(run: Run, runner: BlockRunner) -> RunWindows:
         if needs:
             run.print("the model collapses without its BOS token: every window begins with it")
             spec = WindowSpec(run.model.tokenizer, windows.seqlen, bos, run.flags.seed)
-            windows = draw_windows(run.flags, run.corpora, spec, run.schedule, run.dist)
+            same = partial(replace, run.schedule) if run.schedule else None
+            windows = draw_windows(run.flags, run.corpora, spec, same, run.dist)
         run.corpora.free()
     run.dist.check_equal({"BOS": windows.bos})  # each rank decides by itself
     return windows
