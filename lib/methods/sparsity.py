@@ -14,8 +14,6 @@ from ..util.errors import UserError
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from .base import PruningMethod
-
 UNSTRUCTURED = "unstructured"
 NEURONS, EXPERTS = "neurons", "experts"  # removed whole, which leaves a smaller dense model
 SMALLER = (NEURONS, EXPERTS)
@@ -37,8 +35,8 @@ class Passes(NamedTuple):
     gradients: bool  # in one pass forward and one back, with a few windows
 
     @classmethod
-    def of(cls, rule: str, method: type[PruningMethod]) -> Passes:
-        """Return the passes for an allocation of ALLOCATIONS or a file, and a method."""
+    def of(cls, rule: str, method: Any) -> Passes:
+        """Return the passes for an allocation of ALLOCATIONS or a file, and a class of methods."""
         return cls(rule == "owl", rule == "error" or method.needs_gradients)
 
     @property

@@ -14,7 +14,8 @@ from torch import Tensor
 from ..calibration import mixed_types
 from ..calibration.allocation import Allocation, kept_allocation
 from ..calibration.allocation import allocate as choose_allocation
-from ..eval import COMPARED_POSITIONS, perplexities, perplexity, some_logits
+from ..data.windows import WindowSpec
+from ..eval import COMPARED_POSITIONS, needs_bos, perplexities, perplexity, some_logits
 from ..formats.grids import Grid, Types
 from ..methods.sparsity import Passes
 from ..model.blocks import BlockRunner
@@ -51,10 +52,34 @@ from .record import (
 from .results import write_losses, write_results
 from .run import Run
 from .save import write_card
+from .windows import RunWindows, draw_windows, may_need_bos
 
 ALLOCATION = "allocation.json"  # in --save; an input of --allocation
 MOST_ZEROS = 0.25  # share that quantization of the original to 4 bits may have made
 BEFORE = "perplexity", "bits_per_byte", "kl", "top1_agreement"
+
+
+def resolve_bos(run: Run, runner: BlockRunner) -> RunWindows:
+    """Return the windows, with BOS in all if `--bos auto` finds that the dense model needs it.
+
+    A continued run keeps the windows that it was begun with, whatever it is evaluated on.
+    """
+    windows, folder = run.windows, run.folder
+    if may_need_bos(run.flags, run.model.tokenizer):
+        bos = run.model.tokenizer.bos_token_id
+        needs = run.dist.all_gather_object(folder and folder.decided.get("bos"))[0]
+        if needs is None:
+            needs = needs_bos(runner, windows.tests[0].ids, bos)
+        if folder:
+            folder.begin(run.fingerprint["pruning"], bos=needs)
+        if needs:
+            run.print("the model collapses without its BOS token: every window begins with it")
+            spec = WindowSpec(run.model.tokenizer, windows.seqlen, bos, run.flags.seed)
+            same = partial(replace, run.schedule) if run.schedule else None
+            windows = draw_windows(run.flags, run.corpora, spec, same, run.dist)
+        run.corpora.free()
+    run.dist.check_equal({"BOS": windows.bos})  # each rank decides by itself
+    return windows
 
 
 def dense_reference(run: Run, dense: BlockRunner) -> DenseReference:

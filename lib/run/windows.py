@@ -3,25 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import partial
 from itertools import product
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from ..data.documents import Corpus, locations
 from ..data.samples import Windows
 from ..data.sources import PART, Source, has_test, is_parted, parse_sources
 from ..data.training import TrainingText, training_windows
 from ..data.windows import TestSet, WindowSpec, calibration_windows, fitting_windows, test_set
-from ..eval import needs_bos
-from ..model.blocks import BlockRunner
 from ..recover import TrainSchedule
 from ..util.errors import spelled
 from ..util.ranks import DistContext
 from .plan import Flags
-
-if TYPE_CHECKING:
-    from .run import Run
 
 PUBLISHED = ("ubertext", "c4")  # evaluated on UberText
 
@@ -143,26 +138,3 @@ def may_need_bos(flags: Flags, tokenizer: Any) -> bool:
     """Return whether `--bos auto` has to try it: the tokenizer begins texts with BOS."""
     bos = tokenizer.bos_token_id
     return flags.bos == "auto" and bos is not None and tokenizer("a").input_ids[:1] == [bos]
-
-
-def resolve_bos(run: Run, runner: BlockRunner) -> RunWindows:
-    """Return the windows, with BOS in all if `--bos auto` finds that the dense model needs it.
-
-    A continued run keeps the windows that it was begun with, whatever it is evaluated on.
-    """
-    windows, folder = run.windows, run.folder
-    if may_need_bos(run.flags, run.model.tokenizer):
-        bos = run.model.tokenizer.bos_token_id
-        needs = run.dist.all_gather_object(folder and folder.decided.get("bos"))[0]
-        if needs is None:
-            needs = needs_bos(runner, windows.tests[0].ids, bos)
-        if folder:
-            folder.begin(run.fingerprint["pruning"], bos=needs)
-        if needs:
-            run.print("the model collapses without its BOS token: every window begins with it")
-            spec = WindowSpec(run.model.tokenizer, windows.seqlen, bos, run.flags.seed)
-            same = partial(replace, run.schedule) if run.schedule else None
-            windows = draw_windows(run.flags, run.corpora, spec, same, run.dist)
-        run.corpora.free()
-    run.dist.check_equal({"BOS": windows.bos})  # each rank decides by itself
-    return windows
