@@ -18,7 +18,7 @@ from .results import is_trained
 class Figure(NamedTuple):
     """How a figure is printed; `row` and `column` are its names in the tables of runs."""
 
-    row: str  # {}: the model that it is compared with
+    row: str
     column: str
     form: str
     unit: float = 1.0
@@ -32,15 +32,14 @@ FIGURES = {
     "perplexity": Figure("perplexity", "perplexity", ",.2f"),
     "standard_error": Figure("", "s.e.", ",.2f"),  # of the perplexity
     "rise": Figure("", "rise", "+,.1%"),
-    "kl": Figure("KL from {} (nats)", "KL", ".4f"),
+    "kl": Figure("KL from dense (nats)", "KL", ".4f"),
     "top1_agreement": Figure("top-1 agreement", "agreement", ".2%"),
-    "loss_change": Figure("loss over {} (nats)", "", "+.4f"),  # paired by window
+    "loss_change": Figure("loss over dense (nats)", "", "+.4f"),  # paired by window
+    "loss": Figure("loss (nats per token)", "", ".4f"),
     "task": Figure("", "", ".4f"),  # of lm-eval
 }
 ROWS = "bits_per_byte", "perplexity", "kl", "top1_agreement", "loss_change"  # of a test set
-# columns of its table; DENSE_COLUMN is the first without figures of the original
-FIRST_COLUMN, DENSE_COLUMN, TRIMMED_COLUMN = "original", "dense", "trimmed"
-EARLY_COLUMN, OWN_COLUMN = "before training", "this model"
+DENSE_COLUMN, EARLY_COLUMN, OWN_COLUMN = "dense", "before training", "this model"
 
 
 def shown(name: str, value: float | None, spread: float | None = None) -> str:
@@ -53,67 +52,48 @@ def shown(name: str, value: float | None, spread: float | None = None) -> str:
     return f"{text} ± {spread / figure.unit:{figure.form.strip('+')}}" if has_spread else text
 
 
-def figures_table(
-    results: Mapping[str, Any],
-    original: Mapping[str, Any] | None = None,
-    more: Mapping[str, Mapping[str, str]] | None = None,
-) -> str:
-    """Return the table of figures, with a column for each model: FIRST, or DENSE, to OWN_COLUMN.
+def with_error(test: Mapping[str, Any], name: str) -> str:
+    """Return a figure of a test set with its standard error, if it has one."""
+    error = "standard_error" if name == "perplexity" else f"{name}_standard_error"
+    return shown(name, test.get(name), test.get(error))
 
-    `original` are the results of a run on the original model. If the vocabulary was trimmed then,
-    the dense model is the trimmed one, and has a column of its own, unless nothing else was done.
-    `more` are further rows: {row: {column: cell}}.
-    """
-    first = FIRST_COLUMN if original else DENSE_COLUMN
-    compares, dense = any("dense" in test for test in results["evaluation"]), first
-    if original and results.get("vocabulary"):
-        dense = TRIMMED_COLUMN if compares else OWN_COLUMN
+
+def figures_table(results: Mapping[str, Any]) -> str:
+    """Return the table of figures, with a column for each model: dense, before training, this."""
     table: dict[str, dict[str, str]] = {}
 
-    def add(row: str, cells: Mapping[str, str]) -> None:
-        table.setdefault(row, {}).update({name: cell for name, cell in cells.items() if cell})
+    def add(row: str, dense: str, own: str, early: str = "") -> None:
+        table[row] = {DENSE_COLUMN: dense, EARLY_COLUMN: early, OWN_COLUMN: own}
 
     untrained = results.get("recovery", {}).get("before", {}) if is_trained(results) else {}
-    of_original = {test["name"]: test for test in (original or {}).get("evaluation", [])}
     for test in results["evaluation"]:
-        name, reference = escape(test["name"]), dict(test.get("dense") or {})
-        before = dict(untrained.get(test["name"]) or {})
+        name, dense = escape(test["name"]), dict(test.get("dense") or {})
+        early = dict(untrained.get(test["name"]) or {})
         if "compared_perplexity" in test:
+            values = [each.pop("perplexity", None) for each in (dense, early)]
+            values.insert(1, test["compared_perplexity"])
             row = f"{name}, perplexity on {test['compared_windows']} windows"
-            compared = {dense: reference.pop("perplexity")}
-            compared |= {EARLY_COLUMN: before.pop("perplexity", None)}
-            compared |= {OWN_COLUMN: test["compared_perplexity"]}
-            add(row, {each: shown("perplexity", value) for each, value in compared.items()})
-        models = {first: of_original.get(test["name"], {})}
-        models[dense] = models.get(dense, {}) | reference
-        models |= {EARLY_COLUMN: before, OWN_COLUMN: test}
+            add(row, *(shown("perplexity", value) for value in values))
         for key in ROWS:
             if key in test:
-                cells = {each: _with_error(one, key) for each, one in models.items()}
-                add(f"{name}, {FIGURES[key].row.format(dense)}", cells)
+                row = f"{name}, {FIGURES[key].row}"
+                add(row, *(with_error(each, key) for each in (dense, test, early)))
     for answers in results.get("answers", []):
         words = {"ended": "answers that end", "in_language": "answers in the language"}
         words |= {"tokens": f"tokens of an answer, at most {answers['limit']}"}
+        models = [answers.get("dense"), answers.get("model")]
         for key, each in words.items():
             of = f", of {answers['prompts']}" * (key != "tokens")
-            models = {dense: answers.get("dense"), OWN_COLUMN: answers.get("model")}
-            cells = {name: f"{one[key]:.0f}" for name, one in models.items() if one}
-            add(f"{escape(answers['test'])}, {each}{of}", cells)
+            cells = (f"{one[key]:.0f}" if one else "" for one in models)
+            add(f"{escape(answers['test'])}, {each}{of}", *cells)
     if "saved_bytes" in results:
-        sizes = {first: (original or results).get("dense_bytes")}
-        sizes |= {dense: results.get("dense_bytes"), OWN_COLUMN: results["saved_bytes"]}
-        add("MB", {name: shown("saved_bytes", size) for name, size in sizes.items() if size})
-    for row, cells in (more or {}).items():
-        add(row, cells)
-    used = {name for cells in table.values() for name in cells} | {first, OWN_COLUMN}
-    order = [name for name in (first, TRIMMED_COLUMN, EARLY_COLUMN, OWN_COLUMN) if name in used]
-    body = [[row, *(cells.get(name, "") for name in order)] for row, cells in table.items()]
-    return padded_table(["", *order], body)
-
-
-def _with_error(figures: Mapping[str, Any], key: str) -> str:
-    error = "standard_error" if key == "perplexity" else f"{key}_standard_error"
-    return shown(key, figures.get(key), figures.get(error))
+        sizes = results.get("dense_bytes"), results["saved_bytes"]
+        add("MB", *(shown("saved_bytes", size) for size in sizes))
+    columns = [DENSE_COLUMN, EARLY_COLUMN, OWN_COLUMN]
+    if not any(cells[EARLY_COLUMN] for cells in table.values()):
+        columns.remove(EARLY_COLUMN)
+    body = [[row, *(cells[column] for column in columns)] for row, cells in table.items()]
+    return padded_table(["", *columns], body)
 
 
 def notes(results: Mapping[str, Any]) -> Iterator[str]:
