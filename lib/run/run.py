@@ -47,6 +47,7 @@ class Model:
     window: int  # tokens, unless the texts are too short
     layout: StructureLayout | None = None  # neurons or experts, if they are removed
     left: int | None = None  # number that each block keeps of these
+    listed: dict[str, Any] = field(default_factory=dict)  # vocabulary.json of a trimmed one
 
     @property
     def blocks(self) -> nn.ModuleList:
