@@ -53,7 +53,7 @@ from .lm_eval import check_tasks
 from .plan import AUTO, TRIM, Flags
 from .run import Model, Run, Teacher, kept_parts
 from .save import CARD
-from .trimmed import OTHER_TEACHER, teacher_rows
+from .trimmed import OTHER_TEACHER, read_list, teacher_rows
 from .windows import (
     Corpora,
     RunWindows,
@@ -220,6 +220,7 @@ def open_model(flags: Flags, device: torch.device, longest: int) -> Model:
         blocks_name=blocks_name,
         layout=layout,
         left=left,
+        listed=read_list(checkpoint, config),
     )
 
 

@@ -48,6 +48,7 @@ class Model:
     layout: StructureLayout | None = None  # neurons or experts, if they are removed
     left: int | None = None  # number that each block keeps of these
     tokenizer: Any = None
+    listed: dict[str, Any] = field(default_factory=dict)  # vocabulary.json of a trimmed one
 
     @property
     def blocks(self) -> nn.ModuleList:
