@@ -39,9 +39,9 @@ def main(argv: list[str]) -> None:
 def run(run: Run) -> dict[str, Any]:
     """Do the run and return what results.json holds, in the main rank."""
     if __package__:
-        from .run import completions, load, record, save, steps, windows
+        from .run import completions, load, record, save, steps
     else:
-        from lib.run import completions, load, record, save, steps, windows
+        from lib.run import completions, load, record, save, steps
     flags, results = run.flags, run.results
     with ExitStack() as cleanup:
         cleanup.callback(save.close_folder, run)
@@ -51,7 +51,7 @@ def run(run: Run) -> dict[str, Any]:
             steps.check_zeros(run, runner)
         has_teacher = flags.recover or flags.teacher
         teacher = load.load_teacher(run, runner, cleanup) if has_teacher else None
-        run.windows = windows.resolve_bos(run, teacher or runner)
+        run.windows = steps.resolve_bos(run, teacher or runner)
         texts, reference = completions.Completions(run, runner), None
         if flags.has_dense:
             dense = teacher if flags.teacher else runner

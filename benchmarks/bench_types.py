@@ -41,8 +41,7 @@ from lib.run.flags import build_parser, check_flags
 from lib.run.load import load
 from lib.run.plan import AUTO
 from lib.run.record import evaluation_record
-from lib.run.steps import dense_reference
-from lib.run.windows import resolve_bos
+from lib.run.steps import dense_reference, resolve_bos
 from lib.util.cli import add_debug_flag, run, split_argv
 
 TYPES = "q4_0 iq4_nl q4_k_m q5_0 q5_k_m q3_k_m iq4_xs q6_k q8_0 q2_k iq3_xxs".split()

@@ -30,7 +30,7 @@ from .data.windows import WindowSpec, calibration_windows, fitting_windows
 from .formats.packed.layout import all_finite
 from .methods.base import PruningMethod
 from .methods.registry import method_of
-from .methods.sparsity import UNSTRUCTURED, Sparsity
+from .methods.sparsity import UNSTRUCTURED, Passes, Sparsity
 from .model.blocks import BlockRunner
 from .model.device import default_batch_size
 from .model.linears import experts_implementation
@@ -231,8 +231,7 @@ def prune(
     wanted = Sparsity.parse(kind, ratio)
     method = method_of(method, arguments=method_args, kind=kind)
     length, notes = window_length(model.config, seqlen), []
-    gradients, measured = method.needs_gradients, allocation in ("error", "owl")
-    if calibration is None and (method.observes or gradients or measured):
+    if calibration is None and (method.observes or any(Passes.of(allocation, method))):
         problem = f"{method.__name__} needs windows or texts"
         raise UserError("calibration", problem, "Give some")
     if isinstance(calibration, str):
@@ -248,7 +247,7 @@ def prune(
             raise UserError("calibration", problem, "Give windows of token ids (windows, tokens)")
         length = calibration.shape[1]
     with _runner_of(model, length, batch_size, wanted) as runner:
-        layers = allocate(runner, calibration, wanted, allocation, seed, gradients=gradients)
+        layers = allocate(runner, calibration, wanted, allocation, seed, method=method)
         pruner = Pruner(runner, method, layers).run(calibration, on_progress)
         check = SparsityCheck(runner, layers.sparsity, pruner.left_dense)
         masks = packed_masks(runner, pruner.pruned)

@@ -7,8 +7,9 @@ from the quantized blocks before it, and its target is the output of the unquant
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import partial
+from math import prod
 from typing import Any
 
 import torch
@@ -40,6 +41,19 @@ def form_of(fmt: ScaledFormat, linear: PrunableLinear) -> ScaledFormat | None:
     if fmt.packs:
         return fmt if linear.expert is None and not why_dense(linear.module) else None
     return fmt.of(linear.parameter_name, linear.shape[1])
+
+
+def quantized_numbers(fmt: ScaledFormat, linears: Iterable[PrunableLinear]) -> int:
+    """Return the most weights that may be quantized, before they are read.
+
+    By tensor (`Types`) all may be whose rows fit llama.cpp's blocks of 32.
+    """
+    taken = (
+        linear
+        for linear in linears
+        if (linear.expert is None if fmt.packs else linear.shape[1] % 32 == 0)
+    )
+    return sum(prod(linear.shape) for linear in taken)
 
 
 def check_quantized(runner: BlockRunner, fmt: ScaledFormat) -> dict[str, Any]:

@@ -34,6 +34,8 @@ from .eval import perplexities
 from .formats.grids import Grid
 from .formats.packed.errors import PackedError
 from .model.blocks import BlockRunner, iter_logits
+from .model.linears import linears_of
+from .model.matrix import FLOAT, SaveDtypes
 from .model.reference import DenseReference, dense_states, tail_of
 from .offload.fetched import FetchedWeights
 from .offload.sharded import ShardedWeights, WholeWeights, answered, is_sharded, local, shard_of
@@ -52,6 +54,9 @@ LAST_RATE = 0.05  # learning rate at the end, as a share of the peak
 BETAS = (0.9, 0.95)
 GRADIENT_NORM = 1.0  # a step's gradient is clipped to it
 MEASURED = 10  # evaluations on the held-out windows
+# bytes of an optimizer's averages per trained number: two float32, or two bytes with a float32
+# scale per 256; small tensors have float32 (bitsandbytes' formulas)
+AVERAGES, SMALL_TENSOR = {"adamw": 8, "adamw8bit": 2 + 2 * 4 / 256}, 4096
 CHECKPOINT_SECONDS = 600  # maximum time between two training checkpoints
 
 
@@ -86,6 +91,10 @@ class TrainSchedule:
     @property
     def steps(self) -> int:
         return self.tokens // (self.windows * self.seqlen)
+
+    def master_dtype(self, save_dtype: torch.dtype) -> torch.dtype:
+        """Return the dtype of quantized weights' masters; low rank has no memory for float32."""
+        return save_dtype if self.rank else torch.float32
 
     def rate_at(self, step: int) -> float:
         """Learning rate: linear warm-up, then cosine decay if `cosine_decay`."""
@@ -222,6 +231,27 @@ class LowRank(FullRank):
         return self.base.float() + change
 
 
+def trained_parameters(
+    blocks: nn.Module, blocks_name: str, linears: set[str], outside: set[int]
+) -> Iterator[tuple[str, nn.Parameter, bool]]:
+    """Yield the path in the blocks of each trained parameter, it, and whether it is a matrix.
+
+    `linears` names the trained linear layers' parameters. Norms and biases are trained too, and
+    nothing whose id is in `outside`: those of parameters that other parts of the model have.
+    """
+    for path, parameter in blocks.named_parameters():
+        is_matrix = f"{blocks_name}.{path}" in linears
+        vector = parameter.dim() == 1 or path.endswith("bias")
+        if id(parameter) not in outside and parameter.is_floating_point() and (is_matrix or vector):
+            yield path, parameter, is_matrix
+
+
+def outside_of(model: nn.Module, blocks_name: str) -> set[int]:
+    """Return the ids of the parameters that a model has outside its blocks."""
+    every = model.named_parameters(remove_duplicate=False)
+    return {id(each) for name, each in every if not name.startswith(f"{blocks_name}.")}
+
+
 def trained_parts(
     runner: BlockRunner,
     whole: bool = False,
@@ -237,30 +267,73 @@ def trained_parts(
     from their `master_weights` (see `Recoverer`), which are taken out. With `rank`, matrices get
     updates of this rank. `weights`: if not those of the model itself.
     """
-    model, inside, linears = runner.model, f"{runner.name}.", set()
+    linears = set()
     weights = weights or WholeWeights(runner)
     for linear in runner.each_linear():
         if whole or bool((linear.raw_weight == 0).any()):
             linears.add(linear.parameter_name)
-    every = model.named_parameters(remove_duplicate=False)
-    outside = {id(parameter) for name, parameter in every if not name.startswith(inside)}
+    outside = outside_of(runner.model, runner.name)
     generator = torch.Generator().manual_seed(seed)
     parts = {}
-    for path, parameter in weights.blocks.named_parameters():
-        name, is_matrix = inside + path, inside + path in linears
-        vector = parameter.dim() == 1 or name.endswith("bias")
-        dim = weights.dims.get(path)
-        if id(parameter) in outside or not parameter.is_floating_point():
-            continue
-        if is_matrix or vector:
-            dtype = runner.weights.saved.of(name, parameter)
-            quantized = master_weights.pop(name, None) if master_weights else None
-            if is_matrix and rank:
-                more = rank, generator, dim, runner.dist
-                parts[name] = LowRank(parameter, dtype, quantized, *more)
-            else:
-                parts[name] = FullRank(parameter, is_matrix, dtype, quantized, dim)
+    for path, parameter, is_matrix in trained_parameters(
+        weights.blocks, runner.name, linears, outside
+    ):
+        name, dim = f"{runner.name}.{path}", weights.dims.get(path)
+        dtype = runner.weights.saved.of(name, parameter)
+        quantized = master_weights.pop(name, None) if master_weights else None
+        if is_matrix and rank:
+            more = rank, generator, dim, runner.dist
+            parts[name] = LowRank(parameter, dtype, quantized, *more)
+        else:
+            parts[name] = FullRank(parameter, is_matrix, dtype, quantized, dim)
     return parts
+
+
+def training_bytes(
+    model: nn.Module,
+    blocks_name: str,
+    schedule: TrainSchedule,
+    *,
+    dtype: torch.dtype,
+    save_dtype: torch.dtype,
+    quantized: bool,
+    shard: Callable[[int], int],
+) -> dict[str, int]:
+    """Return what training holds beside the model, before weights are read: bytes by term.
+
+    All linear layers count as trained; `quantized`: on a grid. The model, which may be a skeleton
+    of another dtype, computes in `dtype`. `shard` returns a rank's part of a number.
+    """
+    rank, eight_bits = schedule.rank, schedule.optimizer == "adamw8bit"
+    saved = SaveDtypes(model, save_dtype)
+    blocks = model.get_submodule(blocks_name)
+    linears = {linear.parameter_name for linear in linears_of(blocks, blocks_name)}
+    terms = dict.fromkeys(("masters", "gradients", "averages"), 0)
+    for path, one, is_matrix in trained_parameters(
+        blocks, blocks_name, linears, outside_of(model, blocks_name)
+    ):
+        size, trained = one.numel(), shard(one.numel())
+        saved_as, low_rank = saved.of(f"{blocks_name}.{path}", one), is_matrix and rank
+        if low_rank:  # B and A, beside a copy of the matrix
+            *stack, rows, columns = one.shape
+            replicated = 0 if stack else rank * columns  # A
+            trained = math.prod(stack) * rank * (rows + columns) - replicated
+            trained = shard(trained) + replicated
+            terms["masters"] += shard(size) * saved_as.itemsize
+        elif is_matrix and eight_bits:
+            terms["averages"] += shard(size)  # mask of zeros, which are set again
+        # a parameter that is saved in float32 is its own master
+        is_float32 = saved_as == dtype == torch.float32 and not (is_matrix and quantized)
+        terms["masters"] += 0 if is_float32 and not low_rank else FLOAT * trained
+        terms["gradients"] += FLOAT * trained
+        small = trained < SMALL_TENSOR
+        terms["averages"] += int(AVERAGES["adamw" if small else schedule.optimizer] * trained)
+    return terms
+
+
+def state_bytes(schedule: TrainSchedule) -> int:
+    """Return the bytes per trained weight of a checkpoint, beside the best value of each."""
+    return 0 if schedule.rank else FLOAT + int(AVERAGES[schedule.optimizer])
 
 
 class Recoverer:
@@ -291,8 +364,8 @@ class Recoverer:
             runner, whole, master_weights, schedule.rank, schedule.seed, self.weights
         )
         self.grids = {name: part.grid for name, part in self.parts.items() if part.grid}
-        schedule = replace(schedule, cosine_decay=not self.grids)
-        if schedule.rate is None:
+        rate = schedule.rate
+        if rate is None:
             width = runner.model.config.get_text_config(decoder=True).hidden_size
             matrices = (
                 local(part.parameter)
@@ -301,8 +374,9 @@ class Recoverer:
                 if part.is_matrix and (part.dim is not None or runner.dist.is_main)
             )
             rate = default_rate(matrices, width, len(runner.blocks), runner.dist)
-            schedule = replace(schedule, rate=rate * (1 if schedule.pruned else QUANTIZED_RATE))
-        self.schedule = schedule
+            rate *= 1 if schedule.pruned else QUANTIZED_RATE
+        # the weights decide these two
+        self.schedule = schedule = replace(schedule, cosine_decay=not self.grids, rate=rate)
         self.trained = sum(part.parameter.numel() for part in self.parts.values())
         # off once an operation is not deterministic; ranks in step cannot repeat one
         self.strict = not self.weights.in_step

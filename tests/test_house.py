@@ -125,6 +125,15 @@ def test_modules_of_lib_import_each_other_relatively_and_downwards() -> None:
     assert len(edges) <= EDGES, sorted(edges)
 
 
+def test_the_core_is_read_in_an_afternoon() -> None:
+    """docs/architecture.md names its files, in order, with about their lines."""
+    page = (ROOT / "docs" / "architecture.md").read_text("utf-8")
+    rows = re.findall(r"(?m)^\| `([\w/]+\.py)` \| (\d+) \|", page)
+    sizes = {name: len((ROOT / name).read_text("utf-8").splitlines()) for name, _ in rows}
+    wrong = [name for name, said in rows if not 0.8 < int(said) / sizes[name] < 1.2]
+    assert len(rows) > 10 and sum(sizes.values()) < 3300 and not wrong, sizes
+
+
 def test_what_is_imported_is_required() -> None:
     text = (ROOT / "requirements.txt").read_text("utf-8").lower().replace("_", "-")
     required = set(re.findall(r"(?m)^[\w.-]+", text))

@@ -31,7 +31,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..methods.sparsity import ALLOCATIONS, Sparsity
+from ..methods.base import PruningMethod
+from ..methods.sparsity import ALLOCATIONS, Passes, Sparsity
 from ..model.blocks import BlockRunner
 from ..model.linears import experts_implementation, linears_of
 from ..util.deterministic import deterministic
@@ -154,24 +155,24 @@ def allocate(
     rule: str = "uniform",
     seed: int = 0,
     on_progress: Callable[[int], Any] = lambda blocks: None,
-    gradients: bool = False,
+    method: type[PruningMethod] = PruningMethod,
 ) -> Allocation:
     """Choose the sparsity of each linear layer: by a rule at an equal total, or from a file.
 
-    A resumed run uses its stored allocation (`kept_allocation`). `gradients`: also compute the
-    costs of errors in outputs, which rule `error` always does. `on_progress(1)` is called once per
-    block by rule `owl`, and twice by `error` and for gradients.
+    A resumed run uses its stored allocation (`kept_allocation`). If the method needs gradients,
+    the costs of errors in outputs are computed too, which rule `error` always does.
+    `on_progress(1)` is called for each block in each of the `Passes`.
     """
-    allocation = uniform(runner, sparsity)
-    if rule == "owl":
+    allocation, passes = uniform(runner, sparsity), Passes.of(rule, method)
+    if passes.outliers:
         allocation = Allocation(by_outliers(runner, windows, sparsity, on_progress))
     elif rule not in ALLOCATIONS:
         allocation = Allocation(read_layers(rule, runner.blocks, runner.name, sparsity))
-    if rule == "error" or gradients:
+    if passes.gradients:
         measured = by_error(runner, windows, sparsity.ratio, seed, on_progress)
         layers = measured.sparsity if rule == "error" else allocation.sparsity
         allocation = Allocation(layers, measured.output_costs)
-    if rule in ("error", "owl") or gradients:
+    if passes.count:
         keep_allocation(runner, allocation)
     return allocation
 

@@ -29,7 +29,7 @@ from ..methods.base import PruningMethod
 from ..model.blocks import BlockRunner, HiddenStates, Stop
 from ..model.linears import find_linears, watch_inputs, watch_outputs
 from ..model.matrix import PrunableLinear
-from .inputs import Group, observe, rows, same
+from .inputs import Group, by_input, observe, rows
 from .residual import ResidualProjection, find_projection, replayed_outputs, stream_at
 
 Needs = dict[str, Tensor]  # by layer name: its input; for a projection, the stream after it
@@ -61,22 +61,10 @@ def find_order(
 
     Layers that the first batch does not reach form a stage at the end.
     """
-    reached: list[tuple[Tensor, list[str]]] = []  # an input, and parameters that receive it
-
-    def see(linear: PrunableLinear, x: Tensor) -> None:
-        if any(linear.parameter_name in names for _, names in reached):
-            return
-        names = next((names for tensor, names in reached if same(tensor, x)), None)
-        if names is None:
-            reached.append((x, [linear.parameter_name]))
-        else:
-            names.append(linear.parameter_name)
-
     _, run = next(runner.iter_batches(states, index))
-    with watch_inputs(linears, see):
-        run()
-    stages = [[one for one in linears if one.parameter_name in names] for _, names in reached]
-    placed = {name for _, names in reached for name in names}
+    reached = by_input(linears, run)
+    stages = [[one for one in linears if one.parameter_name in names] for names in reached]
+    placed = {name for names in reached for name in names}
     if rest := [linear for linear in linears if linear.parameter_name not in placed]:
         stages.append(rest)
     order = []

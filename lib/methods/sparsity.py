@@ -7,7 +7,7 @@ only on the scores. Importing this file does not import torch.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ..util.errors import UserError
 
@@ -22,7 +22,27 @@ TYPES = (UNSTRUCTURED, "2:4", "4:8", *SMALLER)
 ALLOCATIONS = ("uniform", "error", "owl")  # or a file with layers' sparsities
 SAMPLED = 2**16  # scores; above, a sample first narrows the range for numpy's selection
 STRIDE = 31  # between sampled scores; prime, so that all columns are sampled
+# bytes per weight of a stable sort on CUDA, for masks of whole matrices: scores, values and
+# indices, and those of the last pass
+SORTED = 28
 MARGIN = 2.5  # times the root of the sample size: at least five standard deviations of a rank
+
+
+class Passes(NamedTuple):
+    """What is measured in the dense model before pruning, for the allocation or the method."""
+
+    outliers: bool  # in one pass through all blocks
+    gradients: bool  # in one pass forward and one back, with a few windows
+
+    @classmethod
+    def of(cls, rule: str, method: Any) -> Passes:
+        """Return the passes for an allocation of ALLOCATIONS or a file, and a class of methods."""
+        return cls(rule == "owl", rule == "error" or method.needs_gradients)
+
+    @property
+    def count(self) -> int:
+        """How often all blocks are passed through."""
+        return self.outliers + 2 * self.gradients
 
 
 @dataclass(frozen=True)

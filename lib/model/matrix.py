@@ -16,6 +16,8 @@ from torch import Tensor, nn
 from ..formats.packed.layout import all_finite
 from ..util.errors import UserError
 
+FLOAT = 4  # bytes of a float32: statistics, solvers, masters, gradients and averages
+
 
 def unread_of(model: nn.Module) -> frozenset[str]:
     """Return the names of parameters and buffers that a text-only pass does not read.

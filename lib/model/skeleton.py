@@ -70,8 +70,21 @@ def build_skeleton(config: Any, checkpoint: Checkpoint, kind: Any = None) -> nn.
             options = dict(trust_remote_code=checkpoint.trust_remote_code)
             model = auto_class(config).from_config(config, **options)
     if config.get_text_config(decoder=True) is not config:
-        model.unread = _unread(model.eval())
+        model.unread = _unread(model)
     return model
+
+
+def text_pass(model: nn.Module) -> None:
+    """Take text through a model without weights, whose class may raise any error."""
+    fake = FakeTensorMode(allow_non_fake_inputs=True)
+    # with batched_mm no shape depends on values
+    with (
+        experts_implementation(model.eval(), "batched_mm"),
+        fake,
+        torch.device("meta"),
+        torch.no_grad(),
+    ):
+        model(input_ids=torch.zeros(1, 2, dtype=torch.long), use_cache=False)
 
 
 def _unread(model: nn.Module) -> frozenset[str]:
@@ -87,17 +100,9 @@ def _unread(model: nn.Module) -> frozenset[str]:
                 read.update(map(id, tree_leaves((args, kwargs))))
             return func(*args, **(kwargs or {}))
 
-    fake = FakeTensorMode(allow_non_fake_inputs=True)
     try:
-        # with batched_mm no shape depends on values
-        with (
-            experts_implementation(model, "batched_mm"),
-            fake,
-            torch.device("meta"),
-            torch.no_grad(),
-            Reads(),
-        ):
-            model(input_ids=torch.zeros(1, 2, dtype=torch.long), use_cache=False)
+        with Reads():
+            text_pass(model)
     except Exception:  # a model's class may raise any error
         parts = model.get_decoder(), model.get_input_embeddings(), model.get_output_embeddings()
         read = {id(each) for part in parts for each in part.state_dict(keep_vars=True).values()}

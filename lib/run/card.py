@@ -6,10 +6,10 @@ comes from a file or a flag is escaped.
 
 from __future__ import annotations
 
-import math
 import re
 import shlex
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -20,20 +20,26 @@ from ..data.sources import BUILT_IN, parse_source
 from ..formats.packed.checkpoint import card_lines
 from ..formats.registry import GRIDS
 from ..methods.sparsity import SMALLER
-from ..util.errors import UserError, first_of, one_line
-from ..util.markdown import escape, padded_table
+from ..util.errors import UserError, one_line
+from ..util.markdown import escape
+from .figures import figures_table, is_pruned_before, notes
 from .flags import command_words, named
-from .plan import AUTO, PRUNED_BEFORE
+from .plan import AUTO
 from .plan import packed as packed_by
 from .results import is_trained
 
-HEADING = "## How to load it"
+LOADING, RUNNING = "## How to load it", "## How to run it"
 CARD = """\
 ---
 {metadata}
 ---
 # {title}
 
+{text}
+
+{how}
+"""
+MADE = """\
 Made by langprune{texts}:
 
 ```bash
@@ -41,43 +47,25 @@ Made by langprune{texts}:
 ```
 
 {table}
-
-{notes}
-{heading}
-{packed}
-```python
-{code}
-```
 """
-PACKED = """
+PACKED = """\
 The sparse linear layers are stored packed, kept weights {}. To read them, run `pip install .` in
 the folder of the project that wrote them. The kernels require x86-64 with AVX2 or AVX-512; on
 other processors the weights become dense when they are loaded. Other engines read dense weights,
 which `langprune unpack {} {}-dense` writes.
 """
-CONVERTED = """\
----
-{data}
----
-{title}, as {what}
-{text}
-## How to run it
-
-```bash
-{how}
-```
-"""
-FIGURES = {
-    "bits_per_byte": ("bits per byte", ".4f"),
-    "perplexity": ("perplexity", ",.2f"),
-    "kl": ("KL from {} (nats)", ".4f"),
-    "top1_agreement": ("top-1 agreement", ".2%"),
-    "loss_change": ("loss over {} (nats)", "+.4f"),  # paired by window
-}
-# columns of its table; DENSE_COLUMN is the first without figures of the original
-FIRST_COLUMN, DENSE_COLUMN, TRIMMED_COLUMN = "original", "dense", "trimmed"
-EARLY_COLUMN, OWN_COLUMN = "before training", "this model"
+LICENSE = "license", "license_name", "license_link"
 LANGUAGE_OF_SET = {"ubertext": "uk", "c4": "en", "fineweb": "en", "wikitext2": "en"}
+
+
+def card(metadata: ModelCardData, title: str, text: Sequence[str], how: Sequence[str]) -> str:
+    """Return a model card: the Hub's metadata, a title, paragraphs, and how the model is used."""
+    paragraphs = ("\n\n".join(filter(None, map(str.strip, part))) for part in (text, how))
+    return CARD.format(metadata=metadata, title=title, text=next(paragraphs), how=next(paragraphs))
+
+
+def listed(lines: Iterable[str]) -> str:
+    return "\n".join(f"- {line}" for line in lines)
 
 
 def model_card(results: Mapping[str, Any], sources: Sequence[str], online: bool = False) -> str:
@@ -86,26 +74,27 @@ def model_card(results: Mapping[str, Any], sources: Sequence[str], online: bool 
     `results` as in lib/run/results.py; `sources` are the texts for calibration and training.
     `online`: the base model's card may be fetched from the Hub.
     """
-    folder = Path(results["flags"].get("save_model") or "").name
+    folder, model = Path(results["flags"].get("save_model") or "").name, results["model"]
     code = card_lines(folder, results.get("loaded_by") or "AutoModelForCausalLM")
-    packed, model = "", results["model"]
+    how = [LOADING]
     if is_packed := packed_by(results["flags"]):
         bits = results.get("packed", {}).get("bits", 16)
         values = "unchanged" if bits == 16 else f"as {bits}-bit integers"
         name = folder if re.fullmatch(r"[\w.-]+", folder) else "FOLDER"
-        packed = PACKED.format(values, name, name)
+        how.append(PACKED.format(values, name, name))
+    lines = code if is_packed else code[1:]
     model = model if _is_hub_id(model) else Path(model).resolve().name
     texts = ", ".join(escape(_public(source)) for source in sources)
-    return CARD.format(
-        metadata=_metadata(results, sources, is_packed, online),
-        title=f"{escape(model)}, {_what_was_done(results)}",
+    made = MADE.format(
         texts=f" for the texts of {texts}" if texts else "",
         command=_command(results["flags"]),
         table=figures_table(results),
-        notes="".join(f"- {escape(note)}\n" for note in notes(results)),
-        heading=HEADING,
-        packed=packed,
-        code="\n".join(code if is_packed else code[1:]),
+    )
+    return card(
+        _metadata(results, sources, is_packed, online),
+        f"{escape(model)}, {_what_was_done(results)}",
+        [made, listed(map(escape, notes(results)))],
+        [*how, "\n".join(["```python", *lines, "```"])],
     )
 
 
@@ -118,26 +107,34 @@ def converted_card(
     run wrote it. `changed`: what conversion changes in a model saved as `kind`. `how`: shell
     commands for the usage section; `proof`: verification results.
     """
-    title, text = f"# {Path(folder).resolve().name}", ""
+    title, text = f"# {Path(folder).resolve().name}", []
     try:
-        card = ModelCard.load(Path(folder) / "README.md", ignore_metadata_errors=True)
+        base = ModelCard.load(Path(folder) / "README.md", ignore_metadata_errors=True)
     except (OSError, ValueError, YAMLError):
-        card = ModelCard("---\n{}\n---\n")
-    if "langprune" in (card.data.tags or []):
-        title, _, text = card.text.strip().partition("\n")
-        text = text.partition(f"\n{HEADING}\n")[0]
-        text += f"The figures are those of the model that was converted, before {kind}"
-        exact = kind in GRIDS and kind in card.data.tags
-        text += f", which has changed {changed}.\n" if exact else ".\n"
-    text += "".join(f"\n- {line}" for line in proof) + "\n" * bool(proof)
-    kept = ("license", "license_name", "license_link", "base_model", "language", "datasets")
-    data = ModelCardData(
+        base = ModelCard("---\n{}\n---\n")
+    if "langprune" in (base.data.tags or []):
+        title, _, own = base.text.strip().partition("\n")
+        line = f"The figures are those of the model that was converted, before {kind}"
+        exact = kind in GRIDS and kind in base.data.tags
+        line += f", which has changed {changed}." if exact else "."
+        text = [own.partition(f"\n{LOADING}\n")[0], line]
+    kept = (*LICENSE, "base_model", "language", "datasets")
+    metadata = ModelCardData(
         pipeline_tag="text-generation",
-        base_model_relation="quantized" if card.data.get("base_model") else None,
-        tags=list(dict.fromkeys([*(card.data.tags or []), tag])),
-        **{name: card.data.get(name) for name in kept},
+        base_model_relation="quantized" if base.data.get("base_model") else None,
+        tags=list(dict.fromkeys([*(base.data.tags or []), tag])),
+        **{name: base.data.get(name) for name in kept},
     )
-    return CONVERTED.format(data=data, title=title, what=what, text=text, how=how)
+    title = f"{title.removeprefix('# ')}, as {what}"
+    return card(metadata, title, [*text, listed(proof)], [RUNNING, f"```bash\n{how}\n```"])
+
+
+def metadata_of(folder: str | Path) -> dict[str, Any]:
+    """Return the metadata of a card in a folder; {} if there is none, or it is damaged."""
+    try:
+        return metadata_load(Path(folder) / "README.md") or {}
+    except (OSError, ValueError, YAMLError):
+        return {}
 
 
 def _metadata(
@@ -145,16 +142,14 @@ def _metadata(
 ) -> ModelCardData:
     """Return the metadata; license, and the base of a local model, come from its README.md."""
     model, is_hub_id = results["model"], _is_hub_id(results["model"])
-    try:
-        file = Path(model) / "README.md"
-        if is_hub_id:
-            where = dict(cache_dir=results["flags"].get("cache_dir"), local_files_only=not online)
-            file = hf_hub_download(model, file.name, **where)
-        base = metadata_load(file) or {}
-    except (OSError, ValueError, YAMLError):  # there is none, or it is damaged
-        base = {}
+    folder = model
+    if is_hub_id:
+        where = dict(cache_dir=results["flags"].get("cache_dir"), local_files_only=not online)
+        with suppress(OSError, ValueError):  # there is none, or no network
+            folder = Path(hf_hub_download(model, "README.md", **where)).parent
+    base = metadata_of(folder)
     method = results["method"] if results["sparsity_type"] else None
-    tags = ["langprune", "pruned" if method or _pruned_before(results) else None, method]
+    tags = ["langprune", "pruned" if method or is_pruned_before(results) else None, method]
     tags.append("trimmed" if results.get("vocabulary") else None)
     tags.append(results.get("quantized", {}).get("format"))
     base_model = model if is_hub_id else base.get("base_model")
@@ -181,12 +176,8 @@ def _metadata(
         datasets=list(dict.fromkeys(filter(None, hub_sets))) or None,
         language=list(dict.fromkeys(filter(None, languages))) or None,
         tags=list(filter(None, tags)),
-        **{name: base.get(name) for name in ("license", "license_name", "license_link")},
+        **{name: base.get(name) for name in LICENSE},
     )
-
-
-def _pruned_before(results: Mapping[str, Any]) -> bool:
-    return "recovery" in results and results["method"] == PRUNED_BEFORE
 
 
 def _what_was_done(results: Mapping[str, Any]) -> str:
@@ -198,107 +189,13 @@ def _what_was_done(results: Mapping[str, Any]) -> str:
     layers = f"its linear layers{f' except {left}' * bool(left)} as llama.cpp's {form}"
     steps = {
         "sparsity_type": f"pruned by {results['method']} to {goal}",
-        "recovery": "recovered" if kind or _pruned_before(results) else "trained on the texts",
+        "recovery": "recovered" if kind or is_pruned_before(results) else "trained on the texts",
         "vocabulary": "its vocabulary trimmed",
         "packed": "its sparse linear layers packed",
         "quantized": "its tensors as several of llama.cpp's types" if form == AUTO else layers,
     }
     done = {key: results.get(key) for key in steps} | {"recovery": is_trained(results)}
     return ", ".join(words for key, words in steps.items() if done[key]) or "saved as it was"
-
-
-def figures_table(
-    results: Mapping[str, Any],
-    original: Mapping[str, Any] | None = None,
-    more: Mapping[str, Mapping[str, str]] | None = None,
-) -> str:
-    """Return the table of figures, with a column for each model: FIRST, or DENSE, to OWN_COLUMN.
-
-    `original` are the results of a run on the original model. If the vocabulary was trimmed then,
-    the dense model is the trimmed one, and has a column of its own, unless nothing else was done.
-    `more` are further rows: {row: {column: cell}}.
-    """
-    first = FIRST_COLUMN if original else DENSE_COLUMN
-    compares, dense = any("dense" in test for test in results["evaluation"]), first
-    if original and results.get("vocabulary"):
-        dense = TRIMMED_COLUMN if compares else OWN_COLUMN
-    table: dict[str, dict[str, str]] = {}
-
-    def add(row: str, cells: Mapping[str, str]) -> None:
-        table.setdefault(row, {}).update({name: cell for name, cell in cells.items() if cell})
-
-    untrained = results.get("recovery", {}).get("before", {}) if is_trained(results) else {}
-    of_original = {test["name"]: test for test in (original or {}).get("evaluation", [])}
-    for test in results["evaluation"]:
-        name, reference = escape(test["name"]), dict(test.get("dense") or {})
-        before = dict(untrained.get(test["name"]) or {})
-        if "compared_perplexity" in test:
-            row = f"{name}, perplexity on {test['compared_windows']} windows"
-            compared = {dense: reference.pop("perplexity")}
-            compared |= {EARLY_COLUMN: before.pop("perplexity", None)}
-            compared |= {OWN_COLUMN: test["compared_perplexity"]}
-            add(row, {each: f"{value:,.2f}" for each, value in compared.items() if value})
-        models = {first: of_original.get(test["name"], {})}
-        models[dense] = models.get(dense, {}) | reference
-        models |= {EARLY_COLUMN: before, OWN_COLUMN: test}
-        for key, (words, form) in FIGURES.items():
-            if key in test:
-                cells = {each: _with_error(one, key, form) for each, one in models.items()}
-                add(f"{name}, {words.format(dense)}", cells)
-    for answers in results.get("answers", []):
-        words = {"ended": "answers that end", "in_language": "answers in the language"}
-        words |= {"tokens": f"tokens of an answer, at most {answers['limit']}"}
-        for key, each in words.items():
-            of = f", of {answers['prompts']}" * (key != "tokens")
-            models = {dense: answers.get("dense"), OWN_COLUMN: answers.get("model")}
-            cells = {name: f"{one[key]:.0f}" for name, one in models.items() if one}
-            add(f"{escape(answers['test'])}, {each}{of}", cells)
-    if "saved_bytes" in results:
-        sizes = {first: (original or results).get("dense_bytes")}
-        sizes |= {dense: results.get("dense_bytes"), OWN_COLUMN: results["saved_bytes"]}
-        add("MB", {name: f"{size / 1e6:,.1f}" for name, size in sizes.items() if size})
-    for row, cells in (more or {}).items():
-        add(row, cells)
-    used = {name for cells in table.values() for name in cells} | {first, OWN_COLUMN}
-    order = [name for name in (first, TRIMMED_COLUMN, EARLY_COLUMN, OWN_COLUMN) if name in used]
-    body = [[row, *(cells.get(name, "") for name in order)] for row, cells in table.items()]
-    return padded_table(["", *order], body)
-
-
-def _with_error(figures: Mapping[str, Any], key: str, form: str) -> str:
-    """Format a figure, with its standard error if there is one: `0.123 ± 0.004`."""
-    name = "standard_error" if key == "perplexity" else f"{key}_standard_error"
-    value, error = figures.get(key), figures.get(name)
-    shown = "" if value is None else format(value, form)
-    has_error = shown and error is not None and math.isfinite(error)  # nan for a single window
-    return f"{shown} ± {error:{form.strip('+')}}" if has_error else shown
-
-
-def notes(results: Mapping[str, Any]) -> Iterator[str]:
-    """Yield sentences on the changes to the model."""
-    zeros = results.get("sparsity", {}).get("overall")
-    before = results["flags"].get("eval_only") or _pruned_before(results)
-    if smaller := results.get(kind := results["sparsity_type"]):
-        share = smaller["weights_after"] / smaller["weights_before"]
-        yield f"Each block has {smaller['after']} of its {smaller['before']} {kind}, all dense."
-        yield f"Share of the blocks' weights that is left: {share:.4f}."
-    elif zeros and (kind or before):
-        yield f"Share of zeros in the blocks' weights: {zeros:.4f}."
-    if vocabulary := results.get("vocabulary"):
-        of = f" of {vocabulary['model']}" if "model" in vocabulary else ""
-        yield f"{vocabulary['rows']:,} of {vocabulary['rows_before']:,} rows of the vocabulary{of}."
-        yield vocabulary["note"]
-    yield from results.get("notes", [])
-    quantized = results.get("quantized", {})
-    by_type: dict[str, list[str]] = {}
-    for name, kind in quantized.get("types", {}).items():
-        by_type.setdefault(kind or "16 bits", []).append(name)
-    for kind, names in by_type.items():
-        yield f"Tensors as {kind} ({len(names)}): {first_of(names)}."
-    if (left := quantized.get("left")) and not by_type:
-        yield f"Linear layers at 16 bits (rows are not a multiple of 32): {first_of(left)}."
-    if "recovery" in results and not is_trained(results):
-        yield "Training did not help; the model before it was kept."
 
 
 def _command(flags: Mapping[str, Any]) -> str:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from datetime import date
+from functools import partial
 from operator import le
 from pathlib import Path
 from typing import Any
@@ -36,7 +37,7 @@ from ..model.pretrained import LONGEST_WINDOW, load_config, load_tokenizer, wind
 from ..model.saving import parameter_bytes, text_alone
 from ..model.skeleton import build_skeleton, changed_shapes, decoder_blocks
 from ..offload.sharded import check_rows, ranks_of_state
-from ..recover import CROSS_ENTROPY, TrainSchedule
+from ..recover import CROSS_ENTROPY, TrainSchedule, state_bytes
 from ..sparse import check_packable
 from ..util.cli import typed
 from ..util.errors import UserError
@@ -52,7 +53,7 @@ from .lm_eval import check_tasks
 from .plan import AUTO, TRIM, Flags
 from .run import Model, Run, Teacher, kept_parts
 from .save import CARD
-from .trimmed import OTHER_TEACHER, teacher_rows
+from .trimmed import OTHER_TEACHER, read_list, teacher_rows
 from .windows import (
     Corpora,
     RunWindows,
@@ -96,14 +97,14 @@ def check(
     _set_date(flags, model.tokenizer, dist)
     _check_readable(read, hub=True)
     dist.print(*_lines_on_texts(read))
-    schedule = _schedule(flags, model, corpora, dist) if flags.recover else None
+    schedule_of = _schedule(flags, model, corpora, dist) if flags.recover else None
     teacher = _open_teacher(flags, model) if flags.teacher else None
     spec = WindowSpec(model.tokenizer, model.window, seed=flags.seed)
-    windows = draw_windows(flags, corpora, spec, schedule, dist)
+    windows = draw_windows(flags, corpora, spec, schedule_of, dist)
     if not may_need_bos(flags, model.tokenizer):
         corpora.free()
     seqlen = windows.seqlen
-    if schedule and flags.recover < seqlen:
+    if flags.recover and flags.recover < seqlen:
         problem = f"it is less than one step, a window of {seqlen} tokens"
         fix = f"Give at least {seqlen}, or a smaller --seqlen"
         raise UserError(shown(flags, "recover"), problem, fix)
@@ -116,7 +117,7 @@ def check(
         corpora=corpora,
         windows=windows,
         batch_size=size,
-        schedule=schedule and replace(schedule, seqlen=seqlen),
+        schedule=windows.schedule,
         teacher=teacher,
         form=form,
         shared=shared,
@@ -219,6 +220,7 @@ def open_model(flags: Flags, device: torch.device, longest: int) -> Model:
         blocks_name=blocks_name,
         layout=layout,
         left=left,
+        listed=read_list(checkpoint, config),
     )
 
 
@@ -244,16 +246,21 @@ def _set_date(flags: Flags, tokenizer: Any, dist: DistContext) -> None:
         set_date(flags.date)
 
 
-def _schedule(flags: Flags, model: Model, corpora: Corpora, dist: DistContext) -> TrainSchedule:
-    """Return the schedule of the recovery. Raises UserError if the model cannot be trained."""
+def _schedule(
+    flags: Flags, model: Model, corpora: Corpora, dist: DistContext
+) -> Callable[..., TrainSchedule]:
+    """Return a function that makes the schedule of the recovery, for windows of `seqlen` tokens.
+
+    Raises UserError if the model cannot be trained.
+    """
     if stored_bits(model.config):
         problem = f"the weights of {flags.model} are quantized and cannot be trained"
         raise UserError(shown(flags, "recover"), problem, "Name the unquantized model")
     chats = any(are_dialogues(corpus.documents("train")) for corpus in corpora.calibration)
     default = 0.0 if chats else CROSS_ENTROPY  # the model did not write the answers of a chat
-    return TrainSchedule(
+    return partial(
+        TrainSchedule,
         tokens=flags.recover,
-        seqlen=model.window,
         rate=flags.recover_lr,
         rank=flags.recover_rank,
         optimizer=flags.recover_optimizer,
@@ -418,11 +425,9 @@ def check_room(run: Run, flag: str, folder: str | Path) -> None:
     schedule = run.schedule
     if not schedule:
         return
-    # bytes per weight: its best value, its float32 master, and two averages
-    state = each = run.model.dtype.itemsize
-    eight_bits = schedule.optimizer == "adamw8bit"
-    state += 0 if schedule.rank else 6 if eight_bits else 12
-    size = 2 * state + (6 if run.flags.quantizes else 0)  # old and new state exist together
+    each = run.model.dtype.itemsize
+    size = 2 * (each + state_bytes(schedule))  # old and new state exist together
+    size += 6 if run.flags.quantizes else 0
     size += each * bool(run.flags.prune_method)  # pruned blocks, and trained ones that are fetched
     size += each * (run.is_sharded or run.device.type != "cpu")
     size *= sum(weight.numel() for weight in run.model.small_blocks.parameters())

@@ -24,7 +24,7 @@ from ..util.errors import UserError
 from ..util.files import temporary_folder
 from ..util.host import keep_freed_memory
 from ..util.resume import RunFolder
-from .memory import local_memory
+from .memory import Memory, local_memory
 from .run import Run
 from .trimmed import predict_rows_
 
@@ -38,13 +38,13 @@ def load(run: Run, cleanup: ExitStack, folder: RunFolder | None) -> BlockRunner:
     `folder` is the run's folder of blocks, in the main rank.
     """
     keep_freed_memory()
-    flags, dist, (offloaded, options) = run.flags, run.dist, plan_memory(run)
+    flags, dist, memory, options = run.flags, run.dist, *plan_memory(run)
     first = dist.local_rank == 0  # first rank of its machine
     where, converted, blocks_at = {"": run.device}, None, None
-    if offloaded:
+    if memory.offloaded:
         where = device_map(run.model.skeleton, run.model.blocks_name, run.device)
         if first:
-            blocks_at = _block_folder(run, cleanup, folder)
+            blocks_at = _block_folder(run, cleanup, folder, memory)
         converted = dist.of_machine(blocks_at and str(blocks_at.converted))
     with run.timed("load"):
         model = pretrained.load_model(
@@ -62,7 +62,7 @@ def load(run: Run, cleanup: ExitStack, folder: RunFolder | None) -> BlockRunner:
         with cast(model, save_dtype):
             pass  # evaluated as it will be saved; blocks in files are cast when fetched
     store = BlockStore
-    if offloaded:
+    if memory.offloaded:
         on_disk, casts = bool(flags.offload_folder), flags.fake_quantizes
         store = partial(FileBlockStore, folder=blocks_at, on_disk=on_disk, cast_on_load=casts)
     finished = folder if run.flags.changes else None
@@ -89,7 +89,7 @@ def load_teacher(run: Run, runner: BlockRunner, cleanup: ExitStack) -> BlockRunn
     """
     passes = dict(dist=run.dist, batch_size=run.batch_size, state_device=runner.state_device)
     passes["most_windows"] = runner.most_windows
-    store, resident = None, runner.weights.resident or not (run.schedule or run.dist.size > 1)
+    store, resident = None, runner.weights.resident or not run.fetches_teacher
     if not run.teacher:
         model = pretrained.fresh_copy(runner.model, with_blocks=resident)
         if not resident:
@@ -130,8 +130,8 @@ def load_teacher(run: Run, runner: BlockRunner, cleanup: ExitStack) -> BlockRunn
     return teacher
 
 
-def plan_memory(run: Run) -> tuple[bool, dict[str, Any]]:
-    """Decide whether blocks are offloaded, and other options of `BlockRunner`; print a line.
+def plan_memory(run: Run) -> tuple[Memory, dict[str, Any]]:
+    """Return the memory of a run, and options of `BlockRunner` that it decides; print a line.
 
     Raises UserError if the run cannot fit in memory.
     """
@@ -139,7 +139,7 @@ def plan_memory(run: Run) -> tuple[bool, dict[str, Any]]:
     with run.dist.fail_together():  # another program may be on one rank's card
         memory.check()
     run.print(memory.line())
-    return memory.offloaded, dict(
+    return memory, dict(
         dist=run.dist,
         batch_size=run.batch_size,
         state_device=run.device if memory.hidden_on_device else torch.device("cpu"),
@@ -149,7 +149,9 @@ def plan_memory(run: Run) -> tuple[bool, dict[str, Any]]:
     )
 
 
-def _block_folder(run: Run, cleanup: ExitStack, folder: RunFolder | None) -> RunFolder:
+def _block_folder(
+    run: Run, cleanup: ExitStack, folder: RunFolder | None, memory: Memory
+) -> RunFolder:
     """Return this machine's folder of changed blocks: that of the run, or a temporary one."""
     if folder:
         return folder
@@ -157,8 +159,7 @@ def _block_folder(run: Run, cleanup: ExitStack, folder: RunFolder | None) -> Run
         path = Path(f"{run.flags.offload_folder}-rank-{run.dist.rank}")
     else:
         size = sum(parameter.nbytes for parameter in run.model.skeleton.parameters())
-        # a single rank needs that memory for training its blocks on the host
-        taken = run.schedule and run.dist.size == 1
+        taken = memory.on_host_alone  # training needs that memory
         in_memory = MEMORY.is_dir() and size < shutil.disk_usage(MEMORY).free and not taken
         parent = MEMORY if in_memory else None
         path = cleanup.enter_context(temporary_folder(parent))

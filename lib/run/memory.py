@@ -18,14 +18,13 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
 from math import prod
-from operator import mul
 from typing import Any
 
 import torch
 from torch import nn
 
 from ..calibration.allocation import WINDOWS as ALLOCATION_WINDOWS
-from ..calibration.output_error import TOKENS
+from ..calibration.inputs import solver_bytes
 from ..data.samples import Windows
 from ..data.training import HELD_OUT, TrainingText
 from ..data.windows import TestSet
@@ -34,37 +33,32 @@ from ..formats.registry import FORMATS
 from ..methods.base import PruningMethod
 from ..methods.gptq import GPTQ
 from ..methods.registry import method_of
-from ..methods.sparsity import EXPERTS
+from ..methods.sparsity import EXPERTS, SORTED, Passes
 from ..model.blocks import GPU_LOGIT_BYTES, LOGIT_BYTES
 from ..model.checkpoint import Checkpoint, weight_bytes
 from ..model.device import checkpoint_dtype, default_batch_size, saved_dtype
-from ..model.linears import find_linears, linears_of
-from ..model.matrix import PrunableLinear, SaveDtypes
+from ..model.linears import linears_of
+from ..model.matrix import FLOAT, PrunableLinear
 from ..model.pretrained import LONGEST_WINDOW
 from ..model.reference import local_windows
 from ..model.skeleton import build_skeleton, decoder_blocks
 from ..offload.sharded import can_share
-from ..recover import TrainSchedule
+from ..quantize import quantized_numbers
+from ..recover import TrainSchedule, training_bytes
 from ..util import progress
 from ..util.errors import UserError
 from ..util.host import available, gib
 from ..util.ranks import DistContext
 from .flags import FLAGS, Flag, build_parser, shown
 from .plan import Flags
-from .run import Model, Run, kept_parts
-from .windows import Corpora, RunWindows
+from .run import Model, RunPlan, kept_parts
+from .windows import RunWindows
 
 BITS = {"4": 4.5, "8": 8.1}  # per weight with --load_bit, including scales (formula)
-FLOAT = 4  # bytes of a float32: sums, masters, gradients and averages
-# AdamW's averages per trained number: two float32, or two bytes with a float32 scale per 256; small
-# tensors have float32 (bitsandbytes' formulas)
-AVERAGES, AVERAGES_8BIT, SMALL_TENSOR = 8, 2 + 2 * 4 / 256, 4096
 # activations of a batch in units of its hidden states, measured on LLaMA, whose MLP is 3 to 4 times
 # as wide: in a forward pass, and kept in a block for its backward pass
 COMPUTED, KEPT = 11, 40
 LOGITS = 4  # copies of a chunk of logits: logits, log-probabilities, the teacher's, a gradient
-# bytes per weight of a stable sort on CUDA: scores, values and indices, and those of the last pass
-SORTED = 28
 CACHED = 8  # inputs of a block's linear layers, in hidden states (formula for LLaMA)
 SHARD = 5 * 10**9  # largest file of a saved model, in bytes
 ROOM = 2  # blocks are offloaded if this many times the weights exceed the free memory
@@ -84,7 +78,7 @@ def flags_of(stage: str) -> list[Flag]:
 class Memory:
     """A run's memory in one rank; `offloaded`: blocks are on the device one at a time."""
 
-    run: Run
+    run: RunPlan
     free: int  # bytes on the device
     host: int  # bytes on the host
     ranks: int = 1
@@ -188,7 +182,7 @@ class Memory:
         if stage in ("load", "save") or not (teacher or self.run.schedule):
             return 0
         inside = sum(self._sizes(teacher.skeleton) if teacher else self._inside)
-        if self.offloaded and (self.ranks > 1 or self.run.schedule):
+        if self.offloaded and self.run.fetches_teacher:
             inside = self._shard(inside) if stage == "train" and self.ranks > 1 else 0
         if not teacher:
             return inside
@@ -203,30 +197,24 @@ class Memory:
     @cached_property
     def _streams(self) -> dict[str, int]:
         """Bytes of the hidden states that a stage holds between blocks, besides a batch's."""
-        flags, streams, windows = self.flags, {}, max(1, self.windows)
-        method = flags.prune_method and method_of(flags.prune_method)
-        if self._by_error:  # before every block, and the gradient
+        streams, windows = {}, max(1, self.windows)
+        if self._passes.gradients:  # before every block, and the gradient
             few = min(-(-ALLOCATION_WINDOWS // self.ranks), windows)
             streams["allocate"] = self.stream(few) * (len(self._inside) + 1)
-        elif self._by_outliers:
+        elif self._passes.outliers:
             streams["allocate"] = self.stream(windows)
-        if method and method.observes:
-            streams["prune"] = self.stream(windows) * (1 + method.dense_stream)
-        if flags.quantizes:
-            streams["quantize"] = 2 * self.stream(windows)
+        for stage, method in self._methods.items():
+            if method.observes:
+                streams[stage] = self.stream(windows) * (1 + method.dense_stream)
         return streams
 
     @property
-    def _by_error(self) -> bool:
-        """Whether a backward pass through the dense model measures the cost of errors."""
-        flags, prunes = self.flags, "prune" in self._solved
-        if flags.megabytes:  # of each type of a tensor
-            return True
-        return prunes and (flags.allocation == "error" or flags.method_class.needs_gradients)
-
-    @property
-    def _by_outliers(self) -> bool:
-        return "prune" in self._solved and self.flags.allocation == "owl"
+    def _passes(self) -> Passes:
+        """What is measured in the dense model: for pruning, or the cost of a tensor's types."""
+        flags, passes = self.flags, Passes(False, False)
+        if "prune" in self._solved:
+            passes = Passes.of(flags.allocation, flags.method_class)
+        return passes._replace(gradients=True) if flags.megabytes else passes
 
     @cached_property
     def masks(self) -> int:
@@ -282,109 +270,44 @@ class Memory:
         return LOGITS * min(most, FLOAT * tokens * vocabulary)
 
     @property
+    def _methods(self) -> dict[str, type[PruningMethod]]:
+        """The method of each stage that has one."""
+        methods = {"prune": method_of(self.flags.prune_method)} if self.flags.prune_method else {}
+        return methods | ({"quantize": GPTQ} if self.flags.quantizes else {})
+
+    @property
     def _solved(self) -> list[str]:
         """The stages with a solver for each linear layer."""
-        flags = self.flags
-        prunes = flags.prune_method and flags.removes != EXPERTS
-        return ["prune"] * bool(prunes) + ["quantize"] * flags.quantizes
+        whole = {"prune"} if self.flags.removes == EXPERTS else set()
+        return [stage for stage in self._methods if stage not in whole]
 
     def _solving(self, stage: str) -> int:
         return sum(self._solver(stage).values())
 
     def _solver(self, stage: str) -> dict[str, int]:
-        """Return the terms of solving a block's linear layers: sums over tokens, and the solver.
-
-        Layers with the same input share its sums. A method that takes inputs in order holds those
-        of one input at a time, or those of all experts.
-        """
-        method = GPTQ if stage == "quantize" else method_of(self.flags.prune_method)
-        neurons = stage == "prune" and bool(self.flags.removes)
-        workspace = method.neuron_workspace if neurons else method.workspace
-        worst, at_most = 0, {"statistics": 0, "solver": 0}
-        for groups in self._groups:
-            if neurons:  # only the down projection is solved
-                groups = sorted(group for group in groups if group[3])[-1:]
-            for inputs in [[group] for group in groups] if method.dense_stream else [groups]:
-                sums = most = 0
-                for width, outputs, experts, ends in inputs:
-                    sums += 2 * FLOAT * experts * TOKENS * width  # a sample for the layers' errors
-                    if method.inverts_gram:
-                        sums += FLOAT * experts * width**2
-                    if method.dense_stream:  # the error of a projection or of an input
-                        sums += FLOAT * experts * width * (min(outputs, width) if ends else width)
-                    parts = width**2, width * outputs, outputs
-                    numbers = (sum(map(mul, parts, factors)) for factors in workspace)
-                    most = max(most, int(FLOAT * (max(numbers) + width * outputs)))
-                if sums + most > worst:
-                    worst, at_most = sums + most, {"statistics": sums, "solver": most}
+        """Return the terms of solving a block's linear layers: sums over tokens, and the solver."""
+        method, neurons = self._methods[stage], stage == "prune" and bool(self.flags.removes)
+        at_most = solver_bytes(method, self.model.inputs, neurons)
         if method.dense_stream:
             at_most["dense block"] = self._block
-        whole = workspace is PruningMethod.workspace and not self.flags.sparsity.m
-        if self.gpu and whole and not neurons:  # masks of whole matrices
+        masks_of_rows = method.workspace is not PruningMethod.workspace or self.flags.sparsity.m
+        if self.gpu and not masks_of_rows and not neurons:
             largest = max(prod(linear.shape) for linear in self._linears)
             at_most["solver"] = max(at_most["solver"], SORTED * largest)
         return at_most
 
     @cached_property
-    def _groups(self) -> list[list[tuple[int, int, int, bool]]]:
-        """Inputs of each kind of block: width, outputs, experts, and whether they end a module.
-
-        Layers of a module with equal width receive one input, except the last, which receives the
-        output of the others.
-        """
-        kinds: dict[tuple, list[tuple[int, int, int, bool]]] = {}
-        for block in self.model.blocks:
-            linears, _ = find_linears(block, "")
-            kind = tuple((linear.name, linear.shape) for linear in linears)
-            if kind in kinds:
-                continue
-            last = {linear.name.rpartition(".")[0]: linear for linear in linears}
-            groups: dict[tuple, tuple[int, int, int, bool]] = {}
-            for linear in linears:
-                (rows, columns), module = linear.shape, linear.name.rpartition(".")[0]
-                if linear.expert is not None:
-                    count = len(getattr(linear.module, linear.parameter))
-                    groups[(linear.parameter_name,)] = columns, rows, count, False
-                    continue
-                key = module, columns, linear is last[module]
-                outputs = groups.get(key, (0, 0))[1]
-                groups[key] = columns, outputs + rows, 1, key[2]
-            kinds[kind] = list(groups.values())
-        return list(kinds.values())
-
-    @cached_property
     def _training(self) -> dict[str, int]:
-        """Terms of training the parts that `trained_parts` of lib/recover.py returns."""
-        schedule, rank = self.run.schedule, self.run.schedule.rank
-        outside = {id(one) for one in self.model.small.parameters()}
-        blocks = self.model.small_blocks
-        outside -= {id(one) for one in blocks.parameters()}
-        linears = {id(getattr(one.module, one.parameter)) for one in self._linears}
-        saved = SaveDtypes(self.model.small, self.model.save_dtype)
-        terms = dict.fromkeys(("masters", "gradients", "averages"), 0)
-        for path, one in blocks.named_parameters():
-            matrix, size = id(one) in linears, one.numel()
-            vector = one.dim() == 1 or path.endswith("bias")
-            if id(one) in outside or not (matrix or vector):
-                continue
-            on_grid, trained = matrix and self.flags.quantizes, self._shard(size)
-            dtype = saved.of(f"{self.model.blocks_name}.{path}", one)
-            if matrix and rank:  # B and A, beside a copy of the matrix
-                *stack, rows, columns = one.shape
-                replicated = 0 if stack else rank * columns  # A
-                trained = prod(stack) * rank * (rows + columns) - replicated
-                trained = self._shard(trained) + replicated
-                terms["masters"] += self._shard(size) * dtype.itemsize
-            if matrix and not rank and schedule.optimizer == "adamw8bit":
-                terms["averages"] += self._shard(size)  # mask of zeros, which are set again
-            # a parameter that is saved in float32 is its own master
-            is_float32 = dtype == self.model.dtype == torch.float32
-            exact = is_float32 and not on_grid and not (matrix and rank)
-            terms["masters"] += 0 if exact else FLOAT * trained
-            terms["gradients"] += FLOAT * trained
-            eight_bits = schedule.optimizer == "adamw8bit" and trained >= SMALL_TENSOR
-            terms["averages"] += int((AVERAGES_8BIT if eight_bits else AVERAGES) * trained)
-        return terms
+        """Terms of training."""
+        return training_bytes(
+            self.model.small,
+            self.model.blocks_name,
+            self.run.schedule,
+            dtype=self.model.dtype,
+            save_dtype=self.model.save_dtype,
+            quantized=self.flags.quantizes,
+            shard=self._shard,
+        )
 
     @cached_property
     def stages(self) -> Table:
@@ -409,7 +332,7 @@ class Memory:
         taken = {
             "load": True,
             "measure": True,
-            "allocate": self._by_error or self._by_outliers,
+            "allocate": any(self._passes),
             "prune": flags.prune_method,
             "quantize": flags.quantizes,
             "train": self.run.schedule,
@@ -432,11 +355,11 @@ class Memory:
         if stage in self._solved:
             for name, size in self._solver(stage).items():
                 yield name, size, True
-        if stage == "prune" and self._by_error:  # float64, by output
+        if stage == "prune" and self._passes.gradients:  # float64, by output
             yield "output costs", 8 * sum(linear.shape[0] for linear in self._linears), True
         if self.flags.quantizes and self.run.schedule:  # the start of training
-            numbers = self._quantized
-            each = self.model.save_dtype.itemsize if self.run.schedule.rank else FLOAT
+            numbers = quantized_numbers(self.run.form, self._linears)
+            each = self.run.schedule.master_dtype(self.model.save_dtype).itemsize
             if stage == "quantize":
                 yield "masters", each * self._shard(numbers), not self.on_host_alone
             if stage in ("quantize", "train", "save"):
@@ -479,15 +402,6 @@ class Memory:
     def _linears(self) -> list[PrunableLinear]:
         """The linear layers of all blocks, after removals."""
         return linears_of(self.model.small_blocks)
-
-    @cached_property
-    def _quantized(self) -> int:
-        """Number of quantized weights."""
-        form, numbers = self.run.form, 0
-        for linear in self._linears:  # --quantize auto may take all whose rows fit
-            takes = linear.expert is None if form.packs else linear.shape[1] % 32 == 0
-            numbers += takes * prod(linear.shape)
-        return numbers
 
     @cached_property
     def passing(self) -> Table:
@@ -617,7 +531,7 @@ class Memory:
         return "\n".join(rows)
 
 
-def local_memory(run: Run) -> Memory:
+def local_memory(run: RunPlan) -> Memory:
     """Return the memory of a run on this machine; every rank must call this."""
     dist, device = run.dist, run.device
     host = free = available() // dist.local_size
@@ -655,7 +569,7 @@ def memory_of(
     dtype = dtype if flags.dtype == "auto" else getattr(torch, flags.dtype)
     save_dtype = saved_dtype(flags.dtype, config, flags.fake_quantizes)
     seqlen, schedule, training = flags.seqlen or LONGEST_WINDOW, None, None
-    model = Model(checkpoint, config, None, skeleton, name, dtype, save_dtype, seqlen, *parts)
+    model = Model(checkpoint, config, skeleton, name, dtype, save_dtype, seqlen, *parts)
     dist = DistContext(device, alone=True)
     dist.size, dist.rank = ranks, ranks - 1  # the last rank has the largest share
 
@@ -669,9 +583,14 @@ def memory_of(
     calibration = windows(flags.nsamples) if flags.calibrated else None
     tests = [TestSet("", windows(TESTS), {})]
     drawn = RunWindows(seqlen, calibration=calibration, tests=tests, training=training)
-    batch_size = flags.batch_size or default_batch_size(device, seqlen, model.width)
-    corpora = Corpora([], [])
-    form = FORMATS.get(flags.format)
-    run = Run(flags, dist, model, corpora, drawn, batch_size, schedule=schedule, form=form)
-    memory = Memory(run, int(free), int(host), ranks)
+    plan = RunPlan(
+        flags=flags,
+        dist=dist,
+        model=model,
+        windows=drawn,
+        batch_size=flags.batch_size or default_batch_size(device, seqlen, model.width),
+        schedule=schedule,
+        form=FORMATS.get(flags.format),
+    )
+    memory = Memory(plan, int(free), int(host), ranks)
     return replace(memory, offloaded=memory.wants_offloading())

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..formats.registry import PACKING
 from ..methods.registry import label, method_of
-from ..methods.sparsity import RATIO_TYPES, SMALLER, Sparsity
+from ..methods.sparsity import RATIO_TYPES, SMALLER, Passes, Sparsity
 from ..util.cli import Parser, typed, underscored
 from ..util.errors import UserError
 
@@ -80,8 +80,8 @@ class Flags(argparse.Namespace):
         """Whether pruning reads calibration text."""
         if not self.prune_method:
             return False
-        method, measured = self.method_class, self.allocation in ("error", "owl")
-        return method.observes or method.needs_gradients or measured
+        method = self.method_class
+        return method.observes or any(Passes.of(self.allocation, method))
 
     @property
     def quantizes(self) -> bool:

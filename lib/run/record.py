@@ -24,7 +24,7 @@ from ..util.errors import UserError, one_line
 from ..util.files import write_text
 from ..util.host import gib, peak_memory
 from ..util.processes import ROOT
-from .card import figures_table, notes
+from .figures import figures_table, notes
 from .fingerprint import versions
 from .flags import command_words
 from .results import LOSSES, RESULTS, read_results

@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..calibration.inputs import SharedInput, expected_inputs
 from ..methods.sparsity import EXPERTS
 from ..model.checkpoint import Checkpoint
 from ..model.parts import StructureLayout, find_parts
@@ -39,7 +40,6 @@ class Model:
 
     checkpoint: Checkpoint
     config: Any
-    tokenizer: Any
     skeleton: nn.Module  # without weights
     blocks_name: str
     dtype: torch.dtype  # compute dtype
@@ -47,6 +47,8 @@ class Model:
     window: int  # tokens, unless the texts are too short
     layout: StructureLayout | None = None  # neurons or experts, if they are removed
     left: int | None = None  # number that each block keeps of these
+    tokenizer: Any = None
+    listed: dict[str, Any] = field(default_factory=dict)  # vocabulary.json of a trimmed one
 
     @property
     def blocks(self) -> nn.ModuleList:
@@ -56,6 +58,11 @@ class Model:
     def width(self) -> int:
         """Numbers in a hidden state."""
         return self.config.get_text_config(decoder=True).hidden_size
+
+    @cached_property
+    def inputs(self) -> list[list[SharedInput]]:
+        """The inputs of the linear layers of each kind of block."""
+        return expected_inputs(self.skeleton, self.blocks_name)
 
     @cached_property
     def small(self) -> nn.Module:
@@ -96,28 +103,18 @@ class Teacher:
         return build_skeleton(self.config, self.checkpoint)
 
 
-@dataclass
-class Run:
-    """Everything about a run; the fields from `results` on are measured by its steps."""
+@dataclass(kw_only=True)
+class RunPlan:
+    """The decisions on which a run's memory depends."""
 
     flags: Flags
     dist: DistContext
     model: Model
-    corpora: Corpora
     windows: RunWindows
     batch_size: int
     schedule: TrainSchedule | None = None  # of the recovery training
     teacher: Teacher | None = None
     form: Any = None  # of the linear layers; with --quantize auto chosen before they are quantized
-    shared: Path | None = None  # folder of a sweep, for the dense model's states
-    fingerprint: dict[str, dict[str, Any]] = field(default_factory=dict)
-    folder: RunFolder | None = None  # of finished blocks, in the main rank
-    results: dict[str, Any] = field(default_factory=dict)  # see lib/run/results.py
-    losses: dict[str, Tensor] = field(default_factory=dict)  # by window, see lib/run/results.py
-    seconds: dict[str, float] = field(default_factory=dict)  # wall time by step
-    layers: dict[str, float] = field(default_factory=dict)  # share of zeros of each linear layer
-    is_saved: bool = False  # the model is on the disk; in the main rank
-    is_recorded: bool = False  # the results are on the disk
 
     @property
     def device(self) -> torch.device:
@@ -127,6 +124,27 @@ class Run:
     def is_sharded(self) -> bool:
         """Whether each rank trains a shard of the weights."""
         return bool(self.schedule) and self.dist.size > 1 and can_share(self.model.blocks)
+
+    @property
+    def fetches_teacher(self) -> bool:
+        """Whether a teacher's blocks are fetched one at a time, if the model's are."""
+        return bool(self.schedule) or self.dist.size > 1
+
+
+@dataclass(kw_only=True)
+class Run(RunPlan):
+    """Everything about a run; the fields from `results` on are measured by its steps."""
+
+    corpora: Corpora
+    shared: Path | None = None  # folder of a sweep, for the dense model's states
+    fingerprint: dict[str, dict[str, Any]] = field(default_factory=dict)
+    folder: RunFolder | None = None  # of finished blocks, in the main rank
+    results: dict[str, Any] = field(default_factory=dict)  # see lib/run/results.py
+    losses: dict[str, Tensor] = field(default_factory=dict)  # by window, see lib/run/results.py
+    seconds: dict[str, float] = field(default_factory=dict)  # wall time by step
+    layers: dict[str, float] = field(default_factory=dict)  # share of zeros of each linear layer
+    is_saved: bool = False  # the model is on the disk; in the main rank
+    is_recorded: bool = False  # the results are on the disk
 
     @property
     def trains_all(self) -> bool:

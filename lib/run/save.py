@@ -33,7 +33,7 @@ from ..util.host import gib
 from .card import model_card
 from .record import finish_results
 from .run import Run
-from .trimmed import copy_list
+from .trimmed import write_list
 
 CARD = "README.md"  # the last file of a model that is saved
 
@@ -92,7 +92,7 @@ def _write(run: Run, runner: BlockRunner, folder: Path) -> None:
     write_tokenizer_model(run.model.tokenizer, folder)
     if not alone and unread_of(runner.model):
         copy_processor(run.model.checkpoint, folder)
-    copy_list(run.model, folder)
+    write_list(run.model, folder)
     sync_all(folder)
     sizes = (file.stat().st_size for file in folder.glob("model*.safetensors"))
     run.results |= {"saved_bytes": sum(sizes), "evaluation": []}

@@ -9,14 +9,15 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
-import torch
 from torch import Tensor
 
 from ..calibration import mixed_types
 from ..calibration.allocation import Allocation, kept_allocation
 from ..calibration.allocation import allocate as choose_allocation
-from ..eval import COMPARED_POSITIONS, perplexities, perplexity, some_logits
+from ..data.windows import WindowSpec
+from ..eval import COMPARED_POSITIONS, needs_bos, perplexities, perplexity, some_logits
 from ..formats.grids import Grid, Types
+from ..methods.sparsity import Passes
 from ..model.blocks import BlockRunner
 from ..model.device import checkpoint_dtype, dtype_name
 from ..model.masks import packed_masks, write_masks
@@ -51,10 +52,34 @@ from .record import (
 from .results import write_losses, write_results
 from .run import Run
 from .save import write_card
+from .windows import RunWindows, draw_windows, may_need_bos
 
 ALLOCATION = "allocation.json"  # in --save; an input of --allocation
 MOST_ZEROS = 0.25  # share that quantization of the original to 4 bits may have made
 BEFORE = "perplexity", "bits_per_byte", "kl", "top1_agreement"
+
+
+def resolve_bos(run: Run, runner: BlockRunner) -> RunWindows:
+    """Return the windows, with BOS in all if `--bos auto` finds that the dense model needs it.
+
+    A continued run keeps the windows that it was begun with, whatever it is evaluated on.
+    """
+    windows, folder = run.windows, run.folder
+    if may_need_bos(run.flags, run.model.tokenizer):
+        bos = run.model.tokenizer.bos_token_id
+        needs = run.dist.all_gather_object(folder and folder.decided.get("bos"))[0]
+        if needs is None:
+            needs = needs_bos(runner, windows.tests[0].ids, bos)
+        if folder:
+            folder.begin(run.fingerprint["pruning"], bos=needs)
+        if needs:
+            run.print("the model collapses without its BOS token: every window begins with it")
+            spec = WindowSpec(run.model.tokenizer, windows.seqlen, bos, run.flags.seed)
+            same = partial(replace, run.schedule) if run.schedule else None
+            windows = draw_windows(run.flags, run.corpora, spec, same, run.dist)
+        run.corpora.free()
+    run.dist.check_equal({"BOS": windows.bos})  # each rank decides by itself
+    return windows
 
 
 def dense_reference(run: Run, dense: BlockRunner) -> DenseReference:
@@ -112,13 +137,13 @@ def prune(run: Run, runner: BlockRunner) -> SparsityCheck:
 def allocate(run: Run, runner: BlockRunner) -> Allocation:
     """Return the sparsity of every linear layer."""
     flags, windows = run.flags, run.windows.calibration
-    rule, gradients = flags.allocation, flags.method_class.needs_gradients
-    total = len(runner.blocks) * ((rule == "owl") + 2 * (rule == "error" or gradients))
+    rule, method = flags.allocation, flags.method_class
+    total = len(runner.blocks) * Passes.of(rule, method).count
     choose = partial(choose_allocation, runner, windows, flags.sparsity, rule, flags.seed)
     allocation = kept_allocation(runner) if total else choose()
     if allocation is None:
         with run.timed("allocate", "measuring errors", total) as bar:
-            allocation = choose(bar, gradients=gradients)
+            allocation = choose(bar, method=method)
     run.layers = {name: each.ratio for name, each in allocation.sparsity.items()}
     if rule == "uniform":
         return allocation
@@ -155,8 +180,8 @@ def quantize(
     if run.flags.format == AUTO:
         run.form = choose_types(run, runner)
     form, windows, masters = run.form, run.windows.calibration, None
-    if run.flags.recover:  # low-rank training has no memory for float32 masters
-        masters = runner.save_dtype if run.schedule.rank else torch.float32
+    if run.schedule:
+        masters = run.schedule.master_dtype(runner.save_dtype)
     with run.timed("quantize", "quantizing", len(runner.blocks)) as bar:
         quantizer = quantize_linears(runner, windows, form, masters, bar)
         if isinstance(form, Types):

@@ -6,10 +6,9 @@ The list is vocabulary.json in the model's folder, and says which row of the ori
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -19,7 +18,10 @@ from ..model.checkpoint import Checkpoint, as_user_error
 from ..model.checkpoint_rows import TRIMMED_FROM
 from ..model.pretrained import load_tokenizer
 from ..util.errors import UserError
-from .run import Model
+from ..util.files import write_text
+
+if TYPE_CHECKING:
+    from .run import Model
 
 LIST = "vocabulary.json"
 OTHER_TEACHER = "Name the dense model that it was made from"
@@ -29,26 +31,21 @@ NOTE = (
 )
 
 
-def read_list(model: Model) -> dict[str, Any]:
+def read_list(checkpoint: Checkpoint, config: Any) -> dict[str, Any]:
     """Return the list of a trimmed model, or {} if it has none."""
-    with as_user_error(model.checkpoint, LIST, "Trim the model again"):
-        file = _file_of(model)
-        return json.loads(file.read_text("utf-8")) if file else {}
-
-
-def copy_list(model: Model, folder: Path) -> None:
-    """Copy the list of a trimmed model, if it has one, to the model made from it."""
-    if file := _file_of(model):
-        shutil.copyfile(file, folder / LIST)
-
-
-def _file_of(model: Model) -> Path | None:
-    if not getattr(model.config, TRIMMED_FROM, None):
-        return None
-    options = model.checkpoint.options() | {"_raise_exceptions_for_missing_entries": False}
+    if not getattr(config, TRIMMED_FROM, None):
+        return {}
+    options = checkpoint.options() | {"_raise_exceptions_for_missing_entries": False}
     options.pop("trust_remote_code")
-    file = cached_file(model.checkpoint.name, LIST, **options)
-    return Path(file) if file else None
+    with as_user_error(checkpoint, LIST, "Trim the model again"):
+        file = cached_file(checkpoint.name, LIST, **options)
+        return dict(json.loads(Path(file).read_text("utf-8"))) if file else {}
+
+
+def write_list(model: Model, folder: Path) -> None:
+    """Write the list of a trimmed model, if it has one, beside a model made from it."""
+    if model.listed:
+        write_text(folder / LIST, json.dumps(model.listed, ensure_ascii=False))
 
 
 def vocabulary_record(model: Model) -> dict[str, Any] | None:
@@ -57,8 +54,8 @@ def vocabulary_record(model: Model) -> dict[str, Any] | None:
     if not before:
         return None
     rows = model.config.get_text_config(decoder=True).vocab_size
-    listed = read_list(model).get("record", {})
-    more = {key: listed[key] for key in ("digest", "model") if listed.get(key)}
+    record = model.listed.get("record", {})
+    more = {key: record[key] for key in ("digest", "model") if record.get(key)}
     return {"note": NOTE, "rows": rows, "rows_before": before} | more
 
 
@@ -72,15 +69,14 @@ def teacher_rows(model: Model, teacher: Checkpoint, rows: int) -> list[int] | No
     count = model.skeleton.get_input_embeddings().num_embeddings
     if own == others and count == rows:
         return None
-    listed = read_list(model)
     places = {place: token for token, place in own.items()}
     by_name = [others.get(places.get(place)) for place in range(count)]
-    ids, found = listed.get("ids", []), listed.get("rows", [])
+    ids, found = (model.listed.get(name, []) for name in ("ids", "rows"))
     is_of_list = len(found) == count and by_name[: len(ids)] == ids and len(own) == len(ids)
     found = found if is_of_list else by_name
     if None in found or max(found) >= rows or max(own.values()) >= count:
         problem = f"its vocabulary differs from that of {model.checkpoint}"
-        if not listed and rows > count:
+        if not model.listed and rows > count:
             problem += f", which has no {LIST} of trim"
         raise UserError(str(teacher), problem, OTHER_TEACHER)
     return found

@@ -2,26 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from functools import partial
 from itertools import product
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from ..data.documents import Corpus, locations
 from ..data.samples import Windows
 from ..data.sources import PART, Source, has_test, is_parted, parse_sources
 from ..data.training import TrainingText, training_windows
 from ..data.windows import TestSet, WindowSpec, calibration_windows, fitting_windows, test_set
-from ..eval import needs_bos
-from ..model.blocks import BlockRunner
 from ..recover import TrainSchedule
 from ..util.errors import spelled
 from ..util.ranks import DistContext
 from .plan import Flags
-
-if TYPE_CHECKING:
-    from .run import Run
 
 PUBLISHED = ("ubertext", "c4")  # evaluated on UberText
 
@@ -55,6 +50,7 @@ class RunWindows:
     record: dict[str, Any] | None = None  # of the calibration windows
     tests: list[TestSet] = field(default_factory=list)
     training: TrainingText | None = None  # for recovery
+    schedule: TrainSchedule | None = None  # of the training
 
 
 def named_corpora(flags: Flags) -> Corpora:
@@ -111,53 +107,34 @@ def draw_windows(
     flags: Flags,
     corpora: Corpora,
     spec: WindowSpec,
-    schedule: TrainSchedule | None,
+    schedule_of: Callable[..., TrainSchedule] | None,
     dist: DistContext,
 ) -> RunWindows:
-    """Draw the windows for calibration, evaluation and recovery, by `fitting_windows`."""
-    draw = partial(_windows, flags, corpora, schedule)
+    """Draw the windows for calibration, evaluation and, with a schedule for its size, training."""
+    draw = partial(_windows, flags, corpora, schedule_of)
     shortens, sources = not flags.seqlen, corpora.calibration
     return fitting_windows(draw, sources, spec, shortens, lambda line: dist.print(spelled(line)))
 
 
 def _windows(
-    flags: Flags, corpora: Corpora, schedule: TrainSchedule | None, spec: WindowSpec
+    flags: Flags,
+    corpora: Corpora,
+    schedule_of: Callable[..., TrainSchedule] | None,
+    spec: WindowSpec,
 ) -> RunWindows:
-    windows = record = training = None
+    windows = record = training = schedule = None
     if flags.calibrated:
         windows, record = calibration_windows(corpora.calibration, spec, flags.nsamples)
     tests = [test_set(test, spec, flags.completions, flags.eval_windows) for test in corpora.tests]
-    if schedule:
-        schedule = replace(schedule, seqlen=spec.seqlen)
+    if schedule_of:
+        schedule = schedule_of(seqlen=spec.seqlen)
         count = max(1, schedule.steps * schedule.windows)
         measured = [test.windows for test in tests]
         training = training_windows(corpora.calibration, spec, count, measured, windows)
-    return RunWindows(spec.seqlen, spec.bos, windows, record, tests, training)
+    return RunWindows(spec.seqlen, spec.bos, windows, record, tests, training, schedule)
 
 
 def may_need_bos(flags: Flags, tokenizer: Any) -> bool:
     """Return whether `--bos auto` has to try it: the tokenizer begins texts with BOS."""
     bos = tokenizer.bos_token_id
     return flags.bos == "auto" and bos is not None and tokenizer("a").input_ids[:1] == [bos]
-
-
-def resolve_bos(run: Run, runner: BlockRunner) -> RunWindows:
-    """Return the windows, with BOS in all if `--bos auto` finds that the dense model needs it.
-
-    A continued run keeps the windows that it was begun with, whatever it is evaluated on.
-    """
-    windows, folder = run.windows, run.folder
-    if may_need_bos(run.flags, run.model.tokenizer):
-        bos = run.model.tokenizer.bos_token_id
-        needs = run.dist.all_gather_object(folder and folder.decided.get("bos"))[0]
-        if needs is None:
-            needs = needs_bos(runner, windows.tests[0].ids, bos)
-        if folder:
-            folder.begin(run.fingerprint["pruning"], bos=needs)
-        if needs:
-            run.print("the model collapses without its BOS token: every window begins with it")
-            spec = WindowSpec(run.model.tokenizer, windows.seqlen, bos, run.flags.seed)
-            windows = draw_windows(run.flags, run.corpora, spec, run.schedule, run.dist)
-        run.corpora.free()
-    run.dist.check_equal({"BOS": windows.bos})  # each rank decides by itself
-    return windows

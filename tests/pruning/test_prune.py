@@ -30,13 +30,14 @@ from torch import Tensor, nn
 
 from lib.calibration import output_error
 from lib.calibration.output_error import TokenSample, relative_error
+from lib.data.windows import WindowSpec
 from lib.methods.sparsity import Sparsity
 from lib.methods.wanda import Wanda
 from lib.model.blocks import BlockRunner
 from lib.model.masks import packed_masks, read_masks, unpacked, write_masks
 from lib.model.sparsity_check import SparsityCheck
 from lib.model.store import BlockStore
-from lib.prune import prune
+from lib.prune import prune, windows_of_texts
 from lib.util.errors import RunWarning
 from lib.util.resume import RunFolder
 
@@ -300,6 +301,11 @@ def test_prune_reads_texts_as_a_run_does() -> None:
         assert any("are joined" in note for note in done.notes) == (seqlen == 120)
         other = prune(loaded("model"), texts, seed=2, **given)
         assert not all(torch.equal(masks[name], mask) for name, mask in other.masks.items())
+    notes: list[str] = []
+    spec = WindowSpec(tokenizer, 512)
+    ids = windows_of_texts(tiny.sentences(4, words=90), spec, 4, shortens=True, say=notes.append)
+    assert ids.shape == (4, 256) and notes[0].startswith("window: 256 tokens, ")
+    assert "; seqlen sets another" in notes[0]
     model = tiny.tiny_llama()
     assert "tokenizer: " in refused(prune, model, texts)
     line = refused(prune, model, texts[:2], tokenizer=tokenizer, seqlen=64)

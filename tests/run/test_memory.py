@@ -13,10 +13,15 @@ import pytest
 import tiny
 import torch
 from safetensors.torch import load_file
-from support import QUICK, call, results, succeed
+from support import QUICK, call, representative, results, runner_of, succeed, windows
 from transformers import AutoConfig
 
 import main
+from lib.calibration.inputs import expected_inputs, observe
+from lib.methods.wanda import Wanda
+from lib.model.checkpoint import Checkpoint
+from lib.model.linears import experts_implementation
+from lib.model.skeleton import build_skeleton
 from lib.run import load
 from lib.run.memory import Memory, memory_of
 from lib.util.errors import UserError
@@ -81,6 +86,26 @@ def test_a_packed_model_is_counted_as_it_is_stored(monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(Memory, "check", lambda memory: seen.append(memory.weights))
     succeed("--model", "packed", "--eval_only", *texts, "--save", "again")
     assert seen == [results("out")["saved_bytes"]]
+
+
+@pytest.mark.parametrize("name", representative(tiny.ALL, ["Llama", "Cohere", "Zamba2", "JetMoE"]))
+def test_layers_share_the_inputs_that_calibration_sees(name: str) -> None:
+    """Also of parallel, shared and differing blocks, and where no pass without weights ends."""
+    runner = runner_of(tiny.ALL[name]().requires_grad_(False))
+    model = runner.model
+    kinds = expected_inputs(build_skeleton(model.config, Checkpoint("model")), runner.name)
+    expected = [sorted((one.width, one.outputs) for one in k if one.experts == 1) for k in kinds]
+    with torch.no_grad(), experts_implementation(model, "eager"):
+        states = runner.capture(windows(4))
+        for index in range(len(runner.blocks)):
+            passes = ((run, {}) for _, run in runner.iter_batches(states, index))
+            groups = [
+                each.linears for each in observe(runner, runner.linears(index), Wanda, passes)
+            ]
+            plain = (group for group in groups if group[0].expert is None)
+            seen = [(group[0].shape[1], sum(one.shape[0] for one in group)) for group in plain]
+            assert sorted(seen) in expected
+            runner.advance_(states, index)
 
 
 def test_blocks_are_fetched_where_weights_do_not_fit_twice() -> None:

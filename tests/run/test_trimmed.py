@@ -70,6 +70,8 @@ def test_another_models_teacher_is_refused(tmp_path: Path) -> None:
     assert "its vocabulary differs" in str(mistake(*argv, "model"))
     (without / LIST).unlink()
     assert f"which has no {LIST} of trim" in str(mistake(*argv, "model"))
+    (without / LIST).write_text("[", "utf-8")
+    assert f"{LIST} cannot be loaded" in str(mistake(*argv, "model"))
 
 
 def test_a_run_that_was_begun_by_trimming_is_not_continued(tmp_path: Path) -> None:

@@ -167,7 +167,7 @@ def begin(run: Compression) -> None:
     from ...model.pretrained import load_config
     from ...run.fingerprint import model_digest
     from ..export.__main__ import check_installed
-    from ..gguf.__main__ import check_new
+    from ..gguf import check_new
     from .texts import find_facts
 
     args, parsed, device = run.args, run.parsed, pick_device(run.args.device)

@@ -8,6 +8,7 @@ import shlex
 from pathlib import Path
 from typing import Any
 
+from ...run.figures import shown, with_error
 from ...run.results import is_trained, read_results
 from ...util import processes
 from ...util.errors import UserError, one_line
@@ -67,13 +68,11 @@ def losses(results: dict[str, Any]) -> dict[str, list[str]]:
         name, dense = escape(test["name"]), test["dense"]
         both = (dense, test)
         if all(each.get("bits_per_byte") for each in both):
-            cells = [f"{each['bits_per_byte']:.4f}" for each in both]
+            cells = [shown("bits_per_byte", each["bits_per_byte"]) for each in both]
             rows[f"{name}, bits per byte"] = cells
-        cells = [f"{math.log(each['perplexity']):.4f}" for each in both]
+        cells = [shown("loss", math.log(each["perplexity"])) for each in both]
         rows[f"{name}, loss (nats per token)"] = cells
-        error = test.get("kl_standard_error")
-        error = f" ± {error:.4f}" if error and math.isfinite(error) else ""
-        rows[f"{name}, KL (nats per token)"] = ["0", f"{test['kl']:.4f}{error}"]
+        rows[f"{name}, KL (nats per token)"] = ["0", with_error(test, "kl")]
     return rows
 
 

@@ -21,7 +21,7 @@ from ...data.sources import parse_sources
 from ...util.cli import make_parser
 from ...util.errors import UserError
 from ...util.files import check_writable
-from . import INSTALL, types
+from . import INSTALL, check_new, types
 
 
 def main(arguments: list[str]) -> None:
@@ -45,20 +45,6 @@ def main(arguments: list[str]) -> None:
     from .convert import convert
 
     convert(args, texts)
-
-
-def check_new(out: Path, named: str) -> None:
-    """Raise UserError if OUT is not a *.gguf name, or if it, its record or its card exists."""
-    if out.suffix != ".gguf":
-        raise UserError(f"OUT {named}", "the name does not end with .gguf", "Give one that does")
-    for path in (out, Path(f"{out}.json"), Path(f"{out}.md"), mmproj_of(out)):
-        if path.exists() or path.is_symlink():
-            raise UserError(f"OUT {named}", f"{path.name} exists", "Name a new file")
-
-
-def mmproj_of(out: Path) -> Path:
-    """Return the file beside OUT for the model's vision or audio part."""
-    return out.with_name(f"mmproj-{out.name}")
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -28,8 +28,7 @@ from ...util.host import gib
 from ...util.progress import quiet
 from ..model_folder import ModelFolder
 from ..unpack import unpack_folder
-from . import llama_cpp
-from .__main__ import check_new, mmproj_of
+from . import check_new, llama_cpp, mmproj_of
 from .llama_cpp import run_child
 from .source import make_view, open_source, pre_tokenizer_of, types_of
 from .verify import RUNNER, changed_linears, verify, verify_tensors

@@ -8,6 +8,7 @@ from functools import reduce
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
+from ...run.figures import FIGURES, shown
 from ...util.errors import one_line
 from ...util.files import write_text
 from ...util.markdown import EMPTY, padded_table
@@ -20,19 +21,8 @@ if TYPE_CHECKING:
 
 Columns = dict[tuple[str, str], list[str]]  # {(test set or "", title): a cell for each row}
 NOT_SIGNIFICANT = "(n.s.)"
-RUN_COLUMNS = {  # title: figure, format, unit
-    "zeros": ("zeros", ".2%"),
-    "seeds": ("seeds", ".0f"),
-    "MB": ("saved_bytes", ",.1f", 1e6),
-}
-TEST_COLUMNS = {
-    "perplexity": ("perplexity", ",.2f"),
-    "s.e.": ("standard_error", ",.2f"),
-    "rise": ("rise", "+,.1%"),
-    "bits/byte": ("bits_per_byte", ".3f"),
-    "KL": ("kl", ".3f"),
-    "agreement": ("top1_agreement", ".1%"),
-}
+RUN_COLUMNS = "zeros", "seeds", "saved_bytes"
+TEST_COLUMNS = "perplexity", "standard_error", "rise", "bits_per_byte", "kl", "top1_agreement"
 NOTES = {
     "MB": "MB: bytes of the saved model's files, in millions.",
     "perplexity": "Perplexity: lower is better; ± is the standard deviation over seeds.",
@@ -95,22 +85,20 @@ def report_text(models: Sequence[Compared], width: int | None = None) -> str:
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
-def _titles(table: DataFrame) -> list[str]:
-    """Return the titles of a test set's columns: perplexity depends on the number of tokens."""
-    return sorted(TEST_COLUMNS, key=lambda title: title != "bits/byte" and "note" in table)
-
-
 def _columns(table: DataFrame) -> Columns:
     """Return the columns of a table in which there are figures."""
     keys = row_keys(table)
     rows = table.drop_duplicates(keys).set_index(keys, drop=False)
     columns = {("", _title(name)): list(rows[name]) for name in keys}
-    columns |= {("", title): _cells(rows, *of) for title, of in RUN_COLUMNS.items()}
+    columns |= {("", FIGURES[name].column): _cells(rows, name) for name in RUN_COLUMNS}
+    # perplexity depends on the number of tokens
+    first = ["bits_per_byte"] if "note" in table else []
     for test in dict.fromkeys(table["measured_on"]):
         lines = table[table["measured_on"] == test].set_index(keys).reindex(rows.index)
-        columns |= {(test, title): _cells(lines, *TEST_COLUMNS[title]) for title in _titles(table)}
+        names = dict.fromkeys([*first, *TEST_COLUMNS])
+        columns |= {(test, FIGURES[name].column): _cells(lines, name) for name in names}
     tasks = (name for name in table if name.startswith(TASK) and not name.endswith("_deviation"))
-    columns |= {("", name.removeprefix(TASK)): _cells(rows, name, ".4f") for name in tasks}
+    columns |= {("", name.removeprefix(TASK)): _cells(rows, name, "task") for name in tasks}
     return {key: cells for key, cells in columns.items() if set(cells) != {EMPTY}}
 
 
@@ -125,16 +113,15 @@ def _fitting(columns: Columns, width: int | None) -> Columns:
     return columns
 
 
-def _cells(lines: DataFrame, name: str, form: str, unit: float = 1) -> list[str]:
+def _cells(lines: DataFrame, name: str, figure: str = "") -> list[str]:
     """Return a figure of each line as text, `±` its deviation over seeds; `–` if missing.
 
     Significantly best figures are between `**`.
     """
     cells = []
     for _, line in lines.iterrows():
-        value, spread = line.get(name), line.get(f"{name}_deviation", 0)
-        text = EMPTY if value is None or value != value else format(value / unit, form)
-        text += f" ± {format(spread, form)}" if spread > 0 else ""
+        spread = line.get(f"{name}_deviation", 0)
+        text = shown(figure or name, line.get(name), spread if spread > 0 else None) or EMPTY
         cells.append(f"**{text}**" if line.get(f"{name}_best") in (True,) else text)
     return cells
 
