@@ -74,7 +74,8 @@ def model_card(results: Mapping[str, Any], sources: Sequence[str], online: bool 
     `results` as in lib/run/results.py; `sources` are the texts for calibration and training.
     `online`: the base model's card may be fetched from the Hub.
     """
-    folder, model = Path(results["flags"].get("save_model") or "").name, results["model"]
+    folder = Path(results["flags"].get("save_model") or "").name
+    model = (results.get("vocabulary") or {}).get("model", results["model"])
     code = card_lines(folder, results.get("loaded_by") or "AutoModelForCausalLM")
     how = [LOADING]
     if is_packed := packed_by(results["flags"]):
@@ -155,6 +156,7 @@ def _metadata(
     base_model = model if is_hub_id else base.get("base_model")
     bits = results.get("packed", {}).get("bits", 16)
     relation = "quantized" if results.get("quantized") or bits < 16 else "finetune"
+    chosen = base.get("language") if results.get("vocabulary") else None  # for `trim`
     hub_sets, languages = zip((None, None), *map(_set_and_language, sources), strict=True)
     return ModelCardData(
         model_name=Path(results["flags"].get("save_model") or model).name,
@@ -174,7 +176,7 @@ def _metadata(
         base_model=base_model,
         base_model_relation=relation if base_model else None,
         datasets=list(dict.fromkeys(filter(None, hub_sets))) or None,
-        language=list(dict.fromkeys(filter(None, languages))) or None,
+        language=list(dict.fromkeys(filter(None, languages))) or chosen,
         tags=list(filter(None, tags)),
         **{name: base.get(name) for name in LICENSE},
     )
