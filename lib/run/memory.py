@@ -5,10 +5,11 @@
     memory.fits()               # whether every stage fits into the free memory
     memory_of(config, "--prune_method admm", free=24e9).table()  # for another machine
 
-Terms of `stages` and `on_host` are resident for a stage, or certainly at some moment of it. They
-decide whether blocks are offloaded, and where hidden states are. If their sum exceeds the free
-memory, of the device or of the host, the run is refused. Terms of `passing` are estimates for a
-batch; they count in training alone.
+Each step states its bytes beside its code (`solver_bytes`, `quantized_numbers`, `training_bytes`);
+`Memory` adds them up. Terms of `stages` and `on_host` are resident for a stage, or certainly at
+some moment of it. They decide whether blocks are offloaded, and where hidden states are. If their
+sum exceeds the free memory, of the device or of the host, the run is refused. Terms of `passing`
+are estimates for a batch; they count in training alone.
 """
 
 from __future__ import annotations
@@ -214,7 +215,7 @@ class Memory:
         flags, passes = self.flags, Passes(False, False)
         if "prune" in self._solved:
             passes = Passes.of(flags.allocation, flags.method_class)
-        return passes._replace(gradients=True) if flags.megabytes else passes
+        return Passes(passes.outliers, passes.gradients or bool(flags.megabytes))
 
     @cached_property
     def masks(self) -> int:
