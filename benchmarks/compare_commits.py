@@ -60,12 +60,14 @@ def make_place(place: Path) -> None:
     tiny.write_texts("en", train=tiny.sentences(60, seed=9), test=tiny.sentences(5, 8))
     for name in matrix.MODELS:
         made.make(name)
+    tiny.write_model("heads", tiny.tiny_llama(hidden_size=64, head_dim=16))
     for name in run_kinds.ARCHITECTURES:
         tiny.write_model(name, tiny.ALL[name]())
     ggufs.write_texts(place / "words", ggufs.UK)
     for kind in ("gpt2", "llama", "bert"):
         ggufs.model(place / f"{kind}.gguf", kind)
-    unigram = tokenizers.unigram(fallback=False)
+    pieces, unigram = tokenizers.byte_fallback(), tokenizers.unigram(fallback=False)
+    tiny.write_model("pieces", tiny.tiny_llama(vocab_size=len(pieces)), pieces)
     tiny.write_model("unigram", tiny.tiny_llama(vocab_size=len(unigram)), unigram)
     shape = dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=48)
     encoder = BertConfig(vocab_size=len(unigram), initializer_range=0.2, **shape)

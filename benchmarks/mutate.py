@@ -25,7 +25,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 LIMIT = 900  # seconds, after which a test hangs
-ENDS = {0: "survived", 1: "killed", 2: "killed", 3: "killed"}  # by pytest's exit status
+ENDS = {0: "survived", 1: "killed", 2: "killed"}  # by pytest's exit status
 
 
 def mutations() -> list[tuple[list[str], str, str]]:
@@ -75,13 +75,13 @@ def run(tree: Path, tests: list[str], output: Path) -> str:
         sys.dont_write_bytecode = True
         import pytest
 
-        flags = "-n 0 -m= -x -q -rf --durations-min 99 -c pyproject.toml -o cache_dir=../cache"
+        flags = "-n 0 -m= -x -q -rf --durations-min 99 -c pyproject.toml -o cache_dir=.cache"
         os._exit(pytest.main([*flags.split(), *tests]))
     end = time.monotonic() + LIMIT
     while time.monotonic() < end:
         ended, status = os.waitpid(child, os.WNOHANG)
         if ended:
-            return ENDS.get(os.waitstatus_to_exitcode(status), "gone (its test)")
+            return ENDS.get(os.waitstatus_to_exitcode(status), f"broken, see {output}")
         time.sleep(0.05)
     os.killpg(child, 9)
     os.waitpid(child, 0)

@@ -11,7 +11,7 @@ from __future__ import annotations
 import re
 
 BASE = "--device cpu --seqlen 32 --nsamples 8 --completions 0 --eval_data uk --calibration_data uk"
-COMMANDS = "compress dialogues export gguf overlap report sweep tasks trim unpack".split()
+COMMANDS = "compress dialogues export gguf overlap report sweep trim unpack".split()
 TRAIN = "--recover 768"  # three steps of eight windows
 PACK, INT4 = "--replace_sparse_layers", "--replace_sparse_layers --quantize int4"
 WANDA, SPARSEGPT, ADMM = (f"--prune_method {name}" for name in ("wanda", "sparsegpt", "admm"))
@@ -120,7 +120,7 @@ RECORDED |= {
     )
 }
 RECORDED |= {
-    f"export {to}": f"wide --quantize q4_0; export model new --to {to}"
+    f"export {to}": f"heads --quantize q4_0; export model new --to {to}"
     for to in ("compressed-tensors", "mlx", "onnx")
 }
 RECORDED |= {
@@ -176,18 +176,18 @@ RECORDED |= {
     "gguf f16": "gguf wide model.gguf --type f16",
     "gguf bf16, text": "gguf bfloat16 model.gguf --data uk",
     "gguf q8_0, tied": "gguf tied model.gguf --type q8_0",
-    "gguf, SentencePiece": "gguf phi3 model.gguf",
+    "gguf, SentencePiece": "gguf pieces model.gguf",
     "gguf, experts": "gguf mixture model.gguf --type f32",
     "gguf, dialogues": "gguf chat model.gguf",
     "gguf auto": "wide --quantize auto --megabytes 0.15; gguf model model.gguf --type auto",
     "gguf, packed": f"bfloat16 {WANDA} {HALF} {INT4}; gguf model model.gguf",
     "overlap": f"llama {WANDA} --save_model one; llama {ADMM} --save_model two; overlap one two",
-    "report": f"llama {WANDA} --save runs/one; llama {ADMM} {HALF} --save runs/two; "
+    "report": f"llama {WANDA} --save runs/one --save_model one; "
+    f"llama {ADMM} {HALF} --save runs/two --save_model two; "
     "report runs --csv runs.csv --latex runs.tex --against runs/one",
     "sweep": f"sweep --models llama --methods wanda --types 2:4 --calibration uk -- {FAST} "
     "--device cpu --seqlen 32 --completions 0; report runs --csv runs.csv",
-    "dialogues, written": "dialogues chat new.jsonl --data uk",
-    "tasks": "tasks uk new",
+    "dialogues, written": "dialogues chat new.jsonl --data chats --count 8",
     "compress: text": f"compress wide small {SMALL_TEXT}",
     "compress: dialogues": f"compress chat small --dialogues 8 --quantize q4_0 {SMALL_TEXT}",
 }

@@ -197,6 +197,7 @@ def test_ria_and_magnitude_by_hand() -> None:
     weight = torch.tensor([[5.0, -1.0, 4.0, 3.0], [-1.0, 2.0, 6.0, -1.0]])
     for sparsity, expected in (  # the whole matrix is compared; of equal ones the first go
         (Sparsity(0.25), [[5, 0, 4, 3], [0, 2, 6, -1]]),
+        (Sparsity(0.375), [[5, 0, 4, 3], [0, 2, 6, 0]]),
         (Sparsity(0.5, 2, 4), [[5, 0, 4, 0], [0, 2, 6, 0]]),
     ):
         found = weight.clone()

@@ -17,10 +17,9 @@ from typing import Any
 
 import numpy as np
 import torch
-from huggingface_hub import ModelCardData, metadata_load
+from huggingface_hub import ModelCardData
 from safetensors.torch import load_file
 from transformers import PreTrainedTokenizerBase
-from yaml import YAMLError
 
 from ...data.chats import Document
 from ...data.documents import Corpus
@@ -32,6 +31,7 @@ from ...data.trimmed_tokenizer import TrimmableTokenizer
 from ...data.trimming_cost import cost_line
 from ...model.checkpoint import Checkpoint
 from ...model.checkpoint_rows import write_rows
+from ...run.card import LICENSE, LOADING, card, listed, metadata_of
 from ...util.errors import UserError, first_of
 from ...util.files import check_new_folder, clone, staged_folder, temporary_folder, write_text
 from ...util.host import gib
@@ -58,20 +58,6 @@ LOADED = {  # library and call that load a model, by the end of its architecture
     "": ("transformers", "AutoModel.from_pretrained"),
     "static": ("model2vec", "StaticModel.from_pretrained"),
 }
-CARD = """\
----
-{data}
----
-# {title}, its vocabulary trimmed
-
-Made by langprune{texts}. All weights but the rows of removed tokens are the original's, by bytes.
-
-{lines}
-
-```python
-{code}
-```
-"""
 
 
 def trim_folder(args: argparse.Namespace) -> None:
@@ -275,17 +261,14 @@ def _prove_vectors(source: ModelFiles, stage: Path, texts: list[str]) -> list[st
 
 def _card(args: argparse.Namespace, source: Path, lines: Sequence[str]) -> str:
     """Return the card, with the Hub's metadata."""
-    try:
-        base = metadata_load(source / "README.md") or {}
-    except (OSError, ValueError, YAMLError):  # there is none, or it is damaged
-        base = {}
+    base = metadata_of(source)
     architecture = (read_json(source / "config.json").get("architectures") or [""])[0]
     end = re.search("(For[A-Z].*)?$", architecture)[0] if architecture else "static"
     end = MODULES if (source / MODULES).is_file() else end
     library, call = LOADED.get(end, LOADED[""])
     name, is_on_hub = Path(args.out).name, not Path(args.source).exists()
     base_model = args.source if is_on_hub else base.get("base_model")
-    data = ModelCardData(
+    metadata = ModelCardData(
         model_name=name,
         base_model=base_model,
         base_model_relation="finetune" if base_model else None,
@@ -293,14 +276,12 @@ def _card(args: argparse.Namespace, source: Path, lines: Sequence[str]) -> str:
         library_name=library,
         pipeline_tag=base.get("pipeline_tag"),
         tags=[*dict.fromkeys([*(base.get("tags") or []), "langprune", "trimmed"])],
-        **{name: base.get(name) for name in ("license", "license_name", "license_link")},
+        **{name: base.get(name) for name in LICENSE},
     )
     texts = ", ".join(escape(Path(text).name) for text in [*args.language, *args.data])
     imported = f"from {library.replace('-', '_')} import {call.partition('.')[0]}"
-    return CARD.format(
-        data=data,
-        title=escape(args.source if is_on_hub else source.name),
-        texts=f" for {texts}" * bool(texts),
-        lines="\n".join(f"- {line}" for line in lines),
-        code=f'{imported}\n\nmodel = {call}("{name}")',
-    )
+    title = f"{escape(args.source if is_on_hub else source.name)}, its vocabulary trimmed"
+    made = f"Made by langprune{f' for {texts}' * bool(texts)}. All weights but the rows of removed "
+    made += "tokens are the original's, by bytes."
+    code = f'```python\n{imported}\n\nmodel = {call}("{name}")\n```'
+    return card(metadata, title, [made, listed(lines)], [LOADING, code])
