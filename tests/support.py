@@ -155,7 +155,10 @@ def program_of(name: str) -> Callable[[list[str]], None]:
 
 def call_here(module: str, *argv: object) -> int:
     """As lib.util.processes.call, but in this process, where torch is imported already."""
-    return cli.run(main_of(module), [str(each) for each in argv])
+    try:
+        return cli.run(main_of(module), [str(each) for each in argv])
+    except SystemExit as left:  # a status of its own
+        return left.code
 
 
 def replace_call(patch: MonkeyPatch, function: Callable[..., int]) -> None:
