@@ -41,23 +41,28 @@ def base_results(run: Run, runner: BlockRunner) -> dict[str, Any]:
         about = f"{threads} thread{'s' * (threads > 1)}"
     else:
         about = torch.get_device_module(device).get_device_name(device)
-    return {
-        "model": flags.model,
-        "method": flags.name,
-        "sparsity_type": flags.sparsity_type if flags.prune_method else None,
-        "sparsity_ratio": flags.sparsity.ratio if flags.prune_method else None,
-        "loaded_by": auto_class(run.model.config).__name__,
-        "flags": vars(flags),
-        "command": shlex.join(command_words(vars(flags))),
-        "seed": flags.seed,
-        "date": flags.date,
-        "versions": {"langprune": __version__} | versions(),
-        "device": f"{device} ({about})",
-        "processor": processor(),
-        "footprint": {"before": footprint(runner.model)},
-        "dense_bytes": None if flags.teacher else parameter_bytes(runner.model, dtype),
-        "fingerprint": run.fingerprint,
-    } | commit()
+    vocabulary = vocabulary_record(run.model)
+    return (
+        {
+            "model": flags.model,
+            "method": flags.name,
+            "sparsity_type": flags.sparsity_type if flags.prune_method else None,
+            "sparsity_ratio": flags.sparsity.ratio if flags.prune_method else None,
+            "loaded_by": auto_class(run.model.config).__name__,
+            "flags": vars(flags),
+            "command": shlex.join(command_words(vars(flags))),
+            "seed": flags.seed,
+            "date": flags.date,
+            "versions": {"langprune": __version__} | versions(),
+            "device": f"{device} ({about})",
+            "processor": processor(),
+            "footprint": {"before": footprint(runner.model)},
+            "dense_bytes": None if flags.teacher else parameter_bytes(runner.model, dtype),
+            "fingerprint": run.fingerprint,
+        }
+        | commit()
+        | ({"vocabulary": vocabulary} if vocabulary else {})
+    )
 
 
 def commit() -> dict[str, Any]:
@@ -82,11 +87,9 @@ def processor() -> str:
 
 
 def finish_results(run: Run, runner: BlockRunner) -> None:
-    """Add memory, timing and footprint figures to the results."""
+    """Add windows, memory, timing and footprint to the results, once all is measured."""
     results = run.results
     results |= {"bos": run.windows.bos, "calibration": run.windows.record}
-    if vocabulary := vocabulary_record(run.model):
-        results["vocabulary"] = vocabulary
     results["footprint"]["after"] = footprint(runner.model)
     results |= {"seconds": run.seconds, "peak_memory": peak_memory(run.device)}
 

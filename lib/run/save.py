@@ -31,7 +31,6 @@ from ..util.errors import UserError, first_line
 from ..util.files import partial_of, put_in_place, sync_all, temporary_folder, write_text
 from ..util.host import gib
 from .card import model_card
-from .record import finish_results
 from .run import Run
 from .trimmed import write_list
 
@@ -96,7 +95,6 @@ def _write(run: Run, runner: BlockRunner, folder: Path) -> None:
     sync_all(folder)
     sizes = (file.stat().st_size for file in folder.glob("model*.safetensors"))
     run.results |= {"saved_bytes": sum(sizes), "evaluation": []}
-    finish_results(run, runner)
     write_card(run, folder)
 
 

@@ -106,10 +106,10 @@ def _fitting(columns: Columns, width: int | None) -> Columns:
     """Return the columns that fit into `width` characters, less important ones left out first."""
     once = (title for title in ONCE if len({*columns.get(("", title), "  ")}) == 1)
     for title in (*LEFT_OUT, *once, INTERVAL):
-        shown = [[" ".join(key).strip(), *cells] for key, cells in columns.items()]
-        if width is None or table_width(shown, broken=title == INTERVAL) <= width:
+        cells = [[" ".join(key).strip(), *column] for key, column in columns.items()]
+        if width is None or table_width(cells, broken=title == INTERVAL) <= width:
             break
-        columns = {key: cells for key, cells in columns.items() if key[1] != title}
+        columns = {key: column for key, column in columns.items() if key[1] != title}
     return columns
 
 
