@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import ctypes
 import json
 import os
 import re
 import shutil
+import struct
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -283,24 +283,16 @@ def test_windows_exceed_the_sliding_window(llama: Path) -> None:
     assert lengths(1900) == lengths(600, True) == lengths(None, True) == short | {"all": [2048]}
 
 
-PLACES = {"n_gpu_layers": 16, "n_ctx": 0, "n_threads": 28, "n_threads_batch": 32}
-PLACES |= {"flash_attn_type": 52, "type_k": 104, "type_v": 108}  # in bytes
-
-
-@pytest.mark.parametrize("kind", ["model", "context"])
+@pytest.mark.parametrize("kind", binding.LAYOUTS)
 def test_fields_at_other_places_are_noticed(kind: str) -> None:
-    """As of a version that has one more, unless those that are set stand where they stood."""
-    from xllamacpp import xllamacpp
-
-    known = {"model": binding.MODEL, "context": binding.CONTEXT}[kind]
-    places = {name: place for name, place in PLACES.items() if name in known}
-    for left_out in [None, *(name for name in known if name not in places)]:
-        function = getattr(ctypes.CDLL(xllamacpp.__file__), f"llama_{kind}_default_params")
-        fewer = {name: value for name, value in known.items() if name != left_out}
-        function.restype = params = binding._params_of(fewer)
-        stay = places == {name: getattr(params, name).offset for name in places}
-        assert stay if left_out is None else stay or not function().are_known, left_out
-        assert function().are_known or left_out
+    """As in a version that has one more, anywhere before the last that is set."""
+    params, known = binding._parameters(kind)
+    layout, defaults, places = binding.LAYOUTS[kind]
+    data = bytes(params)
+    assert known and struct.unpack_from(layout, data) == defaults
+    for place in range(0, max(places.values()) + 1, 4):
+        moved = data[:place] + bytes(4) + data[place:]
+        assert struct.unpack_from(layout, moved) != defaults, place
 
 
 # ------------------------------------------------------------------------------- the command
@@ -327,7 +319,8 @@ def test_what_the_package_cannot_tell_is_not_verified(
         monkeypatch.setitem(binding.RESULTS, "llama_is_not_here", None)
         monkeypatch.setattr(binding, "_library", binding._library.__wrapped__)
     else:
-        monkeypatch.setitem(binding.CONTEXT, "type_v", 2)
+        layout, defaults, places = binding.LAYOUTS["context"]
+        monkeypatch.setitem(binding.LAYOUTS, "context", (layout, (256, *defaults[1:]), places))
     main([str(llama), str(tmp_path / "model.gguf")])
     assert f"not verified: {UNAVAILABLE[why]}" in capsys.readouterr().out
     proven = {"tensors", "not_proven"} | ({"tokens"} if why == "another version" else set())

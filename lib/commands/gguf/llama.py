@@ -11,6 +11,7 @@ import ctypes
 import json
 import os
 import re
+import struct
 import urllib.error
 import urllib.request
 from collections.abc import Iterator, Mapping, Sequence
@@ -18,7 +19,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from functools import cache
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import numpy as np
 
@@ -26,26 +27,26 @@ from ...util.errors import UserError, first_line
 from .llama_cpp import LIMIT
 
 INSTALL = "pip install -r requirements-trim.txt"
+UNKNOWN = "this version of xllamacpp has parameters that are not known"
 PART = 512  # tokens computed at a time
 F32 = 0  # ggml_type of cached keys and values
 DISABLED = 0  # llama_flash_attn_type
 DIRECT = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # bypasses any proxy
 Log = ctypes.CFUNCTYPE(None, ctypes.c_int, ctypes.c_char_p, ctypes.c_void_p)
-# fields in their order, with defaults, of which each has its C type; None: of a pointer's width
-MODEL = dict(devices=None, tensor_buft_overrides=None, n_gpu_layers=-1, split_mode=1)
-MODEL |= dict(load_mode=-1, lazy_mode=1, main_gpu=0, tensor_split=None, progress_callback=None)
-MODEL |= dict(progress_callback_user_data=None, kv_overrides=None, vocab_only=False)
-MODEL |= dict(check_tensors=False, use_extra_bufts=True, no_host=False, no_alloc=False)
-CONTEXT = dict(n_ctx=512, n_batch=2048, n_ubatch=512, n_seq_max=1, n_rs_seq=0, n_outputs_max=0)
-CONTEXT |= dict(n_outputs_max_per_seq=1, n_threads=4, n_threads_batch=4, ctx_type=0)
-CONTEXT |= dict(rope_scaling_type=-1, pooling_type=-1, attention_type=-1, flash_attn_type=-1)
-CONTEXT |= dict(rope_freq_base=0.0, rope_freq_scale=0.0, yarn_ext_factor=-1.0)
-CONTEXT |= dict(yarn_attn_factor=-1.0, yarn_beta_fast=-1.0, yarn_beta_slow=-1.0, yarn_orig_ctx=0)
-CONTEXT |= dict(defrag_thold=-1.0, cb_eval=None, cb_eval_user_data=None, type_k=1, type_v=1)
-CONTEXT |= dict(abort_callback=None, abort_callback_data=None, added=None, embeddings=False)
-CONTEXT |= dict(offload_kqv=True, no_perf=True, op_offload=True, swa_full=True, kv_unified=False)
-CONTEXT |= dict(samplers=None, n_samplers=None, ctx_other=None)
-C_TYPES = {bool: ctypes.c_bool, int: ctypes.c_int32, float: ctypes.c_float}
+# of the pinned version's parameters: fields as `struct` names them, defaults, and places in bytes
+LAYOUTS = {
+    "model": (
+        "2P5i4P6?",
+        (0, 0, -1, 1, -1, 1, 0, *[0] * 4, False, False, True, False, False, False),
+        dict(n_gpu_layers=16),
+    ),
+    "context": (
+        "14i6fif2P2i3P6?3P",
+        (512, 2048, 512, 1, 0, 0, 1, 4, 4, 0, *[-1] * 4, 0, 0, *[-1] * 4, 0, -1)
+        + (0, 0, 1, 1, 0, 0, 0, False, True, True, True, True, False, 0, 0, 0),
+        dict(n_ctx=0, flash_attn_type=52, type_k=104, type_v=108),
+    ),
+}
 
 
 class _Pointer(ctypes.c_void_p):
@@ -53,20 +54,9 @@ class _Pointer(ctypes.c_void_p):
 
 
 class _Params(ctypes.Structure):
-    """One of llama.cpp's structures of default parameters, with room for those of any version."""
+    """Any of llama.cpp's structures of default parameters; this one is larger than all."""
 
-    defaults: ClassVar[Mapping[str, Any]]
-
-    @property
-    def are_known(self) -> bool:
-        """Whether the installed version has the fields of the pinned one where that has them."""
-        return all(getattr(self, name) == value for name, value in self.defaults.items())
-
-
-def _params_of(defaults: Mapping[str, Any]) -> type[_Params]:
-    fields = [(name, C_TYPES.get(type(value), ctypes.c_void_p)) for name, value in defaults.items()]
-    fields += [("more", ctypes.c_byte * 1024)]
-    return type("_Params", (_Params,), {"defaults": defaults, "_fields_": fields})
+    _fields_ = [("unknown", ctypes.c_byte * 1024)]
 
 
 class _Batch(ctypes.Structure):
@@ -77,8 +67,8 @@ class _Batch(ctypes.Structure):
 
 
 RESULTS = {
-    "llama_model_default_params": _params_of(MODEL),
-    "llama_context_default_params": _params_of(CONTEXT),
+    "llama_model_default_params": _Params,
+    "llama_context_default_params": _Params,
     "llama_model_load_from_file": _Pointer,
     "llama_init_from_model": _Pointer,
     "llama_model_get_vocab": _Pointer,
@@ -108,16 +98,23 @@ def _library() -> tuple[Any, list[str], Any]:
     return llama, lines, log
 
 
+def _parameters(kind: str, **fields: int) -> tuple[_Params, bool]:
+    """Return default parameters with other `fields`, and whether these could be set."""
+    params = getattr(_library()[0], f"llama_{kind}_default_params")()
+    layout, defaults, places = LAYOUTS[kind]
+    known = struct.unpack_from(layout, params) == defaults
+    for name, value in fields.items() if known else ():
+        struct.pack_into("i", params, places[name], value)
+    return params, known
+
+
 def unavailable() -> dict[str, str]:
     """Return what the installed version cannot tell, and why; {} if nothing."""
     try:
-        llama, *_ = _library()
+        known = all(_parameters(kind)[1] for kind in LAYOUTS)
     except UserError as error:
         return {"tokens and predictions": f"{error.what}: {error.problem}"}
-    defaults = llama.llama_model_default_params(), llama.llama_context_default_params()
-    if all(each.are_known for each in defaults):
-        return {}
-    return {"predictions": "this version of xllamacpp has parameters that are not known"}
+    return {} if known else {"predictions": UNKNOWN}
 
 
 class Llama:
@@ -126,9 +123,7 @@ class Llama:
     def __init__(self, path: Path | str) -> None:
         self.llama, lines, _ = _library()
         lines.clear()
-        params = self.llama.llama_model_default_params()
-        if params.are_known:
-            params.n_gpu_layers = 0
+        params, _ = _parameters("model", n_gpu_layers=0)
         self.model = self.llama.llama_model_load_from_file(os.fsencode(path), params)
         if not self.model:
             errors = [line for line in lines if "error" in line] or lines or [""]
@@ -187,16 +182,14 @@ class Llama:
         Keys and values are kept in 32 bits, and attention is not fused, so results are as exact as
         the file allows. The array is overwritten at the next step.
         """
-        params = self.llama.llama_context_default_params()
-        if not params.are_known:
-            raise ValueError(*unavailable().values())
-        params.n_ctx = max(map(len, windows), default=1)
-        params.type_k = params.type_v = F32
-        params.flash_attn_type = DISABLED
-        params.n_threads = params.n_threads_batch = threads()
+        fields = dict(n_ctx=max(map(len, windows)), flash_attn_type=DISABLED)
+        params, known = _parameters("context", **fields, type_k=F32, type_v=F32)
+        if not known:
+            raise ValueError(UNKNOWN)
         context = self.llama.llama_init_from_model(self.model, params)
         if not context:
             raise ValueError("llama.cpp does not begin to compute")
+        self.llama.llama_set_n_threads(context, threads(), threads())
         try:
             for number, window in enumerate(windows):
                 self.llama.llama_memory_clear(self.llama.llama_get_memory(context), True)

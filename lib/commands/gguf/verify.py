@@ -207,27 +207,22 @@ def windows_of(
     """
     full = window_length(config, None)
     sliding = getattr(config.get_text_config(decoder=True), "sliding_window", None) or 0
-    longer = window_length(config, None, sliding + SHORT)
-    if not llama.PART <= sliding < longer or sliding > LONGEST_WINDOW:
-        longer = 0
-
-    def window(documents: Sequence[str], most: int) -> Tensor:
+    past = window_length(config, None, sliding + SHORT)
+    exceeds = llama.PART <= sliding < past and sliding <= LONGEST_WINDOW
+    longer = max(past if exceeds else 0, full if thorough else 0)
+    wanted = [(name, its, min(llama.PART, full)) for name, its in texts.items()]
+    wanted += [(name, its[::-1], min(SHORT, full)) for name, its in texts.items()]
+    wanted += [("all", [text for its in reversed(texts.values()) for text in its], longer)]
+    windows: dict[str, list[Tensor]] = {}
+    for name, documents, most in wanted:
         ids: list[int] = []
         for text in documents:
-            ids += tokenizer(text, add_special_tokens=not ids).input_ids
             if len(ids) >= most:
                 break
-        return torch.tensor(ids[:most])
-
-    windows = {
-        name: [window(its, min(llama.PART, full)), window(its[::-1], min(SHORT, full))]
-        for name, its in texts.items()
-    }
-    if most := max(longer, full if thorough else 0):
-        every = [text for its in reversed(texts.values()) for text in its]
-        windows["all"] = [window(every, most)]
-    windows = {name: [each for each in its if len(each)] for name, its in windows.items()}
-    return {name: its for name, its in windows.items() if its}
+            ids += tokenizer(text, add_special_tokens=not ids).input_ids
+        if ids:
+            windows.setdefault(name, []).append(torch.tensor(ids[:most]))
+    return windows
 
 
 def verify_predictions(
