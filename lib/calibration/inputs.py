@@ -7,11 +7,10 @@ over a block stops at the last input wanted.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 from dataclasses import dataclass, field
-from operator import mul
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -22,9 +21,8 @@ from ..methods.magnitude import Magnitude
 from ..methods.sparsity import Sparsity
 from ..methods.wanda import Wanda
 from ..model.blocks import BlockRunner, Stop
-from ..model.linears import find_linears, linears_of, watch_inputs
-from ..model.matrix import FLOAT, PrunableLinear
-from ..model.skeleton import text_pass
+from ..model.linears import linears_of, watch_inputs
+from ..model.matrix import PrunableLinear
 from ..util.errors import UserError
 from ..util.ranks import DistContext
 from .output_error import TOKENS, TokenSample
@@ -91,30 +89,6 @@ class Group:
         return self.method
 
 
-class SharedInput(NamedTuple):
-    """An input of a block, known before weights are read."""
-
-    width: int
-    outputs: int  # of all its layers together
-    experts: int = 1  # that have one each
-    ends: bool = False  # it is that of a module's last layer
-
-    def statistics(self, method: type[PruningMethod]) -> int:
-        """Return the bytes of a method's sums over the input, and of a `TokenSample`."""
-        numbers = 2 * TOKENS
-        if method.inverts_gram:
-            numbers += self.width
-        if method.dense_stream:  # the error of a projection or of an input
-            numbers += min(self.outputs, self.width) if self.ends else self.width
-        return FLOAT * self.experts * self.width * numbers
-
-    def solver(self, workspace: Sequence[tuple[float, float, float]]) -> int:
-        """Return the bytes of solving its layers, with a method's `workspace`."""
-        parts = self.width**2, self.width * self.outputs, self.outputs
-        most = max(sum(map(mul, parts, factors)) for factors in workspace)
-        return int(FLOAT * (most + self.width * self.outputs))
-
-
 def by_input(linears: list[PrunableLinear], run: Callable[[], object]) -> list[list[str]]:
     """Return the names of layers' parameters by the input that they receive in a pass, in order."""
     reached: list[tuple[Tensor, list[str]]] = []
@@ -131,73 +105,6 @@ def by_input(linears: list[PrunableLinear], run: Callable[[], object]) -> list[l
     with watch_inputs(linears, see), suppress(Stop):
         run()
     return [names for _, names in reached]
-
-
-def expected_inputs(model: nn.Module, blocks_name: str) -> list[list[SharedInput]]:
-    """Return the inputs of each kind of block of a model without weights, by a pass through it.
-
-    If its class cannot take text without weights, layers of a module with equal width count as
-    having one input, except the last, which receives the output of the others.
-    """
-    kinds: dict[tuple, list[PrunableLinear]] = {}
-    for index, block in enumerate(model.get_submodule(blocks_name)):
-        linears, _ = find_linears(block, str(index))
-        kind = tuple((linear.name.partition(".")[2], linear.shape) for linear in linears)
-        if kind not in kinds:
-            kinds[kind], last = linears, block
-    single = [one for linears in kinds.values() for one in linears if one.expert is None]
-
-    def end(*_: Any) -> None:
-        raise Stop
-
-    try:
-        with last.register_forward_hook(end):
-            groups = by_input(single, lambda: text_pass(model))
-    except Exception:  # a model's class may raise any error
-        groups = None
-    return [_inputs_of(linears, groups) for linears in kinds.values()]
-
-
-def _inputs_of(linears: list[PrunableLinear], groups: list[list[str]] | None) -> list[SharedInput]:
-    """Return the inputs of a block's layers; parameters of a group share one (None: not known)."""
-    last = {linear.name.rpartition(".")[0]: linear for linear in linears}.values()
-    guessed: dict[tuple, list[str]] = {}
-    for linear in linears if groups is None else ():
-        if linear.expert is None:
-            key = linear.name.rpartition(".")[0], linear.shape[1], linear in last
-            guessed.setdefault(key, []).append(linear.parameter_name)
-    inputs = []
-    for names in guessed.values() if groups is None else groups:
-        if group := [linear for linear in linears if linear.parameter_name in names]:
-            outputs, ends = sum(one.shape[0] for one in group), any(one in last for one in group)
-            inputs.append(SharedInput(group[0].shape[1], outputs, ends=ends))
-    stacks = {linear.parameter_name: linear for linear in linears if linear.expert is not None}
-    for linear in stacks.values():
-        count = len(getattr(linear.module, linear.parameter))
-        inputs.append(SharedInput(linear.shape[1], linear.shape[0], count))
-    return inputs
-
-
-def solver_bytes(
-    method: type[PruningMethod], kinds: list[list[SharedInput]], neurons: bool = False
-) -> dict[str, int]:
-    """Return the most that solving a block takes: bytes of `statistics` and of the `solver`.
-
-    A method that takes inputs in order holds the sums of one at a time, or of all experts.
-    `neurons`: they are removed, so only the down projection is solved.
-    """
-    workspace = method.neuron_workspace if neurons else method.workspace
-    at_most = {"statistics": 0, "solver": 0}
-    for inputs in kinds:
-        if neurons:
-            inputs = sorted(each for each in inputs if each.ends)[-1:]
-        for held in [[each] for each in inputs] if method.dense_stream else [inputs]:
-            terms = {
-                "statistics": sum(each.statistics(method) for each in held),
-                "solver": max((each.solver(workspace) for each in held), default=0),
-            }
-            at_most = max(at_most, terms, key=lambda each: sum(each.values()))
-    return at_most
 
 
 def rank_windows(windows: Tensor, dist: DistContext) -> tuple[Tensor, bool]:

@@ -25,7 +25,7 @@ import torch
 from torch import nn
 
 from ..calibration.allocation import WINDOWS as ALLOCATION_WINDOWS
-from ..calibration.inputs import solver_bytes
+from ..calibration.planned_inputs import solver_bytes
 from ..data.samples import Windows
 from ..data.training import HELD_OUT, TrainingText
 from ..data.windows import TestSet

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..calibration.inputs import SharedInput, expected_inputs
+from ..calibration.planned_inputs import SharedInput, expected_inputs
 from ..methods.sparsity import EXPERTS
 from ..model.checkpoint import Checkpoint
 from ..model.parts import StructureLayout, find_parts

@@ -17,7 +17,8 @@ from support import QUICK, call, representative, results, runner_of, succeed, wi
 from transformers import AutoConfig
 
 import main
-from lib.calibration.inputs import expected_inputs, observe
+from lib.calibration.inputs import observe
+from lib.calibration.planned_inputs import expected_inputs
 from lib.methods.wanda import Wanda
 from lib.model.checkpoint import Checkpoint
 from lib.model.linears import experts_implementation
