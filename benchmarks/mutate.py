@@ -2,11 +2,10 @@
 
     python benchmarks/mutate.py [--only TEXT ...]
 
-mutations.txt has them: tests, and below them `line => line in its place`. A line is found by its
-text, which only one line of lib/ and main.py may have, so that moving files changes nothing; one
-that no longer exists once is `gone`, as is a test that does not exist. Every change is tested
+mutations.txt has them. A line is found by its text, which only one line of lib/ and main.py may
+have, so that moving files changes nothing; without it the change is `gone`. Every change is tested
 in a forked process, in a copy of the tree. First the tests must pass without any change. Status 1
-if a change survives, or is gone.
+unless all changes are `killed`.
 """
 
 from __future__ import annotations
@@ -20,6 +19,7 @@ import sys
 import tempfile
 import time
 from collections import Counter
+from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 
@@ -28,15 +28,15 @@ LIMIT = 900  # seconds, after which a test hangs
 ENDS = {0: "survived", 1: "killed", 2: "killed"}  # by pytest's exit status
 
 
-def mutations() -> list[tuple[list[str], str, str]]:
-    """Return tests, old line and new line of every mutation."""
-    found, tests = [], []
+def mutations() -> list[tuple[str, str, str]]:
+    """Return test, old line and new line of every mutation."""
+    found, file = [], ""
     for line in Path(__file__).with_name("mutations.txt").read_text("utf-8").splitlines():
-        old, arrow, new = line.partition(" => ")
+        test, _, change = line.partition(": ")
+        old, arrow, new = change.partition(" => ")
         if arrow and line[0] != "#":
-            found.append((tests, old, new))
-        elif line.startswith("tests/"):
-            tests = line.split()
+            found.append((f"{file}::{test}", old, new))
+        file = line if line.startswith("tests/") else file
     return found
 
 
@@ -63,7 +63,7 @@ def import_all_but_lib(tree: Path) -> None:
             importlib.import_module(name)
 
 
-def run(tree: Path, tests: list[str], output: Path) -> str:
+def run(tree: Path, tests: Sequence[str], output: Path) -> str:
     """Run tests in a forked process, in `tree`; return how they ended."""
     child = os.fork()
     if not child:
@@ -75,7 +75,7 @@ def run(tree: Path, tests: list[str], output: Path) -> str:
         sys.dont_write_bytecode = True
         import pytest
 
-        flags = "-n 0 -m= -x -q -rf --durations-min 99 -c pyproject.toml -o cache_dir=.cache"
+        flags = "-n 0 -m= -x -q -c pyproject.toml -o cache_dir=.cache"
         os._exit(pytest.main([*flags.split(), *tests]))
     end = time.monotonic() + LIMIT
     while time.monotonic() < end:
@@ -90,21 +90,21 @@ def run(tree: Path, tests: list[str], output: Path) -> str:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--only", default=[], nargs="+", metavar="TEXT", help="of blocks")
+    parser.add_argument("--only", default=[], nargs="+", metavar="TEXT", help="of test or lines")
     only = parser.parse_args().only
     os.environ |= dict(OMP_NUM_THREADS="1", HF_HUB_OFFLINE="1", TOKENIZERS_PARALLELISM="false")
     os.environ |= dict(HF_HUB_DISABLE_PROGRESS_BARS="1", COLUMNS="80", TORCH_CPP_LOG_LEVEL="FATAL")
-    todo = [b for b in mutations() if not only or any(t in " ".join([*b[0], *b[1:]]) for t in only)]
+    todo = [one for one in mutations() if not only or any(t in " ".join(one) for t in only)]
     counts: Counter[str] = Counter()
     with tempfile.TemporaryDirectory() as name:
         tree, output = Path(name) / "tree", Path(name) / "output"
         shutil.copytree(ROOT, tree, ignore=shutil.ignore_patterns(".git", ".*_cache", "results"))
         import_all_but_lib(tree)
-        tests = sorted({test for block in todo for test in block[0]})
-        if "VERBOSE" not in os.environ and run(tree, tests, output) != "survived":
+        tests = sorted({test for test, *_ in todo})
+        if run(tree, tests, output) != "survived":
             print(output.read_text("utf-8")[-3000:], "tests fail without a change", sep="\n")
             return 1
-        for tests, old, new in todo:
+        for test, old, new in todo:
             start, place = time.monotonic(), place_of(tree, old)
             if place is None:
                 how = "gone"
@@ -113,14 +113,11 @@ def main() -> int:
                 lines = file.read_text("utf-8").splitlines(keepends=True)
                 lines[number] = lines[number].replace(old, new)
                 file.write_text("".join(lines), "utf-8")
-                how = run(tree, tests, output)
+                how = run(tree, [test], output)
                 shutil.copy2(ROOT / file.relative_to(tree), file)  # as it was compiled
             counts[how] += 1
             where = place[0].relative_to(tree) if place else "?"
             print(f"{how}, {time.monotonic() - start:.0f} s: {where}: {old} -> {new}", flush=True)
-            failed = [line for line in output.read_text("utf-8").splitlines() if "FAILED" in line]
-            if "VERBOSE" in os.environ:
-                print("   ", *failed or output.read_text("utf-8").splitlines()[-4:], flush=True)
     print(", ".join(f"{count} {how}" for how, count in counts.items()), f"of {len(todo)} mutations")
     return 0 if set(counts) == {"killed"} else 1
 

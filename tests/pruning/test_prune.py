@@ -29,6 +29,7 @@ from support import (
 from torch import Tensor, nn
 
 from lib.calibration import output_error
+from lib.calibration.inputs import weight_key
 from lib.calibration.output_error import TokenSample, relative_error
 from lib.data.windows import WindowSpec
 from lib.methods.sparsity import Sparsity
@@ -74,6 +75,13 @@ def test_whose_a_warning_is(monkeypatch: pytest.MonkeyPatch) -> None:
     done = prune_(tiny.tiny_llama(num_hidden_layers=1), "wanda", HALF)
     names = ", ".join(f"model.layers.0.self_attn.{name}_proj" for name in "qkv")
     assert done.summary()[1:] == ["a kernel is missing", f"{names}: is singular"]
+
+
+def test_a_weight_that_blocks_share_is_pruned_once() -> None:
+    runner = runner_of(tiny.ALL["Zamba2"]())
+    done = prune_(runner, "magnitude").pruned
+    keys = [weight_key(one) for one in runner.each_linear() if one.name in done]
+    assert len({*keys}) == len(keys) == len(done)
 
 
 def test_what_falls_short_or_loses_zeros_is_named() -> None:
