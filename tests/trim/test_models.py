@@ -3,26 +3,20 @@
 from __future__ import annotations
 
 import json
-import shutil
 import sys
 from pathlib import Path
 
-import numpy as np
 import pytest
 import tiny
 import torch
-from safetensors.torch import load_file
-from support import call, loaded, mistake, representative, succeed
-from tokenizers import AddedToken, Tokenizer
-from transformers import AutoTokenizer, PreTrainedModel
+from support import loaded, representative, succeed
+from transformers import PreTrainedModel
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "vocabulary"))
 
 import kinds  # noqa: E402
 
 from lib.commands.trim.__main__ import main  # noqa: E402
-from lib.model.checkpoint import Checkpoint  # noqa: E402
-from lib.model.checkpoint_rows import Tables, open_model, rows_read, tables_of  # noqa: E402
 
 EVERY = tiny.ALL | tiny.REFUSED
 QUICK = ["Llama", "Mamba", "Phi", "Gemma 3n", "Gemma 4 multimodal", "Qwen3-VL"]
