@@ -62,8 +62,9 @@ torch.nn.modules.conv: _ConvNd
 torch.nn.modules.module: _apply _buffers _load_from_state_dict _parameters
 torch.utils._pytree: tree_leaves tree_map
 transformers.configuration_utils: _commit_hash
-transformers.core_model_loading: offload_weight revert_weight_conversion WeightConverter
-  _weight_conversions
+transformers.conversion_mapping: get_model_conversion_mapping
+transformers.core_model_loading: offload_weight rename_source_key revert_weight_conversion
+  WeightConverter _weight_conversions
 transformers.integrations.accelerate: safetensors_file weight_name
 transformers.modeling_utils: _get_dtype_plan _keep_in_fp32_modules_strict _no_split_modules
 transformers.models.auto.auto_factory: _model_mapping

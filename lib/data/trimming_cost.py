@@ -41,9 +41,9 @@ def pieces_of(
 ) -> list[Piece]:
     """Return passages of test texts for the measurement of a model with so many `weights`.
 
-    They are spread over the documents: the beginnings first, a later passage only if all documents
-    are too few. None has more than `window` tokens. `factor`: how many times as many tokens a fast
-    device measures.
+    They are spread over the documents, and over their beginnings, middles and ends; a second one of
+    a document is taken only if all documents are too few. None has more than `window` tokens.
+    `factor`: how many times as many tokens a fast device measures.
     """
     texts = [text for text in texts if text.strip()] or LINES
     wanted = factor * min(MOST, max(FEWEST, OPERATIONS / max(weights, 1)))
@@ -51,6 +51,8 @@ def pieces_of(
     some = [text[:1000] for text in texts[:: max(1, len(texts) // TYPICAL)]]
     letters = sum(map(len, some)) / max(1, sum(map(len, before(some))))  # of a token
     cut = [passages(text, math.ceil(length * letters)) for text in texts]
+    turns = [len(each) * number // len(cut) for number, each in enumerate(cut)]
+    cut = [each[turn:] + each[:turn] for each, turn in zip(cut, turns, strict=True)]
     left, chosen = wanted * letters, []
     for level in zip_longest(*cut):
         there = [(number, text) for number, text in enumerate(level) if text]
