@@ -34,11 +34,11 @@ from ...model.checkpoint import Checkpoint
 from ...model.checkpoint_rows import write_rows
 from ...util.errors import UserError, first_of
 from ...util.files import check_new_folder, clone, staged_folder, temporary_folder, write_text
-from ...util.host import gib
 from ...util.markdown import escape
 from ...util.progress import quiet
 from .choosing import (
     check_cost,
+    check_disk,
     check_saving,
     choose_by_text,
     corpora_of,
@@ -95,6 +95,7 @@ def trim_folder(args: argparse.Namespace) -> None:
     if args.dry_run:
         print("nothing is written (--dry_run)")
         return
+    check_disk(args, Path(args.out).absolute().parent, source.table_bytes)
     texts, proof, found = held_out(tests) or LINES, None, {"reason": "it predicts no next token"}
     if source.is_causal:
         (part,) = source.parts
@@ -221,15 +222,13 @@ def _write(source: ModelFiles, stage: Path, args: argparse.Namespace) -> tuple[i
     for name, path in source.files.items():
         part, target = source.part_of(path), stage / name
         target.parent.mkdir(parents=True, exist_ok=True)
-        if path in part.weights and part.tables.names.keys() & part.sizes(path).keys():
+        if path in part.tabled:
             tables.append((part, path, target))
             size += sum(part.sizes(path).values())
         elif not source.is_made(path) and not clone(path, target, is_cached):
             copied.append((path, target))
             size += path.stat().st_size
-    if (free := shutil.disk_usage(stage).free) < size:
-        problem = f"it needs {gib(size)}, and its disk has {gib(free)} left"
-        raise UserError(f"OUT {args.out}", problem, "Name a folder on another disk")
+    check_disk(args, stage, size)
     for pair in copied:
         shutil.copyfile(*pair)
     kept = {id(part): part.tables.kept(part.rows, part.what) for part in source.parts}
