@@ -12,6 +12,7 @@ import pytest
 import tiny
 import torch
 from support import call, loaded, mistake, representative, succeed
+from tokenizers import Tokenizer
 from transformers import AutoTokenizer, PreTrainedModel
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "vocabulary"))
@@ -216,3 +217,17 @@ def test_settings_that_only_the_class_has_follow(place: Path, tmp_path: Path) ->
     given = with_defaults({"a": 1}, config | {"text_config": {"vocab_size": 9}}, lambda *_: True)
     assert given["text_config"] == {"vocab_size": 9} and given["a"] == 1
     assert with_defaults({"pad_token_id": None}, config, lambda *_: True)["pad_token_id"] is None
+
+
+def test_padding_and_truncation_are_written_as_loaded(place: Path, tmp_path: Path) -> None:
+    numbers = dict(bos_token_id=1, eos_token_id=2, pad_token_id=3)
+    model = tiny.tiny_llama(vocab_size=521, **numbers)
+    tiny.write_model(tmp_path / "in", model, kinds.byte_level(regex=False))
+    tokenizer = Tokenizer.from_file(str(tmp_path / "in/tokenizer.json"))
+    tokenizer.enable_padding(pad_id=tokenizer.token_to_id("Ġriver"), pad_token="Ġriver", length=9)
+    tokenizer.enable_truncation(100, stride=7, direction="left")
+    tokenizer.save(str(tmp_path / "in/tokenizer.json"))
+    succeed(tmp_path / "in", tmp_path / "out", "--data", place / "uk", program=main)
+    saved = Tokenizer.from_file(str(tmp_path / "out/tokenizer.json"))
+    assert saved.truncation == tokenizer.truncation
+    assert saved.padding == tokenizer.padding | {"pad_id": saved.token_to_id("Ġriver")}

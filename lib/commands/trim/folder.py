@@ -91,7 +91,7 @@ def trim_folder(args: argparse.Namespace) -> None:
         of = f" of {part.folder.relative_to(source.folder)}" * (len(source.parts) > 1)
         print(f"vocabulary{of}: {_summary(part.record)}", flush=True)
         tests = texts_to_compare(corpora, text_of)
-        smaller.append(_compare(part, tests))
+        smaller.append(compare_tokenizers(part, tests))
     if args.dry_run:
         print("nothing is written (--dry_run)")
         return
@@ -197,7 +197,7 @@ def _summary(record: dict[str, Any]) -> str:
     return rows + (used.format(**record) if "used" in record else "")
 
 
-def _compare(part: Part, tests: dict[str, list[str]]) -> PreTrainedTokenizerBase:
+def compare_tokenizers(part: Part, tests: dict[str, list[str]]) -> PreTrainedTokenizerBase:
     """Compare the tokens of texts by the tokenizers that users load, and return that of OUT."""
     with temporary_folder() as folder:
         tokenizer = part.write_tokenizer(folder)
