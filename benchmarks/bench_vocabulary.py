@@ -21,20 +21,21 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-import torch
 from tokenizers import normalizers
-from transformers import AutoTokenizer, LlamaTokenizer, PretrainedConfig, PreTrainedTokenizerFast
+from transformers import AutoTokenizer, LlamaTokenizer, PreTrainedTokenizerFast
 from transformers.convert_slow_tokenizer import TikTokenConverter
 
-from lib.data.chats import row_of
+from lib.commands.trim.folder import choose_tokens, compare_tokenizers
+from lib.commands.trim.parts import Part, open_tokenizer
+from lib.commands.trim.proof import texts_to_compare
+from lib.data.chats import plain_text, row_of
 from lib.data.documents import Corpus
 from lib.data.sources import parse_sources
-from lib.model.checkpoint import Checkpoint
+from lib.data.token_choice import PRICE
+from lib.model.checkpoint_rows import Tables
 from lib.util.cli import run
 from lib.util.errors import UserError
 from lib.util.progress import quiet
-from lib.util.ranks import DistContext
-from lib.vocabulary import TrimmedVocabulary, trim_vocabulary
 
 NUMBERS_APART = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*"
@@ -154,26 +155,22 @@ def measure(
     corpus: Corpus,
     count: float,
     tests: list[Corpus],
-) -> tuple[TrimmedVocabulary, float, int]:
+) -> tuple[Part, float, int]:
     """Trim by a number or share of training documents; return seconds, and their number."""
     documents = corpus.documents("train")
     documents = documents[: int(count if count > 1 else count * len(documents))]
-    alone = DistContext(torch.device("cpu"), alone=True)
-    options = dict(rows=max(tokenizer.get_vocab().values()) + 1, config_ids=set())
-    with tempfile.TemporaryDirectory() as folder:
+    args = argparse.Namespace(rows=None, price=PRICE, keep=None)
+    with tempfile.TemporaryDirectory() as texts, tempfile.TemporaryDirectory() as model:
         text = "".join(json.dumps(row_of(each)) + "\n" for each in documents)
-        Path(folder, "train.jsonl").write_text(text, "utf-8")
+        Path(texts, "train.jsonl").write_text(text, "utf-8")
+        tokenizer.save_pretrained(model)
+        tables = Tables(max(tokenizer.get_vocab().values()) + 1, {})
         start = time.perf_counter()
-        trimmed = trim_vocabulary(
-            tokenizer,
-            Checkpoint(name),
-            PretrainedConfig(),
-            [Corpus(source) for source in parse_sources([folder], "--data")],
-            alone,
-            **options,
-        )
-        trimmed.verify(tests)
-    return trimmed, time.perf_counter() - start, len(documents)
+        part = Part(Path(model), name, [], tables, *open_tokenizer(Path(model), name))
+        sources = [Corpus(source) for source in parse_sources([texts], "--data")]
+        choose_tokens(part, args, sources, plain_text, [])
+        compare_tokenizers(part, texts_to_compare(tests, plain_text))
+    return part, time.perf_counter() - start, len(documents)
 
 
 if __name__ == "__main__":

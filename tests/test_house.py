@@ -27,7 +27,7 @@ FLOORS = [
     ["calibration", "offload"],
     ["eval", "prune"],
     ["quantize", "remove"],
-    ["sparse", "vocabulary"],
+    ["sparse"],
     ["recover"],
     ["run"],
     ["main"],

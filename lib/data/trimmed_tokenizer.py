@@ -4,9 +4,6 @@ Byte-pair encoding (byte-level, or with tokens for bytes), Unigram and WordPiece
 text whose tokens are all kept is tokenized as by the original: all merges of its words are kept,
 and the removed merges belong to other words. A text with a removed token is split into smaller
 tokens, down to bytes, and decodes to the same text.
-
-The trimmed tokenizer is written to a folder and loaded from there by AutoTokenizer. A run thus uses
-exactly the tokenizer that a user of the saved model will load.
 """
 
 from __future__ import annotations
@@ -14,20 +11,16 @@ from __future__ import annotations
 import json
 import logging
 import re
-import tempfile
 from collections.abc import Callable, Iterator, Sequence, Set
 from copy import deepcopy
 from functools import cache
-from pathlib import Path
 from typing import Any
 
 from jinja2 import Environment, TemplateSyntaxError, nodes
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from ..util.errors import UserError
-from .sentencepiece import CHECK, check_of
 from .templates import dated_texts, examples
-from .token_ids import map_token_ids
 from .token_kinds import (
     BLANK,
     BYTE_OF_LETTER,
@@ -40,7 +33,6 @@ from .token_kinds import (
     ranks_of,
 )
 
-FLAG = "--trim_vocabulary"
 TEMPLATE = 2**16  # longest accepted chat template, in characters; several times the longest in use
 JINJA = Environment(extensions=["jinja2.ext.loopcontrols"])
 GENERATION = re.compile(r"\{%-?\s*(end)?generation\s*-?%\}")  # a tag that transformers adds
@@ -252,43 +244,6 @@ class TrimmableTokenizer:
         if data["padding"]:
             data["padding"] = data["padding"] | {"pad_id": new_ids[data["padding"]["pad_id"]]}
         return data
-
-    def trimmed_tokenizer(
-        self, kept: Sequence[int], config: Any, trust_remote_code: bool
-    ) -> PreTrainedTokenizerBase:
-        """Return the smaller tokenizer as AutoTokenizer loads it.
-
-        `config` is the model's, which may determine the tokenizer's class. Raises UserError if the
-        loaded tokenizer has other ids than the written one.
-        """
-        new_ids = {index: place for place, index in enumerate(kept)}
-        with tempfile.TemporaryDirectory() as name:
-            folder = Path(name)
-            config.to_json_file(folder / "config.json")
-            self.tokenizer.save_pretrained(folder)
-            text = json.dumps(self.trimmed_json(kept), ensure_ascii=False)
-            (folder / "tokenizer.json").write_text(text, "utf-8")
-            settings = folder / "tokenizer_config.json"
-            fields = json.loads(settings.read_text("utf-8"))
-            fields = map_token_ids(fields, lambda index: new_ids.get(index, index))
-            if check := check_of(self.tokenizer):
-                fields[CHECK] = check
-            settings.write_text(json.dumps(fields, ensure_ascii=False), "utf-8")
-            trimmed = AutoTokenizer.from_pretrained(
-                folder, local_files_only=True, trust_remote_code=trust_remote_code
-            )
-            keep_limits(trimmed)
-        trimmed.name_or_path = self.tokenizer.name_or_path
-        expected = {self.id_to_token[index]: place for index, place in new_ids.items()}
-        wrong = sorted(expected.items() ^ trimmed.get_vocab().items(), key=lambda item: item[1])
-        if wrong:
-            raise UserError(
-                FLAG,
-                f"{type(self.tokenizer).__name__}, saved and loaded again, has another token "
-                f"than {wrong[0][0]!r} at {wrong[0][1]}",
-                "Leave the flag out",
-            )
-        return trimmed
 
 
 def _unsupported(name: str, what: str) -> UserError:

@@ -98,8 +98,8 @@ def tables_of(tensors: Mapping[str, Tensor], what: str, checkpoint: Checkpoint) 
     tables = {n: len(t) for n, t in tensors.items() if paths.get(n) in growing}
     for name, size in tables.items():
         if size != growing[paths[name]]:
-            problem = f"{name} has {size} rows, and its class {growing[paths[name]]}"
-            raise UserError(what, f"{problem}: is it quantized?", "Name the unquantized model")
+            problem = f"{name} has {size} rows, and by config.json {growing[paths[name]]}"
+            raise UserError(what, problem, "Correct it, or name the unquantized model")
     if model:
         embedding = model.get_input_embeddings()
         inputs = {path for path, each in _state(model).items() if each is embedding.weight}
@@ -116,7 +116,7 @@ def tables_of(tensors: Mapping[str, Tensor], what: str, checkpoint: Checkpoint) 
         shape = [*tensor.shape]
         if (name in tables or INPUTS.fullmatch(name) or HEADS.fullmatch(name)) and shape[0] == rows:
             tables[name] = rows
-        elif name in tables:
+        elif name in tables or INPUTS.fullmatch(name) and len(shape) == 2:
             raise UserError(what, f"{name} has {shape[0]} rows for {rows} tokens", FIX)
         elif rows in shape:
             problem = f"{name} {shape} is unknown, and may have a row for each of {rows} tokens"

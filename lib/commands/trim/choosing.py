@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import shutil
 from collections.abc import Callable, Mapping, Sequence, Set
 from functools import cache
 from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -19,6 +21,7 @@ from ...data.token_kinds import Vocabulary
 from ...data.trimming_cost import cost_line
 from ...run.flags import PRICED
 from ...util.errors import UserError, first_of
+from ...util.host import gib
 from ..gguf.llama import INSTALL
 
 TOO_COSTLY = 0.02  # rise of bits per byte above which a line asks for more text
@@ -130,6 +133,15 @@ def check_saving(args: argparse.Namespace, left: int, rows: int, what: str) -> N
         if args.keep or args.rows:
             fix = "Name a shorter list" if args.keep else "Give fewer --rows"
         raise NotWorthIt(what, problem, fix)
+
+
+def check_disk(args: argparse.Namespace, folder: Path, size: int) -> None:
+    """Raise UserError if the disk of the `folder` in which OUT is written has not `size` bytes."""
+    while not folder.exists():
+        folder = folder.parent
+    if (free := shutil.disk_usage(folder).free) < size:
+        problem = f"it needs {gib(size)}, and its disk has {gib(free)} left"
+        raise UserError(f"OUT {args.out}", problem, "Name a place on another disk")
 
 
 def check_cost(args: argparse.Namespace, record: Mapping[str, Any]) -> None:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -26,11 +25,11 @@ from ...data.lines import LINES
 from ...data.token_counts import count_tokens
 from ...util.errors import UserError
 from ...util.files import partial_of, sync, temporary_folder, write_text
-from ...util.host import gib
 from ...util.progress import progress
 from ..gguf.llama import Llama
 from .choosing import (
     check_cost,
+    check_disk,
     check_saving,
     choose_by_text,
     corpora_of,
@@ -76,13 +75,14 @@ def trim_file(args: argparse.Namespace) -> None:
         if args.dry_run:
             print("nothing is written (--dry_run)")
             return
+        check_disk(args, out.parent, size)
         found, expected = {"reason": "it predicts no next token"}, folder / "expected.npy"
         if not lossy:
             predictions = Predictions(file, (before, after), kept, held_out(tests))
             found = predictions.measure(expected)
         check_cost(args, found)
         record |= found
-        with _partial(args.out, out, size) as partial:
+        with _partial(args.out, out) as partial:
             record["seconds_written"] = _write(partial, fields, tensors, file.alignment)
             if "reason" not in found:
                 record |= predictions.verify(partial, expected)
@@ -208,12 +208,9 @@ def _print_sizes(record: dict[str, Any]) -> None:
 
 
 @contextmanager
-def _partial(name: str, out: Path, size: int) -> Iterator[Path]:
+def _partial(name: str, out: Path) -> Iterator[Path]:
     """Yield a new file beside `out`, which is deleted unless it was renamed."""
     out.parent.mkdir(parents=True, exist_ok=True)
-    if (free := shutil.disk_usage(out.parent).free) < size:
-        problem = f"it needs {gib(size)}, and its disk has {gib(free)} left"
-        raise UserError(f"OUT {name}", problem, "Name a file on another disk")
     partial = partial_of(out)
     try:
         partial.touch(exist_ok=False)

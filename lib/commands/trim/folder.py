@@ -34,11 +34,11 @@ from ...model.checkpoint_rows import write_rows
 from ...run.card import LICENSE, LOADING, card, listed, metadata_of
 from ...util.errors import UserError, first_of
 from ...util.files import check_new_folder, clone, staged_folder, temporary_folder, write_text
-from ...util.host import gib
 from ...util.markdown import escape
 from ...util.progress import quiet
 from .choosing import (
     check_cost,
+    check_disk,
     check_saving,
     choose_by_text,
     corpora_of,
@@ -77,10 +77,11 @@ def trim_folder(args: argparse.Namespace) -> None:
         of = f" of {part.folder.relative_to(source.folder)}" * (len(source.parts) > 1)
         print(f"vocabulary{of}: {_summary(part.record)}", flush=True)
         tests = texts_to_compare(corpora, text_of)
-        smaller.append(_compare(part, tests))
+        smaller.append(compare_tokenizers(part, tests))
     if args.dry_run:
         print("nothing is written (--dry_run)")
         return
+    check_disk(args, Path(args.out).absolute().parent, source.table_bytes)
     texts, proof, found = held_out(tests) or LINES, None, {"reason": "it predicts no next token"}
     if source.is_causal:
         (part,) = source.parts
@@ -182,7 +183,7 @@ def _summary(record: dict[str, Any]) -> str:
     return rows + (used.format(**record) if "used" in record else "")
 
 
-def _compare(part: Part, tests: dict[str, list[str]]) -> PreTrainedTokenizerBase:
+def compare_tokenizers(part: Part, tests: dict[str, list[str]]) -> PreTrainedTokenizerBase:
     """Compare the tokens of texts by the tokenizers that users load, and return that of OUT."""
     with temporary_folder() as folder:
         tokenizer = part.write_tokenizer(folder)
@@ -207,15 +208,13 @@ def _write(source: ModelFiles, stage: Path, args: argparse.Namespace) -> tuple[i
     for name, path in source.files.items():
         part, target = source.part_of(path), stage / name
         target.parent.mkdir(parents=True, exist_ok=True)
-        if path in part.weights and part.tables.names.keys() & part.sizes(path).keys():
+        if path in part.tabled:
             tables.append((part, path, target))
             size += sum(part.sizes(path).values())
         elif not source.is_made(path) and not clone(path, target, is_cached):
             copied.append((path, target))
             size += path.stat().st_size
-    if (free := shutil.disk_usage(stage).free) < size:
-        problem = f"it needs {gib(size)}, and its disk has {gib(free)} left"
-        raise UserError(f"OUT {args.out}", problem, "Name a folder on another disk")
+    check_disk(args, stage, size)
     for pair in copied:
         shutil.copyfile(*pair)
     kept = {id(part): part.tables.kept(part.rows, part.what) for part in source.parts}

@@ -165,6 +165,11 @@ class Part:
         names, rows, tensors = self.tables.names, len(self.rows), load_file(file).items()
         return {n: t.nbytes // names[n] * rows if n in names else t.nbytes for n, t in tensors}
 
+    @cached_property
+    def tabled(self) -> list[Path]:
+        """The files of weights that hold a table."""
+        return [path for path in self.weights if self.tables.names.keys() & load_file(path).keys()]
+
     def write_settings(self, path: Path, target: Path) -> None:
         """Write a file of settings with the new ids and sizes."""
         text = json.dumps(self.renumbered(path), indent=2, ensure_ascii=False)
@@ -232,6 +237,12 @@ class ModelFiles:
                 if path.suffix == ".json" and path.name not in (TOKENIZER, *MADE_AGAIN):
                     if isinstance(fields := read_json(path), dict):
                         self.part_of(path).settings[path] = fields
+
+    @property
+    def table_bytes(self) -> int:
+        """The bytes of OUT's files with a table, which are written in any case."""
+        files = ((part, file) for part in self.parts for file in part.tabled)
+        return sum(sum(part.sizes(file).values()) for part, file in files)
 
     def part_of(self, path: Path) -> Part:
         """Return the part that a file belongs to: the innermost around it, else the first."""
