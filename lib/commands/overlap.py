@@ -19,7 +19,6 @@ import sys
 import textwrap
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
 from itertools import combinations
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -47,14 +46,14 @@ NUMBERED = re.compile(r"(?:^|\.)(\d+)\.")
 class Masks:
     """The masks of a RUN, bool: of a matrix's weights, or of a block's neurons or experts (1, n).
 
-    `read` has a function for each, so that two large models need not fit in memory.
+    `read` returns one by its name, so that two large models need not fit in memory.
     """
 
     path: Path
     label: str
     calibration: str | None  # the text, if known
     shapes: dict[str, tuple[int, ...]]
-    read: dict[str, Callable[[], Tensor]]
+    read: Callable[[str], Tensor]
 
 
 def block_and_linear(name: str) -> tuple[int, str] | None:
@@ -69,12 +68,11 @@ def block_and_linear(name: str) -> tuple[int, str] | None:
 def masks_of(path: Path) -> Masks:
     """Return the masks of a RUN. Raises UserError if none can be read."""
     if path.is_file():
-        from ..model.masks import read_packed
+        from ..model.masks import read_packed, unpacked
 
         packed = read_packed(path)
         shapes = {name: shape for name, (shape, _) in packed.items()}
-        read = {name: partial(_unpacked, name, bits) for name, bits in packed.items()}
-        return Masks(path, path.name, None, shapes, read)
+        return Masks(path, path.name, None, shapes, lambda name: ~unpacked({"": packed[name]})[""])
     if not path.is_dir():
         problem = "no such folder or file exists"
         raise UserError(f"RUN {path}", problem, "Name that of a saved model")
@@ -84,13 +82,16 @@ def masks_of(path: Path) -> Masks:
         calibration = (results.get("calibration") or {}).get("name") or NONE
         label = f"{calibration} (seed {results.get('seed') or 0})"
         if smaller := results.get(kind := results.get("sparsity_type")):
-            read = {
-                f"layers.{block}.{kind}": partial(_stay, smaller["before"], removed)
+            import torch
+
+            units = torch.arange(smaller["before"])
+            kept = {
+                f"layers.{block}.{kind}": ~torch.isin(units, torch.tensor(removed))[None]
                 for block, removed in enumerate(smaller["removed"])
                 if removed
             }
-            shapes = dict.fromkeys(read, (1, smaller["before"]))
-            return Masks(path, label, calibration, shapes, read)
+            shapes = dict.fromkeys(kept, (1, len(units)))
+            return Masks(path, label, calibration, shapes, kept.__getitem__)
         saved = results.get("flags", {}).get("save_model")
         if not saved:
             fix = "Name its file of --save_masks, or run it again with --save_model"
@@ -102,26 +103,13 @@ def masks_of(path: Path) -> Masks:
     return Masks(path, label, calibration, *_saved(path, folder))
 
 
-def _unpacked(name: str, bits: tuple[tuple[int, int], Tensor]) -> Tensor:
-    """Return the mask of kept weights from the bits of pruned ones."""
-    from ..model.masks import unpacked
-
-    return ~unpacked({name: bits})[name]
-
-
-def _stay(before: int, removed: list[int]) -> Tensor:
-    import torch
-
-    kept = torch.ones(1, before, dtype=torch.bool)
-    kept[:, removed] = False
-    return kept
-
-
-def _saved(path: Path, folder: Path) -> tuple[dict, dict]:
-    """Return shapes and readers of the matrices in a checkpoint's blocks, dense or packed."""
+def _saved(path: Path, folder: Path) -> tuple[dict, Callable[[str], Tensor]]:
+    """Return shapes and a reader of the matrices in a checkpoint's blocks, dense or packed."""
     from safetensors import SafetensorError, safe_open
 
-    config, shapes, read, files = folder / "config.json", {}, {}, {}
+    from ..formats.packed.layout import kept_of
+
+    config, shapes, files = folder / "config.json", {}, {}
     try:
         settings = json.loads(config.read_text("utf-8")) if config.is_file() else {}
         packed = (settings.get("quantization_config") or {}).get("linears") or {}
@@ -133,28 +121,23 @@ def _saved(path: Path, folder: Path) -> tuple[dict, dict]:
         raise UserError(f"RUN {path}", f"it cannot be read ({error})", "Save it again") from error
     if not files:
         raise UserError(f"RUN {path}", "no *.safetensors are there", "Name a saved model")
-    for name, (shard, shape) in files.items():
+    for name, (_, shape) in files.items():
         linear, _, part = name.rpartition(".")
         if block_and_linear(name) is None:
             continue
         if linear in packed and part == "mask":
-            rows, width = packed[linear][:2]
-            shapes[f"{linear}.weight"] = (rows, width)
-            read[f"{linear}.weight"] = partial(_kept, shard, name, width)
+            shapes[f"{linear}.weight"] = tuple(packed[linear][:2])
         elif linear not in packed and len(shape) in (2, 3):
-            shapes[name], read[name] = shape, partial(_kept, shard, name)
-    return shapes, read
+            shapes[name] = shape
 
+    def kept(name: str) -> Tensor:
+        linear = name.removesuffix(".weight")
+        stored = f"{linear}.mask" if linear in packed else name
+        with safe_open(files[stored][0], framework="pt") as file:
+            tensor = file.get_tensor(stored)
+        return kept_of(tensor, shapes[name][1]) if linear in packed else tensor != 0
 
-def _kept(shard: Path, name: str, width: int | None = None) -> Tensor:
-    """Return the mask of a dense weight, or with `width` that of a packed one."""
-    from safetensors import safe_open
-
-    from ..formats.packed.layout import kept_of
-
-    with safe_open(shard, framework="pt") as file:
-        tensor = file.get_tensor(name)
-    return tensor != 0 if width is None else kept_of(tensor, width)
+    return shapes, kept
 
 
 def compare_masks(runs: Sequence[str | Path], noise: Sequence[str | Path] = ()) -> DataFrame:
@@ -212,9 +195,9 @@ def _pruned_matrices(masks: Sequence[Masks]) -> Iterator[tuple[str, list[Tensor]
             here, there = (each.shapes.get(name, "missing") for each in (run, first))
             problem = f"tensor {name} is {here} here but {there} in {first.path}"
             raise UserError(f"RUN {run.path}", problem, "Compare prunings of one model")
-    with progress(len(first.read), "comparing", "matrix") as advance:
-        for name in sorted(first.read, key=lambda name: (block_and_linear(name)[0], name)):
-            kept = [each.read[name]() for each in masks]
+    with progress(len(first.shapes), "comparing", "matrix") as advance:
+        for name in sorted(first.shapes, key=lambda name: (block_and_linear(name)[0], name)):
+            kept = [each.read(name) for each in masks]
             advance(1)
             if all((~mask).float().mean() > MIN_ZEROS for mask in kept):
                 yield name, kept

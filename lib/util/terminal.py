@@ -69,23 +69,17 @@ def _narrow(table: str, width: int) -> str:
     figures = [c[1:] if a is str.rjust else () for c, a in zip(columns, aligned, strict=True)]
     figures = [max(map(len, cells), default=0) for cells in figures]
     least, sizes = _sizes(columns, broken=True), _sizes(columns)
-    words = [[[*map(len, cell.split())] for cell in column] for column in columns]
 
     @cache
     def lines_of(place: int, size: int) -> list[int]:
-        return [_line_count(lengths, size) for lengths in words[place]]
+        return [max(1, len(textwrap.wrap(cell, size, **WORDS))) for cell in columns[place]]
+
+    def cost(narrowed: int) -> tuple[bool, int, int]:
+        lines = [lines_of(place, size - (place == narrowed)) for place, size in enumerate(sizes)]
+        height = sum(map(max, zip(*lines, strict=True)))
+        return sizes[narrowed] <= figures[narrowed], height, -sizes[narrowed]
 
     while sum(sizes) + 3 * len(sizes) + 1 > width:
-        lines = [lines_of(place, size) for place, size in enumerate(sizes)]
-        height = sum(map(max, zip(*lines, strict=True)))
-
-        def cost(place: int, lines: list = lines, height: int = height) -> tuple[bool, int, int]:
-            narrowed = lines_of(place, sizes[place] - 1)
-            if narrowed != lines[place]:
-                others = lines[:place] + lines[place + 1 :]
-                height = sum(map(max, zip(narrowed, *others, strict=True)))
-            return sizes[place] <= figures[place], height, -sizes[place]
-
         free = [place for place, size in enumerate(sizes) if size > least[place]]
         sizes[min(free, key=cost)] -= 1
     cells = [
@@ -95,13 +89,3 @@ def _narrow(table: str, width: int) -> str:
     lines = [*head, ["-" * size for size in sizes], *(line for row in body for line in row)]
     padded = ([a(*of) for a, *of in zip(aligned, line, sizes, strict=True)] for line in lines)
     return "\n".join(f"| {' | '.join(line)} |" for line in padded)
-
-
-def _line_count(lengths: list[int], width: int) -> int:
-    """Return in how many lines of `width` words of these lengths are broken."""
-    count, used = 1, -1
-    for length in lengths:
-        used += 1 + length
-        if used > width and used > length:
-            count, used = count + 1, length
-    return count
