@@ -14,6 +14,7 @@ from torch.nn.functional import cross_entropy
 
 from ...formats.registry import EXPORTED
 from ...model.checkpoint import Checkpoint, as_user_error, weight_bytes
+from ...model.pretrained import window_length
 from ...run.card import converted_card
 from ...util.errors import UserError
 from ...util.files import staged_folder
@@ -64,7 +65,8 @@ def run_both(source: ModelFolder, engine: Any, stage: Path, new: str) -> list[st
         what = "predictions and the order of rows"
         return [f"not verified: {what} (comparing them needs {gib(needed)} of memory)"]
     windows = windows_of(source.tokenizer, {"": LINES}, source.config)[""]
-    windows = [ids[:SHORT] for ids in windows]
+    longest = min(SHORT, window_length(source.config, None) - 1)  # onnx wants room for one more
+    windows = [ids[:longest] for ids in windows]
     new_logits, tables = engine.load(stage)
     out_logits, _ = load_transformers(source.folder, tables)
     loss = partial(cross_entropy, reduction="none")
