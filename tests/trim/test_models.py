@@ -41,7 +41,6 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(autouse=True)
 def small_steps(monkeypatch: pytest.MonkeyPatch) -> None:
     """Of a tiny vocabulary, most of which is bytes."""
-    monkeypatch.setattr("lib.data.trimming_cost.MOST", 512)
     monkeypatch.setattr("lib.data.token_choice.MULTIPLE", 8)
 
 
