@@ -7,6 +7,7 @@ import shutil
 import sys
 from pathlib import Path
 
+import chats
 import numpy as np
 import pytest
 import tiny
@@ -22,7 +23,11 @@ import kinds  # noqa: E402
 from lib.commands.trim import folder as folder_module  # noqa: E402
 from lib.commands.trim import logits as logits_module  # noqa: E402
 from lib.commands.trim.__main__ import main  # noqa: E402
+from lib.data.chats import plain_text  # noqa: E402
+from lib.data.documents import Corpus  # noqa: E402
 from lib.data.sentencepiece import write_tokenizer_model  # noqa: E402
+from lib.data.sources import parse_sources  # noqa: E402
+from lib.data.token_counts import count_tokens  # noqa: E402
 from lib.data.trimming_cost import pieces_of  # noqa: E402
 from lib.model.checkpoint_rows import with_defaults  # noqa: E402
 from lib.util.files import clone  # noqa: E402
@@ -41,7 +46,6 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(autouse=True)
 def small_steps(monkeypatch: pytest.MonkeyPatch) -> None:
     """Of a tiny vocabulary, most of which is bytes."""
-    monkeypatch.setattr("lib.data.trimming_cost.MOST", 512)
     monkeypatch.setattr("lib.data.token_choice.MULTIPLE", 8)
 
 
@@ -53,13 +57,16 @@ def logits(model: PreTrainedModel, ids: torch.Tensor) -> torch.Tensor:
 @pytest.mark.parametrize("name", representative(EVERY, QUICK))
 def test_same_logits_of_every_architecture(name: str, tmp_path: Path) -> None:
     """Also where a table for all blocks has fewer rows than the vocabulary."""
-    texts = tiny.write_texts(tmp_path / "uk", train=[" ".join(tiny.WORDS[:4])] * 12, test=12)
-    tiny.write_model(tmp_path / "model", EVERY[name](), tiny.tiny_tokenizer())
+    tokenizer = tiny.tiny_tokenizer()
+    last = tokenizer.decode([297, 298, 299])  # beyond the smaller table
+    texts = tiny.write_texts(tmp_path / "uk", train=[last, *[tiny.WORDS[0]] * 11], test=12)
+    tiny.write_model(tmp_path / "model", EVERY[name](), tokenizer)
     argv = [tmp_path / "model", tmp_path / "out", "--data", texts]
     said = succeed(*argv, program=main).out
     assert "logits after 24 beginnings" in said and "not verified" not in said
     listed = json.loads((tmp_path / "out/vocabulary.json").read_text("utf-8"))
     rows = torch.tensor(listed["rows"])
+    assert {297, 298, 299} <= set(listed["ids"])
     ids = torch.randint(len(rows), (2, 24), generator=torch.Generator().manual_seed(0))
     before, after = loaded(tmp_path / "model"), loaded(tmp_path / "out")
     expected = logits(before, rows[ids])[..., rows]
@@ -231,3 +238,25 @@ def test_padding_and_truncation_are_written_as_loaded(place: Path, tmp_path: Pat
     saved = Tokenizer.from_file(str(tmp_path / "out/tokenizer.json"))
     assert saved.truncation == tokenizer.truncation
     assert saved.padding == tokenizer.padding | {"pad_id": saved.token_to_id("Ġriver")}
+
+
+def test_every_tenth_document_of_all_is_held_out(tmp_path: Path) -> None:
+    """Numbered through over sources whose first is no multiple of ten, dialogues too."""
+    letters = [chr(ord("A") + number) for number in range(45)]
+    rows = [{"text": letter} for letter in letters]
+    rows[20:30] = [
+        {"messages": chats.said(a, b)} for a, b in zip(letters[20:30], "x" * 10, strict=False)
+    ]
+    for name, part in (("one", rows[:13]), ("two", rows[13:20]), ("three", rows[20:])):
+        text = "\n".join(json.dumps(row) for row in part)
+        (tmp_path / f"{name}.jsonl").write_text(text, "utf-8")
+    sources = parse_sources(
+        [str(tmp_path / f"{n}.jsonl") for n in ("one", "two", "three")], "--data"
+    )
+
+    def encode(texts: list[str]) -> list[np.ndarray]:
+        return [np.frombuffer(text[:1].encode(), np.uint8) for text in texts]
+
+    counts = count_tokens([*map(Corpus, sources)], encode, plain_text, 256, 0.2)
+    assert {chr(i) for i in np.flatnonzero(counts[0])} == set(letters)
+    assert {chr(i) for i in np.flatnonzero(counts[1])} == set(letters[9::10])

