@@ -214,10 +214,9 @@ def _passages(corpus: Corpus, rng: random.Random) -> Iterator[Document]:
 
     more: list[Document] = []
     for document in shuffle_stream(corpus.documents("train"), rng):
-        first, *others = pieces_of(document) or [None]
-        more += others
-        if first is not None:
-            yield first
+        pieces = pieces_of(document)
+        yield from pieces[:1]
+        more += pieces[1:]
     rng.shuffle(more)
     yield from more
 
