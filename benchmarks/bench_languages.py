@@ -18,8 +18,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from lib.commands.sweep.run import run_unless_finished
-from lib.run.flags import build_parser
+from lib.commands.sweep.run import main as run_in_sweep
 from lib.util.cli import add_debug_flag, run, split_argv
 
 FIGURES = "windows bits_per_byte kl kl_standard_error loss_change loss_change_standard_error"
@@ -45,7 +44,7 @@ def main(argv: list[str]) -> None:
         folder = args.out / name.replace(" ", "-")
         flags = [*common, *texts.values(), "--calibration_data", *sources, "--save", str(folder)]
         folder.mkdir(parents=True, exist_ok=True)
-        run_unless_finished(build_parser().parse_args(flags), args.out / "shared")
+        run_in_sweep([str(args.out / "shared"), "--", *flags])
         results = json.loads((folder / "results.json").read_text("utf-8"))
         for test, measured in zip(names, results["evaluation"], strict=True):
             row = {"calibrated_on": name, "trained_tokens": 0, "measured_on": test}

@@ -57,9 +57,8 @@ class NoDialogues(UserError):
 
 
 def main(argv: list[str]) -> None:
-    args, began = _parser().parse_args(argv), time.monotonic()
     try:
-        answer(args, began)
+        answer(_parser().parse_args(argv), time.monotonic())
     except NoDialogues as error:
         print(f"error: {one_line(str(error))}", file=sys.stderr, flush=True)
         raise SystemExit(NO_DIALOGUES) from error
@@ -115,10 +114,11 @@ def answer(args: argparse.Namespace, began: float) -> None:
         dtype = pick_dtype("auto", config, device)
         model = load_model(checkpoint, config, dtype=dtype, device_map={"": device})
         out.parent.mkdir(parents=True, exist_ok=True)
-        shown = progress(args.count - count, "answering", "dialogue")
-        if args.fill:
-            shown = progress(args.fill - size, "answering", "token")
-        with shown as bar, out.open("a", encoding="utf-8") as file:
+        goal = (args.fill - size, "token") if args.fill else (args.count - count, "dialogue")
+        with (
+            progress(goal[0], "answering", goal[1]) as bar,
+            out.open("a", encoding="utf-8") as file,
+        ):
             for start in range(0, len(left), args.batch_size):
                 full = count >= args.count or size >= fill
                 if full or time.monotonic() - began > 60 * args.minutes:
@@ -142,7 +142,11 @@ def answer(args: argparse.Namespace, began: float) -> None:
                         count, size = count + 1, size + more
                         bar(more if args.fill else 1)
                 file.flush()
-                _check_ends(args, left_out.total(), ended, len(batch))
+                tried = left_out.total()
+                if tried - len(batch) < TRIED <= tried and ended < ENDED:
+                    problem = f"only {ended} of {tried} answers end within {args.tokens} tokens"
+                    fix = "Use a chat model, or more --tokens"
+                    raise NoDialogues(f"MODEL {args.model}", problem, fix)
     reasons = [f"{number} that {reason}" for reason, number in left_out.items() if reason]
     left = f"; left out: {', '.join(reasons)}" * bool(reasons)
     of = f" of {size:,} tokens" * bool(args.fill)
@@ -178,13 +182,6 @@ def _problem(endless: bool, text: str, script: str | None) -> str | None:
     return None if script_of(text) in (script, None) else "are in another script than the prompts"
 
 
-def _check_ends(args: argparse.Namespace, tried: int, ended: int, new: int) -> None:
-    """Raise NoDialogues if few of the first answers end; the last `new` of those tried are new."""
-    if tried - new < TRIED <= tried and ended < ENDED:
-        problem = f"only {ended} of {tried} answers end within {args.tokens} tokens"
-        raise NoDialogues(f"MODEL {args.model}", problem, "Use a chat model, or more --tokens")
-
-
 def _prompts(
     corpora: Sequence[Corpus],
     tokenizer: PreTrainedTokenizerBase,
@@ -217,10 +214,9 @@ def _passages(corpus: Corpus, rng: random.Random) -> Iterator[Document]:
 
     more: list[Document] = []
     for document in shuffle_stream(corpus.documents("train"), rng):
-        first, *others = pieces_of(document) or [None]
-        more += others
-        if first is not None:
-            yield first
+        pieces = pieces_of(document)
+        yield from pieces[:1]
+        more += pieces[1:]
     rng.shuffle(more)
     yield from more
 
@@ -257,8 +253,11 @@ def _answered(out: Path, writer: dict[str, Any]) -> list[Dialogue]:
     text = out.read_bytes() if out.exists() else b""
     whole, _, last = text.rpartition(b"\n")
     if last.strip():
-        complete = _is_json(last)  # an editor left out the line break
-        text = text + b"\n" if complete else whole + b"\n" * bool(whole)
+        try:
+            json.loads(last)
+            text += b"\n"  # an editor left out the line break
+        except ValueError:
+            text = whole + b"\n" * bool(whole)
         write_text(out, text)
     if not text.strip():
         return []
@@ -271,11 +270,3 @@ def _answered(out: Path, writer: dict[str, Any]) -> list[Dialogue]:
             fix = "Give the same model, prompts and flags, or name a new file"
             raise UserError(f"OUT {out}", f"{problem}{writer[name]!r}", fix)
     return [*Corpus(source).documents("train")]
-
-
-def _is_json(line: bytes) -> bool:
-    try:
-        json.loads(line)
-    except ValueError:
-        return False
-    return True

@@ -17,7 +17,7 @@ import json
 import re
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from itertools import chain, islice
+from itertools import chain, groupby, islice
 from pathlib import Path
 
 from ..util.cli import make_parser
@@ -47,17 +47,11 @@ def find_dumps(folder: Path) -> dict[str, Path]:
 def documents(lines: Iterable[str]) -> Iterator[str]:
     """Yield the documents between dividers without their blank lines; empty ones are left out."""
     document: list[str] = []
-    n_blank = 0
-    for line in chain(lines, ["\n"] * DIVIDER):
-        if line.isspace():
-            n_blank += 1
-        else:
-            n_blank = 0
-            document.append(line)
-        if n_blank == DIVIDER:
-            n_blank = 0
-            if document:
-                yield "".join(document)
+    for blank, group in groupby(chain(lines, ["\n"] * DIVIDER), str.isspace):
+        if not blank:
+            document += group
+        elif document and len(list(group)) >= DIVIDER:
+            yield "".join(document)
             document = []
 
 
@@ -83,7 +77,6 @@ def build(dumps: dict[str, Path], out: Path) -> None:
 
     Raises UserError if a genre has too few long documents.
     """
-    check_new_folder("OUT", str(out))
     train: list[str] = []
     test: list[str] = []
     for genre, dump in dumps.items():

@@ -10,10 +10,9 @@ import chats
 import pytest
 import tiny
 from approval import Words
-from support import Done, call, mistake, program_of
+from support import Done, call, mistake, program_of, succeed
 
 from lib.commands import dialogues
-from lib.data.chats import Dialogue
 from lib.data.documents import Corpus
 from lib.data.languages import REQUESTS
 from lib.data.sources import parse_sources
@@ -45,15 +44,8 @@ def rows(name: str = "a.jsonl") -> list[list[dict[str, str]]]:
     return [json.loads(line)["messages"] for line in lines if line]
 
 
-def documents() -> list[Dialogue]:
-    (source,) = parse_sources(["a.jsonl"], "--data")
-    return [*Corpus(source).documents("train")]
-
-
 def write(*argv: object) -> Done:
-    done = call(*argv, *FLAGS, program=main)
-    assert done.status == 0, done.err
-    return done
+    return succeed(*argv, *FLAGS, program=main)
 
 
 @pytest.mark.usefixtures("any_script")
@@ -90,6 +82,7 @@ def test_what_is_left_out_is_counted(monkeypatch: pytest.MonkeyPatch, words: Wor
         assert answered["content"] == "старим містом"
 
 
+@pytest.mark.usefixtures("any_script")
 def test_an_answer_that_does_not_end_is_cut_after_its_last_sentence(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -100,7 +93,6 @@ def test_an_answer_that_does_not_end_is_cut_after_its_last_sentence(
     tokenizer = tiny.tiny_tokenizer(add_bos=False)
     ended, endless = tokenizer.encode("quiet town"), tokenizer.encode("the river. a quiet town")
     endless = (endless * 24)[:24]
-    monkeypatch.setattr(dialogues, "script_of", lambda text: "LATIN")
     answers = [ended, *[endless] * 3]
     monkeypatch.setattr("lib.run.completions.continue_rows", lambda *_: answers)
     write(*BASE, "--batch_size", "4")
@@ -137,8 +129,9 @@ def test_too_little_to_calibrate_on_has_a_status_of_its_own(
 @pytest.mark.usefixtures("any_script")
 def test_it_ends_with_as_many_tokens_as_asked_for() -> None:
     done = write("model", "a.jsonl", "--data", "texts", "--fill", "400")
-    tokenizer = chats.tokenizer_with(chats.GEMMA)
-    lengths = [len(sample_of_dialogue(tokenizer, dialogue).ids) for dialogue in documents()]
+    tokenizer, (source,) = chats.tokenizer_with(chats.GEMMA), parse_sources(["a.jsonl"], "--data")
+    documents = Corpus(source).documents("train")
+    lengths = [len(sample_of_dialogue(tokenizer, dialogue).ids) for dialogue in documents]
     assert f"{len(lengths)} dialogues of {sum(lengths):,} tokens" in done.out
     assert sum(lengths[:-1]) < 400 <= sum(lengths) and 2 < len(lengths) < 12
     first = rows()

@@ -67,13 +67,6 @@ def test_words_of_a_chat_model_are_asked_for_after_all_that_was_said(tmp_path: P
         assert said and whole[1]["content"].startswith(f"{said} {right}.")
 
 
-def write_documents(folder: Path, texts: list[str]) -> Path:
-    folder.mkdir()
-    lines = [json.dumps({"text": text}, ensure_ascii=False) for text in texts]
-    (folder / "test.jsonl").write_text("\n".join(lines), "utf-8")
-    return folder
-
-
 def sentence(number: int) -> str:
     """Words of tiny's texts, then in turn one of four that are as long and as frequent."""
     words = random.Random(number).choices("сонце ріка тихо пливе".split(), k=14)
@@ -86,7 +79,7 @@ def place(tmp_path: Path) -> Path:
     pytest.importorskip("lm_eval", reason="needs the package lm-eval")
     tiny.write_model(tmp_path / "model")
     tiny.write_texts(tmp_path / "uk")
-    data = write_documents(tmp_path / "words", [sentence(number) for number in range(40)])
+    data = tiny.write_texts(tmp_path / "words", 1, map(sentence, range(40)))
     pairs = [{"good": f"ріка пливе {i}", "bad": f"пливе ріка {i}"} for i in range(9)]
     (tmp_path / "pairs.jsonl").write_text("\n".join(map(json.dumps, pairs)))
     main([str(data), str(tmp_path / "tasks"), "--language", "uk", "--pairs", "pairs.jsonl"])

@@ -22,15 +22,17 @@ from ...util.processes import import_own
 OUTPUT = "output.txt"  # output of main.py; marks a folder that a sweep has made
 
 
-def run_unless_finished(flags: Flags, shared: Path) -> None:
-    """Run main.py with `flags`, unless it has finished; new results replace earlier ones."""
+def main(argv: list[str]) -> None:
+    """Run main.py with FLAGS, unless it has finished; new results replace earlier ones."""
     from ...run.check import check, check_outputs, open_folder
 
+    (shared,), words = split_argv(argv)
+    flags = build_parser().parse_args(words)
     folder, printed = Path(flags.save), io.StringIO()
     # the check must not touch finished files
     outputs = dict.fromkeys(named(output=True))
     with redirect_stdout(printed):
-        run = check(Flags(**vars(flags) | outputs), shared)
+        run = check(Flags(**vars(flags) | outputs), Path(shared))
     if (folder / RESULTS).is_file():
         reason = _reason_to_run_again(flags, run.fingerprint)
         if not reason:
@@ -64,8 +66,3 @@ def _reason_to_run_again(flags: Flags, now: dict[str, dict]) -> str | None:
     if flags.save_masks and not Path(flags.save_masks).is_file():
         return "its masks are missing"
     return None
-
-
-def main(argv: list[str]) -> None:
-    (shared,), flags = split_argv(argv)
-    run_unless_finished(build_parser().parse_args(flags), Path(shared))
