@@ -19,6 +19,7 @@ starts them) or `kill N:` (SIGKILL when file N+1 of --resume is complete and abo
 from __future__ import annotations
 
 import argparse
+import csv
 import hashlib
 import json
 import os
@@ -43,7 +44,7 @@ VARYING = r"second|minute|time|date|version|path|host|commit|memory|peak|speed|p
 VARYING += (
     r"|revision|created|threads|cpu|checkpoint|command|argv|pid|_name_or|free|is_local|files_on"
 )
-UNREAD = (".png", ".pdf", ".svg", ".md", ".tex", ".log", ".html")
+UNREAD = ".png", ".svg", ".md", "said", "output.txt"  # pictures, and text that others record
 
 
 def make_place(place: Path) -> None:
@@ -219,7 +220,7 @@ def left_behind(folder: Path) -> dict[str, Any]:
     found: dict[str, dict] = {"tensors": {}, "masks": {}, "files": {}, "figures": {}}
     for path in sorted(folder.rglob("*")):
         name = str(path.relative_to(folder))
-        if path.is_symlink() or not path.is_file() or path.suffix in UNREAD or name == "said":
+        if path.is_symlink() or not path.is_file() or name.endswith(UNREAD):
             continue
         given = "-trimmed/" in name
         if path.suffix == ".safetensors" and not given:
@@ -236,6 +237,10 @@ def left_behind(folder: Path) -> dict[str, Any]:
             if path.name.endswith("vocabulary.json"):
                 lists = {key: digest_of(value[key]) for key in ("ids", "tokens", "rows")}
                 found["files"][path.name] = lists
+        elif path.suffix == ".csv":
+            rows = csv.DictReader(path.read_text("utf-8").replace(str(folder), "").splitlines())
+            lines = {f"{number}: {k}": v for number, row in enumerate(rows) for k, v in row.items()}
+            found["files"][name] = without_varying(lines)
         elif not given:
             lines = path.read_bytes().replace(str(folder).encode(), b"").splitlines(keepends=True)
             if path.suffix == ".txt":

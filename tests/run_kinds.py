@@ -11,7 +11,7 @@ from __future__ import annotations
 import re
 
 BASE = "--device cpu --seqlen 32 --nsamples 8 --completions 0 --eval_data uk --calibration_data uk"
-COMMANDS = "compress dialogues export gguf overlap report sweep trim unpack".split()
+COMMANDS = "compress export gguf overlap report sweep trim unpack".split()
 TRAIN = "--recover 768"  # three steps of eight windows
 PACK, INT4 = "--replace_sparse_layers", "--replace_sparse_layers --quantize int4"
 WANDA, SPARSEGPT, ADMM = (f"--prune_method {name}" for name in ("wanda", "sparsegpt", "admm"))
@@ -93,7 +93,7 @@ SMALL_TEXT = f"--data uk --device cpu --recover 0 --seqlen 32 {FAST}"
 ARCHITECTURES = ["Mistral", "Qwen2", "Gemma 2", "Gemma 3", "Phi-3"]
 ARCHITECTURES += ["GPT-2", "OPT", "BLOOM", "GPT-NeoX", "Mixtral", "Mamba", "Zamba2"]
 PATTERNS = ["unstructured", "2:4", "4:8"]
-SOME = ["wanda", "sparsegpt 2:4", "admm 2:4", "by error", "experts pruned", "sparsegpt neurons"]
+SOME = ["wanda", "sparsegpt 2:4", "admm 2:4", "by error", "sparsegpt neurons", "experts pruned"]
 RECORDED = {  # `ranks N:`, `resumed N:` and `kill N:` are explained in compare_commits.py
     f"{name}, {flags.split()[1]}": f"'{name}' {flags} --sparsity_type {PATTERNS[(i + j) % 3]}"
     for i, name in enumerate(ARCHITECTURES)
@@ -104,7 +104,7 @@ RECORDED |= {
 }
 RECORDED |= {f"resumed, {kind}": f"resumed 2: {KINDS[kind]}" for kind in [*SOME[:4], "q4_0"]}
 RECORDED |= {f"offload, {kind}": f"{KINDS[kind]} {OFFLOAD}" for kind in [*SOME[:4], "packed"]}
-CUDA = [*SOME, "trained", "packed", "int4", "int4, trained", "tied"]
+CUDA = [*SOME[:5], "trained", "packed", "int4", "int4, trained", "tied"]
 RECORDED |= {f"cuda {kind}": KINDS[kind] for kind in CUDA}
 RECORDED |= {
     f"{kind}, again": f"{KINDS[kind]}; {KEPT}; unpack model dense"
@@ -187,7 +187,6 @@ RECORDED |= {
     "report runs --csv runs.csv --latex runs.tex --against runs/one",
     "sweep": f"sweep --models llama --methods wanda --types 2:4 --calibration uk -- {FAST} "
     "--device cpu --seqlen 32 --completions 0; report runs --csv runs.csv",
-    "dialogues, written": "dialogues chat new.jsonl --data chats --count 8",
     "compress: text": f"compress wide small {SMALL_TEXT}",
     "compress: dialogues": f"compress chat small --dialogues 8 --quantize q4_0 {SMALL_TEXT}",
 }

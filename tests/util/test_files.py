@@ -35,6 +35,17 @@ def test_what_lies_beside_a_new_folder_is_not_taken_over(tmp_path: Path) -> None
     check_new_folder("--save_model", str(tmp_path / "new"))  # which may be continued
 
 
+def test_a_folder_has_its_name_once_all_of_it_is_on_the_disk(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    done: list[str] = []
+    monkeypatch.setattr(os, "fsync", lambda of: done.append(os.readlink(f"/proc/self/fd/{of}")))
+    monkeypatch.setattr(Path, "rename", lambda path, target: done.append("renamed"))
+    with staged_folder(tmp_path / "new", "OUT") as stage:
+        (stage / "config.json").write_text("{}")
+    assert done == [str(stage / "config.json"), "renamed", str(tmp_path)]
+
+
 def test_others_may_read_what_the_umask_lets_them(tmp_path: Path) -> None:
     """safetensors keeps what it writes from them."""
     before = os.umask(0o027)
