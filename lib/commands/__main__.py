@@ -35,11 +35,6 @@ MODEL: Hub id (owner/name) or local folder."""
 NAMES = re.findall(r"(?m)^  (\w+)", LIST)
 
 
-def program(name: str) -> str:
-    """Return the module of a command."""
-    return "main" if name == "prune" else f"commands.{name}"
-
-
 def start(argv: list[str]) -> None:
     """Run the command named by the first argument; without one, list all."""
     from .. import __version__
@@ -55,7 +50,7 @@ def start(argv: list[str]) -> None:
         fix = f"List all with {called} --help"
         Parser().error(str(UserError(name, "no such command exists", fix)))
     else:
-        main_of(program(name))(argv)
+        main_of("main" if name == "prune" else f"commands.{name}")(argv)
 
 
 def main() -> None:

@@ -46,10 +46,8 @@ class ModelFolder:
             )
         checkpoint = Checkpoint(path, flag)
         config, tokenizer = load_config(checkpoint), load_tokenizer(checkpoint)
-        bare = build_skeleton(
-            config, checkpoint
-        )  # raises if it would be far larger than the weights
-        return cls(Path(path), config, tokenizer, bare)
+        # raises if it would be far larger than the weights
+        return cls(Path(path), config, tokenizer, build_skeleton(config, checkpoint))
 
     @property
     def quantized_by(self) -> str | None:

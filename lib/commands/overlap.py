@@ -283,16 +283,12 @@ def draw(counts: DataFrame) -> Figure:
 
 def main(argv: list[str]) -> None:
     parser = make_parser("overlap", __doc__)
-    parser.add_argument("--out", default="overlap", help="folder for the files (default: overlap)")
-    parser.add_argument(
-        "runs",
-        nargs="+",
-        metavar="RUN",
-        help="pruned model, folder of its run, or file of its masks",
-    )
-    parser.add_argument(
-        "--noise", nargs="+", default=[], metavar="RUN", help="the RUNs with another seed, in order"
-    )
+    add = parser.add_argument
+    add("--out", default="overlap", help="folder for the files (default: overlap)")
+    text = "pruned model, folder of its run, or file of its masks"
+    add("runs", nargs="+", metavar="RUN", help=text)
+    text = "the RUNs with another seed, in order"
+    add("--noise", nargs="+", default=[], metavar="RUN", help=text)
     args = parser.parse_args(argv)
     check_writable("--out", args.out)
     counts = compare_masks(args.runs, args.noise)

@@ -7,7 +7,7 @@ import shutil
 import subprocess
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from filelock import FileLock, Timeout
@@ -110,12 +110,10 @@ def clone(source: Path, target: Path, cached: bool = False) -> bool:
         return True
     except (ImportError, OSError):
         target.unlink(missing_ok=True)
-    try:
+    with suppress(OSError):  # another disk, or one without hard links
         if cached:
             os.link(source.resolve(), target)
             target.chmod(0o444)
-    except OSError:  # another disk, or one without hard links
-        pass
     return target.exists()
 
 

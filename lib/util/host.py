@@ -6,6 +6,7 @@ import ctypes
 import math
 import os
 import sys
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -84,12 +85,10 @@ def gib(size: float) -> str:
 
 def peak_host_memory() -> int:
     """Return the largest resident size of this process so far, in bytes."""
-    try:
+    with suppress(OSError):
         for line in Path("/proc/self/status").read_text().splitlines():
             if line.startswith("VmHWM:"):
                 return int(line.split()[1]) * 1024
-    except OSError:
-        pass
     if sys.platform == "win32":
         return psutil.Process().memory_info().peak_wset
     import resource  # Windows has no such module

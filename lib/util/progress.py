@@ -11,6 +11,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from itertools import count
 
 from tqdm import tqdm
 
@@ -32,7 +33,7 @@ def progress(
     `step`, by default `what`. A terminal shows the bar after `delay` seconds.
     """
     in_log = not sys.stderr.isatty()
-    number, step, scaled = 0, step or what, unit == "B"
+    numbers, step, scaled = count(), step or what, unit == "B"
     seconds = LOG_SECONDS if in_log else 0.1
     with tqdm(
         total=total,
@@ -49,18 +50,16 @@ def progress(
     ) as bar:
 
         def on_progress(done: int, note: str = "") -> None:
-            nonlocal number
             if note:
                 bar.set_postfix_str(note, refresh=False)
-            number += 1
-            on_step(step, number)
+            on_step(step, next(numbers))
             if done:
                 bar.update(done)
             elif shown and time.time() - max(bar.last_print_t, bar.start_t + delay) >= seconds:
                 bar.last_print_t = time.time()
                 bar.refresh()
 
-        on_step(step, 0)
+        on_step(step, next(numbers))
         yield on_progress
 
 

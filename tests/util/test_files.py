@@ -106,19 +106,16 @@ def test_a_gpu_that_has_no_memory_for_products_is_out_of_memory() -> None:
     assert describe_error(RuntimeError("a defect")) is None
 
 
-@pytest.mark.parametrize("launcher", ["srun", "torchrun"])
-def test_a_rank_that_sees_one_gpu(launcher: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_rank_that_sees_one_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     """By `srun --gpus-per-task=1` it is its own; torchrun shows all ranks the same."""
     monkeypatch.setattr(torch.accelerator, "device_count", lambda: 1)
     monkeypatch.setenv("LOCAL_RANK", "3")
     monkeypatch.delenv("TORCHELASTIC_RUN_ID", raising=False)
     first = torch.device("cuda", 0)
-    if launcher == "srun":
-        assert ranks.local_device(first) == first
-    else:
-        monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
-        with pytest.raises(UserError, match="this machine lacks cuda:3, which its rank 3"):
-            ranks.local_device(first)
+    assert ranks.local_device(first) == first
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
+    with pytest.raises(UserError, match="this machine lacks cuda:3, which its rank 3"):
+        ranks.local_device(first)
 
 
 def test_what_a_command_starts_ends_though_it_alone_is_interrupted(

@@ -21,10 +21,6 @@ from .engines import ENGINES
 
 
 def main(arguments: list[str]) -> None:
-    """Write the folder OUT as the folder NEW for an engine, and verify it.
-
-    Raises UserError, and leaves no folder, if it cannot be written or differs.
-    """
     parser = make_parser("export", __doc__)
     parser.add_argument("source", metavar="OUT", help="folder saved with --quantize q4_0")
     parser.add_argument("new", metavar="NEW", help="new folder to write")
