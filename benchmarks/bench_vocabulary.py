@@ -28,7 +28,7 @@ from transformers.convert_slow_tokenizer import TikTokenConverter
 from lib.commands.trim.folder import choose_tokens, compare_tokenizers
 from lib.commands.trim.parts import Part, open_tokenizer
 from lib.commands.trim.proof import texts_to_compare
-from lib.data.chats import plain_text, row_of
+from lib.data.chats import plain_text
 from lib.data.documents import Corpus
 from lib.data.sources import parse_sources
 from lib.data.token_choice import PRICE
@@ -161,7 +161,7 @@ def measure(
     documents = documents[: int(count if count > 1 else count * len(documents))]
     args = argparse.Namespace(rows=None, price=PRICE, keep=None)
     with tempfile.TemporaryDirectory() as texts, tempfile.TemporaryDirectory() as model:
-        text = "".join(json.dumps(row_of(each)) + "\n" for each in documents)
+        text = "".join(json.dumps({"text": plain_text(each)}) + "\n" for each in documents)
         Path(texts, "train.jsonl").write_text(text, "utf-8")
         tokenizer.save_pretrained(model)
         tables = Tables(max(tokenizer.get_vocab().values()) + 1, {})

@@ -75,14 +75,6 @@ def plain_text(document: Document) -> str:
     return "\n\n".join(message["content"] for message in document.messages)
 
 
-def row_of(document: Document, column: str = "text") -> dict[str, object]:
-    """Return a row from which a document could be read."""
-    if isinstance(document, Dialogue):
-        tools = {TOOLS: document.tools} if document.tools else {}
-        return {"messages": document.messages} | tools
-    return {"text": document, column: document}
-
-
 def dialogue_of(row: Mapping[str, object], column: str) -> Dialogue | None:
     """Return a row's dialogue, or None if a message has no text.
 

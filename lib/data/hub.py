@@ -6,8 +6,6 @@ windows cost a few megabytes. The current commit is looked up first, and that re
 
 from __future__ import annotations
 
-import json
-import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -16,9 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from ..util.errors import UserError, hub_problem
-from ..util.files import partial_of, staged_folder
-from ..util.progress import progress
-from .chats import COLUMNS, Document, row_of
+from .chats import COLUMNS, Document
 from .languages import codes_of
 from .sources import Source, text_of
 
@@ -101,27 +97,6 @@ def load(source: Source, split: str) -> tuple[HubTexts, str | None]:
         if not (source.stream or len(rows)):
             raise source.error(f"the split {name!r} is empty", "Name another")
         return HubTexts(source, rows, first, location), commit
-
-
-def keep_text(source: Source, folder: Path, characters: dict[str, int]) -> None:
-    """Write the first texts of each split, at least `characters` of them, into a new folder.
-
-    The folder belongs to this program, and so do the remains of a killed run beside it.
-    """
-    shutil.rmtree(partial_of(folder), ignore_errors=True)
-    with staged_folder(folder, source.flag) as stage:
-        for split, limit in characters.items():
-            texts, count = load(source, split)[0], 0
-            with (
-                (stage / f"{split}.jsonl").open("w", encoding="utf-8") as file,
-                progress(limit, f"reading {source.name}, {split}", "character") as on_progress,
-            ):
-                for text in texts:
-                    file.write(json.dumps(row_of(text), ensure_ascii=False) + "\n")
-                    on_progress(len(text))
-                    count += len(text)
-                    if count >= limit:
-                        break
 
 
 def _revision(source: Source) -> str | None:

@@ -22,9 +22,7 @@ class ScaledFormat(Scaled):
 
     name: str
     label: str  # in messages
-    bits = 4
     scaled = torch.bfloat16  # dtype of the scales
-    lowest, highest = -8, 7
     packs = False  # whether packed checkpoints have this format
     has_zero = True  # whether a matrix can have zeros beside other numbers
     trained = True  # whether training brings it nearer to the original

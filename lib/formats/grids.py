@@ -14,6 +14,8 @@ from .packed.layout import look_up, tiles
 from .registry import GRIDS, Q8_0, TYPES
 
 TO_TOP = 13  # steps of five significant bits from 1/12 of a number to what rounds to 1/8 of it
+DROPPED = 18  # lowest bits of a float32; without them it has six significant bits
+STEPS = 22  # of six significant bits from a number to 1.4 times it
 LARGEST = 2.0**12  # eight times this is a float16 number
 LEAST = 2.0**-24  # smallest float16 number
 FEW_VALUES = 16  # rows with so few values may be on a grid by chance
@@ -113,7 +115,7 @@ class Q4_0(LlamaCppType):
 class IQ4_NL(LlamaCppType):
     """llama.cpp's iq4_nl: sixteen uneven levels without 0, in as many bytes as q4_0.
 
-    A block of 32 inputs has a scale d, a float16 number of either sign with few significant bits,
+    A block of 32 inputs has a scale d, a float16 number of either sign with six significant bits,
     and the values d * level, rounded to bfloat16. A model holds and saves these values in any
     dtype. Few scales are near the largest value divided by a level, so the scale that gives the
     values is found again, and with it the codes. llama.cpp's own rule would find others, so blocks
@@ -126,10 +128,6 @@ class IQ4_NL(LlamaCppType):
     levels = LEVELS
     has_zero = False
     ggml_rule_agrees = False
-
-    def __init__(self, scale_bits: int = 6) -> None:
-        self.dropped = 24 - scale_bits  # lowest bits of a float32 that scales do not have
-        self.reach = 2**scale_bits >> 8  # scales to each side that may give the same values
 
     def snap_(self, values: Tensor) -> Tensor:
         return values.copy_(look_up(NEAREST, _halves(values)))
@@ -149,15 +147,12 @@ class IQ4_NL(LlamaCppType):
             blocks, top = (each.flatten(0, 1) for each in self._blocks(matrix[part].float()))
             its, done = top.new_zeros(len(top)), top[:, 0] == 0
             for level in sorted(filter(None, self.levels.tolist()), key=abs, reverse=True):
-                nearest = (top / level).view(torch.int32).add_(1 << self.dropped - 1)
-                first = (nearest >> self.dropped) - self.reach << self.dropped
-                for scale in significant_steps(
-                    first.view(torch.float32), 2 * self.reach + 1, self.dropped
-                ):
-                    left = (~done).nonzero()[:, 0]
-                    scale, block = scale[left].half().float(), blocks[left]
-                    gives = (self.round_to(block, scale) == block).all(1)
-                    its[left[gives]], done[left[gives]] = scale[gives, 0], True
+                nearest = (top / level).view(torch.int32).add_(1 << DROPPED - 1)
+                scale = (nearest >> DROPPED << DROPPED).view(torch.float32)
+                left = (~done).nonzero()[:, 0]
+                scale, block = scale[left].half().float(), blocks[left]
+                gives = (self.round_to(block, scale) == block).all(1)
+                its[left[gives]], done[left[gives]] = scale[gives, 0], True
             scales[part], held[part] = (each.view(scales[part].shape) for each in (its, done))
         return scales, held
 
@@ -177,11 +172,10 @@ class IQ4_NL(LlamaCppType):
 
     def _fit(self, tile: Tensor, costs: Tensor | None, units: Tensor | None) -> Tensor:
         blocks, top = self._blocks(tile)
-        count = 5 * 2 ** (24 - self.dropped) // 16 + 2  # steps from a number to 1.4 times it
         scales = (  # float16 numbers; 127 times the largest is one too
             scale.abs().clamp_(LEAST, 256).half().float().copysign(scale)
             for end in (self.levels[0], self.levels[-1])
-            for scale in significant_steps(top / (1.25 * end), count, self.dropped)
+            for scale in significant_steps(top / (1.25 * end), STEPS, DROPPED)
         )
         best = self._nearest(blocks, scales, costs)
         return torch.where(top.abs() < LEAST, 0, best).squeeze(2)

@@ -16,7 +16,7 @@ from support import refused
 from lib.commands.trim.parts import Fast
 from lib.data import templates
 from lib.data import windows as data
-from lib.data.chats import Dialogue, row_of
+from lib.data.chats import Dialogue
 from lib.data.documents import Corpus
 from lib.data.samples import Windows
 from lib.data.sources import parse_source
@@ -178,7 +178,6 @@ def test_tools_are_rendered_and_empty_answers_do_not_count(
             for corpus in (table, corpus_of(tmp_path, row)):
                 (document,) = corpus.documents("train")
                 assert document.tools == tools
-                assert row_of(document)["tools"] == tools
     line = refused(corpus_of(tmp_path, row | {"tools": "none"}).documents, "train")
     assert "line 1: " in line and "tools" in line
     tokenizer = chats.tokenizer_with(chats.LLAMA_3)

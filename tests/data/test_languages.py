@@ -1,14 +1,10 @@
-"""Languages by their tags, FineWeb2's names for them, and how much of a text is kept."""
+"""Languages by their tags, and FineWeb2's names for them."""
 
 from __future__ import annotations
 
-from pathlib import Path
-
-import pytest
 from support import refused
 
 from lib.data.documents import Corpus
-from lib.data.hub import keep_text
 from lib.data.languages import is_in, language_text, script_of
 from lib.data.sources import parse_source
 
@@ -44,16 +40,6 @@ def test_japanese_is_one_script() -> None:
     for text in ("東京都庁前駅", "はい", "コーヒー", "人々"):
         assert script_of(text) == written and is_in(written, set(), text)
     assert script_of("서울특별시") != written != script_of("Tokyo")
-
-
-def test_the_first_texts_are_kept(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    texts = {"test": ["за"] * 9, "train": (f"річка {n}" for n in range(10**9))}
-    monkeypatch.setattr("lib.data.hub.load", lambda source, split: (texts[split], "c0ffee"))
-    source = parse_source("fineweb2:ukr_Cyrl", "--language")
-    keep_text(source, tmp_path / "uk", {"test": 100, "train": 20})
-    kept = parse_source(str(tmp_path / "uk"), "--calibration_data")
-    assert Corpus(kept).documents("test") == texts["test"]
-    assert Corpus(kept).documents("train") == ["річка 0", "річка 1", "річка 2"]
 
 
 def test_a_language_without_text_is_one_line(hub) -> None:

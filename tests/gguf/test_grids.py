@@ -82,12 +82,10 @@ def test_ggmls_rule_finds_every_value(name: str) -> None:
         assert (values - weight).norm() < 0.98 * (converted(weight) - weight).norm()
 
 
-@pytest.mark.parametrize(
-    ("kind", "bits"), [*((IQ4_NL, bits) for bits in (4, 5, 6, 11)), (Q5_0, 5), (Q5_0, 6)]
-)
+@pytest.mark.parametrize("kind", [IQ4_NL, Q5_0])
 @pytest.mark.parametrize("name", drawn())
-def test_scales_and_codes_are_read_back(name: str, kind: type, bits: int) -> None:
-    form, weight = kind(bits), drawn()[name][: 96 if bits < 11 else 12]
+def test_scales_and_codes_are_read_back(name: str, kind: type) -> None:
+    form, weight = kind(), drawn()[name]
     scales = form.fit_scales(weight)
     moved = 0.7 * weight + 0.1 * weight.std() * torch.randn_like(weight)
     for values in (form.round_to(weight, scales), form.round_to(moved, scales)):
@@ -97,13 +95,13 @@ def test_scales_and_codes_are_read_back(name: str, kind: type, bits: int) -> Non
         assert same_bits(held(values, form).bfloat16().float(), values)
         found, _ = form.read(values)
         assert torch.equal(form.round_to(values, found), values)
-        if bits < 8 and name in ("normal", "Student's t", "negative"):  # where blocks tell
+        if name in ("normal", "Student's t", "negative"):  # where blocks tell
             assert kind is Q5_0 or torch.equal(found, scales)
-    assert bool((scales.float().view(torch.int32) << bits + 8 == 0).all())
+    assert bool((scales.float().view(torch.int32) << 14 == 0).all())
     if name == "normal":
         assert 0.3 < (scales < 0).float().mean() < 0.7
     if name == "all zeros":
-        assert not held(weight, kind()).any()
+        assert not held(weight, form).any()
 
 
 @pytest.mark.parametrize("name", drawn())
@@ -133,11 +131,9 @@ def test_every_field_of_three_bits() -> None:
         assert found[:3].all() and not found[3].all()
 
 
-@pytest.mark.parametrize("bits", [4, 5, 6])
-def test_every_scale_and_every_level(bits: int) -> None:
+def test_every_scale_and_every_level() -> None:
     """All scales of an octave, both signs, the least ones; each level beside each, and ties."""
-    form, step = IQ4_NL(bits), 2.0 ** (1 - bits)
-    octave = torch.arange(1, 2, step)
+    form, octave = IQ4_NL(), torch.arange(1, 2, 2.0**-5)
     scales = torch.cat([octave * 2.0**power for power in (-24, -23, -20, -7, 0, 7)])
     scales = torch.cat([scales, -scales]).half()[:, None].float()
     for level in LEVELS.tolist():  # the largest of a block, with all smaller ones

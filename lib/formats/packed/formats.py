@@ -101,10 +101,9 @@ class Values:
 class Scaled:
     """Numbers times a scale for each `group` inputs of a row."""
 
-    bits: int
+    bits = 4
     group: int
-    lowest: int
-    highest: int
+    lowest, highest = -8, 7
 
     def snap_(self, values: Tensor) -> Tensor:
         """Round float32 values, in place, to the nearest numbers with scale 1."""
@@ -132,10 +131,8 @@ class Int4(Scaled, Values):
     """Integers of four bits, with a scale for each `group` inputs of a row."""
 
     name = "int4"
-    bits = 4
     group = 64
     stored = torch.uint8
-    lowest, highest = -8, 7
 
     def tensors(self, out_features: int, in_features: int, nnz: int) -> Tensors:
         return super().tensors(out_features, in_features, nnz) | {
