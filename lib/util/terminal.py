@@ -69,11 +69,10 @@ def _narrow(table: str, width: int) -> str:
     figures = [c[1:] if a is str.rjust else () for c, a in zip(columns, aligned, strict=True)]
     figures = [max(map(len, cells), default=0) for cells in figures]
     least, sizes = _sizes(columns, broken=True), _sizes(columns)
-    words = [[[*map(len, cell.split())] for cell in column] for column in columns]
 
     @cache
     def lines_of(place: int, size: int) -> list[int]:
-        return [_line_count(lengths, size) for lengths in words[place]]
+        return [max(1, len(textwrap.wrap(cell, size, **WORDS))) for cell in columns[place]]
 
     while sum(sizes) + 3 * len(sizes) + 1 > width:
         lines = [lines_of(place, size) for place, size in enumerate(sizes)]
@@ -95,13 +94,3 @@ def _narrow(table: str, width: int) -> str:
     lines = [*head, ["-" * size for size in sizes], *(line for row in body for line in row)]
     padded = ([a(*of) for a, *of in zip(aligned, line, sizes, strict=True)] for line in lines)
     return "\n".join(f"| {' | '.join(line)} |" for line in padded)
-
-
-def _line_count(lengths: list[int], width: int) -> int:
-    """Return in how many lines of `width` words of these lengths are broken."""
-    count, used = 1, -1
-    for length in lengths:
-        used += 1 + length
-        if used > width and used > length:
-            count, used = count + 1, length
-    return count
