@@ -236,7 +236,7 @@ def main(argv: list[str]) -> None:
     folders, saved = [point.model for point in models if point.model], {}
     if args.llama:
         torch.set_num_threads(1)  # as llama-bench
-        saved = dict(zip(folders, decoding_speeds(folders, "cpu", rounds=3), strict=True))
+        saved = decoding_speeds(folders, "cpu", rounds=3)
     header = ["", "MB"]
     for test in models[0].tests:
         header += [f"bits per byte, {test['name']}", "loss beside dense, nats", "KL"]

@@ -13,8 +13,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import shutil
 import sys
 from pathlib import Path
 
@@ -30,14 +28,6 @@ from lib.data.documents import Corpus  # noqa: E402
 from lib.data.sources import parse_source  # noqa: E402
 
 BEGINNING = 24  # tokens
-PLACES = ("build/bin", "bin", ".")  # of a checkout of llama.cpp
-
-
-def program(checkout: str, name: str = "llama-quantize") -> Path | None:
-    """Where a program of llama.cpp is: in the checkout, else on PATH."""
-    places = [Path(checkout) / place / name for place in PLACES]
-    built = next((place for place in places if os.access(place, os.X_OK)), None)
-    return built or ((on_path := shutil.which(name)) and Path(on_path))
 
 
 def main() -> None:

@@ -8,8 +8,9 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -33,40 +34,30 @@ def seconds(call: Callable[[], object], device: torch.device, repeats: int = 1) 
     return (time.perf_counter() - start) / repeats
 
 
+def in_turn(measures: dict[Any, Callable[[], float]], rounds: int) -> dict[Any, float]:
+    """Return the median of each measure; they take turns, after one round that doesn't count."""
+    turns = [{name: measure() for name, measure in measures.items()} for _ in range(rounds + 1)]
+    return {name: statistics.median(turn[name] for turn in turns[1:]) for name in measures}
+
+
 def medians(
     calls: dict[str, Callable[[], object]], device: torch.device, rounds: int, repeats: int = 1
 ) -> dict[str, float]:
-    """Median seconds of each call; they take turns, after one round that doesn't count."""
-    times = {name: [] for name in calls}
-    for turn in range(rounds + 1):
-        for name, call in calls.items():
-            spent = seconds(call, device, repeats)
-            if turn:
-                times[name].append(spent)
-    return {name: statistics.median(spent) for name, spent in times.items()}
+    """Median seconds of each call, which take turns."""
+    timed = {name: partial(seconds, call, device, repeats) for name, call in calls.items()}
+    return in_turn(timed, rounds)
 
 
-def decoding_speeds(folders: Sequence[Path], device: str, rounds: int) -> list[float]:
-    """Return the median tokens a second of saved models, in the dtype that each was saved in.
-
-    They take turns, after one round that doesn't count.
-    """
+def decoding_speeds(folders: Sequence[Path], device: str, rounds: int) -> dict[Path, float]:
+    """Return the median tokens a second of saved models, each in its dtype, which take turns."""
     from transformers import AutoModelForCausalLM
 
     import lib.formats.packed.checkpoint  # noqa: F401  the packed form is known to transformers
     from lib.commands.compress.measure import decoding_speed
 
-    models = [
-        AutoModelForCausalLM.from_pretrained(folder, dtype="auto").to(device).eval()
-        for folder in folders
-    ]
-    speeds: list[list[float]] = [[] for _ in models]
-    for turn in range(rounds + 1):
-        for times, model in zip(speeds, models, strict=True):
-            speed = decoding_speed(model)
-            if turn:
-                times.append(speed)
-    return [statistics.median(times) for times in speeds]
+    load = partial(AutoModelForCausalLM.from_pretrained, dtype="auto")
+    models = {folder: load(folder).to(device).eval() for folder in folders}
+    return in_turn({each: partial(decoding_speed, model) for each, model in models.items()}, rounds)
 
 
 def table(header: list[str], rows: list[list[str]]) -> None:

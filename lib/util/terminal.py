@@ -74,12 +74,17 @@ def _narrow(table: str, width: int) -> str:
     def lines_of(place: int, size: int) -> list[int]:
         return [max(1, len(textwrap.wrap(cell, size, **WORDS))) for cell in columns[place]]
 
-    def cost(narrowed: int) -> tuple[bool, int, int]:
-        lines = [lines_of(place, size - (place == narrowed)) for place, size in enumerate(sizes)]
-        height = sum(map(max, zip(*lines, strict=True)))
-        return sizes[narrowed] <= figures[narrowed], height, -sizes[narrowed]
-
     while sum(sizes) + 3 * len(sizes) + 1 > width:
+        lines = [lines_of(place, size) for place, size in enumerate(sizes)]
+        height = sum(map(max, zip(*lines, strict=True)))
+
+        def cost(place: int, lines: list = lines, height: int = height) -> tuple[bool, int, int]:
+            narrowed = lines_of(place, sizes[place] - 1)
+            if narrowed != lines[place]:
+                others = lines[:place] + lines[place + 1 :]
+                height = sum(map(max, zip(narrowed, *others, strict=True)))
+            return sizes[place] <= figures[place], height, -sizes[place]
+
         free = [place for place, size in enumerate(sizes) if size > least[place]]
         sizes[min(free, key=cost)] -= 1
     cells = [
