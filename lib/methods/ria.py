@@ -13,12 +13,9 @@ Run: `python main.py --model MODEL --prune_method ria [--method_args alpha=0.5]`
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 from torch import Tensor
 
 from .base import PruningMethod
-from .sparsity import Sparsity
 from .wanda import Wanda
 
 
@@ -26,19 +23,15 @@ class Ria(Wanda):
     """Wanda's sums of one input; scores weights relative to their row and their column."""
 
     alpha = 0.5
+    _overall = True
     remove_neurons_ = PruningMethod.remove_neurons_  # the paper has no rule for neurons
 
-    def prune_(self, weights: Sequence[Tensor], sparsities: Sequence[Sparsity]) -> None:
-        for weight, sparsity in zip(weights, sparsities, strict=True):
-            score = relative_importance(weight) * self.square_sum.sqrt().float() ** self.alpha
-            weight.masked_fill_(sparsity.mask(score, overall=True), 0)
+    def score(self, weight: Tensor) -> Tensor:
+        return relative_importance(weight) * self.square_sum.sqrt().float() ** self.alpha
 
 
 def relative_importance(weight: Tensor) -> Tensor:
     """Return the sum of each |W|'s (out, in) shares of its column and row; 0 if these are all 0."""
     size = weight.abs()
-    return size / _or_one(size.sum(0)) + size / _or_one(size.sum(1, keepdim=True))
-
-
-def _or_one(sums: Tensor) -> Tensor:
-    return sums.masked_fill(sums == 0, 1)
+    columns, rows = size.sum(0), size.sum(1, keepdim=True)
+    return size / columns.masked_fill(columns == 0, 1) + size / rows.masked_fill(rows == 0, 1)

@@ -28,6 +28,8 @@ class Wanda(PruningMethod):
     `TOKENS`, sums and masks do not depend on the batch size or the number of processes.
     """
 
+    _overall = False  # whether scores are compared over the whole matrix
+
     def __init__(self, width: int, device: torch.device) -> None:
         super().__init__(width, device)
         self.square_sum = torch.zeros(width, device=device, dtype=torch.float64)  # (in,)
@@ -46,7 +48,7 @@ class Wanda(PruningMethod):
 
     def prune_(self, weights: Sequence[Tensor], sparsities: Sequence[Sparsity]) -> None:
         for weight, sparsity in zip(weights, sparsities, strict=True):
-            weight.masked_fill_(sparsity.mask(self.score(weight)), 0)
+            weight.masked_fill_(sparsity.mask(self.score(weight), self._overall), 0)
 
     def score(self, weight: Tensor) -> Tensor:
         """Return the score of each weight (out, in)."""
