@@ -77,11 +77,8 @@ def digests(rows: Iterator[tuple[Tensor, Tensor]]) -> Counter[bytes]:
     return counts
 
 
-def load_transformers(folder: Path, tables: Sequence[Tensor] = ()) -> tuple[Logits, Sequence]:
-    """Load a model to run it; `tables` replace its embedding and, if there are two, its head.
-
-    As each engine's `load`, it returns a function for logits, and the tables that are rounded.
-    """
+def load_transformers(folder: Path, tables: Sequence[Tensor] = ()) -> Logits:
+    """Load a model to run it; `tables` replace its embedding and, if there are two, its head."""
     checkpoint = Checkpoint(str(folder), "OUT")
     how = dict(dtype=torch.float32, device_map={"": "cpu"})
     model = load_model(checkpoint, load_config(checkpoint), **how)
@@ -93,4 +90,4 @@ def load_transformers(folder: Path, tables: Sequence[Tensor] = ()) -> tuple[Logi
     def logits(window: list[int]) -> Tensor:
         return model(torch.tensor([window]), use_cache=False).logits[0]
 
-    return logits, tables
+    return logits

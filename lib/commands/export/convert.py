@@ -68,7 +68,7 @@ def run_both(source: ModelFolder, engine: Any, stage: Path, new: str) -> list[st
     longest = min(SHORT, window_length(source.config, None) - 1)  # onnx wants room for one more
     windows = [ids[:longest] for ids in windows]
     new_logits, tables = engine.load(stage)
-    out_logits, _ = load_transformers(source.folder, tables)
+    out_logits = load_transformers(source.folder, tables)
     loss = partial(cross_entropy, reduction="none")
     dense, exported = (  # log-probabilities (tokens,)
         -torch.cat([loss(logits(ids.tolist())[:-1].double(), ids[1:]) for ids in windows])

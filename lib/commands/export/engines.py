@@ -64,7 +64,7 @@ class CompressedTensors:
     def load(self, folder: Path) -> tuple[Logits, Sequence[Tensor]]:
         from .codes import load_transformers
 
-        return load_transformers(folder)
+        return load_transformers(folder), ()
 
 
 class Mlx:
