@@ -35,30 +35,24 @@ from .model.blocks import BlockRunner
 from .model.device import default_batch_size
 from .model.linears import experts_implementation
 from .model.masks import Packed, packed_masks, unpacked
-from .model.matrix import PrunableLinear
 from .model.pretrained import window_length
 from .model.sparsity_check import SparsityCheck
 from .util.errors import UserError, fields_named, first_of, spelled
-from .util.resume import PRUNED
 
 
-class BlockWalker:
+class BlockWalker(Changes):
     """Takes windows through a model block by block, and changes the blocks' linear layers in place.
 
-    `solve` changes layers that share an input, whose statistics are a `method`. A subclass may
-    choose among the layers (`takes`), and does in `finish_` what a block needs afterwards. Ranks
-    share the windows and the groups to solve. `changes` has what is kept, restored and reported.
+    `solve` changes layers that share an input, whose statistics are a `method`. A subclass does in
+    `finish_` what a block needs afterwards. Ranks share the windows and the groups to solve.
     """
 
-    checkpoint_prefix = PRUNED  # of the files in which --resume keeps finished blocks
     fallback: str | None = None  # method for experts with few tokens, else the group's fallback
     caches_inputs = True  # if memory suffices
 
     def __init__(self, runner: BlockRunner, method: type[PruningMethod]) -> None:
-        self.runner, self.method, self.dist = runner, method, runner.dist
-        self.changes = Changes(runner, self.checkpoint_prefix)
-        self.pruned, self.left_dense = self.changes.pruned, self.changes.left_dense
-        self.notes = self.changes.notes
+        super().__init__(runner)
+        self.method = method
 
     @torch.no_grad()
     def run(
@@ -69,21 +63,21 @@ class BlockWalker:
         `on_progress(1)` is called after each block. Raises UserError if a weight or an activation
         is not finite.
         """
-        runner, changes = self.runner, self.changes
+        runner = self.runner
         with experts_implementation(runner.model, "eager"):
             # prepare_calibration_input
             self.inputs = BlockInputs(runner, windows, self.method, self.caches_inputs)
-            for self.index in range(len(runner.blocks)):
-                with runner.on_device(self.index, write_back=True):
-                    self.inputs.begin(self.index)
-                    self.linears = changes.begin(self.index, self.takes)  # find_layers
+            for index in range(len(runner.blocks)):
+                with runner.on_device(index, write_back=True):
+                    self.inputs.begin(index)
+                    self.begin(index)  # find_layers
                     if not self.restore_():
                         for groups in self.groups():  # WrappedGPT.add_batch, in a forward pass
                             self.solve_all_(groups)
-                        changes.share()
+                        self.share()
                         self.finish_()
-                        changes.keep()
-                    changes.end()
+                        self.keep()
+                    self.end()
                     self.inputs.advance_()  # the second forward pass
                 on_progress(1)
         return self
@@ -100,11 +94,11 @@ class BlockWalker:
                 if owner == self.dist.rank:
                     _check_finite(group.method.statistics(), group.names, "activations are")
                     matrices = [linear.matrix() for linear in group.linears]
-                    with self.changes.reporting(group):
+                    with self.reporting(group):
                         self.solve(group, matrices)
                     for linear in group.linears:
                         _check_finite(matrices[:1], linear.name, "pruned weights are")
-                        self.changes.write_(linear, matrices.pop(0))
+                        self.write_(linear, matrices.pop(0))
         for group, owner in zip(groups, owners, strict=True) if self.dist.size > 1 else ():
             self.exchange_(group, owner)
         groups.clear()  # frees the statistics
@@ -113,22 +107,9 @@ class BlockWalker:
         """Change the float32 matrices (out, in) of a group in place, in the rank that owns it."""
         raise NotImplementedError
 
-    def takes(self, linear: PrunableLinear) -> bool:
-        """Return whether a layer is to be changed."""
-        return True
-
     def groups(self) -> Iterator[list[Group]]:
         """Observe the block, and yield groups that can be solved at one time."""
         return self.inputs.observe(self.linears)
-
-    def exchange_(self, group: Group, owner: int) -> None:
-        """Send a group's matrices from the rank that solved it to all others."""
-        for linear in group.linears:
-            self.changes.exchange_(linear, owner)
-
-    def restore_(self) -> bool:
-        """Load the block if an interrupted run finished it; return whether it did."""
-        return self.changes.restore_()
 
     def finish_(self) -> None:
         """Do what the block needs once its layers are changed."""
@@ -171,7 +152,7 @@ class Pruner(BlockWalker):
         return [
             f"pruned {pruned:,} weights in {len(self.pruned)} linear layers{left_dense}",
             *(f"{reason}: {first_of(names)}" for reason, names in by_reason.items()),
-            *self.changes.warnings(),
+            *self.warnings(),
         ]
 
 
@@ -252,7 +233,7 @@ def prune(
         check = SparsityCheck(runner, layers.sparsity, pruner.left_dense)
         masks = packed_masks(runner, pruner.pruned)
     shares, notes = check.record()["linears"], [*notes, *pruner.summary()[1:]]
-    return Pruned(pruner.changes.errors(), shares, check.overall, notes, masks)
+    return Pruned(pruner.errors(), shares, check.overall, notes, masks)
 
 
 def windows_of_texts(

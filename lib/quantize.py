@@ -107,7 +107,7 @@ class Quantizer(BlockWalker):
         first: dict[int, str] = {}
         every = runner.model.named_parameters(remove_duplicate=False)
         self.names = {name: first.setdefault(id(each), name) for name, each in every}
-        self.changes.saved = SaveDtypes()  # integers times scales are kept exactly
+        self.saved = SaveDtypes()  # integers times scales are kept exactly
         forms = [form for each in runner.each_linear() if (form := form_of(fmt, each))]
         self.bits = sorted({form.bits for form in forms})
         if not forms and not isinstance(fmt, Types):  # which may be for embedding and head alone
@@ -141,7 +141,7 @@ class Quantizer(BlockWalker):
     def finish_(self) -> None:
         """Also round layers without tokens to nearest, and store the masters for --resume."""
         for linear in self.linears:
-            if linear.name not in self.changes.written:
+            if linear.name not in self.written:
                 matrix = linear.matrix()
                 masters = self._nearest_(matrix, form_of(self.fmt, linear))
                 self._keep_masters(linear, masters)
@@ -208,7 +208,7 @@ class Quantizer(BlockWalker):
         dense = self.left_dense.items()
         if left := [name for name, (_, reason) in dense if reason == UNREACHED]:
             lines.append(f"quantized to nearest, {UNREACHED}: {first_of(left)}")
-        return lines + self.changes.warnings()
+        return lines + self.warnings()
 
     def _nearest_(self, matrix: Tensor, form: ScaledFormat) -> MasterWeights:
         """Round a matrix (out, in) to nearest, in place."""

@@ -77,7 +77,7 @@ class PartRemover(BlockWalker):
     ) -> None:
         super().__init__(runner, method)
         self.layout, self.left, self.seed = layout, left, seed
-        self.changes.shared.clear()  # once it is smaller, a shared weight is another parameter
+        self.shared.clear()  # once it is smaller, a shared weight is another parameter
         self.weights_before = self._count_weights()
 
     def set_config_(self) -> None:
@@ -108,7 +108,7 @@ class PartRemover(BlockWalker):
         return [
             f"removed {count - self.left} of {count} {self.layout.kind} in each of {cut} blocks, "
             f"{share:.1%} of the blocks' weights",
-            *self.changes.warnings(),
+            *self.warnings(),
         ]
 
     def record(self) -> dict[str, Any]:

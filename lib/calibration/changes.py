@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from math import prod
@@ -17,6 +17,7 @@ from ..model.linears import find_linears
 from ..model.matrix import PrunableLinear
 from ..util import progress
 from ..util.errors import RunWarning, UserError
+from ..util.resume import PRUNED
 from .inputs import Group, weight_key
 
 UNREACHED = "no calibration token reached it, or its forward() is bypassed"
@@ -37,12 +38,14 @@ class BlockNotes:
 class Changes:
     """The changed linear layers of a runner's blocks, one block after another.
 
-    `pruned` maps them to their number of weights, and `left_dense` the others also to the reason.
-    --resume keeps finished blocks in files with this `prefix`.
+    `pruned` maps them to their number of weights, and `left_dense` the others also to the reason. A
+    subclass may choose among the layers (`takes`).
     """
 
-    def __init__(self, runner: BlockRunner, prefix: str) -> None:
-        self.runner, self.prefix, self.dist = runner, prefix, runner.dist
+    checkpoint_prefix = PRUNED  # of the files in which --resume keeps finished blocks
+
+    def __init__(self, runner: BlockRunner) -> None:
+        self.runner, self.dist = runner, runner.dist
         self.saved = runner.weights.saved  # dtype in which changed weights are saved
         self.pruned: dict[str, int] = {}
         self.left_dense: dict[str, tuple[int, str]] = {}
@@ -51,13 +54,14 @@ class Changes:
         count = Counter(id(p) for block in runner.blocks for p in block.parameters())
         self.shared = {key for key, times in count.items() if times > 1}
         self.shared_done: set[tuple[int, int | None]] = set()
-        # the current block
-        self.index = -1
-        self.linears: list[PrunableLinear] = []  # to be changed
         self.written: dict[str, Tensor] = {}  # changed matrices as they are saved, by layer
 
-    def begin(self, index: int, takes: Callable[[PrunableLinear], bool]) -> list[PrunableLinear]:
-        """Return the layers of block `index` that are still to be changed; report the others."""
+    def takes(self, linear: PrunableLinear) -> bool:
+        """Return whether a layer is to be changed."""
+        return True
+
+    def begin(self, index: int) -> None:
+        """Find the `linears` of block `index` that are still to be changed; report the others."""
         runner, self.index = self.runner, index
         self.notes.append(BlockNotes())
         # resident blocks were checked when they were loaded
@@ -66,12 +70,11 @@ class Changes:
         linears, left_dense = find_linears(runner.blocks[index], f"{runner.name}.{index}")
         self.left_dense |= left_dense
         left = [linear for linear in linears if weight_key(linear) not in self.shared_done]
-        self.linears = [linear for linear in left if takes(linear)]
-        return self.linears
+        self.linears = [linear for linear in left if self.takes(linear)]
 
     def restore_(self) -> bool:
         """Load the block and its notes if an interrupted run finished it; return whether it did."""
-        facts = self.runner.weights.get(self.index, prefix=self.prefix)
+        facts = self.runner.weights.get(self.index, prefix=self.checkpoint_prefix)
         if facts is None:
             return False
         notes = BlockNotes(**facts)
@@ -102,15 +105,16 @@ class Changes:
         self.written[linear.name] = matrix
         self._mark_pruned(linear)
 
-    def exchange_(self, linear: PrunableLinear, owner: int) -> None:
-        """Send a layer's matrix from the rank that changed it to all others."""
-        matrix = self.written.get(linear.name)
-        if matrix is None:
-            dtype, device = linear.saved_dtype(self.saved), linear.raw_weight.device
-            matrix = torch.empty(linear.shape, dtype=dtype, device=device)
-        matrix = self.dist.broadcast_(matrix, owner)
-        if owner != self.dist.rank:
-            self.write_(linear, matrix)
+    def exchange_(self, group: Group, owner: int) -> None:
+        """Send a group's matrices from the rank that changed them to all others."""
+        for linear in group.linears:
+            matrix = self.written.get(linear.name)
+            if matrix is None:
+                dtype, device = linear.saved_dtype(self.saved), linear.raw_weight.device
+                matrix = torch.empty(linear.shape, dtype=dtype, device=device)
+            matrix = self.dist.broadcast_(matrix, owner)
+            if owner != self.dist.rank:
+                self.write_(linear, matrix)
 
     def share(self) -> None:
         """Share the notes of all ranks on the block."""
@@ -128,7 +132,8 @@ class Changes:
             for linear in self.linears
             if linear.is_quantized and linear.name in self.written
         }
-        self.runner.weights.put(self.index, vars(self.notes[-1]), matrices, prefix=self.prefix)
+        facts, prefix = vars(self.notes[-1]), self.checkpoint_prefix
+        self.runner.weights.put(self.index, facts, matrices, prefix=prefix)
 
     def end(self) -> None:
         """Report the layers that no token reached."""

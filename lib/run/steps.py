@@ -118,7 +118,7 @@ def prune(run: Run, runner: BlockRunner) -> SparsityCheck:
         sparsity = SparsityCheck(runner, target, pruner.left_dense)
     run.print(*pruner.summary())
     run.results |= {"notes": pruner.summary()[1:], "sparsity": sparsity.record()}
-    if errors := pruner.changes.errors():
+    if errors := pruner.errors():
         run.results["errors"] = errors
     if flags.save_masks:
         # every rank fetches the blocks, only the main one keeps masks
