@@ -25,6 +25,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+import psutil
 import torch
 from measure import medians, random_llama, table
 from torch import Tensor, nn
@@ -142,20 +143,16 @@ def prefill(model: nn.Module) -> None:
     model(ids, use_cache=False, logits_to_keep=1)
 
 
-def resident() -> int:
-    """Bytes of this process that are in memory."""
-    return int(Path("/proc/self/statm").read_text("utf-8").split()[1]) * 4096
-
-
 def loaded(folder: str) -> dict[str, float]:
     """Seconds of loading a saved model, and what its process holds once it has generated."""
     from transformers import AutoModelForCausalLM
 
-    before, start = resident(), time.perf_counter()
+    memory = psutil.Process().memory_info
+    before, start = memory().rss, time.perf_counter()
     model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto")
     spent = time.perf_counter() - start
     generate(model, 1)
-    return {"seconds": spent, "resident": resident() - before}
+    return {"seconds": spent, "resident": memory().rss - before}
 
 
 def load_apart(model: nn.Module, folder: Path) -> dict[str, float]:

@@ -39,7 +39,6 @@ FIGURES = {
     "task": Figure("", "", ".4f"),  # of lm-eval
 }
 ROWS = "bits_per_byte", "perplexity", "kl", "top1_agreement", "loss_change"  # of a test set
-DENSE_COLUMN, EARLY_COLUMN, OWN_COLUMN = "dense", "before training", "this model"
 
 
 def shown(name: str, value: float | None, spread: float | None = None) -> str:
@@ -60,10 +59,10 @@ def with_error(test: Mapping[str, Any], name: str) -> str:
 
 def figures_table(results: Mapping[str, Any]) -> str:
     """Return the table of figures, with a column for each model: dense, before training, this."""
-    table: dict[str, dict[str, str]] = {}
+    table: dict[str, list[str]] = {}
 
     def add(row: str, dense: str, own: str, early: str = "") -> None:
-        table[row] = {DENSE_COLUMN: dense, EARLY_COLUMN: early, OWN_COLUMN: own}
+        table[row] = [dense, own, early]
 
     untrained = results.get("recovery", {}).get("before", {}) if is_trained(results) else {}
     for test in results["evaluation"]:
@@ -89,11 +88,10 @@ def figures_table(results: Mapping[str, Any]) -> str:
     if "saved_bytes" in results:
         sizes = results.get("dense_bytes"), results["saved_bytes"]
         add("MB", *(shown("saved_bytes", size) for size in sizes))
-    columns = [DENSE_COLUMN, EARLY_COLUMN, OWN_COLUMN]
-    if not any(cells[EARLY_COLUMN] for cells in table.values()):
-        columns.remove(EARLY_COLUMN)
-    body = [[row, *(cells[column] for column in columns)] for row, cells in table.items()]
-    return padded_table(["", *columns], body)
+    places = (0, 2, 1) if any(early for *_, early in table.values()) else (0, 1)
+    rows = {"": ("dense", "this model", "before training")} | table
+    head, *body = ([row, *(cells[place] for place in places)] for row, cells in rows.items())
+    return padded_table(head, body)
 
 
 def notes(results: Mapping[str, Any]) -> Iterator[str]:

@@ -45,9 +45,8 @@ def mean_interval(
     """Return the mean per token of values (seeds, windows) and its 95% interval, by Student's t.
 
     Values are means of each window over its counted `tokens` (windows,), by default as many in all.
-    `documents` (windows,)
-    numbers the document of each window. Documents and seeds are samples, and their variances are
-    added:
+    `documents` (windows,) numbers the document of each window. Documents and seeds are samples, and
+    their variances are added:
 
     - Documents, since windows of one document are alike: the cluster-robust variance of a ratio
       after averaging over seeds, G / (G - 1) * sum over documents of (sum of their tokens'
@@ -156,10 +155,9 @@ def differences(
 
     Rows that differ only in the calibration text are compared, rows that differ only in the method
     (a method that reads no text with each text), and every row with that of `against`: `dense`, or
-    a run's folder. `difference` is a row's figure minus the other's, with
-    `low`, `high`, and `p` by Holm's rule over all lines. Adds columns perplexity_best and kl_best
-    to `table`: whether a cell is significantly below all rows that differ only in the calibration
-    text.
+    a run's folder. `difference` is a row's figure minus the other's, with `low`, `high`, and `p` by
+    Holm's rule over all lines. Adds columns perplexity_best and kl_best to `table`: whether a cell
+    is significantly below all rows that differ only in the calibration text.
     """
     import pandas
 
