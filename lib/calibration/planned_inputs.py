@@ -5,7 +5,7 @@ Which layers share an input is seen in a pass without weights, as calibration se
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from operator import mul
 from typing import Any, NamedTuple
 
@@ -56,7 +56,9 @@ def expected_inputs(model: nn.Module, blocks_name: str) -> list[list[SharedInput
         kind = tuple((linear.name.partition(".")[2], linear.shape) for linear in linears)
         if kind not in kinds:
             kinds[kind], last = linears, block
-    single = [one for linears in kinds.values() for one in linears if one.expert is None]
+    every = [one for linears in kinds.values() for one in linears]
+    ends = {one.name.rpartition(".")[0]: one for one in every}.values()  # last of each module
+    single = [one for one in every if one.expert is None]
 
     def end(*_: Any) -> None:
         raise Stop
@@ -65,20 +67,20 @@ def expected_inputs(model: nn.Module, blocks_name: str) -> list[list[SharedInput
         with last.register_forward_hook(end):
             groups = by_input(single, lambda: text_pass(model))
     except Exception:  # a model's class may raise any error
-        groups = None
-    return [_inputs_of(linears, groups) for linears in kinds.values()]
+        by_module: dict[tuple, list[str]] = {}
+        for one in single:
+            key = one.name.rpartition(".")[0], one.shape[1], one in ends
+            by_module.setdefault(key, []).append(one.parameter_name)
+        groups = [*by_module.values()]
+    return [_inputs_of(linears, groups, ends) for linears in kinds.values()]
 
 
-def _inputs_of(linears: list[PrunableLinear], groups: list[list[str]] | None) -> list[SharedInput]:
-    """Return the inputs of a block's layers; parameters of a group share one (None: not known)."""
-    last = {linear.name.rpartition(".")[0]: linear for linear in linears}.values()
-    guessed: dict[tuple, list[str]] = {}
-    for linear in linears if groups is None else ():
-        if linear.expert is None:
-            key = linear.name.rpartition(".")[0], linear.shape[1], linear in last
-            guessed.setdefault(key, []).append(linear.parameter_name)
+def _inputs_of(
+    linears: list[PrunableLinear], groups: list[list[str]], last: Collection[PrunableLinear]
+) -> list[SharedInput]:
+    """Return the inputs of a block's layers; those of a group's parameters share one."""
     inputs = []
-    for names in guessed.values() if groups is None else groups:
+    for names in groups:
         if group := [linear for linear in linears if linear.parameter_name in names]:
             outputs, ends = sum(one.shape[0] for one in group), any(one in last for one in group)
             inputs.append(SharedInput(group[0].shape[1], outputs, ends=ends))

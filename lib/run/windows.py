@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from itertools import product
 from typing import Any
 
@@ -111,27 +110,23 @@ def draw_windows(
     dist: DistContext,
 ) -> RunWindows:
     """Draw the windows for calibration, evaluation and, with a schedule for its size, training."""
-    draw = partial(_windows, flags, corpora, schedule_of)
-    shortens, sources = not flags.seqlen, corpora.calibration
-    return fitting_windows(draw, sources, spec, shortens, lambda line: dist.print(spelled(line)))
+    sources, texts = corpora.calibration, corpora.tests
 
+    def draw(spec: WindowSpec) -> RunWindows:
+        windows = record = training = schedule = None
+        if flags.calibrated:
+            windows, record = calibration_windows(sources, spec, flags.nsamples)
+        tests = [test_set(each, spec, flags.completions, flags.eval_windows) for each in texts]
+        if schedule_of:
+            schedule = schedule_of(seqlen=spec.seqlen)
+            count = max(1, schedule.steps * schedule.windows)
+            measured = [test.windows for test in tests]
+            training = training_windows(sources, spec, count, measured, windows)
+        return RunWindows(spec.seqlen, spec.bos, windows, record, tests, training, schedule)
 
-def _windows(
-    flags: Flags,
-    corpora: Corpora,
-    schedule_of: Callable[..., TrainSchedule] | None,
-    spec: WindowSpec,
-) -> RunWindows:
-    windows = record = training = schedule = None
-    if flags.calibrated:
-        windows, record = calibration_windows(corpora.calibration, spec, flags.nsamples)
-    tests = [test_set(test, spec, flags.completions, flags.eval_windows) for test in corpora.tests]
-    if schedule_of:
-        schedule = schedule_of(seqlen=spec.seqlen)
-        count = max(1, schedule.steps * schedule.windows)
-        measured = [test.windows for test in tests]
-        training = training_windows(corpora.calibration, spec, count, measured, windows)
-    return RunWindows(spec.seqlen, spec.bos, windows, record, tests, training, schedule)
+    return fitting_windows(
+        draw, sources, spec, not flags.seqlen, lambda line: dist.print(spelled(line))
+    )
 
 
 def may_need_bos(flags: Flags, tokenizer: Any) -> bool:
