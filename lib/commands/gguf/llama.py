@@ -93,7 +93,6 @@ def _library() -> tuple[Any, list[str], Any]:
         raise UserError("xllamacpp", problem, f"Run {INSTALL}") from error
     lines: list[str] = []
     log = Log(lambda _, text, __: lines.append(text.decode(errors="replace").strip()))
-    llama.llama_log_set(log, None)
     llama.llama_backend_init()
     return llama, lines, log
 
@@ -121,7 +120,8 @@ class Llama:
     """A model of a file in llama.cpp. Raises ValueError if it does not load."""
 
     def __init__(self, path: Path | str) -> None:
-        self.llama, lines, _ = _library()
+        self.llama, lines, log = _library()
+        self.llama.llama_log_set(log, None)  # a server in this process sets its own
         lines.clear()
         params, _ = _parameters("model", n_gpu_layers=0)
         self.model = self.llama.llama_model_load_from_file(os.fsencode(path), params)
