@@ -338,9 +338,16 @@ def shown(args: argparse.Namespace, name: str) -> str:
 
 def command_words(flags: Mapping[str, Any]) -> list[str]:
     """Return the words of a command line with these flags, without defaults."""
-    words = typed("prune").split()
+    default = build_parser().get_default
+    others = {name: value for name, value in flags.items() if value != default(name)}
+    return [*typed("prune").split(), *flag_words(others)]
+
+
+def flag_words(flags: Mapping[str, Any]) -> list[str]:
+    """Return the words of flags of any command; those without a value are left out."""
+    words = []
     for name, value in flags.items():
-        if value is None or value is False or value == build_parser().get_default(name):
+        if value is None or value is False:
             continue
         values = value if isinstance(value, list | tuple) else [] if value is True else [value]
         values = [",".join(values)] if name == "tasks" else values

@@ -1,1 +1,1 @@
-"""Makes a model small for one language in a given time: plans by a rehearsal, runs main.py."""
+"""Makes a model small for one language, by other commands of this package."""

@@ -28,7 +28,7 @@ from ...util.cli import make_parser, split_argv
 from ...util.errors import UserError
 from ...util.files import check_new_folder, check_writable, exclusive_lock
 from ..export.engines import ENGINES
-from .recipe import script
+from .recipe import Shell, script
 from .steps import CONVERTER, first_steps, last_steps
 from .work import ANY, PACKED, STEPS, Compression
 
@@ -58,12 +58,11 @@ def main(argv: list[str]) -> None:
 def run_steps(run: Compression) -> None:
     """Do all steps that are not finished."""
     try:
-        for step in first_steps(run):
+        for step in first_steps(run, run.values):
             run.do(step)
-        smaller = sized(run)
+        decide_size(run)
         run.keep()
-        steps = last_steps(run, smaller)
-        missing = [step.made for step in steps if not run.do(step)]
+        missing = [step.made for step in last_steps(run, run.values) if not run.do(step)]
     except (KeyboardInterrupt, SystemExit):
         print("the same command continues", file=sys.stderr, flush=True)
         raise
@@ -76,17 +75,20 @@ def run_steps(run: Compression) -> None:
 
 def script_of(run: Compression) -> str:
     """Return the shell script of the steps."""
-    first = first_steps(run)
-    is_made = all([run.is_done(step) for step in first])
+    is_made = all([run.is_done(step) for step in first_steps(run, run.values)])
+    shell = {name: Shell(f'"${name}"') for name in run.values}
+    first = [*first_steps(run, shell)]
     if run.args.megabytes and run.args.recover and not is_made:
         end = "The next steps depend on this model's size: print them once it is made"
         return script(run.line, first, end)
     end = f"For llama.cpp: {INSTALL}" if run.gguf and not find_spec(CONVERTER) else ""
-    return script(run.line, [*first, *last_steps(run, sized(run) if is_made else [])], end)
+    if is_made:
+        decide_size(run)
+    return script(run.line, [*first, *last_steps(run, shell)], end)
 
 
-def sized(run: Compression) -> list[str]:
-    """Return the flags that remove neurons or experts for --megabytes, once the model is trimmed.
+def decide_size(run: Compression) -> None:
+    """Decide which part of the trimmed model's neurons or experts --megabytes removes.
 
     Raises UserError if its file is larger and --recover is not given.
     """
@@ -101,8 +103,7 @@ def sized(run: Compression) -> list[str]:
             facts.smaller = removal(job, args.quantize, args.megabytes)
         else:
             check_size(job, args.quantize, args.megabytes)
-            facts.smaller = []
-    return facts.smaller or []
+            facts.smaller = {}
 
 
 def parse(argv: list[str]) -> Compression:

@@ -7,7 +7,7 @@ dialogues. Then its variable of the script has another value for the steps after
 from __future__ import annotations
 
 import shlex
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from ...util.cli import typed
@@ -16,25 +16,11 @@ NOTHING = 3  # exit status of `trim` and `dialogues`: nothing is to be used, as 
 WIDTH = 96  # of a line of the script
 
 
-@dataclass(frozen=True)
-class Variable:
-    """A variable of the script and the words around it, all left out if it may have no value."""
+class Shell(str):
+    """A word of the script that the shell expands, such as "$model"."""
 
-    name: str
-    ending: str = ""
-    flag: str = ""
-    optional: bool = True
-
-    @property
-    def shell(self) -> str:
-        if not self.optional:
-            return f'"${self.name}"'
-        before = f"{self.flag} " if self.flag else ""
-        return f'${{{self.name}:+{before}"${self.name}"{self.ending}}}'
-
-    def words(self, values: Mapping[str, str]) -> list[str]:
-        value = values[self.name]
-        return [*filter(None, [self.flag]), f"{value}{self.ending}"] if value else []
+    def __str__(self) -> Shell:
+        return self
 
 
 @dataclass(frozen=True)
@@ -44,24 +30,19 @@ class Step:
     name: str
     about: str
     command: str
-    words: Sequence[str | Variable]
+    words: Sequence[str]
     made: str
     variable: str = ""  # its value is `made`, or `otherwise` after the status NOTHING
     otherwise: str = ""
     needed: bool = True  # otherwise the other steps follow its failure
     grows: bool = False  # what it makes is there before it is complete
 
-    def argv(self, values: Mapping[str, str]) -> list[str]:
-        """Return the words of the command, with the values of the variables."""
-        parts = ([each] if isinstance(each, str) else each.words(values) for each in self.words)
-        return [word for part in parts for word in part]
-
     @property
     def line(self) -> str:
         """The command in a shell, on several lines if it is long."""
         groups = [typed(self.command)]  # a flag with its values
-        for each in self.words:
-            word = shlex.quote(each) if isinstance(each, str) else each.shell
+        for word in self.words:
+            word = word if isinstance(word, Shell) else shlex.quote(word)
             groups += [word] if word.startswith("--") else []
             groups[-1] += "" if word.startswith("--") else f" {word}"
         lines = groups[:1]

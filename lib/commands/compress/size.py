@@ -15,10 +15,12 @@ if TYPE_CHECKING:
 
     from ...run.run import Run
 
-REMOVAL = {  # flags of main.py, which the share follows
-    NEURONS: f"--prune_method admm --sparsity_type {NEURONS} --sparsity_ratio",
-    EXPERTS: f"--prune_method contribution --sparsity_type {EXPERTS} --sparsity_ratio",
-}
+METHODS = {NEURONS: "admm", EXPERTS: "contribution"}
+
+
+def removing(kind: str, share: str) -> dict[str, str]:
+    """Return flags of main.py that remove a share of the neurons or experts."""
+    return dict(prune_method=METHODS[kind], sparsity_type=kind, sparsity_ratio=share)
 
 
 def megabytes_of(job: Run, model: nn.Module, type_: str, blocks: bool = False) -> float:
@@ -26,17 +28,16 @@ def megabytes_of(job: Run, model: nn.Module, type_: str, blocks: bool = False) -
 
     `blocks`: without the vocabulary.
     """
-    from ...formats.grids import Types
     from ...run.gguf_size import gguf_bytes, sizes_and_rest, vocabulary_bytes
 
     outer = 0.0 if blocks else vocabulary_bytes(job)
     if type_ != AUTO:
         return gguf_bytes(job, model, job.form, outer) / 1e6
-    sizes, _ = sizes_and_rest(job, model, outer)
+    sizes, size = sizes_and_rest(job, model, outer)
     inside = f"{job.model.blocks_name}."
-    types = [each for name, each in sizes.items() if name.startswith(inside) or not blocks]
-    rest = gguf_bytes(job, model, Types(), outer) - sum(each[Q8_0] for each in types)
-    return (rest + sum(min(each.values()) for each in types)) / 1e6
+    for name, each in sizes.items():
+        size += each[Q8_0] if blocks and not name.startswith(inside) else min(each.values())
+    return size / 1e6
 
 
 def check_size(job: Run, type_: str, megabytes: float, blocks: bool = False) -> None:
@@ -51,8 +52,8 @@ def check_size(job: Run, type_: str, megabytes: float, blocks: bool = False) -> 
         raise UserError(f"--megabytes {megabytes}", problem, fix)
 
 
-def removal(job: Run, type_: str, megabytes: float) -> list[str]:
-    """Return flags that remove as few neurons or experts as `megabytes` ask for; [] for none.
+def removal(job: Run, type_: str, megabytes: float) -> dict[str, str]:
+    """Return flags that remove as few neurons or experts as `megabytes` ask for; {} for none.
 
     Raises UserError if the size cannot be reached.
     """
@@ -71,4 +72,4 @@ def removal(job: Run, type_: str, megabytes: float) -> list[str]:
         problem, fix = f"the smallest file has {about}", "Give more, or choose a smaller model"
         raise UserError(f"--megabytes {megabytes}", problem, fix)
     share = f"{1 - left / layout.count:.6g}"
-    return [*REMOVAL[layout.kind].split(), share] if left < layout.count else []
+    return removing(layout.kind, share) if left < layout.count else {}

@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING
 from ...data.documents import Corpus, are_dialogues, check_corpus
 from ...data.languages import language_text
 from ...data.sources import parse_source, parse_sources
-from ...run.flags import build_parser, check_flags, given
+from ...run.flags import build_parser, check_flags, flag_words, given
 from ...run.plan import AUTO
 from ...util.errors import UserError, fields_named
-from .size import REMOVAL, check_size
+from .size import check_size, removing
 from .steps import CONVERTER, PACKED_FLAGS, WEIGHT
 from .work import Compression, Facts
 
@@ -66,7 +66,8 @@ def find_facts(run: Compression) -> Facts:
         return facts
     facts.chats = any(are_dialogues(Corpus(source).documents("train")) for source in sources)
     if args.dialogues != 0 and not facts.chats:
-        facts.prompts, facts.chats = _prompts(run, data), True
+        people = [] if args.data else _people(args.language)
+        facts.prompts, facts.chats = [*people, *(source.text for source in sources)], True
         total = sum(weight or 1 for _, weight in facts.texts)
         facts.texts = [(text, (weight or 1) / total) for text, weight in facts.texts]
         tokens = nsamples * facts.seqlen * WEIGHT / (1 + WEIGHT)
@@ -84,17 +85,13 @@ def _check_language(tag: str, has_data: bool) -> None:
         raise UserError(error.what, error.problem, f"{error.fix}. {fix}") from error
 
 
-def _prompts(run: Compression, data: list[str]) -> list[str]:
-    """Return the sources of prompts: people's own in the language, if there are any, and texts."""
-    sources = parse_sources(data, "--data", mixture=True, column=run.parsed.column)
-    texts, people = [source.text for source in sources], f"aya:{run.args.language}"
-    if run.args.data:
-        return texts
+def _people(tag: str) -> list[str]:
+    """Return the source of people's own prompts in a language; [] if there is none."""
     try:
-        check_corpus(Corpus(parse_source(people, "--language")), "train")
+        check_corpus(Corpus(source := parse_source(f"aya:{tag}", "--language")), "train")
     except UserError:  # the dataset has none
-        return texts
-    return [people, *texts]
+        return []
+    return [source.text]
 
 
 def check_job(run: Compression, model: str, data: list[str], nsamples: int, seqlen: int) -> Run:
@@ -107,16 +104,13 @@ def check_job(run: Compression, model: str, data: list[str], nsamples: int, seql
     from ...run.check import check, check_outputs
 
     args = run.args
-    flags = ["--model", model, "--device", run.device, "--calibration_data", *data]
-    flags += ["--eval_data", *args.eval_data] if args.eval_data else []
-    flags += ["--nsamples", str(nsamples), "--save_model", args.out]
+    flags = dict(model=model, device=run.device, calibration_data=data, eval_data=args.eval_data)
+    flags |= dict(nsamples=nsamples, save_model=args.out, recover=args.recover or None)
     form = "iq4_nl" if args.quantize == AUTO else args.quantize
-    flags += ["--quantize", form] if run.gguf else PACKED_FLAGS.split()
-    flags += ["--recover", str(args.recover)] if args.recover else []
-    if args.megabytes and args.recover:
-        flags += [*REMOVAL[kind_of(run.config)].split(), "0.5"]
+    flags |= dict(quantize=form) if run.gguf else PACKED_FLAGS
+    flags |= removing(kind_of(run.config), "0.5") if args.megabytes and args.recover else {}
     parser = build_parser()
-    parsed = parser.parse_args([*flags, *run.passed_on])
+    parsed = parser.parse_args([*flag_words(flags), *run.passed_on])
     check_flags(parser, parsed)
     with fields_named(calibration_data="--data", save_model="OUT"):
         check_outputs(parsed)

@@ -13,6 +13,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ...run.flags import given
 from ...run.results import RESULTS
 from ...util import processes
 from ...util.cli import typed
@@ -43,7 +44,7 @@ class Facts:
     date: str | None  # written by the chat template
     prompts: list[str] = field(default_factory=list)  # that a chat model answers; []: none
     fill: int = 0  # tokens of these dialogues
-    smaller: list[str] | None = None  # flags that remove parts for --megabytes, once decided
+    smaller: dict[str, str] | None = None  # flags that remove parts for --megabytes, once decided
 
 
 @dataclass
@@ -77,6 +78,11 @@ class Compression:
         """{folder: format} for each other engine."""
         formats = (each for each in self.args.target if each not in (ANY, PACKED))
         return {f"{self.args.out}-{each}": each for each in formats}
+
+    @property
+    def column(self) -> str | None:
+        """--column, if it was given."""
+        return self.parsed.column if given(self.parsed, "column") else None
 
     @property
     def results(self) -> Path:
@@ -131,8 +137,7 @@ class Compression:
         """Do a step in a process of its own, unless it is finished; return whether it succeeded."""
         if self.is_done(step):
             return True
-        argv = step.argv(self.values)
-        print(f"\n{step.about}\n{typed(step.command)} {shlex.join(argv)}", flush=True)
+        print(f"\n{step.about}\n{typed(step.command)} {shlex.join(step.words)}", flush=True)
         if step.name == "model":
             self._take_back()
         elif step.name in self.ended and step.command in STAGED:
@@ -140,7 +145,7 @@ class Compression:
         self.ended[step.name] = None
         self.keep()
         module = "main" if step.command == "prune" else f"commands.{step.command}"
-        self.ended[step.name] = status = processes.call(module, *argv)
+        self.ended[step.name] = status = processes.call(module, *step.words)
         self.keep()
         if step.needed and not self.is_done(step):
             raise SystemExit(status)  # the step has printed why
