@@ -11,8 +11,6 @@ from typing import Any
 
 import numpy as np
 
-from lib.data.gguf_file import type_sizes
-
 WIDTH = 256  # one block of q4_K
 UK = "сонце ріка ліс тихо пливе над старим містом вітер гойдає верби дорога веде до моря".split()
 EN = "the old river runs past a quiet town where children play under tall green trees".split()
@@ -107,6 +105,8 @@ def tokenizer(kind: str, merges: int = 300) -> dict[str, tuple[int, Any]]:
 
 def blocks(kind: int, rows: int, width: int, seed: int) -> np.ndarray:
     """Random bytes (rows, bytes) of a type, with small scales so that all numbers are finite."""
+    from gguf import GGML_QUANT_SIZES
+
     draw = np.random.default_rng(seed)
     if kind in (F32, F16):
         values = draw.normal(0, 0.2, (rows, width))
@@ -115,7 +115,7 @@ def blocks(kind: int, rows: int, width: int, seed: int) -> np.ndarray:
         values = draw.normal(0, 0.2, (rows, width)).astype(np.float32)
         return (values.view(np.uint32) >> 16).astype(np.uint16).view(np.uint8)
     scales = {Q8_0: (0,), IQ4_NL: (0,), Q4_K: (0, 2), Q6_K: (208,)}[kind]
-    size, block = type_sizes()[kind]
+    size, block = GGML_QUANT_SIZES[kind]
     data = draw.integers(0, 256, (rows * width // size, block), np.uint8)
     for place in scales:
         data[:, place : place + 2] = np.float16([0.001]).view(np.uint8)

@@ -12,7 +12,6 @@ import re
 import struct
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -45,11 +44,6 @@ class Field:
         return self.kind in INTEGERS or self.of in INTEGERS
 
 
-def with_value(field: Field, value: Any) -> Field:
-    """Return a field of the same kind with another value."""
-    return Field(field.kind, value, field.of)
-
-
 @dataclass
 class Tensor:
     """A tensor and its bytes, `data` (bytes,), of which a new file has the rows `kept`.
@@ -78,14 +72,6 @@ class Tensor:
         rows = self.data.reshape(self.shape[-1], -1)
         step = max(1, CHUNK // rows.shape[1])
         yield from (rows[self.kept[i : i + step]] for i in range(0, len(self.kept), step))
-
-
-@cache
-def type_sizes() -> dict[int, tuple[int, int]]:
-    """Return {type: numbers in a block, bytes of a block}."""
-    from gguf import GGML_QUANT_SIZES
-
-    return {kind.value: sizes for kind, sizes in GGML_QUANT_SIZES.items()}
 
 
 class GgufFile:
@@ -146,12 +132,14 @@ class GgufFile:
             *shape, kind, offset = struct.unpack_from(f"<{n_dims}QIQ", data, at + 4)
             infos.append((name.decode(), tuple(shape), kind, offset))
             at += 16 + 8 * n_dims
+        from gguf import GGML_QUANT_SIZES
+
         begin, view = at + -at % self.alignment, np.frombuffer(data, np.uint8)
         for name, shape, kind, offset in infos:
-            if kind not in type_sizes():
+            if kind not in GGML_QUANT_SIZES:
                 problem = f"{name} has the type {kind}, which the package gguf does not know"
                 raise UserError(self.what, problem, "Install a newer gguf")
-            block, size = type_sizes()[kind]
+            block, size = GGML_QUANT_SIZES[kind]
             size, offset = prod(shape) // block * size, begin + offset
             if offset + size > len(data):
                 raise struct.error

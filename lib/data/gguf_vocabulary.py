@@ -16,7 +16,7 @@ from functools import cached_property
 import numpy as np
 
 from ..util.errors import UserError
-from .gguf_file import STRING, UINT32, Field, GgufFile, Tensor, with_value
+from .gguf_file import STRING, UINT32, Field, GgufFile, Tensor
 from .sentencepiece import BYTE, CONTROL, NORMAL, UNKNOWN, UNUSED, USER_DEFINED
 from .token_kinds import (
     BLANK,
@@ -263,9 +263,10 @@ class GgufVocabulary:
                 value += b" (trimmed vocabulary)"
             elif name == "general.size_label":
                 value += b"-trimmed"
-            fields[name] = field if value is field.value else with_value(field, value)
+            fields[name] = field if value is field.value else replace(field, value=value, raw=b"")
         for name, index in self.ids.items():
-            fields[name] = with_value(fields.get(name, Field(UINT32, 0)), new_ids[index])
+            field = fields.get(name, Field(UINT32, 0))
+            fields[name] = replace(field, value=new_ids[index], raw=b"")
         fields["langprune.vocabulary.digest"] = Field(STRING, self.digest(kept).encode())
         fields["langprune.vocabulary.rows_before"] = Field(UINT32, self.rows)
         tensors = [
