@@ -16,7 +16,6 @@ CHAT_PROMPTS = 8  # answered by both models
 CONVERTER = "convert_hf_to_gguf"
 PACKED_FLAGS = dict(prune_method="admm", sparsity_ratio=0.5, allocation="error")
 PACKED_FLAGS |= dict(replace_sparse_layers=True, quantize="int4")
-OWN = ("nsamples", "seqlen", "date", "eval_windows")  # flags of main.py with defaults of this one's
 
 
 def first_steps(run: Compression, values: Mapping[str, str]) -> Iterator[Step]:
@@ -53,7 +52,7 @@ def last_steps(run: Compression, values: Mapping[str, str]) -> list[Step]:
     flags |= dict(megabytes=args.megabytes) if args.quantize == AUTO else {}
     flags |= dict(recover=args.recover or None, completions=CHAT_PROMPTS if facts.chats else None)
     outputs = dict(save=run.inside(RUN), resume=run.inside(BLOCKS), save_model=args.out)
-    words = [*flag_words(flags), *without(run.passed_on, OWN), *flag_words(outputs)]
+    words = [*flag_words(flags), *without(run.passed_on, vars(facts)), *flag_words(outputs)]
     about = "Prune, quantize and train the weights" if PACKED in args.target else ""
     about = about or f"Quantize the weights with text{' and train them' * bool(args.recover)}"
     steps = [Step("model", about, "prune", words, args.out)]
