@@ -32,7 +32,7 @@ from lib.methods.wanda import Wanda
 from lib.model.blocks import BlockRunner
 from lib.model.device import default_batch_size
 from lib.prune import Pruner, windows_of_texts
-from lib.quantize import Quantizer
+from lib.quantize import quantize
 from lib.run.record import processor
 
 
@@ -45,7 +45,7 @@ def pruned(model, windows, method: str, kind: str) -> None:
 
 def quantized(model, windows, name: str) -> None:
     runner = BlockRunner(model, torch.device("cpu"), batch_size=batch_size(windows, model))
-    Quantizer(runner, FORMATS[name]).run(windows)
+    quantize(runner, windows, FORMATS[name])
 
 
 @torch.no_grad()

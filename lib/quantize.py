@@ -7,7 +7,7 @@ from the quantized blocks before it, and its target is the output of the unquant
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from functools import partial
 from math import prod
 from typing import Any
@@ -71,8 +71,23 @@ def check_quantized(runner: BlockRunner, fmt: ScaledFormat) -> dict[str, Any]:
     return record | ({"types": getattr(fmt, "types", types)} if several else {})
 
 
+def quantize(
+    runner: BlockRunner,
+    windows: Tensor,
+    fmt: ScaledFormat,
+    master_dtype: torch.dtype | None = None,
+    on_progress: Callable[[int], Any] = lambda blocks: None,
+) -> Quantizer:
+    """Quantize the linear layers that `fmt` takes, in place, with windows (n, tokens).
+
+    The returned quantizer reports the results. With `master_dtype`, training continues from its
+    `master_weights`. `on_progress(1)` is called after each block.
+    """
+    return Quantizer(runner, fmt, master_dtype).run(windows, on_progress)
+
+
 class Quantizer(BlockWalker):
-    """Quantizes the linear layers that `fmt` takes, in place, and reports on them.
+    """Quantizes the linear layers that `fmt` takes, in place.
 
     Layers without tokens, and experts with fewer tokens than inputs, are rounded to nearest. If the
     model will be trained, `master_weights` maps each parameter's name to its masters

@@ -31,8 +31,8 @@ from ..model.reference import (
 from ..model.saving import parameter_bytes
 from ..model.sparsity_check import SparsityCheck
 from ..prune import Pruner
-from ..quantize import Quantizer
 from ..quantize import check_quantized as check_quantized_weights
+from ..quantize import quantize as quantize_linears
 from ..recover import Recoverer
 from ..remove import remove
 from ..sparse import pack_, relative_difference
@@ -183,7 +183,7 @@ def quantize(
     if run.schedule:
         masters = run.schedule.master_dtype(runner.save_dtype)
     with run.timed("quantize", "quantizing", len(runner.blocks)) as bar:
-        quantizer = Quantizer(runner, form, masters).run(windows, bar)
+        quantizer = quantize_linears(runner, windows, form, masters, bar)
         if isinstance(form, Types):
             quantizer.quantize_tables_()
     run.print(*quantizer.summary())

@@ -18,7 +18,7 @@ from lib.formats.registry import FORMATS
 from lib.methods.gptq import GPTQ
 from lib.methods.registry import EXPERT_METHODS, METHODS, method_of
 from lib.methods.sparsity import EXPERTS, NEURONS, Sparsity
-from lib.quantize import Quantizer
+from lib.quantize import quantize
 from lib.remove import remove
 
 # (revision, digest of the masks, norm of the weights) of each case
@@ -59,7 +59,7 @@ def result(case: str) -> tuple[int, str, float]:
     runner, ids = runner_of(model), windows(8)
     if name == "quantize":
         prune_(runner, "magnitude", PATTERNS["2:4"])
-        Quantizer(runner, FORMATS[kind]).run(ids)
+        quantize(runner, ids, FORMATS[kind])
         return GPTQ.revision, *digested(model)
     method = method_of(name)
     if kind in PATTERNS:

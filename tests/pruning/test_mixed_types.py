@@ -19,7 +19,7 @@ from lib.calibration.mixed_types import (
 )
 from lib.formats.grids import Types
 from lib.model.reference import tail_of
-from lib.quantize import Quantizer
+from lib.quantize import quantize
 
 
 def log_probabilities(model: PreTrainedModel, ids: Tensor) -> Tensor:
@@ -93,7 +93,7 @@ def test_the_head_is_quantized_by_its_inputs(layers: str, tied: bool) -> None:
     kept, tail = head.weight.clone(), tail_of(runner)
     names = [*sizes_of(model, runner.name, len(kept))]
     types = {name: layers if ".layers." in name else "iq4_nl" for name in names}
-    quantizer = Quantizer(runner, Types(types)).run(ids)
+    quantizer = quantize(runner, ids, Types(types))
     assert any("linear layers" in line for line in quantizer.summary()) == (layers == "iq4_nl")
     assert torch.equal(head.weight, kept)
     quantizer.quantize_tables_()
