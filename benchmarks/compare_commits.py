@@ -39,9 +39,9 @@ TESTS = Path(__file__).resolve().parents[1] / "tests"
 sys.path.insert(0, str(TESTS))
 import run_kinds  # noqa: E402
 
-# of no two runs alike: times, paths, versions, what a machine measures
+# settings, and what no two runs have alike: times, paths, versions, what a machine measures
 VARYING = r"second|minute|time|date|version|path|host|commit|memory|peak|speed|per_s|/s$|hash|free"
-VARYING += r"|digest|revision|created|threads|cpu|checkpoint|command|argv|pid|_name_or|local"
+VARYING += r"|digest|revision|created|threads|cpu|checkpoint|command|_name_or|local|flag|finger"
 UNREAD = ".png", ".svg", ".md", "said", "output.txt"  # pictures, and text that others record
 
 
