@@ -362,10 +362,10 @@ def test_what_another_command_made_is_kept(runs: Runs) -> None:
 LANGPRUNE = """\
 #!{} -P
 import sys
-from lib.commands.__main__ import program
 from lib.util.cli import main_of, run
 
-sys.exit(run(main_of(program(sys.argv[1])), sys.argv[2:]))
+name = sys.argv[1]
+sys.exit(run(main_of("main" if name == "prune" else "commands." + name), sys.argv[2:]))
 """  # LANGPRUNE_CALLED stays, which cards name
 
 
