@@ -128,7 +128,8 @@ def swap_linears_(
 def relative_difference(before: Tensor, after: Tensor) -> float:
     """Return |after - before| / |before| for the same logits or hidden states of two models."""
     assert before.shape == after.shape
-    reference, difference = before.double(), (after.double() - before.double())
+    reference = before.double()
+    difference = after - reference  # in float64, without copies of large logits
     return float(difference.norm() / reference.norm().clamp_min(torch.finfo(torch.float64).tiny))
 
 
