@@ -334,7 +334,8 @@ def test_nothing_is_left_of_a_file_that_is_not_whole(
             path.write_bytes(data)
 
     monkeypatch.setattr(f"{module}.write", spoiled)
-    with pytest.raises(OSError if fault == "disk" else UserError):
+    error, words = (OSError, "No space") if fault == "disk" else (UserError, "is not IN's")
+    with pytest.raises(error, match=words):
         main([str(source), str(tmp_path / "out.gguf"), "--data", str(texts)])
     assert [path.name for path in tmp_path.iterdir()] == ["in.gguf"]
 
