@@ -34,12 +34,11 @@ from lib.commands.gguf import llama_cpp
 from lib.commands.gguf.source import make_view, open_source, pre_tokenizer_of
 from lib.data.sentencepiece import check_of
 from lib.eval import perplexities
-from lib.formats.registry import GRIDS
+from lib.formats.registry import AUTO, GRIDS
 from lib.model.blocks import BlockRunner
 from lib.run.check import check
 from lib.run.flags import build_parser, check_flags
 from lib.run.load import load
-from lib.run.plan import AUTO
 from lib.run.record import evaluation_record
 from lib.run.steps import dense_reference, resolve_bos
 from lib.util.cli import add_debug_flag, run, split_argv

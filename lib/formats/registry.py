@@ -12,6 +12,7 @@ from importlib import import_module
 from typing import Any
 
 Q8_0 = "q8_0"  # the type of embedding and head, and of all if that is small enough
+AUTO = "auto"  # a type for each tensor, by --megabytes
 EXPORTED = "q4_0"  # the type that engines other than llama.cpp run
 LLAMA_CPP = {  # types of llama.cpp; a matrix has the first one on whose grid it is
     "q4_0": ".grids:Q4_0",
@@ -20,7 +21,7 @@ LLAMA_CPP = {  # types of llama.cpp; a matrix has the first one on whose grid it
     "q3_k": ".grids:Q3_K",
 }
 FILE_ALONE = {Q8_0: ".grids:Q8_0Type"}  # of llama.cpp too, but rounded only in a GGUF file
-BY_TENSOR = {"auto": ".grids:Types"}
+BY_TENSOR = {AUTO: ".grids:Types"}
 PACKING = {"int4": ".int4:Int4"}
 UNCHANGED = {"16": ".packed.formats:Values"}
 

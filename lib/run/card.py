@@ -18,13 +18,12 @@ from yaml import YAMLError
 
 from ..data.sources import BUILT_IN, parse_source
 from ..formats.packed.checkpoint import card_lines
-from ..formats.registry import GRIDS
+from ..formats.registry import AUTO, GRIDS
 from ..methods.sparsity import SMALLER
 from ..util.errors import UserError, one_line
 from ..util.markdown import escape
 from .figures import figures_table, is_pruned_before, notes
 from .flags import command_words, named
-from .plan import AUTO
 from .plan import packed as packed_by
 from .results import is_trained
 

@@ -20,7 +20,7 @@ from ..data.documents import Corpus, are_dialogues, check_corpus, read_line
 from ..data.templates import set_date, writes_date
 from ..data.windows import WindowSpec
 from ..formats.grids import Types
-from ..formats.registry import FORMATS
+from ..formats.registry import AUTO, FORMATS
 from ..methods.sparsity import ALLOCATIONS
 from ..model.bitsandbytes import check_format, stored_bits
 from ..model.checkpoint import Checkpoint
@@ -50,7 +50,7 @@ from .fingerprint import EARLIER, TRIMS, fingerprint, first_difference
 from .flags import named, shown
 from .gguf_size import room_for_types
 from .lm_eval import check_tasks
-from .plan import AUTO, TRIM, Flags
+from .plan import TRIM, Flags
 from .run import Model, Run, Teacher, kept_parts
 from .save import CARD
 from .trimmed import OTHER_TEACHER, read_list, teacher_rows

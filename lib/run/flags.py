@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from ..data.token_choice import MULTIPLE
-from ..formats.registry import GRIDS, PACKING, QUANTIZED
+from ..formats.registry import AUTO, GRIDS, PACKING, QUANTIZED
 from ..methods.registry import EXPERT_METHODS, METHODS, is_file
 from ..methods.sparsity import (
     ALLOCATIONS,
@@ -29,7 +29,7 @@ from ..methods.sparsity import (
 )
 from ..util.cli import typed
 from ..util.errors import UserError
-from .plan import AUTO, FlagParser, packed
+from .plan import FlagParser, packed
 
 DESCRIPTION = """\
 Prune and quantize a Hugging Face causal language model for one language, with text in that

@@ -22,7 +22,6 @@ from ..util.errors import UserError
 if TYPE_CHECKING:
     from ..methods.base import PruningMethod
 
-AUTO = "auto"  # of --quantize: a type for each tensor, by --megabytes
 PRUNED_BEFORE = "pruned before"  # method of a run on an already pruned model
 # flags of earlier versions, for which `trim` is a command of its own
 RETIRED = "--trim_vocabulary", "--vocabulary_data", "--vocabulary_price", "--vocabulary_rows"

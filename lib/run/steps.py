@@ -17,6 +17,7 @@ from ..calibration.allocation import allocate as choose_allocation
 from ..data.windows import WindowSpec
 from ..eval import COMPARED_POSITIONS, needs_bos, perplexities, perplexity, some_logits
 from ..formats.grids import Grid, Types
+from ..formats.registry import AUTO
 from ..methods.sparsity import Passes
 from ..model.blocks import BlockRunner
 from ..model.device import checkpoint_dtype, dtype_name
@@ -42,7 +43,6 @@ from ..util.resume import TYPES
 from . import lm_eval
 from .gguf_size import room_for_types
 from .load import load
-from .plan import AUTO
 from .record import (
     evaluation_record,
     finish_results,

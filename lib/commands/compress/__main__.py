@@ -21,9 +21,8 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from ...data.languages import language_text
-from ...formats.registry import EXPORTED, GRIDS
+from ...formats.registry import AUTO, EXPORTED, GRIDS
 from ...run.flags import NATURAL, POSITIVE, build_parser, given, named
-from ...run.plan import AUTO
 from ...util.cli import make_parser, split_argv
 from ...util.errors import UserError
 from ...util.files import check_new_folder, check_writable, exclusive_lock

@@ -5,9 +5,8 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING
 
-from ...formats.registry import Q8_0
+from ...formats.registry import AUTO, Q8_0
 from ...methods.sparsity import EXPERTS, NEURONS
-from ...run.plan import AUTO
 from ...util.errors import UserError
 
 if TYPE_CHECKING:

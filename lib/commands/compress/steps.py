@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from importlib.util import find_spec
 
+from ...formats.registry import AUTO
 from ...run.flags import flag_words, without
-from ...run.plan import AUTO
 from .recipe import Shell, Step
 from .work import BLOCKS, DIALOGUES, PACKED, RUN, TABLE, TRIMMED, Compression
 

@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING
 from ...data.documents import Corpus, are_dialogues, check_corpus
 from ...data.languages import language_text
 from ...data.sources import parse_source, parse_sources
+from ...formats.registry import AUTO
 from ...run.flags import build_parser, check_flags, flag_words, given
-from ...run.plan import AUTO
 from ...util.errors import UserError, fields_named
 from .size import check_size, removing
 from .steps import CONVERTER, PACKED_FLAGS, WEIGHT

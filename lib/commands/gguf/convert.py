@@ -17,11 +17,10 @@ import torch
 
 from ...data.documents import Corpus
 from ...data.sentencepiece import check_of
-from ...formats.registry import GRIDS
+from ...formats.registry import AUTO, GRIDS
 from ...model.checkpoint import weight_bytes
 from ...model.device import checkpoint_dtype
 from ...run.card import converted_card
-from ...run.plan import AUTO
 from ...util.errors import UserError
 from ...util.files import sync, write_text
 from ...util.host import gib

@@ -26,8 +26,7 @@ from typing import Any
 from unittest import mock
 
 from ...data.gguf_file import GgufFile, Tensor
-from ...formats.registry import GRIDS, TYPES
-from ...run.plan import AUTO
+from ...formats.registry import AUTO, GRIDS, TYPES
 from ...util.errors import UserError
 from ...util.processes import started_by
 from ...util.progress import progress
