@@ -16,6 +16,6 @@ setup(
         *(f"langprune.{name}" for name in find_packages("lib")),
         "packed_bitmask",
     ],
-    package_dir={"langprune": "lib", "packed_bitmask": "lib/formats/packed"},
+    package_dir={"langprune": "lib", "packed_bitmask": "lib/packed"},
     cmdclass={"build_py": BuildWithMain},
 )

@@ -25,11 +25,11 @@ import torch
 from safetensors.torch import load_file
 from tokenizers import Tokenizer
 
-from lib.commands.trim.proof import MANY
-from lib.commands.trim.vectors import Encoder, _texts, compare_vectors
 from lib.data.documents import Corpus
 from lib.data.sources import parse_sources
 from lib.util.cli import make_parser, run
+from lib.vocabulary.proof import MANY
+from lib.vocabulary.vectors import Encoder, _texts, compare_vectors
 
 ROUNDS, EACH = 5, 20  # of sentences, for the speed
 LOAD = """

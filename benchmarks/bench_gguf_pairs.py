@@ -26,7 +26,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from lib.commands.gguf.llama import ask, start  # noqa: E402
+from lib.gguf.llama import ask, start  # noqa: E402
 from lib.util.host import peak_host_memory  # noqa: E402
 
 LETTERS = 240  # of each prompt

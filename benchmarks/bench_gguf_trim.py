@@ -28,8 +28,8 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from lib.data.gguf_file import GgufFile, write  # noqa: E402
-from lib.data.gguf_vocabulary import TABLES, tokenizer_model  # noqa: E402
+from lib.gguf.file import GgufFile, write  # noqa: E402
+from lib.gguf.vocabulary import TABLES, tokenizer_model  # noqa: E402
 
 Q4_K, Q6_K = 144 / 256, 210 / 256  # bytes of a number
 # vocabulary, rows, blocks, width, heads, heads of keys, size of a head, neurons, tied
@@ -99,7 +99,7 @@ def parts(path: Path) -> dict[str, int]:
 MEMORY = """
 import sys
 sys.path.insert(0, {root!r})
-from lib.commands.gguf.llama import Llama
+from lib.gguf.llama import Llama
 from pathlib import Path
 from lib.util.host import peak_host_memory
 model = Llama(Path({path!r}))

@@ -23,10 +23,10 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from lib.commands.gguf.llama import Llama  # noqa: E402
 from lib.commands.trim.__main__ import main as trim  # noqa: E402
-from lib.data.gguf_file import GgufFile, write  # noqa: E402
-from lib.data.gguf_vocabulary import TOKENS, tokenizer_model  # noqa: E402
+from lib.gguf.file import GgufFile, write  # noqa: E402
+from lib.gguf.llama import Llama  # noqa: E402
+from lib.gguf.vocabulary import TOKENS, tokenizer_model  # noqa: E402
 from lib.util.errors import UserError  # noqa: E402
 
 

@@ -31,12 +31,12 @@ from measure import medians, random_llama, table
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lib.formats.packed import kernels
-from lib.formats.packed.checkpoint import pack_embeddings_
-from lib.formats.packed.linear import SparseLinear
 from lib.formats.registry import FORMATS
 from lib.model.blocks import BlockRunner
 from lib.model.skeleton import decoder_blocks
+from lib.packed import kernels
+from lib.packed.checkpoint import pack_embeddings_
+from lib.packed.linear import SparseLinear
 from lib.sparse import swap_linears_
 
 SHAPES = [(4096, 4096), (11008, 4096), (4096, 11008)]

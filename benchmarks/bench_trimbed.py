@@ -27,8 +27,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from tokenizers import Tokenizer  # noqa: E402
 
-from lib.commands.gguf.llama import Llama  # noqa: E402
 from lib.data.documents import passages  # noqa: E402
+from lib.gguf.llama import Llama  # noqa: E402
 
 LETTERS, PASSAGES = 400, 24  # characters of a passage
 

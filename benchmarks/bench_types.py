@@ -30,11 +30,10 @@ import torch
 from bench_frontier import ROOT, child, matrices_of, names_in
 from torch import Tensor, nn
 
-from lib.commands.gguf import llama_cpp
-from lib.commands.gguf.source import make_view, open_source, pre_tokenizer_of
-from lib.data.sentencepiece import check_of
 from lib.eval import perplexities
 from lib.formats.registry import AUTO, GRIDS
+from lib.gguf import conversion
+from lib.gguf.source import make_view, open_source, pre_tokenizer_of
 from lib.model.blocks import BlockRunner
 from lib.run.check import check
 from lib.run.flags import build_parser, check_flags
@@ -42,6 +41,7 @@ from lib.run.load import load
 from lib.run.record import evaluation_record
 from lib.run.steps import dense_reference, resolve_bos
 from lib.util.cli import add_debug_flag, run, split_argv
+from lib.vocabulary.tokenizer_model import check_of
 
 TYPES = "q4_0 iq4_nl q4_k_m q5_0 q5_k_m q3_k_m iq4_xs q6_k q8_0 q2_k iq3_xxs".split()
 WHICH = "perplexity", "bits_per_byte", "kl", "kl_standard_error", "top1_agreement"
@@ -112,9 +112,9 @@ def convert(folder: Path, file: Path, kind: str) -> None:
     source = open_source(str(folder))
     with tempfile.TemporaryDirectory(dir=file.parent) as stage:
         files = {each: f"{stage}/{each}.gguf" for each in dict.fromkeys(("f32", kind))}
-        llama_cpp.run_child(
+        conversion.run_child(
             str(folder),
-            llama_cpp.convert,
+            conversion.convert,
             folder=str(make_view(source, Path(stage, "view"), folder)),
             name=folder.name,
             files=files,

@@ -27,15 +27,15 @@ from transformers.convert_slow_tokenizer import TikTokenConverter
 
 from lib.commands.trim.folder import choose_tokens, compare_tokenizers
 from lib.commands.trim.parts import Part, open_tokenizer
-from lib.commands.trim.proof import texts_to_compare
 from lib.data.chats import plain_text
 from lib.data.documents import Corpus
 from lib.data.sources import parse_sources
-from lib.data.token_choice import PRICE
-from lib.model.checkpoint_rows import Tables
 from lib.util.cli import run
 from lib.util.errors import UserError
 from lib.util.progress import quiet
+from lib.vocabulary.choice import PRICE
+from lib.vocabulary.proof import texts_to_compare
+from lib.vocabulary.tables import Tables
 
 NUMBERS_APART = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*"

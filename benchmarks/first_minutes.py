@@ -87,7 +87,7 @@ def walk(folder: Path, clock: bool, way: str) -> list[str]:
 def continued(file: Path, tests: Path) -> tuple[str, str]:
     """Return llama.cpp's tokens for a second of one core's work, and what it writes."""
     sys.path.insert(0, str(ROOT))
-    from lib.commands.gguf.llama import ask, start
+    from lib.gguf.llama import ask, start
 
     prompt = " ".join(json.loads(tests.open(encoding="utf-8").readline())["text"].split()[:8])
     server = start(str(file), 512)

@@ -48,7 +48,7 @@ def server_of(model: str, slots: int) -> Any:
 
     import xllamacpp
 
-    from lib.commands.gguf.llama import start
+    from lib.gguf.llama import start
 
     made = xllamacpp.Server
 
@@ -62,7 +62,7 @@ def server_of(model: str, slots: int) -> Any:
 
 def answers(model: str, prompts: list[str], tokens: int, slots: int) -> list[dict[str, Any]]:
     """Return llama.cpp's greedy answers to chats of one message."""
-    from lib.commands.gguf.llama import ask
+    from lib.gguf.llama import ask
 
     server = server_of(model, slots)
 

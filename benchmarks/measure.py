@@ -52,7 +52,7 @@ def decoding_speeds(folders: Sequence[Path], device: str, rounds: int) -> dict[P
     """Return the median tokens a second of saved models, each in its dtype, which take turns."""
     from transformers import AutoModelForCausalLM
 
-    import lib.formats.packed.checkpoint  # noqa: F401  the packed form is known to transformers
+    import lib.packed.checkpoint  # noqa: F401  the packed form is known to transformers
     from lib.commands.compress.measure import decoding_speed
 
     load = partial(AutoModelForCausalLM.from_pretrained, dtype="auto")

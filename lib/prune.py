@@ -27,7 +27,6 @@ from .calibration.output_error import relative_error
 from .data.documents import Corpus
 from .data.sources import Source
 from .data.windows import WindowSpec, calibration_windows, fitting_windows
-from .formats.packed.layout import all_finite
 from .methods.base import PruningMethod
 from .methods.registry import method_of
 from .methods.sparsity import UNSTRUCTURED, Passes, Sparsity
@@ -37,6 +36,7 @@ from .model.linears import experts_implementation
 from .model.masks import Packed, packed_masks, unpacked
 from .model.pretrained import window_length
 from .model.sparsity_check import SparsityCheck
+from .packed.layout import all_finite
 from .util.errors import UserError, fields_named, first_of, spelled
 
 

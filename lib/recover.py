@@ -32,13 +32,13 @@ from .data.samples import Windows, as_windows, join_rows
 from .data.training import TrainingText
 from .eval import perplexities
 from .formats.grids import Grid
-from .formats.packed.errors import PackedError
 from .model.blocks import BlockRunner, iter_logits
 from .model.linears import linears_of
 from .model.matrix import FLOAT, SaveDtypes
 from .model.reference import DenseReference, dense_states, tail_of
 from .offload.fetched import FetchedWeights
 from .offload.sharded import ShardedWeights, WholeWeights, answered, is_sharded, local, shard_of
+from .packed.errors import PackedError
 from .util import progress
 from .util.deterministic import deterministic
 from .util.errors import UserError

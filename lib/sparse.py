@@ -1,6 +1,6 @@
 """Replace the linear layers of a pruned model by packed ones, which save and load packed.
 
-lib/formats/packed/formats.py describes the stored form, lib/formats/packed/linear.py the module. On
+lib/packed/formats.py describes the stored form, lib/packed/linear.py the module. On
 CUDA it uses torch's 2:4 kernels (`to_sparse_semi_structured`) if torch accepts the weight.
 """
 
@@ -16,14 +16,14 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from .eval import some_logits
-from .formats.packed import kernels
-from .formats.packed.checkpoint import mark_packed_, pack_embeddings_
-from .formats.packed.errors import PackedError
-from .formats.packed.formats import PACKED, Values
-from .formats.packed.linear import FORWARDS, OWN_FORWARD, SparseLinear, multiplying, why_dense
 from .model.blocks import BlockRunner
 from .model.linears import find_linears
 from .model.saving import footprint
+from .packed import kernels
+from .packed.checkpoint import mark_packed_, pack_embeddings_
+from .packed.errors import PackedError
+from .packed.formats import PACKED, Values
+from .packed.linear import FORWARDS, OWN_FORWARD, SparseLinear, multiplying, why_dense
 from .quantize import NOTHING_PACKED
 from .util.errors import UserError
 from .util.host import gib

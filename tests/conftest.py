@@ -107,7 +107,7 @@ def no_weights(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture
 def without_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
     """Packed linears are multiplied by torch alone, as where there is no compiler."""
-    monkeypatch.setattr("lib.formats.packed.kernels.ready", lambda: False)
+    monkeypatch.setattr("lib.packed.kernels.ready", lambda: False)
 
 
 @pytest.fixture
@@ -140,7 +140,8 @@ def quickly(runs, monkeypatch: pytest.MonkeyPatch) -> None:
     """The converter and the reader run here, where torch is imported already."""
     from support import LIMIT
 
-    from lib.commands.gguf import convert, llama, verify
+    from lib.gguf import convert, llama
+    from lib.gguf import proof as verify
     from lib.util.errors import UserError
 
     def here(what: str, function, size: float = 0, **arguments):

@@ -31,8 +31,6 @@ from transformers import AutoConfig, PreTrainedModel
 import main
 from lib.calibration.allocation import Allocation, uniform
 from lib.data.samples import Windows
-from lib.formats.packed import kernels
-from lib.formats.packed.linear import SparseLinear
 from lib.formats.registry import FORMATS, GRIDS  # noqa: F401  for tests
 from lib.methods.registry import method_of
 from lib.methods.sparsity import Sparsity
@@ -43,6 +41,8 @@ from lib.model.linears import find_linears
 from lib.model.matrix import PrunableLinear
 from lib.model.parts import StructureLayout, find_parts
 from lib.model.skeleton import auto_class, build_skeleton, decoder_blocks
+from lib.packed import kernels
+from lib.packed.linear import SparseLinear
 from lib.prune import Pruner
 from lib.quantize import Quantizer, check_quantized, form_of  # noqa: F401  for tests
 from lib.run.flags import build_parser

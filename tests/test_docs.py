@@ -10,10 +10,10 @@ import pytest
 from support import ROOT
 
 from lib import eval as evaluation
-from lib.data import token_choice
 from lib.methods.gptq import GPTQ
 from lib.methods.registry import METHODS, method_of, parameters
 from lib.util.errors import UserError
+from lib.vocabulary import choice as token_choice
 
 sys.path.append(str(ROOT / "benchmarks"))
 TODAY = {

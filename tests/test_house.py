@@ -21,45 +21,47 @@ ROOT = Path(__file__).resolve().parent.parent
 LIB = ROOT / "lib"
 # every entry imports from lower floors only
 FLOORS = [
-    ["util"],
+    ["util", "packed"],
     ["formats"],
     ["data", "methods"],
     ["model"],
     ["calibration", "offload"],
     ["eval", "prune"],
     ["quantize", "remove"],
-    ["sparse"],
+    ["sparse", "vocabulary"],
     ["recover"],
     ["run"],
-    ["main"],
+    ["main", "gguf"],
     ["commands"],
 ]
-EDGES = 81  # at most so many pairs of these, of which one imports from the other
+EDGES = 88  # at most so many pairs of these, of which one imports from the other
 LINES = {  # of each room; they only fall, by at most SLACK before this is brought up to date
     "__init__.py": 3,
     "calibration": 1844,
-    "commands": 1327,
-    "commands/compress": 905,
+    "commands": 1215,
+    "commands/compress": 903,
     "commands/export": 458,
-    "commands/gguf": 1297,
+    "commands/gguf": 205,
     "commands/report": 949,
     "commands/sweep": 314,
-    "commands/trim": 1793,
-    "data": 3713,
+    "commands/trim": 1162,
+    "data": 2192,
     "eval.py": 232,
-    "formats": 571,
-    "formats/packed": 1252,
+    "formats": 572,
+    "gguf": 1746,
     "main.py": 91,
     "methods": 1439,
-    "model": 2515,
+    "model": 2378,
     "offload": 714,
+    "packed": 1252,
     "prune.py": 284,
     "quantize.py": 251,
     "recover.py": 713,
     "remove.py": 310,
-    "run": 3929,
+    "run": 3927,
     "sparse.py": 223,
     "util": 1404,
+    "vocabulary": 1761,
 }
 SLACK = 30
 FLOOR_OF = {name: floor for floor, names in enumerate(FLOORS) for name in names}
@@ -149,7 +151,7 @@ def test_modules_of_lib_import_each_other_relatively_and_downwards() -> None:
             upwards = FLOOR_OF.get(here, -1) <= FLOOR_OF.get(there, -2)
             if there != here and upwards or own and not relative and here != "main":
                 wrong.append(f"{file.relative_to(ROOT)}:{line} imports {module}")
-            edges |= {(here, there)} if own and there != here else set()
+            edges |= {(here, there)} if there in FLOOR_OF and there != here else set()
     assert not wrong, "\n".join(wrong)
     assert len(edges) <= EDGES, sorted(edges)
 

@@ -40,7 +40,7 @@ def test_every_name_of_the_list_is_there(place: Path) -> None:
     for name in names:
         assert find_spec("main" if name == "prune" else f"lib.commands.{name}"), name
     files = {file.stem for file in (ROOT / "lib/commands").iterdir() if file.suffix != ".md"}
-    inner = set("__init__ __main__ __pycache__ demo_texts model_folder".split())
+    inner = set("__init__ __main__ __pycache__ demo_texts".split())
     assert files - inner < set(names)
 
 

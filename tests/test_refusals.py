@@ -325,7 +325,7 @@ def world(name: str, patch: pytest.MonkeyPatch) -> Iterator[None]:
         if name == "no blocks":
             patch.setattr(LlamaPreTrainedModel, "_no_split_modules", [])
         elif name == "no AVX2":
-            patch.setattr("lib.formats.packed.kernels.supported", lambda: False)
+            patch.setattr("lib.packed.kernels.supported", lambda: False)
         elif name == "a full disk":
             patch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=10_000))
         elif name == "another command":

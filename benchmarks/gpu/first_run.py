@@ -35,8 +35,8 @@ from torch.utils.collect_env import get_pretty_env_info  # noqa: E402
 from transformers import AutoConfig  # noqa: E402
 
 import main as command_line  # noqa: E402
-from lib.formats.packed.linear import SparseLinear  # noqa: E402
 from lib.methods.sparsity import Sparsity  # noqa: E402
+from lib.packed.linear import SparseLinear  # noqa: E402
 from lib.run.memory import memory_of  # noqa: E402
 from lib.util.errors import UserError  # noqa: E402
 

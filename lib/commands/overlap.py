@@ -107,7 +107,7 @@ def _saved(path: Path, folder: Path) -> tuple[dict, Callable[[str], Tensor]]:
     """Return shapes and a reader of the matrices in a checkpoint's blocks, dense or packed."""
     from safetensors import SafetensorError, safe_open
 
-    from ..formats.packed.layout import kept_of
+    from ..packed.layout import kept_of
 
     config, shapes, files = folder / "config.json", {}, {}
     try:

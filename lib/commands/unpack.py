@@ -27,9 +27,10 @@ def unpack_folder(source: str, target: str) -> None:
 
     from transformers import AutoConfig
 
-    # registers the format with transformers
-    from ..formats.packed.checkpoint import METHOD
     from ..model.skeleton import auto_class
+
+    # registers the format with transformers
+    from ..packed.checkpoint import METHOD
     from ..util.progress import quiet
 
     quiet()

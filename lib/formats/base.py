@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from .packed.formats import DROPPED_BITS, Scaled, check_finite
-from .packed.layout import tiles
+from ..packed.formats import DROPPED_BITS, Scaled, check_finite
+from ..packed.layout import tiles
 
 
 class ScaledFormat(Scaled):

@@ -7,10 +7,10 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from ..packed.errors import PackedError
+from ..packed.formats import check_finite
+from ..packed.layout import look_up, tiles
 from .base import ScaledFormat, significant_steps
-from .packed.errors import PackedError
-from .packed.formats import check_finite
-from .packed.layout import look_up, tiles
 from .registry import GRIDS, Q8_0, TYPES
 
 TO_TOP = 13  # steps of five significant bits from 1/12 of a number to what rounds to 1/8 of it

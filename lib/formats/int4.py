@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from ..packed.formats import SMALLEST
+from ..packed.formats import Int4 as PackedInt4
+from ..packed.layout import Packed
 from .base import ScaledFormat, significant_steps
-from .packed.formats import SMALLEST
-from .packed.formats import Int4 as PackedInt4
-from .packed.layout import Packed
 
 CANDIDATES = 28  # steps of five significant bits from any number to three times that number
 

@@ -23,7 +23,7 @@ LLAMA_CPP = {  # types of llama.cpp; a matrix has the first one on whose grid it
 FILE_ALONE = {Q8_0: ".grids:Q8_0Type"}  # of llama.cpp too, but rounded only in a GGUF file
 BY_TENSOR = {AUTO: ".grids:Types"}
 PACKING = {"int4": ".int4:Int4"}
-UNCHANGED = {"16": ".packed.formats:Values"}
+UNCHANGED = {"16": "..packed.formats:Values"}
 
 
 class Formats(ChainMap[str, Any]):

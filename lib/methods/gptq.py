@@ -1,6 +1,6 @@
 """Quantize kept weights column by column, and adjust the remaining columns to compensate.
 
-A pruned matrix W (out, in) becomes Q on a grid of lib/formats/packed/formats.py, zero where W is
+A pruned matrix W (out, in) becomes Q on a grid of lib/packed/formats.py, zero where W is
 zero. As in ADMM the target is the dense model's output, here that of the model before quantization:
 minimize tr(Q A Q^T) - 2 tr(B Q^T) of lib/methods/least_squares.py. There are three steps.
 

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..formats.packed import checkpoint as packed
+from ..packed import checkpoint as packed
 from ..util.cli import typed
 from ..util.errors import UserError
 from .checkpoint import Checkpoint

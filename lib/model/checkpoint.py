@@ -19,7 +19,7 @@ from huggingface_hub import HfApi, try_to_load_from_cache
 from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError
 from safetensors import safe_open
 
-from ..formats.packed.errors import PackedError
+from ..packed.errors import PackedError
 from ..util.errors import UserError, first_line, hub_problem
 from ..util.quirks import LAYER_COUNT
 

@@ -15,7 +15,7 @@ from torch.nn.modules.conv import _ConvNd
 from torch.overrides import TorchFunctionMode
 from transformers.pytorch_utils import Conv1D
 
-from ..formats.packed.linear import SparseLinear
+from ..packed.linear import SparseLinear
 from .bitsandbytes import quantized_linear
 from .matrix import PrunableLinear
 

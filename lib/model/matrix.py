@@ -13,7 +13,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from ..formats.packed.layout import all_finite
+from ..packed.layout import all_finite
 from ..util.errors import UserError
 
 FLOAT = 4  # bytes of a float32: statistics, solvers, masters, gradients and averages

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoTokenizer, core_model_loading
 from transformers.quantizers.base import get_keys_to_not_convert
 
-from ..data.trimmed_tokenizer import keep_limits, template_texts
+from ..data.tokenizers import keep_limits, template_texts
 from ..util.errors import UserError
 from ..util.quirks import WINDOW_FIELDS
 from .checkpoint import Checkpoint, as_user_error, check_complete, check_folder, quantization

@@ -16,7 +16,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 from transformers.core_model_loading import revert_weight_conversion
 
-from ..formats.packed.linear import semi_structured_bytes
+from ..packed.linear import semi_structured_bytes
 from ..util.errors import UserError
 from .bitsandbytes import stored_bits
 from .checkpoint import INDEX, WEIGHTS, Checkpoint, tensor_bytes

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..formats.packed.linear import SparseLinear
+from ..packed.linear import SparseLinear
 from ..util.ranks import DistContext
 from ..util.resume import PRUNED, RunFolder, of_block
 from .linears import find_linears

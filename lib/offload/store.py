@@ -22,9 +22,9 @@ from accelerate.hooks import ModelHook, add_hook_to_module, remove_hook_from_mod
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from ..formats.packed.linear import SparseLinear
 from ..model.skeleton import decoder_blocks
 from ..model.store import BlockStore, set_tensor
+from ..packed.linear import SparseLinear
 from ..util.errors import UserError
 from ..util.resume import CHANGED, RunFolder, of_block
 

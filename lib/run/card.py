@@ -17,9 +17,9 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData, hf_hub_downloa
 from yaml import YAMLError
 
 from ..data.sources import BUILT_IN, parse_source
-from ..formats.packed.checkpoint import card_lines
 from ..formats.registry import AUTO, GRIDS
 from ..methods.sparsity import SMALLER
+from ..packed.checkpoint import card_lines
 from ..util.errors import UserError, one_line
 from ..util.markdown import escape
 from .figures import figures_table, is_pruned_before, notes

@@ -16,7 +16,6 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from ..data.token_choice import MULTIPLE
 from ..formats.registry import AUTO, GRIDS, PACKING, QUANTIZED
 from ..methods.registry import EXPERT_METHODS, METHODS, is_file
 from ..methods.sparsity import (
@@ -29,6 +28,7 @@ from ..methods.sparsity import (
 )
 from ..util.cli import typed
 from ..util.errors import UserError
+from ..vocabulary.choice import MULTIPLE
 from .plan import FlagParser, packed
 
 DESCRIPTION = """\

@@ -15,21 +15,21 @@ from pathlib import Path
 from safetensors import SafetensorError
 from torch import nn
 
-from ..data.sentencepiece import write_tokenizer_model
-from ..data.trimmed_tokenizer import as_loaded
+from ..data.tokenizers import as_loaded
 from ..eval import COMPARED_POSITIONS, some_logits
-from ..formats.packed.checkpoint import mark_packed_
 from ..model.blocks import BlockRunner
 from ..model.checkpoint import local_only
 from ..model.matrix import unread_of
 from ..model.processor import copy_processor
 from ..model.saving import cast, save_in_shards, text_alone
+from ..packed.checkpoint import mark_packed_
 from ..sparse import check_same_outputs
 from ..util import progress
 from ..util.cli import typed
 from ..util.errors import UserError, first_line
 from ..util.files import partial_of, put_in_place, sync_all, temporary_folder, write_text
 from ..util.host import gib
+from ..vocabulary.tokenizer_model import write_tokenizer_model
 from .card import model_card
 from .run import Run
 from .trimmed import write_list

@@ -15,10 +15,10 @@ from torch import Tensor, nn
 from transformers.utils import cached_file
 
 from ..model.checkpoint import Checkpoint, as_user_error
-from ..model.checkpoint_rows import TRIMMED_FROM
 from ..model.pretrained import load_tokenizer
 from ..util.errors import UserError
 from ..util.files import write_text
+from ..vocabulary.tables import TRIMMED_FROM
 
 if TYPE_CHECKING:
     from .run import Model

@@ -106,7 +106,7 @@ def hub_problem(error: Exception, kind: str) -> tuple[str, str] | None:
 
 def describe_error(error: BaseException) -> str | None:
     """Return the message for a user; None if the error is a defect of the program."""
-    torch, packed = sys.modules.get("torch"), sys.modules.get(f"{PACKAGE}.formats.packed.errors")
+    torch, packed = sys.modules.get("torch"), sys.modules.get(f"{PACKAGE}.packed.errors")
     if isinstance(error, ModuleNotFoundError) and not str(error.name).startswith(PACKAGE):
         return f"{error.name} is not installed. Run pip install -r requirements.txt."
     if isinstance(error, UserError | OSError) or (packed and isinstance(error, packed.PackedError)):

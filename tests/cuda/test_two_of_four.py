@@ -18,10 +18,10 @@ from support import PACKED, loaded, results, succeed, weights, windows
 from torch import nn
 from transformers import AutoTokenizer
 
-import lib.formats.packed.checkpoint  # noqa: F401  transformers then loads the packed form
-from lib.formats.packed.linear import SparseLinear, semi_structured_bytes
+import lib.packed.checkpoint  # noqa: F401  transformers then loads the packed form
 from lib.methods.sparsity import Sparsity
 from lib.model.saving import footprint
+from lib.packed.linear import SparseLinear, semi_structured_bytes
 
 HERE = torch.device("cuda:0")
 BASE = ["--seqlen", "32", "--nsamples", "6", "--completions", "0", "--batch_size", "4"]

@@ -21,8 +21,8 @@ from lib.data.documents import Corpus
 from lib.data.samples import Windows
 from lib.data.sources import parse_source
 from lib.data.templates import document_text, prompt_of, sample_of_dialogue
-from lib.data.token_counts import count_tokens
 from lib.data.training import training_windows
+from lib.vocabulary.counts import count_tokens
 
 FLAG = "--calibration_data"
 ASKED, ANSWERED = "Де тече ріка?", "Над старим містом."

@@ -16,9 +16,9 @@ from lib.commands.compress import __main__ as compress
 from lib.commands.sweep import __main__ as sweep
 from lib.data import templates
 from lib.data.templates import rendered, set_date
-from lib.data.trimmed_tokenizer import TrimmableTokenizer
 from lib.run import check
 from lib.run.flags import build_parser
+from lib.vocabulary.tokenizer_json import TrimmableTokenizer
 
 pytestmark = pytest.mark.usefixtures("elsewhere")
 PRUNE = ["--model", "m", "--calibration_data", "said", "--eval_data", "said", *QUICK]

@@ -16,9 +16,9 @@ from transformers import AutoModelForCausalLM
 
 from lib.commands.export import codes, engines
 from lib.commands.export.__main__ import check_installed, main
-from lib.commands.model_folder import ModelFolder
-from lib.formats.packed.checkpoint import METHOD
 from lib.formats.registry import FORMATS
+from lib.model.folder import ModelFolder
+from lib.packed.checkpoint import METHOD
 from lib.util.errors import UserError
 
 GRID = FORMATS["q4_0"]

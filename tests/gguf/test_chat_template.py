@@ -8,11 +8,11 @@ import chats
 import pytest
 import tiny
 import whole
+from lib.gguf.__main__ import main
 from support import refused, representative
 
-from lib.commands.gguf import convert
-from lib.commands.gguf.__main__ import main
-from lib.commands.model_folder import ModelFolder
+from lib.gguf import convert
+from lib.model.folder import ModelFolder
 
 pytest.importorskip("xllamacpp", reason="needs the package of requirements-gguf.txt")
 pytestmark = pytest.mark.usefixtures("quickly")

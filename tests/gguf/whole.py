@@ -20,9 +20,9 @@ import tiny
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
 from transformers import LlamaTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from lib.data.sentencepiece import CHECK, CHECK_TEXT, digest
-from lib.data.token_kinds import BYTE_OF_LETTER
 from lib.util.quirks import PRE_TOKENIZERS
+from lib.vocabulary.kinds import BYTE_OF_LETTER
+from lib.vocabulary.tokenizer_model import CHECK, CHECK_TEXT, digest
 
 HOW = "pip install -r requirements-gguf.txt"
 FIRST = 6_000  # tokens

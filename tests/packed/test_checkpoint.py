@@ -16,12 +16,12 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from lib.commands.unpack import main as unpack_main
 from lib.commands.unpack import unpack_folder
-from lib.formats.packed.checkpoint import pack_embeddings_
-from lib.formats.packed.embedding import PackedEmbedding, PackedHead, dense_rows, quantize_rows
-from lib.formats.packed.errors import PackedError, PackedWarning
-from lib.formats.packed.linear import SparseLinear, multiplying
 from lib.methods.sparsity import Sparsity
 from lib.model.skeleton import decoder_blocks
+from lib.packed.checkpoint import pack_embeddings_
+from lib.packed.embedding import PackedEmbedding, PackedHead, dense_rows, quantize_rows
+from lib.packed.errors import PackedError, PackedWarning
+from lib.packed.linear import SparseLinear, multiplying
 from lib.sparse import pack_, swap_linears_
 
 IDS = torch.arange(3, 15)[None]
@@ -54,7 +54,7 @@ def packed(dense: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[int, P
     """The same one packed, by bits, in many shards."""
     folders = {}
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("lib.formats.packed.kernels.ready", lambda: False)
+        patch.setattr("lib.packed.kernels.ready", lambda: False)
         for bits in BITS:
             model = load(dense)
             swap_linears_(runner_of(model), PACKED[bits])
@@ -140,7 +140,7 @@ def test_unpacked_gives_the_dense_checkpoint(dense, packed, bits: int, tmp_path:
 def test_on_a_processor_without_kernels_it_becomes_dense(packed, tmp_path: Path, monkeypatch):
     """With one line; it can be saved, and unpacked."""
     expected = load(packed[4]).dequantize()
-    monkeypatch.setattr("lib.formats.packed.kernels.supported", lambda: False)
+    monkeypatch.setattr("lib.packed.kernels.supported", lambda: False)
     with pytest.warns(PackedWarning, match="packed weights become dense"):
         model = load(packed[4])
     assert not any(isinstance(m, SparseLinear) for m in model.modules())

@@ -11,14 +11,14 @@ from support import PACKED, needs_kernels
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lib.formats.packed import layout
-from lib.formats.packed import linear as packed_linear
-from lib.formats.packed.embedding import dense_rows, quantize_rows
-from lib.formats.packed.errors import PackedError
-from lib.formats.packed.layout import is_two_of_four, kept_of, row_offsets
-from lib.formats.packed.linear import SparseLinear, multiplying
 from lib.methods.sparsity import Sparsity
 from lib.model.saving import footprint
+from lib.packed import layout
+from lib.packed import linear as packed_linear
+from lib.packed.embedding import dense_rows, quantize_rows
+from lib.packed.errors import PackedError
+from lib.packed.layout import is_two_of_four, kept_of, row_offsets
+from lib.packed.linear import SparseLinear, multiplying
 
 VALUES, INT4 = PACKED[16], PACKED[4]
 FLOATS = [torch.float32, torch.bfloat16, torch.float16]

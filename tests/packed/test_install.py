@@ -17,8 +17,8 @@ from support import LIMIT, ROOT, prune_, runner_of
 from transformers import AutoModelForCausalLM
 from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING
 
-from lib.formats.packed import card_lines
-from lib.formats.packed.checkpoint import METHOD
+from lib.packed import card_lines
+from lib.packed.checkpoint import METHOD
 from lib.sparse import swap_linears_
 
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))
@@ -77,10 +77,10 @@ def test_a_packed_checkpoint_loads_as_the_card_says(
         "print(packed_bitmask.__file__)",
         # beside the repository's own package the last one's classes are used
         f"sys.path.append({str(ROOT)!r})",
-        "import lib.formats.packed",
+        "import lib.packed",
         f"again = AutoModelForCausalLM.from_pretrained({str(packed_folder)!r})",
-        "assert any(isinstance(m, lib.formats.packed.SparseLinear) for m in again.modules())",
-        "assert packed_bitmask.linear.kernels.ready() == lib.formats.packed.linear.kernels.ready()",
+        "assert any(isinstance(m, lib.packed.SparseLinear) for m in again.modules())",
+        "assert packed_bitmask.linear.kernels.ready() == lib.packed.linear.kernels.ready()",
         "assert again(ids).logits.equal(model(ids).logits)",
     ]
     done = outside([sys.executable, "-c", "\n".join(code)], installed, tmp_path)

@@ -14,9 +14,9 @@ import torch
 from processes import forkserver
 from support import LIMIT, PACKED, ROOT, needs_kernels
 
-from lib.formats.packed import kernels
-from lib.formats.packed.embedding import dense_rows, quantize_rows
-from lib.formats.packed.layout import row_offsets
+from lib.packed import kernels
+from lib.packed.embedding import dense_rows, quantize_rows
+from lib.packed.layout import row_offsets
 
 EPS = {torch.float32: 2e-6, torch.bfloat16: 2**-8, torch.float16: 2**-11}
 SHAPES = [(1, 1), (3, 7), (5, 64), (7, 65), (33, 100), (16, 128), (9, 1000), (2, 2050)]
@@ -222,7 +222,7 @@ def test_what_was_built_is_found_again_in_a_folder_of_ones_own(tmp_path):
 PROGRAM = """
 from importlib.util import find_spec
 assert find_spec("pip")  # setuptools hands out Python's own distutils from now on
-from lib.formats.packed import kernels
+from lib.packed import kernels
 print(kernels.ready())
 """
 

@@ -10,10 +10,10 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from lib.calibration.changes import UNREACHED
-from lib.formats.packed.linear import SparseLinear
 from lib.formats.registry import FORMATS
 from lib.methods.sparsity import Sparsity
 from lib.model.blocks import BlockRunner
+from lib.packed.linear import SparseLinear
 from lib.quantize import Quantizer
 from lib.sparse import swap_linears_
 

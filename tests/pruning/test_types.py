@@ -10,9 +10,9 @@ from torch import Tensor
 
 from lib.calibration.fisher import FisherDiagonal
 from lib.calibration.mixed_types import choose, rounding_costs, sizes_of
-from lib.commands.gguf import limit_of, types
 from lib.formats import registry
 from lib.formats.grids import LlamaCppType, Types, held_type
+from lib.gguf import limit_of, types
 from lib.run.flags import build_parser
 
 NAME = "q6_new"

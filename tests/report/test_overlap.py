@@ -16,7 +16,7 @@ from matplotlib.figure import Figure
 from safetensors.torch import save_file
 from support import PACKED, QUICK, mistake, program_of, results, succeed, weights
 
-from lib.formats.packed.checkpoint import PackedConfig
+from lib.packed.checkpoint import PackedConfig
 
 pytestmark = pytest.mark.usefixtures("elsewhere", "figures")
 

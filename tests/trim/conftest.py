@@ -5,4 +5,4 @@ import pytest
 
 @pytest.fixture(autouse=True)
 def few_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("lib.data.trimming_cost.MOST", 512)
+    monkeypatch.setattr("lib.vocabulary.cost.MOST", 512)

@@ -38,10 +38,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "vocabulary"))
 import kinds  # noqa: E402
 from kinds import BOTH, EN, UK  # noqa: E402
 
-from lib.commands.trim import vectors  # noqa: E402
 from lib.commands.trim.__main__ import main  # noqa: E402
-from lib.data.token_choice import letters_of  # noqa: E402
-from lib.data.trimmed_tokenizer import TrimmableTokenizer  # noqa: E402
+from lib.vocabulary import vectors  # noqa: E402
+from lib.vocabulary.choice import letters_of  # noqa: E402
+from lib.vocabulary.tokenizer_json import TrimmableTokenizer  # noqa: E402
 
 SIZE = dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=48)
 SIZE |= dict(max_position_embeddings=258, initializer_range=0.2)

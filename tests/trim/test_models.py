@@ -21,16 +21,16 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "vocabulary"))
 import kinds  # noqa: E402
 
 from lib.commands.trim import folder as folder_module  # noqa: E402
-from lib.commands.trim import logits as logits_module  # noqa: E402
 from lib.commands.trim.__main__ import main  # noqa: E402
 from lib.data.chats import plain_text  # noqa: E402
 from lib.data.documents import Corpus  # noqa: E402
-from lib.data.sentencepiece import write_tokenizer_model  # noqa: E402
 from lib.data.sources import parse_sources  # noqa: E402
-from lib.data.token_counts import count_tokens  # noqa: E402
-from lib.data.trimming_cost import pieces_of  # noqa: E402
-from lib.model.checkpoint_rows import with_defaults  # noqa: E402
 from lib.util.files import clone  # noqa: E402
+from lib.vocabulary import logits as logits_module  # noqa: E402
+from lib.vocabulary.cost import pieces_of  # noqa: E402
+from lib.vocabulary.counts import count_tokens  # noqa: E402
+from lib.vocabulary.tables import with_defaults  # noqa: E402
+from lib.vocabulary.tokenizer_model import write_tokenizer_model  # noqa: E402
 
 EVERY = tiny.ALL | tiny.REFUSED
 QUICK = ["Llama", "Mamba", "Phi", "Gemma 3n", "Gemma 4 multimodal", "Qwen3-VL"]
@@ -46,7 +46,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(autouse=True)
 def small_steps(monkeypatch: pytest.MonkeyPatch) -> None:
     """Of a tiny vocabulary, most of which is bytes."""
-    monkeypatch.setattr("lib.data.token_choice.MULTIPLE", 8)
+    monkeypatch.setattr("lib.vocabulary.choice.MULTIPLE", 8)
 
 
 @torch.no_grad()

@@ -22,12 +22,12 @@ pytest.importorskip("xllamacpp")
 
 import ggufs  # noqa: E402
 import kinds  # noqa: E402
+from lib.gguf.__main__ import main as convert  # noqa: E402
 
-from lib.commands.gguf.__main__ import main as convert  # noqa: E402
 from lib.commands.trim import file, folder  # noqa: E402
 from lib.commands.trim.__main__ import main  # noqa: E402
-from lib.data.token_choice import choose  # noqa: E402
-from lib.data.token_kinds import Vocabulary  # noqa: E402
+from lib.vocabulary.choice import choose  # noqa: E402
+from lib.vocabulary.kinds import Vocabulary  # noqa: E402
 
 NORMAL, UNKNOWN, CONTROL, BOOL = 1, 2, 3, 7
 
@@ -71,7 +71,7 @@ def models(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
     else:
         with pytest.MonkeyPatch.context() as patch:  # it is proven elsewhere
             proof = {"tensors": {"changed": {}}}
-            patch.setattr("lib.commands.gguf.convert.verify", lambda *_, **__: proof)
+            patch.setattr("lib.gguf.convert.verify", lambda *_, **__: proof)
             succeed(place / "model", place / "model.gguf", "--type", "f32", *pre, program=convert)
     return place
 
@@ -108,9 +108,9 @@ def test_counts_and_ordinary_tokens_are_equal(
     models: Path, texts: list[Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Before the rows are rounded up, and but for tokens that only one of both requires."""
-    monkeypatch.setattr("lib.data.token_choice.MULTIPLE", 1)
+    monkeypatch.setattr("lib.vocabulary.choice.MULTIPLE", 1)
     monkeypatch.setattr("lib.commands.trim.choosing.MOST_ROWS", 1)
-    monkeypatch.setattr("lib.data.token_counts.STEP", 4000)
+    monkeypatch.setattr("lib.vocabulary.counts.STEP", 4000)
     lists, found = [], []
     for module, name in ((file, "model.gguf"), (folder, "model")):
         own = module.choose_by_text

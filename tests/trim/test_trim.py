@@ -23,14 +23,14 @@ from lib.util.errors import UserError  # noqa: E402
 gguf = pytest.importorskip("gguf")
 pytest.importorskip("xllamacpp")
 
-from lib.commands.gguf.llama import Llama, dialogues  # noqa: E402
-from lib.commands.gguf.llama_cpp import run_child  # noqa: E402
 from lib.commands.trim.__main__ import main  # noqa: E402
-from lib.commands.trim.predictions import LIMIT, distance_of, losses_of  # noqa: E402
-from lib.commands.trim.proof import texts_to_compare  # noqa: E402
-from lib.data.gguf_file import Field, GgufFile, write  # noqa: E402
-from lib.data.gguf_vocabulary import GgufVocabulary  # noqa: E402
+from lib.gguf.conversion import run_child  # noqa: E402
+from lib.gguf.file import Field, GgufFile, write  # noqa: E402
+from lib.gguf.llama import Llama, dialogues  # noqa: E402
+from lib.gguf.predictions import LIMIT, distance_of, losses_of  # noqa: E402
+from lib.gguf.vocabulary import GgufVocabulary  # noqa: E402
 from lib.util.quirks import PRE_TOKENIZERS  # noqa: E402
+from lib.vocabulary.proof import texts_to_compare  # noqa: E402
 
 ROOT = Path(__file__).resolve().parents[2]
 IDS = ("bos_token_id", "eos_token_id", "unknown_token_id")
@@ -184,7 +184,7 @@ def test_a_slow_child_gets_all_that_it_is_asked(
     code = "import time\ntime.sleep(1.5)\n\ndef count(text):\n    return len(text)\n"
     (tmp_path / "slow.py").write_text(code)
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
-    monkeypatch.setattr("lib.commands.gguf.llama_cpp.LIMIT", 30)
+    monkeypatch.setattr("lib.gguf.conversion.LIMIT", 30)
     count = SimpleNamespace(__module__="slow", __name__="count")
     assert run_child("this", count, text="a" * 200_000) == 200_000
 
@@ -198,7 +198,7 @@ def test_text_is_counted_until_the_list_stops_changing(
     texts = ggufs.sentences(ggufs.UK[:20], 400) + ggufs.sentences(ggufs.UK[20:], 100, 1)
     (folder / "train.jsonl").write_text("\n".join(json.dumps({"text": t}) for t in texts))
     (folder / "test.jsonl").write_text(json.dumps({"text": texts[-1]}))
-    monkeypatch.setattr("lib.data.token_counts.STEP", 4000)
+    monkeypatch.setattr("lib.vocabulary.counts.STEP", 4000)
     main([str(source), str(tmp_path / "out.gguf"), "--data", str(folder), "--price", "200"])
     said = capsys.readouterr().out
     assert f" of at most {sum(map(len, texts)):,} characters are counted; " in said
@@ -266,7 +266,7 @@ def test_llama_cpp_tells_models_apart_by_their_number_of_tokens(
     GgufVocabulary(file).check_count(480)
     with pytest.raises(UserError, match="another model by its 154880 tokens"):
         GgufVocabulary(file).check_count(154880)
-    monkeypatch.setattr("lib.data.gguf_vocabulary.TELLING_ROWS", (502,))
+    monkeypatch.setattr("lib.gguf.vocabulary.TELLING_ROWS", (502,))
     with pytest.raises(UserError, match="by its 502 tokens"):
         GgufVocabulary(file)
 

@@ -15,10 +15,10 @@ from kinds import EN, KINDS, UK
 from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerFast
 
-from lib.data import token_choice
-from lib.data.token_choice import choose, likely_order, worth_their_rows
-from lib.data.token_kinds import Vocabulary
-from lib.data.trimmed_tokenizer import TrimmableTokenizer
+from lib.vocabulary import choice as token_choice
+from lib.vocabulary.choice import choose, likely_order, worth_their_rows
+from lib.vocabulary.kinds import Vocabulary
+from lib.vocabulary.tokenizer_json import TrimmableTokenizer
 
 TEXTS = kinds.texts(UK, 80, 1) + kinds.texts(EN, 10, 2)
 
@@ -37,7 +37,7 @@ def cut_by(tokens: TrimmableTokenizer, kept: set[int], texts: list[str]) -> list
 
 
 def test_it_needs_neither_torch_nor_a_tokenizer() -> None:
-    code = "import sys, lib.data.token_choice, lib.data.token_kinds\n"
+    code = "import sys, lib.vocabulary.choice, lib.vocabulary.kinds\n"
     code += "print({'torch', 'transformers', 'tokenizers', 'numpy'} & sys.modules.keys())"
     said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert said.stdout == "set()\n"

@@ -28,13 +28,20 @@ from lib.commands.trim.parts import Part, open_tokenizer
 from lib.data.chats import plain_text
 from lib.data.documents import Corpus
 from lib.data.lines import LINES
-from lib.data.sentencepiece import CHECK, CHECK_TEXT, FILE, check_of, digest, write_tokenizer_model
 from lib.data.sources import parse_sources
 from lib.data.templates import examples
-from lib.data.token_choice import PRICE, choose
-from lib.data.trimmed_tokenizer import TrimmableTokenizer
 from lib.data.windows import encode, token_bytes
-from lib.model.checkpoint_rows import Tables
+from lib.vocabulary.choice import PRICE, choose
+from lib.vocabulary.tables import Tables
+from lib.vocabulary.tokenizer_json import TrimmableTokenizer
+from lib.vocabulary.tokenizer_model import (
+    CHECK,
+    CHECK_TEXT,
+    FILE,
+    check_of,
+    digest,
+    write_tokenizer_model,
+)
 
 UNHEARD = [
     "📐 emoji 🏳️‍🌈",
@@ -226,7 +233,7 @@ def test_rows_that_another_program_takes_for_another_model_are_avoided(
     uk: Path, monkeypatch
 ) -> None:
     rows = len(trimmed(kinds.byte_level(), uk).rows)
-    monkeypatch.setattr("lib.data.token_choice.MISLEADING_ROWS", {rows})
+    monkeypatch.setattr("lib.vocabulary.choice.MISLEADING_ROWS", {rows})
     assert len(trimmed(kinds.byte_level(), uk).rows) == rows + 64
 
 

@@ -161,13 +161,13 @@ def check_target(args: argparse.Namespace) -> None:
 
 def begin(run: Compression) -> None:
     """Check all that needs no weights, and continue what the same command has begun."""
-    from ...formats.packed import kernels
+    from ...gguf import check_new
     from ...model.checkpoint import Checkpoint
     from ...model.device import pick_device
     from ...model.pretrained import load_config
+    from ...packed import kernels
     from ...run.fingerprint import model_digest
     from ..export.__main__ import check_installed
-    from ..gguf import check_new
     from .texts import find_facts
 
     args, parsed, device = run.args, run.parsed, pick_device(run.args.device)

@@ -44,7 +44,7 @@ def decoding_speed(model: Any) -> float:
 
 def llama_cpp_speed(server: Any) -> float:
     """Return the tokens per second of llama.cpp's server."""
-    from ..gguf.llama import ask
+    from ...gguf.llama import ask
 
     fields = {"prompt": [*range(1, 1 + PROMPT)], "n_predict": STEPS}
     answer = ask(server, "/completion", fields | {"ignore_eos": True, "temperature": 0})
@@ -55,7 +55,7 @@ def main(argv: list[str]) -> None:
     name, file, options = argv
     device, dtype, source = json.loads(options)
     if name.endswith(".gguf"):
-        from ..gguf.llama import start
+        from ...gguf.llama import start
 
         size, speed = Path(name).stat().st_size, llama_cpp_speed
         model = start(name, 2 * (PROMPT + STEPS)) if find_spec("xllamacpp") else None
@@ -63,8 +63,8 @@ def main(argv: list[str]) -> None:
         from transformers import AutoConfig
         from transformers.utils import cached_file
 
-        from ...formats.packed import checkpoint  # noqa: F401  registers the packed form with transformers
         from ...model.skeleton import auto_class
+        from ...packed import checkpoint  # noqa: F401  registers the packed form with transformers
         from ...util.progress import quiet
 
         quiet()

@@ -30,7 +30,7 @@ def main(arguments: list[str]) -> None:
     try:
         check_installed("--to", args.to)
     except UserError:
-        from ..model_folder import ModelFolder
+        from ...model.folder import ModelFolder
         from .codes import grid_rows
 
         next(grid_rows(ModelFolder.open(args.source, "OUT")), None)  # raises for any other folder

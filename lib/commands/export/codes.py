@@ -16,9 +16,9 @@ from torch import Tensor
 from ...formats.grids import held_type
 from ...formats.registry import EXPORTED, FORMATS
 from ...model.checkpoint import Checkpoint
+from ...model.folder import ModelFolder
 from ...model.pretrained import load_config, load_model
 from ...util.errors import UserError
-from ..model_folder import ModelFolder
 
 GRID = FORMATS[EXPORTED]
 Logits = Callable[[list[int]], Tensor]  # from a window's ids to (tokens, rows)

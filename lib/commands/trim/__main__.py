@@ -17,11 +17,11 @@ import argparse
 import sys
 from pathlib import Path
 
-from ...data.token_choice import MULTIPLE, PRICE
 from ...run.flags import MULTIPLES, SHARE
 from ...util.cli import make_parser, typed
 from ...util.errors import UserError, one_line
 from ...util.files import check_writable
+from ...vocabulary.choice import MULTIPLE, PRICE
 from .choosing import NotWorthIt, add_text_flags
 from .file import trim_file
 

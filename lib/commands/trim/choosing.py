@@ -16,13 +16,13 @@ from ...data.chats import Document, plain_text
 from ...data.documents import Corpus, check_corpus
 from ...data.languages import language_text
 from ...data.sources import has_test, parse_source, parse_sources
-from ...data.token_choice import MOST_ROWS, PRICE, Choice, choose, read_list, round_up
-from ...data.token_kinds import Vocabulary
-from ...data.trimming_cost import cost_line
+from ...gguf.llama import INSTALL
 from ...run.flags import PRICED
 from ...util.errors import UserError, first_of
 from ...util.host import gib
-from ..gguf.llama import INSTALL
+from ...vocabulary.choice import MOST_ROWS, PRICE, Choice, choose, read_list, round_up
+from ...vocabulary.cost import cost_line
+from ...vocabulary.kinds import Vocabulary
 
 TOO_COSTLY = 0.02  # rise of bits per byte above which a line asks for more text
 

@@ -19,14 +19,16 @@ import numpy as np
 
 from ...data.chats import Document
 from ...data.documents import Corpus
-from ...data.gguf_file import Field, GgufFile, Tensor, header, write
-from ...data.gguf_vocabulary import TOKENIZER, GgufVocabulary, tokenizer_model
 from ...data.lines import LINES
-from ...data.token_counts import count_tokens
+from ...gguf.file import Field, GgufFile, Tensor, header, write
+from ...gguf.llama import Llama
+from ...gguf.predictions import Predictions
+from ...gguf.vocabulary import TOKENIZER, GgufVocabulary, tokenizer_model
 from ...util.errors import UserError
 from ...util.files import partial_of, sync, temporary_folder, write_text
 from ...util.progress import progress
-from ..gguf.llama import Llama
+from ...vocabulary.counts import count_tokens
+from ...vocabulary.proof import compare_tokens, held_out, texts_to_compare
 from .choosing import (
     check_cost,
     check_disk,
@@ -36,8 +38,6 @@ from .choosing import (
     read_kept,
     text_reader,
 )
-from .predictions import Predictions
-from .proof import compare_tokens, held_out, texts_to_compare
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer

@@ -25,17 +25,20 @@ from ...data.chats import Document
 from ...data.documents import Corpus
 from ...data.languages import language_text
 from ...data.lines import LINES
-from ...data.token_choice import round_up
-from ...data.token_counts import count_tokens
-from ...data.trimmed_tokenizer import TrimmableTokenizer
-from ...data.trimming_cost import cost_line
 from ...model.checkpoint import Checkpoint
-from ...model.checkpoint_rows import write_rows
 from ...run.card import LICENSE, LOADING, card, listed, metadata_of
 from ...util.errors import UserError, first_of
 from ...util.files import check_new_folder, clone, staged_folder, temporary_folder, write_text
 from ...util.markdown import escape
 from ...util.progress import quiet
+from ...vocabulary.choice import round_up
+from ...vocabulary.cost import cost_line
+from ...vocabulary.counts import count_tokens
+from ...vocabulary.logits import Logits
+from ...vocabulary.proof import compare_tokens, held_out, texts_to_compare
+from ...vocabulary.tables import write_rows
+from ...vocabulary.tokenizer_json import TrimmableTokenizer
+from ...vocabulary.vectors import MODULES, compare_vectors, lines_of, read_json
 from .choosing import (
     check_cost,
     check_disk,
@@ -45,10 +48,7 @@ from .choosing import (
     read_kept,
     text_reader,
 )
-from .logits import Logits
 from .parts import LIST, Fast, ModelFiles, Part
-from .proof import compare_tokens, held_out, texts_to_compare
-from .vectors import MODULES, compare_vectors, lines_of, read_json
 
 LOADED = {  # library and call that load a model, by the end of its architecture
     MODULES: ("sentence-transformers", "SentenceTransformer"),

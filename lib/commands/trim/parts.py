@@ -25,11 +25,14 @@ from tokenizers import Tokenizer
 from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from ...data.sentencepiece import CHECK, check_of, write_tokenizer_model
 from ...data.token_ids import find_token_ids, map_token_ids
-from ...data.trimmed_tokenizer import TrimmableTokenizer, keep_limits
+from ...data.tokenizers import keep_limits
 from ...model.checkpoint import ADAPTER, INDEX, Checkpoint, as_user_error, local_only
-from ...model.checkpoint_rows import (
+from ...model.matrix import unread_of
+from ...model.processor import processor_ids
+from ...util.errors import UserError
+from ...util.quirks import TOKEN_ID_FIELDS
+from ...vocabulary.tables import (
     SIZE,
     TRIMMED_FROM,
     Tables,
@@ -38,11 +41,9 @@ from ...model.checkpoint_rows import (
     tables_of,
     with_defaults,
 )
-from ...model.matrix import unread_of
-from ...model.processor import processor_ids
-from ...util.errors import UserError
-from ...util.quirks import TOKEN_ID_FIELDS
-from .vectors import MODULES, PROMPTS, read_json
+from ...vocabulary.tokenizer_json import TrimmableTokenizer
+from ...vocabulary.tokenizer_model import CHECK, check_of, write_tokenizer_model
+from ...vocabulary.vectors import MODULES, PROMPTS, read_json
 
 # the model in another form, with the whole vocabulary
 LEFT_OUT = """

@@ -15,20 +15,20 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ...data.samples import Windows
-from ...data.trimming_cost import pieces_of, places_in, record_cost
-from ...eval import perplexities
-from ...model.blocks import BlockRunner
-from ...model.checkpoint import Checkpoint
-from ...model.device import checkpoint_dtype, default_batch_size, pick_device, set_current_device
-from ...model.pretrained import load_config, load_model, window_length
-from ...model.skeleton import build_skeleton, decoder_blocks
-from ...model.store import BlockStore
-from ...offload.store import FileBlockStore, device_map
-from ...util.errors import UserError, first_line
-from ...util.files import temporary_folder
-from ...util.host import available, gib
-from ...util.progress import progress
+from ..data.samples import Windows
+from ..eval import perplexities
+from ..model.blocks import BlockRunner
+from ..model.checkpoint import Checkpoint
+from ..model.device import checkpoint_dtype, default_batch_size, pick_device, set_current_device
+from ..model.pretrained import load_config, load_model, window_length
+from ..model.skeleton import build_skeleton, decoder_blocks
+from ..model.store import BlockStore
+from ..offload.store import FileBlockStore, device_map
+from ..util.errors import UserError, first_line
+from ..util.files import temporary_folder
+from ..util.host import available, gib
+from ..util.progress import progress
+from .cost import pieces_of, places_in, record_cost
 
 ROOM = 1.3  # times the weights is what a model takes
 GPU_TOKENS = 4  # times as many tokens measures a GPU

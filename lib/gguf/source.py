@@ -16,17 +16,17 @@ from typing import Any
 
 from safetensors import safe_open
 
-from ...data.sentencepiece import (
+from ..formats.grids import held_type
+from ..model.folder import ModelFolder
+from ..model.processor import FILES
+from ..util.errors import UserError
+from ..util.quirks import OLDER_FIELDS, PRE_TOKENIZERS
+from ..vocabulary.tokenizer_model import (
     begins_with_blank,
     is_byte_level,
     is_sentencepiece,
     write_tokenizer_model,
 )
-from ...formats.grids import held_type
-from ...model.processor import FILES
-from ...util.errors import UserError
-from ...util.quirks import OLDER_FIELDS, PRE_TOKENIZERS
-from ..model_folder import ModelFolder
 
 LINKED = ("*.safetensors", "*.safetensors.index.json", "generation_config.json")
 CODE = "auto_map"  # field that names code to run, in the folder or in a repository

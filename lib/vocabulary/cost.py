@@ -15,8 +15,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from .documents import passages
-from .lines import LINES
+from ..data.documents import passages
+from ..data.lines import LINES
 
 COSTS = "bits_per_byte_original", "bits_per_byte_trimmed", "cost_interval"  # in a record
 OPERATIONS = 1e12  # weights times tokens: two cores take about two minutes

@@ -8,10 +8,10 @@ from typing import Any
 
 import numpy as np
 
-from ...data.chats import Document
-from ...data.documents import Corpus
-from ...data.lines import LINES
-from ...util.errors import UserError, first_of
+from ..data.chats import Document
+from ..data.documents import Corpus
+from ..data.lines import LINES
+from ..util.errors import UserError, first_of
 
 MANY = 2_000  # test documents of each source that are compared
 LINES_NAME = "lines in many scripts"

@@ -21,23 +21,23 @@ import torch
 from torch import Tensor
 from transformers import AutoConfig, PreTrainedTokenizerBase
 
-from ...data.chats import Dialogue
-from ...data.documents import Corpus
-from ...data.gguf_file import GgufFile
-from ...data.lines import LINES
-from ...data.sentencepiece import begins_with_blank
-from ...data.templates import EXAMPLES, document_text, examples, sample_of_dialogue
-from ...data.windows import test_documents
-from ...formats.registry import GRIDS
-from ...model.checkpoint import weight_bytes
-from ...model.pretrained import LONGEST_WINDOW, window_length
-from ...model.skeleton import auto_class
-from ...util.errors import UserError
-from ...util.host import available, gib
-from ...util.progress import progress
-from ..model_folder import ModelFolder
-from . import INSTALL, limit_of, llama, llama_cpp
-from .llama_cpp import OUTER, QUIET_SECONDS, run_child
+from ..data.chats import Dialogue
+from ..data.documents import Corpus
+from ..data.lines import LINES
+from ..data.templates import EXAMPLES, document_text, examples, sample_of_dialogue
+from ..data.windows import test_documents
+from ..formats.registry import GRIDS
+from ..model.checkpoint import weight_bytes
+from ..model.folder import ModelFolder
+from ..model.pretrained import LONGEST_WINDOW, window_length
+from ..model.skeleton import auto_class
+from ..util.errors import UserError
+from ..util.host import available, gib
+from ..util.progress import progress
+from ..vocabulary.tokenizer_model import begins_with_blank
+from . import INSTALL, conversion, limit_of, llama
+from .conversion import OUTER, QUIET_SECONDS, run_child
+from .file import GgufFile
 
 RUNNER = "xllamacpp"
 RUNS = "llama.cpp does not run the file"
@@ -107,13 +107,13 @@ def _run(function: Callable[..., Any], file: Path, passes: float = 1, **argument
 
 
 def verify_tensors(file: Path, exact: Path, weights: Path) -> dict[str, Any]:
-    """Compare all tensors and fields; see llama_cpp.compare. UserError at the first difference."""
+    """Compare all tensors and fields; see conversion.compare. UserError at the first difference."""
     paths = dict(file=str(file), exact=str(exact), weights=str(weights))
-    return run_child("tensors", llama_cpp.compare, size=exact.stat().st_size, **paths)
+    return run_child("tensors", conversion.compare, size=exact.stat().st_size, **paths)
 
 
 def changed_linears(changed: Mapping[str, Sequence[int]], kind: str) -> str:
-    """Return in words what conversion has changed; `changed` is that of llama_cpp.compare."""
+    """Return in words what conversion has changed; `changed` is that of conversion.compare."""
     count, of = changed.get(kind, (0, 0))
     rest = "its embedding and head"
     linears = f"{count:,} of {of:,} values of its linear layers"

@@ -21,7 +21,7 @@ import struct
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .token_kinds import BYTE_TOKENS
+from .kinds import BYTE_TOKENS
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

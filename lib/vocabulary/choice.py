@@ -4,7 +4,7 @@ Every token that the text uses is kept, with the tokens that it is merged from. 
 not use all tokens of its language, so unused ones are added, the most likely first, by a price: as
 long as a row saves at least `price` tokens per million of held-out text. Which tokens save how much
 is known without another pass over the text: a removed token is cut as the vocabulary says
-(lib/data/token_kinds.py). Plain Python.
+(lib/vocabulary/kinds.py). Plain Python.
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ from collections.abc import Iterable, Mapping, Set
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from ..data.languages import script_of
 from ..util.errors import UserError, first_line
 from ..util.quirks import MISLEADING_ROWS
-from .languages import script_of
-from .token_kinds import Vocabulary
+from .kinds import Vocabulary
 
 if TYPE_CHECKING:
     import numpy as np

@@ -25,12 +25,12 @@ from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
-from ...data.gguf_file import GgufFile, Tensor
-from ...formats.registry import AUTO, GRIDS, TYPES
-from ...util.errors import UserError
-from ...util.processes import started_by
-from ...util.progress import progress
-from ...util.quirks import OLDER_LAYER_FIELDS, TEXT_PREFIX
+from ..formats.registry import AUTO, GRIDS, TYPES
+from ..util.errors import UserError
+from ..util.processes import started_by
+from ..util.progress import progress
+from ..util.quirks import OLDER_LAYER_FIELDS, TEXT_PREFIX
+from .file import GgufFile, Tensor
 
 # linear layers of the blocks in any architecture; a router is too small to quantize
 LINEAR = re.compile(r"blk\.\d+\.(?!ffn_gate_inp)(attn|ffn)_\w+\.weight")
@@ -194,7 +194,7 @@ def _with_older_names(load: Callable, *where: Any, **how: Any) -> dict[str, Any]
 
 def pre_tokenizer(text_model: type, check: dict[str, Any], parts: str | None) -> str:
     """Return the pre-tokenizer's name from the converter's table, else from its parts."""
-    from ...data.sentencepiece import digest
+    from ..vocabulary.tokenizer_model import digest
 
     def encode(text: str) -> list[int]:
         if digest(text) != check["text"]:
@@ -216,7 +216,7 @@ def types_held(file: str) -> dict[str, str]:
     """Return {tensor: type} of the linear layers and tables of a 32-bit file that are on a grid."""
     import torch
 
-    from ...formats.grids import ROWS, held_type
+    from ..formats.grids import ROWS, held_type
 
     types = {}
     for tensor in GgufFile(Path(file), "the 32-bit file").tensors:

@@ -16,9 +16,7 @@ from functools import cached_property
 import numpy as np
 
 from ..util.errors import UserError
-from .gguf_file import STRING, UINT32, Field, GgufFile, Tensor
-from .sentencepiece import BYTE, CONTROL, NORMAL, UNKNOWN, UNUSED, USER_DEFINED
-from .token_kinds import (
+from ..vocabulary.kinds import (
     BLANK,
     BYTE_OF_LETTER,
     BYTE_TOKENS,
@@ -30,6 +28,8 @@ from .token_kinds import (
     in_families,
     ranks_of,
 )
+from ..vocabulary.tokenizer_model import BYTE, CONTROL, NORMAL, UNKNOWN, UNUSED, USER_DEFINED
+from .file import STRING, UINT32, Field, GgufFile, Tensor
 
 TOKENIZER = "tokenizer.ggml."
 TOKENS, SCORES, TYPES, MERGES = (

@@ -14,14 +14,14 @@ from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 from transformers.core_model_loading import revert_weight_conversion
 
-from ..formats.packed.checkpoint import METHOD
 from ..formats.registry import EXPORTED, FORMATS
-from ..model.checkpoint import Checkpoint
-from ..model.linears import linears_of
-from ..model.matrix import unread_of
-from ..model.pretrained import load_config, load_tokenizer
-from ..model.skeleton import build_skeleton, decoder_blocks
+from ..packed.checkpoint import METHOD
 from ..util.errors import UserError
+from .checkpoint import Checkpoint
+from .linears import linears_of
+from .matrix import unread_of
+from .pretrained import load_config, load_tokenizer
+from .skeleton import build_skeleton, decoder_blocks
 
 
 @dataclass(frozen=True)

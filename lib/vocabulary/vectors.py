@@ -27,12 +27,12 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from ...data.documents import passages
-from ...data.samples import spread
-from ...model.pretrained import window_length
-from ...util.errors import UserError, first_line
-from ...util.host import available, gib
-from ...util.progress import progress
+from ..data.documents import passages
+from ..data.samples import spread
+from ..model.pretrained import window_length
+from ..util.errors import UserError, first_line
+from ..util.host import available, gib
+from ..util.progress import progress
 
 MODULES, PROMPTS = "modules.json", "config_sentence_transformers.json"
 SENTENCES, DOCUMENTS = 1000, 250  # compared at most

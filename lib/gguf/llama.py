@@ -23,8 +23,8 @@ from typing import Any
 
 import numpy as np
 
-from ...util.errors import UserError, first_line
-from .llama_cpp import LIMIT
+from ..util.errors import UserError, first_line
+from .conversion import LIMIT
 
 INSTALL = "pip install -r requirements-trim.txt"
 UNKNOWN = "this version of xllamacpp has parameters that are not known"

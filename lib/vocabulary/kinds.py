@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import pairwise
 
-from .languages import script_of
+from ..data.languages import script_of
 
 BYTE_TOKENS = {f"<0x{number:02X}>" for number in range(256)}
 # byte-level tokenizers write each byte as a letter: printable ones of Latin-1 as themselves

@@ -25,10 +25,10 @@ from transformers import AutoConfig, PretrainedConfig
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, rename_source_key
 
+from ..model.blocks import Stop, replaced
+from ..model.checkpoint import Checkpoint
+from ..model.skeleton import build_skeleton
 from ..util.errors import UserError
-from .blocks import Stop, replaced
-from .checkpoint import Checkpoint
-from .skeleton import build_skeleton
 
 TRIMMED_FROM = "vocabulary_trimmed_from"  # field of a trimmed model's config: its rows at first
 SIZE = re.compile(r"vocab_size\w*")  # fields of a config; `type_vocab_size` is another one

@@ -12,9 +12,9 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
+from ..data.chats import Document
+from ..data.documents import Corpus, batches, many_documents
 from ..util.progress import progress
-from .chats import Document
-from .documents import Corpus, batches, many_documents
 
 HELD_OUT = 10  # every tenth document is held out of a first count
 MOST_CHARACTERS = 100_000_000  # counted of each source

@@ -12,12 +12,12 @@ from typing import Any
 
 import numpy as np
 
-from ...data.gguf_file import GgufFile
-from ...data.trimming_cost import PLACES, pieces_of, places_in, record_cost
-from ...util.errors import UserError
-from ...util.host import available, gib
-from ..gguf.llama import Llama, normalizers
-from ..gguf.llama_cpp import run_child
+from ..util.errors import UserError
+from ..util.host import available, gib
+from ..vocabulary.cost import PLACES, pieces_of, places_in, record_cost
+from .conversion import run_child
+from .file import GgufFile
+from .llama import Llama, normalizers
 
 WINDOW = 500  # tokens of a passage at most
 LIMIT = 1e-5  # largest difference of log-probabilities
