@@ -22,8 +22,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from lib.gguf.__main__ import main as convert  # noqa: E402
-
+from lib.commands.gguf.__main__ import main as convert  # noqa: E402
 from lib.data.documents import Corpus  # noqa: E402
 from lib.data.sources import parse_source  # noqa: E402
 from lib.gguf.llama import ask, start  # noqa: E402

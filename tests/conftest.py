@@ -140,7 +140,8 @@ def quickly(runs, monkeypatch: pytest.MonkeyPatch) -> None:
     """The converter and the reader run here, where torch is imported already."""
     from support import LIMIT
 
-    from lib.gguf import convert, llama
+    from lib.commands.gguf import convert
+    from lib.gguf import llama
     from lib.gguf import proof as verify
     from lib.util.errors import UserError
 

@@ -8,10 +8,10 @@ import chats
 import pytest
 import tiny
 import whole
-from lib.gguf.__main__ import main
 from support import refused, representative
 
-from lib.gguf import convert
+from lib.commands.gguf import convert
+from lib.commands.gguf.__main__ import main
 from lib.model.folder import ModelFolder
 
 pytest.importorskip("xllamacpp", reason="needs the package of requirements-gguf.txt")

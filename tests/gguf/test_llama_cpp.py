@@ -18,13 +18,13 @@ import support
 import tiny
 import torch
 import whole
-from lib.gguf.__main__ import main
 from safetensors.torch import save_file
 from support import QUICK, content, refused, representative, succeed, weights
 from transformers import AutoConfig, AutoTokenizer, MistralConfig, PreTrainedTokenizerBase
 
+from lib.commands.gguf import convert as command
+from lib.commands.gguf.__main__ import main
 from lib.gguf import conversion
-from lib.gguf import convert as command
 from lib.gguf import llama as binding
 from lib.gguf import proof as verify
 from lib.gguf.proof import verify_predictions, verify_tensors, verify_tokens, windows_of

@@ -10,10 +10,10 @@ from pathlib import Path
 import kinds
 import pytest
 import whole
-from lib.gguf.__main__ import main
-from lib.gguf.convert import put_in_place
 from support import mistake
 
+from lib.commands.gguf.__main__ import main
+from lib.commands.gguf.convert import put_in_place
 from lib.gguf import conversion
 from lib.gguf.llama import tokens
 from lib.gguf.proof import changed_linears

@@ -22,8 +22,8 @@ pytest.importorskip("xllamacpp")
 
 import ggufs  # noqa: E402
 import kinds  # noqa: E402
-from lib.gguf.__main__ import main as convert  # noqa: E402
 
+from lib.commands.gguf.__main__ import main as convert  # noqa: E402
 from lib.commands.trim import file, folder  # noqa: E402
 from lib.commands.trim.__main__ import main  # noqa: E402
 from lib.vocabulary.choice import choose  # noqa: E402
@@ -71,7 +71,7 @@ def models(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
     else:
         with pytest.MonkeyPatch.context() as patch:  # it is proven elsewhere
             proof = {"tensors": {"changed": {}}}
-            patch.setattr("lib.gguf.convert.verify", lambda *_, **__: proof)
+            patch.setattr("lib.commands.gguf.convert.verify", lambda *_, **__: proof)
             succeed(place / "model", place / "model.gguf", "--type", "f32", *pre, program=convert)
     return place
 
