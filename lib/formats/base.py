@@ -25,7 +25,6 @@ class ScaledFormat(Scaled):
     scaled = torch.bfloat16  # dtype of the scales
     packs = False  # whether packed checkpoints have this format
     has_zero = True  # whether a matrix can have zeros beside other numbers
-    trained = True  # whether training brings it nearer to the original
     offered: tuple[str, ...] = ()  # to --quantize auto, for "layers" and "tables"
 
     @property

@@ -189,7 +189,6 @@ class Q5_0(IQ4_NL):
 
     name = "q5_0"
     bits = 5
-    trained = False
     lowest, highest = -16, 15
     levels = torch.arange(-16.0, 16)
     has_zero = True
@@ -218,7 +217,6 @@ class Q3_K(Q5_0):
     group = 16
     block = 256
     instead = "iq4_nl"
-    trained = True
     offered = ("layers",)
     file_type = "Q3_K_S"
     has_zero = False  # nor has that
@@ -293,7 +291,6 @@ class Q8_0Type(LlamaCppType):
     bits_per_weight = 8 + 16 / 32  # scales are float16 in a file
     scaled = torch.float32
     lowest, highest = -127, 127
-    trained = False
     offered = "layers", "tables"
 
     def _fit(self, tile: Tensor, costs: Tensor | None, units: Tensor | None) -> Tensor:
@@ -343,7 +340,7 @@ class Types:
     """A type for each tensor, by its name, of those of TYPES; tensors without one become q8_0."""
 
     name = "auto"
-    packs = has_zero = trained = ggml_rule_agrees = False
+    packs = has_zero = ggml_rule_agrees = False
     group = Q3_K.group  # the least
     limit = LlamaCppType.limit
     conversion_note = "gguf --type auto will write the scales and codes of"
