@@ -32,8 +32,8 @@ from lib.methods.wanda import Wanda
 from lib.model.blocks import BlockRunner
 from lib.model.device import default_batch_size
 from lib.prune import Pruner, windows_of_texts
-from lib.quantize import quantize
 from lib.run.record import processor
+from lib.stages.quantize import quantize
 
 
 def pruned(model, windows, method: str, kind: str) -> None:

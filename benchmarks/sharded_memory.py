@@ -51,8 +51,8 @@ def tensors() -> int:
 def child(folder: str) -> None:
     """Train as one of the ranks, and write what it takes."""
     import main
-    from lib.recover import Recoverer
     from lib.run.memory import Memory
+    from lib.stages.recover import Recoverer
     from lib.util import cli
 
     seen, trained, plain, check = {"peak": 0}, threading.Event(), Recoverer.run, Memory.check

@@ -11,7 +11,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
 from .data.samples import Windows, as_windows, prepend
@@ -28,7 +28,6 @@ from .util.errors import UserError
 
 REVISION = 2  # incremented when the same model and text give other figures
 FIGURES = "loss", "dense_loss", "kl", "agreement"  # per window, as named in the losses file
-COMPARED_POSITIONS = 64  # positions of a window compared before and after packing
 TRIED_WINDOWS, TRIED_TOKENS = 4, 256  # for testing whether the model needs its BOS token
 COLLAPSE = 1.5  # least ratio of perplexities without and with BOS at which a model needs it
 
@@ -215,13 +214,6 @@ def cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
     step = rows_at_once(logits.device, logits.shape[-1])
     pieces = zip(logits.split(step), targets.split(step), strict=True)
     return torch.cat([F.cross_entropy(x.float(), y, reduction="none") for x, y in pieces])
-
-
-@torch.no_grad()
-def some_logits(model: nn.Module, window: Tensor) -> Tensor:
-    """Return logits (1, positions, vocabulary) at the last positions of a window (1, tokens)."""
-    kept = min(COMPARED_POSITIONS, window.shape[1])
-    return model(input_ids=window, use_cache=False, logits_to_keep=kept).logits[:, -kept:]
 
 
 def needs_bos(runner: BlockRunner, windows: Tensor, bos: int) -> bool:

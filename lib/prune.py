@@ -1,8 +1,8 @@
 """Prune a model block by block: observe the inputs of its linear layers, solve, propagate.
 
 `BlockWalker.run` is the loop, as in Wanda (https://github.com/locuslab/wanda); Wanda's names are in
-its comments. `check_sparsity` is `SparsityCheck` in lib/model/sparsity_check.py. lib/quantize.py
-and lib/remove.py walk in the same way.
+its comments. `check_sparsity` is `SparsityCheck` in lib/model/sparsity_check.py. Quantizing and
+removing (lib/stages/) walk in the same way.
 
 `prune` takes a model in memory and runs a `Pruner`, as main.py does.
 """

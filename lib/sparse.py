@@ -15,16 +15,16 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from .eval import some_logits
 from .model.blocks import BlockRunner
 from .model.linears import find_linears
+from .model.reference import some_logits
 from .model.saving import footprint
 from .packed import kernels
 from .packed.checkpoint import mark_packed_, pack_embeddings_
 from .packed.errors import PackedError
 from .packed.formats import PACKED, Values
 from .packed.linear import FORWARDS, OWN_FORWARD, SparseLinear, multiplying, why_dense
-from .quantize import NOTHING_PACKED
+from .stages.quantize import NOTHING_PACKED
 from .util.errors import UserError
 from .util.host import gib
 

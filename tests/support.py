@@ -44,9 +44,9 @@ from lib.model.skeleton import auto_class, build_skeleton, decoder_blocks
 from lib.packed import kernels
 from lib.packed.linear import SparseLinear
 from lib.prune import Pruner
-from lib.quantize import Quantizer, check_quantized, form_of  # noqa: F401  for tests
 from lib.run.flags import build_parser
 from lib.run.windows import named_corpora
+from lib.stages.quantize import Quantizer, check_quantized, form_of  # noqa: F401  for tests
 from lib.util import cli
 from lib.util.errors import UserError, one_line
 from lib.util.processes import main_of

@@ -7,7 +7,7 @@ that differ are counts. No architecture is named here, and the smaller model loa
 A neuron is an input of an MLP's down projection, with the rows that compute it and their biases.
 The rows are those of gate and up, or of one linear layer before the activation. An expert is a
 slice of stacked weights, with the router's row, its bias, and its score correction. Removal
-(lib/remove.py) checks that the parts work independently.
+(lib/stages/remove.py) checks that the parts work independently.
 """
 
 from __future__ import annotations

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..data.samples import spread
 from ..util.files import PARTIAL
@@ -26,6 +26,7 @@ from .pretrained import fresh_copy
 from .skeleton import decoder_blocks
 
 COMPARED_WINDOWS = 64  # maximum per test set
+COMPARED_POSITIONS = 64  # positions of a window compared before and after packing
 
 States = list[dict[int, Tensor]]  # for each test set {window: hidden states (tokens, hidden)}
 
@@ -39,6 +40,13 @@ def local_windows(count: int, dist: DistContext) -> list[int]:
     """Return the compared windows that belong to this rank."""
     indices = range(count)[dist.shard(count)]
     return [window for window in compared_windows(count) if window in indices]
+
+
+@torch.no_grad()
+def some_logits(model: nn.Module, window: Tensor) -> Tensor:
+    """Return logits (1, positions, vocabulary) at the last positions of a window (1, tokens)."""
+    kept = min(COMPARED_POSITIONS, window.shape[1])
+    return model(input_ids=window, use_cache=False, logits_to_keep=kept).logits[:, -kept:]
 
 
 @dataclass

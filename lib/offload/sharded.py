@@ -1,12 +1,11 @@
 """The weights in training, whole in each rank or sharded over all; only this file uses FSDP.
 
-`WholeWeights` and `ShardedWeights` have the same methods, which `Recoverer` in lib/recover.py
+`WholeWeights` and `ShardedWeights` have the same methods, which `Recoverer` (lib/stages/recover.py)
 calls. Where blocks are sharded, each rank holds its rows of every parameter: some outputs of a
 matrix, some experts of a stack. `fully_shard` treats each block as a group: forward and backward
 passes gather the block whole and sum its gradients. Parameters that ranks cannot share evenly stay
 whole on each rank. Training begins and ends with blocks in files; nothing of FSDP is left
-afterwards.
-"""
+afterwards."""
 
 from __future__ import annotations
 

@@ -37,8 +37,8 @@ from ..model.pretrained import LONGEST_WINDOW, load_config, load_tokenizer, wind
 from ..model.saving import parameter_bytes, text_alone
 from ..model.skeleton import build_skeleton, changed_shapes, decoder_blocks
 from ..offload.sharded import check_rows, ranks_of_state
-from ..recover import CROSS_ENTROPY, TrainSchedule, state_bytes
 from ..sparse import check_packable
+from ..stages.recover import CROSS_ENTROPY, TrainSchedule, state_bytes
 from ..util.cli import typed
 from ..util.errors import UserError
 from ..util.files import check_new_folder, check_writable, partial_of

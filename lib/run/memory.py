@@ -44,8 +44,8 @@ from ..model.pretrained import LONGEST_WINDOW
 from ..model.reference import local_windows
 from ..model.skeleton import build_skeleton, decoder_blocks
 from ..offload.sharded import can_share
-from ..quantize import quantized_numbers
-from ..recover import TrainSchedule, training_bytes
+from ..stages.quantize import quantized_numbers
+from ..stages.recover import TrainSchedule, training_bytes
 from ..util import progress
 from ..util.errors import UserError
 from ..util.host import available, gib

@@ -25,8 +25,8 @@ from ..model.checkpoint import Checkpoint
 from ..model.parts import StructureLayout, find_parts
 from ..model.skeleton import build_skeleton, skeleton_with
 from ..offload.sharded import can_share
-from ..recover import TrainSchedule
-from ..remove import experts_left, neurons_left
+from ..stages.recover import TrainSchedule
+from ..stages.remove import experts_left, neurons_left
 from ..util.progress import progress
 from ..util.ranks import DistContext
 from ..util.resume import RunFolder

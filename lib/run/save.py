@@ -16,11 +16,11 @@ from safetensors import SafetensorError
 from torch import nn
 
 from ..data.tokenizers import as_loaded
-from ..eval import COMPARED_POSITIONS, some_logits
 from ..model.blocks import BlockRunner
 from ..model.checkpoint import local_only
 from ..model.matrix import unread_of
 from ..model.processor import copy_processor
+from ..model.reference import COMPARED_POSITIONS, some_logits
 from ..model.saving import cast, save_in_shards, text_alone
 from ..packed.checkpoint import mark_packed_
 from ..sparse import check_same_outputs

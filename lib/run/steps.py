@@ -15,7 +15,7 @@ from ..calibration import mixed_types
 from ..calibration.allocation import Allocation, kept_allocation
 from ..calibration.allocation import allocate as choose_allocation
 from ..data.windows import WindowSpec
-from ..eval import COMPARED_POSITIONS, needs_bos, perplexities, perplexity, some_logits
+from ..eval import needs_bos, perplexities, perplexity
 from ..formats.grids import Grid, Types
 from ..formats.registry import AUTO
 from ..methods.sparsity import Passes
@@ -23,20 +23,22 @@ from ..model.blocks import BlockRunner
 from ..model.device import checkpoint_dtype, dtype_name
 from ..model.masks import packed_masks, write_masks
 from ..model.reference import (
+    COMPARED_POSITIONS,
     DenseReference,
     dense_states,
     local_windows,
     shared_states,
+    some_logits,
     tail_of,
 )
 from ..model.saving import parameter_bytes
 from ..model.sparsity_check import SparsityCheck
 from ..prune import Pruner
-from ..quantize import check_quantized as check_quantized_weights
-from ..quantize import quantize as quantize_linears
-from ..recover import Recoverer
-from ..remove import remove
 from ..sparse import pack_, relative_difference
+from ..stages.quantize import check_quantized as check_quantized_weights
+from ..stages.quantize import quantize as quantize_linears
+from ..stages.recover import Recoverer
+from ..stages.remove import remove
 from ..util.errors import UserError
 from ..util.files import write_text
 from ..util.resume import TYPES

@@ -12,7 +12,7 @@ from ..data.samples import Windows
 from ..data.sources import PART, Source, has_test, is_parted, parse_sources
 from ..data.training import TrainingText, training_windows
 from ..data.windows import TestSet, WindowSpec, calibration_windows, fitting_windows, test_set
-from ..recover import TrainSchedule
+from ..stages.recover import TrainSchedule
 from ..util.errors import spelled
 from ..util.ranks import DistContext
 from .plan import Flags

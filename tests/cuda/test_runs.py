@@ -27,8 +27,8 @@ from lib.data.training import TrainingText
 from lib.model.blocks import BlockRunner
 from lib.model.device import pick_dtype
 from lib.model.pretrained import fresh_copy
-from lib.recover import Recoverer, TrainSchedule
 from lib.run.check import UNTRIED
+from lib.stages.recover import Recoverer, TrainSchedule
 
 sys.path.append(str(ROOT / "benchmarks/gpu"))
 

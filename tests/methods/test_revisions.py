@@ -18,8 +18,8 @@ from lib.formats.registry import FORMATS
 from lib.methods.gptq import GPTQ
 from lib.methods.registry import EXPERT_METHODS, METHODS, method_of
 from lib.methods.sparsity import EXPERTS, NEURONS, Sparsity
-from lib.quantize import quantize
-from lib.remove import remove
+from lib.stages.quantize import quantize
+from lib.stages.remove import remove
 
 # (revision, digest of the masks, norm of the weights) of each case
 GIVEN = {

@@ -157,7 +157,7 @@ assert not {"lib", "main"} & set(sys.modules)
         *(
             pytest.param(f"{first}\nfrom langprune.prune import prune", marks=pytest.mark.full)
             for first in (
-                "import langprune.main, langprune.quantize",
+                "import langprune.main, langprune.stages.quantize",
                 "import langprune\nassert 'torch' not in sys.modules",
             )
         ),

@@ -19,7 +19,7 @@ from lib.calibration.mixed_types import (
 )
 from lib.formats.grids import Types
 from lib.model.reference import tail_of
-from lib.quantize import quantize
+from lib.stages.quantize import quantize
 
 
 def log_probabilities(model: PreTrainedModel, ids: Tensor) -> Tensor:

@@ -14,8 +14,8 @@ from lib.formats.registry import FORMATS
 from lib.methods.sparsity import Sparsity
 from lib.model.blocks import BlockRunner
 from lib.packed.linear import SparseLinear
-from lib.quantize import Quantizer
 from lib.sparse import swap_linears_
+from lib.stages.quantize import Quantizer
 
 INT4 = PACKED[4]
 # fused, transposed, stacked, shared, and by a forward of their own

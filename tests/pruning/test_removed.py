@@ -29,7 +29,7 @@ from lib.methods.registry import method_of
 from lib.methods.sparsity import EXPERTS, NEURONS
 from lib.model.parts import StructureLayout, get_tensor
 from lib.model.skeleton import decoder_blocks
-from lib.remove import PartRemover, experts_left, neurons_left, remove
+from lib.stages.remove import PartRemover, experts_left, neurons_left, remove
 
 NAMES = ["Llama", "Gemma 3", "GPT-2", "Phi", "GPT-NeoX", "Phi-3"]
 NAMES += [name for name in tiny.VISION if "MoE" not in name]

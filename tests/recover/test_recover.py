@@ -12,7 +12,6 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers.pytorch_utils import Conv1D
 
-from lib import recover
 from lib.data.samples import Windows, as_windows
 from lib.data.training import TrainingText
 from lib.formats.grids import Grid
@@ -20,7 +19,8 @@ from lib.methods.sparsity import Sparsity
 from lib.model.blocks import BlockRunner
 from lib.model.matrix import SaveDtypes
 from lib.model.pretrained import fresh_copy
-from lib.recover import Recoverer, TrainSchedule, default_rate, divergence_, trained_parts
+from lib.stages import recover
+from lib.stages.recover import Recoverer, TrainSchedule, default_rate, divergence_, trained_parts
 
 SEQLEN, STEPS = 24, 20
 PATTERN = Sparsity(0.5, 2, 4)

@@ -25,7 +25,7 @@ from lib.model.blocks import BlockRunner
 from lib.model.pretrained import fresh_copy
 from lib.model.store import BlockStore
 from lib.offload.sharded import ShardedWeights, WholeWeights
-from lib.recover import Recoverer, TrainSchedule
+from lib.stages.recover import Recoverer, TrainSchedule
 from lib.util.errors import UserError
 from lib.util.ranks import DistContext
 

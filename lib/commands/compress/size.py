@@ -57,7 +57,7 @@ def removal(job: Run, type_: str, megabytes: float) -> dict[str, str]:
     Raises UserError if the size cannot be reached.
     """
     from ...model.skeleton import skeleton_with
-    from ...remove import possible_counts
+    from ...stages.remove import possible_counts
 
     layout, model = job.model.layout, job.model.skeleton
     for left in possible_counts(layout):

@@ -8,8 +8,8 @@ a share of cross-entropy with the text. It is computed a few positions at a time
 of a whole batch are never in memory. During training the model holds its weights as they will be
 saved: rounded to the save dtype, or to a 4-bit grid (`Grid`). Float32 master weights keep what
 rounding would lose. They receive the gradients of the rounded weights (straight-through), so the
-model that is measured is the one that is saved. A quantized model (lib/quantize.py) is trained from
-its quantized weights: the masters are the values before rounding, the scales stay fixed, and the
+model that is measured is the one that is saved. A quantized model (quantize.py) is trained from its
+quantized weights: the masters are the values before rounding, the scales stay fixed, and the
 untrained model is the first candidate. If masters do not fit, `rank` trains updates B A of every
 matrix instead, masked and merged into it (PERP, arXiv 2312.15230).
 """
@@ -28,21 +28,21 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .data.samples import Windows, as_windows, join_rows
-from .data.training import TrainingText
-from .eval import perplexities
-from .formats.grids import Grid
-from .model.blocks import BlockRunner, iter_logits
-from .model.linears import linears_of
-from .model.matrix import FLOAT, SaveDtypes
-from .model.reference import DenseReference, dense_states, tail_of
-from .offload.fetched import FetchedWeights
-from .offload.sharded import ShardedWeights, WholeWeights, answered, is_sharded, local, shard_of
-from .packed.errors import PackedError
-from .util import progress
-from .util.deterministic import deterministic
-from .util.errors import UserError
-from .util.ranks import DistContext
+from ..data.samples import Windows, as_windows, join_rows
+from ..data.training import TrainingText
+from ..eval import perplexities
+from ..formats.grids import Grid
+from ..model.blocks import BlockRunner, iter_logits
+from ..model.linears import linears_of
+from ..model.matrix import FLOAT, SaveDtypes
+from ..model.reference import DenseReference, dense_states, tail_of
+from ..offload.fetched import FetchedWeights
+from ..offload.sharded import ShardedWeights, WholeWeights, answered, is_sharded, local, shard_of
+from ..packed.errors import PackedError
+from ..util import progress
+from ..util.deterministic import deterministic
+from ..util.errors import UserError
+from ..util.ranks import DistContext
 
 TARGET_STEPS = 256  # optimizer steps, subject to the limits of a step below
 LEAST, MOST = 2**8, 2**16  # tokens per step

@@ -21,16 +21,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .calibration.changes import UNREACHED
-from .calibration.inputs import Group
-from .methods.base import PruningMethod
-from .methods.sparsity import NEURONS
-from .model.blocks import BlockRunner, Stop, run_block
-from .model.matrix import PrunableLinear
-from .model.parts import StructureLayout, get_tensor, keep_parts_
-from .prune import BlockWalker
-from .util.errors import UserError
-from .util.host import malloc_trim
+from ..calibration.changes import UNREACHED
+from ..calibration.inputs import Group
+from ..methods.base import PruningMethod
+from ..methods.sparsity import NEURONS
+from ..model.blocks import BlockRunner, Stop, run_block
+from ..model.matrix import PrunableLinear
+from ..model.parts import StructureLayout, get_tensor, keep_parts_
+from ..prune import BlockWalker
+from ..util.errors import UserError
+from ..util.host import malloc_trim
 
 CHECKED = 16  # tokens on which a block is checked without calibration text
 MULTIPLE = 256  # granularity of neurons, for fast kernels

@@ -15,19 +15,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .calibration.changes import UNREACHED
-from .calibration.inputs import Group, merge, observe
-from .calibration.mixed_types import CHUNK, tables_of
-from .formats.base import ScaledFormat
-from .formats.grids import Grid, Types
-from .methods.gptq import GPTQ, MasterWeights
-from .model.blocks import BlockRunner
-from .model.matrix import PrunableLinear, SaveDtypes
-from .offload.sharded import shard_of_masters, sharded_dims
-from .packed.linear import why_dense
-from .prune import BlockWalker
-from .util.errors import UserError, first_of
-from .util.resume import QUANTIZED, START, of_block
+from ..calibration.changes import UNREACHED
+from ..calibration.inputs import Group, merge, observe
+from ..calibration.mixed_types import CHUNK, tables_of
+from ..formats.base import ScaledFormat
+from ..formats.grids import Grid, Types
+from ..methods.gptq import GPTQ, MasterWeights
+from ..model.blocks import BlockRunner
+from ..model.matrix import PrunableLinear, SaveDtypes
+from ..offload.sharded import shard_of_masters, sharded_dims
+from ..packed.linear import why_dense
+from ..prune import BlockWalker
+from ..util.errors import UserError, first_of
+from ..util.resume import QUANTIZED, START, of_block
 
 NOTHING_PACKED = (
     "--replace_sparse_layers",

@@ -1,0 +1,1 @@
+"""What changes weights besides pruning: quantization, removal of neurons and experts, training."""
