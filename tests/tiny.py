@@ -265,3 +265,31 @@ def write_texts(
         lines = [json.dumps({"text": text}, ensure_ascii=False) + "\n" for text in rows]
         (folder / f"{split}.jsonl").write_text("".join(lines), encoding="utf-8")
     return folder
+
+
+REMOTE = """
+from transformers import LlamaConfig, LlamaForCausalLM
+
+
+class OddConfig(LlamaConfig):
+    model_type = "odd"
+
+
+class OddForCausalLM(LlamaForCausalLM):
+    config_class = OddConfig
+
+    def forward(self, *args, **kwargs):
+        out = super().forward(*args, **kwargs)
+        out.logits = out.logits * 2
+        return out
+"""
+
+
+def own_code_(folder: Path) -> None:
+    """Make a saved LLaMA a model of its own code, whose logits are twice as large."""
+    (folder / "modeling_odd.py").write_text(REMOTE)
+    config = json.loads((folder / "config.json").read_text())
+    config |= {"model_type": "odd", "architectures": ["OddForCausalLM"]}
+    names = {"AutoConfig": "OddConfig", "AutoModelForCausalLM": "OddForCausalLM"}
+    config["auto_map"] = {auto: f"modeling_odd.{name}" for auto, name in names.items()}
+    (folder / "config.json").write_text(json.dumps(config))

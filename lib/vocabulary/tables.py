@@ -79,9 +79,10 @@ def open_model(checkpoint: Checkpoint) -> nn.Module | None:
     None if transformers has no such class.
     """
     try:
-        config = AutoConfig.from_pretrained(checkpoint.name, local_files_only=True)
+        config = AutoConfig.from_pretrained(checkpoint.name, **checkpoint.options())
         kind = getattr(transformers, (config.architectures or [""])[0], None)
-        return kind and build_skeleton(config, checkpoint, kind)
+        is_known = kind or checkpoint.trust_remote_code and hasattr(config, "auto_map")
+        return build_skeleton(config, checkpoint, kind) if is_known else None
     except Exception:  # noqa: BLE001  code of models raises any
         return None
 

@@ -59,7 +59,8 @@ class Encoder:
     """The model of a folder. Raises ValueError for modules that are not known here, and any error
     if it cannot be loaded."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, trusted: bool = False) -> None:
+        self.options = dict(local_files_only=True, trust_remote_code=trusted)
         architecture = (read_json(folder / "config.json").get("architectures") or [""])[0]
         self.is_reranker = architecture.endswith("ForSequenceClassification")
         self.folder, self.steps = folder, []  # functions of what the model gives, in turn
@@ -86,10 +87,10 @@ class Encoder:
 
     def _load(self, place: Path) -> None:
         auto = AutoModelForSequenceClassification if self.is_reranker else AutoModel
-        model = auto.from_pretrained(place, dtype=torch.float32, local_files_only=True).eval()
+        model = auto.from_pretrained(place, dtype=torch.float32, **self.options).eval()
         for parameter in model.parameters():  # a product's rounding depends on their addresses
             parameter.data = parameter.data.clone()
-        self.tokenizer = AutoTokenizer.from_pretrained(place, local_files_only=True)
+        self.tokenizer = AutoTokenizer.from_pretrained(place, **self.options)
         longest = read_json(place / "sentence_bert_config.json").get("max_seq_length") or 512
         tables = (each for each in model.modules() if hasattr(each, "position_embeddings"))
         # RoBERTa counts positions from the padding's id
@@ -153,17 +154,23 @@ def _texts(folder: Path, texts: Sequence[str]) -> dict[str, list[tuple[str, ...]
 
 
 def compare_vectors(
-    before: Path, after: Path, ids: Sequence[int], texts: Sequence[str], size: int
+    before: Path,
+    after: Path,
+    ids: Sequence[int],
+    texts: Sequence[str],
+    size: int,
+    trusted: bool = False,
 ) -> dict[str, Any]:
     """Compare both folders' vectors, or scores, of held-out texts; `ids` are the kept ones.
 
-    `size` is the number of weights. Returns a record, with a `reason` alone if the original model
-    does not run here. Raises UserError if texts with the same tokens have other vectors.
+    `size` is the number of weights; code of the model runs if it is `trusted`. Returns a record,
+    with a `reason` alone if the original model does not run here. Raises UserError if texts with
+    the same tokens have other vectors.
     """
     if 5 * size > available():
         return {"reason": f"memory for {gib(4 * size)} is short"}
     try:
-        original = Encoder(before)
+        original = Encoder(before, trusted)
         original(("a", "a")[: 1 + original.is_reranker])
     except Exception as error:  # noqa: BLE001  code of models raises any
         return {"reason": f"the original does not run here: {first_line(error)}"}
@@ -178,7 +185,7 @@ def compare_vectors(
     found = np.stack([*_each(original, flat, "vectors of IN")])
     old = [original.inputs(each).input_ids[0].tolist() for each in flat]
     del original  # before the other is loaded
-    trimmed, kept = Encoder(after), np.array(ids)
+    trimmed, kept = Encoder(after, trusted), np.array(ids)
     new = [kept[trimmed.inputs(each).input_ids[0].numpy()].tolist() for each in flat]
     alike = np.array([one == other for one, other in zip(old, new, strict=True)])
     proven, others = np.flatnonzero(alike)[spread(alike.sum(), PROVEN)], np.flatnonzero(~alike)

@@ -355,32 +355,9 @@ def test_without_a_gpu_the_cpu_is_taken_and_named(trained: Path, uk: Path) -> No
     assert f"device: {device}\n" in done.out and results()["device"].startswith(device)
 
 
-REMOTE = """
-from transformers import LlamaConfig, LlamaForCausalLM
-
-
-class OddConfig(LlamaConfig):
-    model_type = "odd"
-
-
-class OddForCausalLM(LlamaForCausalLM):
-    config_class = OddConfig
-
-    def forward(self, *args, **kwargs):
-        out = super().forward(*args, **kwargs)
-        out.logits = out.logits * 2
-        return out
-"""
-
-
 def test_remote_code_runs_only_where_it_is_trusted(trained: Path, uk: Path) -> None:
-    folder = shutil.copytree(trained, "odd")
-    Path(folder, "modeling_odd.py").write_text(REMOTE)
-    config = json.loads(Path(folder, "config.json").read_text())
-    config |= {"model_type": "odd", "architectures": ["OddForCausalLM"]}
-    names = {"AutoConfig": "OddConfig", "AutoModelForCausalLM": "OddForCausalLM"}
-    config["auto_map"] = {auto: f"modeling_odd.{name}" for auto, name in names.items()}
-    Path(folder, "config.json").write_text(json.dumps(config))
+    folder = Path(shutil.copytree(trained, "odd"))
+    tiny.own_code_(folder)
     flags = ["--eval_only", "--eval_data", uk]
     error = mistake("--model", folder, *QUICK, *flags)
     assert str(error).startswith(f"--model {folder}: ") and "--trust_remote_code" in str(error)

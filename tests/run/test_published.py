@@ -252,8 +252,9 @@ PUBLISHED_FLAGS = {  # default, and choices that stay
     "device": (None, ()),
 }
 VERBS = """
-prune.prune eval.perplexity sparse.pack_ quantize.quantize remove.remove recover.Recoverer
-commands.trim.__main__.main commands.ubertext.build commands.overlap.compare_masks
+prune.prune eval.perplexity sparse.pack_ stages.quantize.quantize stages.remove.remove
+stages.recover.Recoverer commands.trim.__main__.main commands.ubertext.build
+commands.overlap.compare_masks
 """.split()
 
 

@@ -14,7 +14,7 @@ import tiny
 import torch
 from support import call, loaded, mistake, representative, succeed
 from tokenizers import Tokenizer
-from transformers import AutoTokenizer, PreTrainedModel
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "vocabulary"))
 
@@ -201,6 +201,19 @@ def test_a_sentencepiece_model_alone(place: Path, tmp_path: Path) -> None:
         for text in kinds.texts(kinds.UK[:12], 20, 5)
     ]
     assert sum(alike) > 15 and len(new) < len(old)
+
+
+def test_code_of_a_model_runs_where_it_is_trusted(place: Path, tmp_path: Path) -> None:
+    numbers = dict(bos_token_id=1, eos_token_id=2, pad_token_id=3)
+    model = tiny.tiny_llama(vocab_size=521, **numbers)
+    tiny.write_model(tmp_path / "in", model, kinds.byte_level(regex=False))
+    tiny.own_code_(tmp_path / "in")
+    argv = [tmp_path / "in", tmp_path / "out", "--data", place / "uk"]
+    assert "not verified: logits and cost" in succeed(*argv, program=main).out
+    argv[1] = tmp_path / "trusted"
+    assert "logits after 24 beginnings" in succeed(*argv, "--trust_remote_code", program=main).out
+    trusted = AutoModelForCausalLM.from_pretrained(argv[1], trust_remote_code=True)
+    assert type(trusted).__name__ == "OddForCausalLM"
 
 
 def test_what_is_not_changed_is_linked_in_the_hubs_cache_alone(tmp_path: Path) -> None:

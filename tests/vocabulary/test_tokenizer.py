@@ -31,6 +31,7 @@ from lib.data.lines import LINES
 from lib.data.sources import parse_sources
 from lib.data.templates import examples
 from lib.data.windows import encode, token_bytes
+from lib.model.checkpoint import Checkpoint
 from lib.vocabulary.choice import PRICE, choose
 from lib.vocabulary.tables import Tables
 from lib.vocabulary.tokenizer_json import TrimmableTokenizer
@@ -86,7 +87,8 @@ def trimmed(
         tokenizer.save_pretrained(folder)
         settings = json.loads((folder / "tokenizer_config.json").read_text("utf-8"))
         tables = Tables(rows or max(tokenizer.get_vocab().values()) + 1, {})
-        part = Part(folder, "IN m", [], tables, *open_tokenizer(folder, "IN m"))
+        here = Checkpoint(str(folder), "IN")
+        part = Part(here, "IN m", [], tables, *open_tokenizer(here, "IN m"))
         part.settings[folder / "tokenizer_config.json"] = settings
         part.settings[folder / "generation_config.json"] = {"suppress_tokens": [*config_ids]}
         choose_tokens(part, args, corpora, plain_text, [])

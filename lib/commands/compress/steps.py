@@ -25,17 +25,17 @@ def first_steps(run: Compression, values: Mapping[str, str]) -> Iterator[Step]:
     """
     args, facts, parsed = run.args, run.facts, run.parsed
     flags = flag_words(dict(language=args.language, column=run.column, device=args.device))
+    hub = dict(cache_dir=parsed.cache_dir, trust_remote_code=parsed.trust_remote_code)
     if facts.prompts:
         about = f"The model answers prompts, until calibration has {facts.fill:,} tokens of it"
         words = [args.model, made := run.inside(DIALOGUES), "--data", *facts.prompts, *flags]
-        more = dict(fill=facts.fill, cache_dir=parsed.cache_dir)
-        more |= dict(trust_remote_code=parsed.trust_remote_code, count=args.dialogues)
-        words += flag_words(more)
+        words += flag_words(hub | dict(fill=facts.fill, count=args.dialogues))
         yield Step("dialogues", about, "dialogues", words, made, variable="dialogues", grows=True)
     about = f"Trim the vocabulary; if bits per byte rise by more than {MOST_COST}, all of it stays"
     texts = ["--data", *(text for text, _ in facts.texts)] if args.data else []
     texts += _dialogues(values, "" if texts else "--data ")
     words = [args.model, made := run.inside(TRIMMED), *texts, *flags, "--most_cost", MOST_COST]
+    words += flag_words(hub)
     yield Step("trim", about, "trim", words, made, "model", args.model)
 
 

@@ -83,6 +83,9 @@ def _parser() -> argparse.ArgumentParser:
     add("--most_cost", type=_share, metavar="SHARE", help=text)
     text = "device for a folder's proof (default: a GPU if there is one)"
     add("--device", metavar="DEVICE", help=text)
+    add("--cache_dir", metavar="FOLDER", help="folder for weights from the Hub")
+    text = "run Python code that comes with the model, if you trust it"
+    add("--trust_remote_code", action="store_true", help=text)
     text = "leave these fields out, which may hold ids and are unknown"
     add("--drop", nargs="+", default=[], metavar="FIELD", help=text)
     add("--dry_run", action="store_true", help="print rows, size and tokens, and write nothing")

