@@ -46,16 +46,16 @@ NOT_TABLES = re.compile(
 )
 # ids in another order, hashes of ids, or expert numbers by id
 REFUSED_TENSORS = re.compile(r"d2t|.*ffn_gate_tid2eid.*|masked_embd_(ordering|centroids).*")
-REFUSED_FIELDS = re.compile(r"\w+\.ple\..*")
+REFUSED_FIELDS = re.compile(r"[\w-]+\.ple\..*")
 # models of deepseek2 are told apart by their number of tokens, if they have so many layers
 TELLING_LAYERS, TELLING_ROWS = (47, 48), (128256, 154880)
 BY_POSITION = ("chameleon",)  # llama.cpp knows ids of its image tokens as numbers
 
 ID_FIELDS = re.compile(
-    r".*_token_ids?|\w+\.adapters\.token_ids_\w+|tokenizer\.ggml\.suppress_tokens"
+    r".*_token_ids?|[\w-]+\.adapters\.token_ids_\w+|tokenizer\.ggml\.suppress_tokens"
     r"|adapter\.alora\.invocation_tokens"
 )
-COUNTS = re.compile(r"\w+\.vocab_size")
+COUNTS = re.compile(r"[\w-]+\.vocab_size")
 MAYBE_IDS = re.compile(r"token|vocab|(^|[._])ids?($|[._])")
 NO_IDS = re.compile(
     r"tokenizer\.ggml\.(token_type(_count)?|precompiled_charsmap)|.*token_shift_count"

@@ -257,6 +257,20 @@ def test_a_field_that_may_hold_ids_is_left_out_on_request(tmp_path: Path) -> Non
     assert fields["llama.mine_token_ids"].value == [1, 4]
 
 
+def test_an_architecture_with_a_hyphen(tmp_path: Path) -> None:
+    fields = {"vocab_size": (ggufs.UINT32, 502), "adapters.token_ids_on": (ggufs.INT32, [11, 400])}
+    changed = {f"falcon-h1.{name}": field for name, field in fields.items()}
+    changed["general.architecture"] = (ggufs.STRING, "falcon-h1")
+    file = GgufFile(ggufs.model(tmp_path / "in.gguf", changed=changed), "IN")
+    new, _ = GgufVocabulary(file).trimmed([0, 1, 2, 11, 400])
+    assert new["falcon-h1.vocab_size"].value == 5
+    assert new["falcon-h1.adapters.token_ids_on"].value == [3, 4]
+    changed["falcon-h1.ple.heads"] = (ggufs.UINT32, 1)
+    file = GgufFile(ggufs.model(tmp_path / "hashes.gguf", changed=changed), "IN")
+    with pytest.raises(UserError, match="falcon-h1.ple.heads belongs to hashes of ids"):
+        GgufVocabulary(file)
+
+
 def test_llama_cpp_tells_models_apart_by_their_number_of_tokens(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
