@@ -25,7 +25,7 @@ from ..vocabulary.kinds import (
     Unigram,
     Vocabulary,
     WordPiece,
-    in_families,
+    is_reserved,
     ranks_of,
 )
 from ..vocabulary.tokenizer_model import BYTE, CONTROL, NORMAL, UNKNOWN, UNUSED, USER_DEFINED
@@ -70,8 +70,7 @@ DEFAULTS = {
     "t5": {"eos": 1, "unknown": 2, "padding": 0},
 }
 # llama.cpp finds ends, prefixes and image tokens by their text, whatever their type
-LOOKS_SPECIAL = re.compile(r"[▁_]?<[^<>\s]{2,}>|\[[A-Z]+\]|\[e~\[|\[unused\d+\]")
-RESERVED = re.compile(r"(?i)unused|reserved|placeholder|extra_id")
+LOOKS_SPECIAL = re.compile(r"[▁_]?<[^<>\s]{2,}>|\[[A-Z]+\]|\[e~\[")
 LITERAL = re.compile(r"'((?:[^'\\]|\\.)*)'|\"((?:[^\"\\]|\\.)*)\"")
 
 
@@ -194,17 +193,11 @@ class GgufVocabulary:
     def vocabulary(self, template: Set[int]) -> Vocabulary:
         """Return what `choose` needs to know; `template` are the ids of the chat templates."""
         listed = np.isin(self.types, (CONTROL, USER_DEFINED, UNKNOWN, UNUSED)).tolist()
+        reserved_names = {i for i, token in enumerate(self.tokens) if is_reserved(token)}
         looks = {i for i, token in enumerate(self.tokens) if LOOKS_SPECIAL.fullmatch(token)}
-        special = {index for index in range(self.rows) if listed[index]} | looks
+        special = {index for index in range(self.rows) if listed[index]} | looks | reserved_names
         bytes_ = set(np.flatnonzero(self.types == BYTE).tolist())
-        unused = set(np.flatnonzero(self.types == UNUSED).tolist())
-        families = in_families(self.tokens[index] for index in special - bytes_ - unused)
-        reserved = unused | {
-            index
-            for index in special - bytes_
-            if (token := self.tokens[index]) in families
-            and (self.types[index] == CONTROL or RESERVED.search(token))
-        }
+        reserved = set(np.flatnonzero(self.types == UNUSED).tolist()) | reserved_names
         ids = {token: index for index, token in enumerate(self.tokens)}
         basic = set(BYTE_OF_LETTER) if self.kind == "gpt2" else BYTE_TOKENS | {BLANK}
         named = (special - bytes_ - reserved) | {ids[token] for token in ("\n",) if token in ids}

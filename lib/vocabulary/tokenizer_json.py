@@ -26,7 +26,7 @@ from .kinds import (
     Unigram,
     Vocabulary,
     WordPiece,
-    in_families,
+    is_reserved,
     ranks_of,
 )
 
@@ -113,26 +113,20 @@ class TrimmableTokenizer:
         return {self.token_to_id[token] for token in basic if token in self.token_to_id}
 
     def special_ids(self) -> set[int]:
-        """Return all special and added tokens, and unused ones of WordPiece."""
+        """Return all special, added and reserved tokens."""
         tokens = {token["content"] for token in self.data["added_tokens"]}
-        tokens |= set(self.tokenizer.all_special_tokens)
-        if self.kind == "WordPiece":
-            tokens |= in_families(t for t in self.model_tokens if t.startswith("[unused"))
+        tokens |= {*self.tokenizer.all_special_tokens, *filter(is_reserved, self.model_tokens)}
         return {self.token_to_id[token] for token in tokens if token in self.token_to_id}
 
     def reserved_ids(self) -> set[int]:
-        """Return the reserved special tokens, such as `<unused42>`.
+        """Return the tokens with a reserved name, such as `<unused42>`.
 
-        These are families of added tokens, special or named unused, that differ only in a number.
         Tokens that the tokenizer's settings name, or its post-processor or padding inserts, are
         not included.
         """
-        added = self.data["added_tokens"]
-        special = {t["content"] for t in added if t["special"] or "unused" in t["content"]}
-        if self.kind == "WordPiece":
-            special |= {token for token in self.model_tokens if token.startswith("[unused")}
-        reserved = in_families(special) - set(self.tokenizer.all_special_tokens)
-        return {self.token_to_id[content] for content in reserved} - self._inserted_ids()
+        reserved = set(filter(is_reserved, self.token_to_id))
+        reserved -= set(self.tokenizer.all_special_tokens)
+        return {self.token_to_id[token] for token in reserved} - self._inserted_ids()
 
     def named_ids(self) -> set[int]:
         """Return special and added tokens except reserved ones, and what the tokenizer inserts."""

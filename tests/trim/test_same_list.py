@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import tiny
 from support import mistake, succeed
-from transformers import PreTrainedTokenizerFast
+from transformers import AddedToken, PreTrainedTokenizerFast
 
 sys.path[:0] = [str(Path(__file__).resolve().parents[1] / name) for name in ("vocabulary", ".")]
 
@@ -26,10 +26,19 @@ import kinds  # noqa: E402
 from lib.commands.gguf.__main__ import main as convert  # noqa: E402
 from lib.commands.trim import file, folder  # noqa: E402
 from lib.commands.trim.__main__ import main  # noqa: E402
+from lib.gguf.file import GgufFile  # noqa: E402
+from lib.gguf.vocabulary import GgufVocabulary  # noqa: E402
 from lib.vocabulary.choice import choose  # noqa: E402
 from lib.vocabulary.kinds import Vocabulary  # noqa: E402
+from lib.vocabulary.tokenizer_json import TrimmableTokenizer  # noqa: E402
 
 NORMAL, UNKNOWN, CONTROL, BOOL = 1, 2, 3, 7
+# tokens that code of a projector writes by number, or a model answers with
+WRITTEN = """<row_#_col_4> <|img_row_1_col_#|> <｜hy_place▁holder▁no▁10#｜> <|LOC_#|> <loc000#>
+<|s_#|> <|image_placeholder_#|>""".split()
+RESERVED = """<unused#> [unused#] [UNUSED_TOKEN_14#] >>UNUSED_#<< <|reserved_20000#|> <extra_id_#>
+<|reserved_special_token_#|> <|vision_reserved_special_token_#|> <SPECIAL_#>
+<|placeholder#|>""".split()
 
 
 def unigram(path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
@@ -164,3 +173,23 @@ def test_either_list_is_kept(models: Path, texts: list[Path], tmp_path: Path) ->
     (tmp_path / "wrong.json").write_text(json.dumps(other), "utf-8")
     argv = [models / "model", tmp_path / "e", "--keep", tmp_path / "wrong.json"]
     assert "its tokens are not those of" in mistake(*argv, program=main).problem
+
+
+def test_tokens_are_reserved_by_their_names_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    written, reserved = (
+        [name.replace("#", str(n)) for name in names for n in range(6)]
+        for names in (WRITTEN, RESERVED)
+    )
+    tokenizer, fields = kinds.byte_level(), ggufs.tokenizer("gpt2")
+    tokenizer.add_tokens([AddedToken(token, special=True) for token in written + reserved])
+    tokens, types = (fields[f"tokenizer.ggml.{name}"][1] for name in ("tokens", "token_type"))
+    tokens += [token for token in written + reserved if token not in tokens]
+    types += [CONTROL] * (len(tokens) - len(types))
+    monkeypatch.setattr(ggufs, "tokenizer", lambda _: fields)
+    file = GgufVocabulary(GgufFile(ggufs.model(tmp_path / "in.gguf"), "IN"))
+    for rules in (file.vocabulary(set()), TrimmableTokenizer(tokenizer, "m").vocabulary()):
+        required = {rules.tokens[index] for index in rules.required}
+        assert required.issuperset(written) and required.isdisjoint(reserved)
+        assert {rules.tokens[index] for index in rules.special}.issuperset(written + reserved)

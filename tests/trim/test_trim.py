@@ -409,6 +409,16 @@ def test_a_file_that_llama_cpp_does_not_run(
     check(source, tmp_path / "out.gguf")
 
 
+def test_a_projector_beside_it_is_not_run(
+    texts: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    more = {"unheard_of.weight": ((32, 4), ggufs.F32, ggufs.blocks(ggufs.F32, 4, 32, 1))}
+    source = ggufs.model(tmp_path / "in.gguf", more=more)
+    (tmp_path / "mmproj-in.gguf").write_bytes(b"GGUF")
+    main([str(source), str(tmp_path / "out.gguf"), "--data", str(texts)])
+    assert "mmproj-in.gguf beside IN: unchanged, not run\n" in capsys.readouterr().out
+
+
 WITHOUT = """
 import sys
 heavy = {"torch", "transformers", "tokenizers", "datasets", "pandas", "huggingface_hub"}

@@ -92,7 +92,7 @@ def trim_file(args: argparse.Namespace) -> None:
             partial.rename(out)
             sync(out.parent)
     for projector in Path(args.source).absolute().parent.glob("*mmproj*.gguf"):
-        print(f"{projector.name} beside IN works with OUT as it is")
+        print(f"{projector.name} beside IN: unchanged, not run")
     missing = f"predictions and cost ({found.get('reason')})"
     if "reason" not in found:
         missing = f"texts past {max(map(len, predictions.own))} tokens, answers of the model"
