@@ -257,6 +257,22 @@ def test_a_field_that_may_hold_ids_is_left_out_on_request(tmp_path: Path) -> Non
     assert fields["llama.mine_token_ids"].value == [1, 4]
 
 
+def test_the_same_token_ends_a_turn(
+    texts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without a field, llama.cpp takes one of several by an order that removed tokens change."""
+    fields, ends = ggufs.tokenizer("gpt2"), ["<|endoftext|>", "<|eot_id|>", "<|end|>"]
+    fields["tokenizer.ggml.tokens"][1].extend(ends)
+    fields["tokenizer.ggml.token_type"][1].extend([3] * len(ends))
+    monkeypatch.setattr(ggufs, "tokenizer", lambda _: fields)
+    source, out = ggufs.model(tmp_path / "in.gguf", padding=100), tmp_path / "out.gguf"
+    main([str(source), str(out), "--data", str(texts)])
+    one, other = Llama(source), Llama(out)
+    assert one.decode([one.end_of_turn]) == other.decode([other.end_of_turn]) == b"<|im_end|>"
+    assert fields_of(out)["tokenizer.ggml.eot_token_id"] == other.end_of_turn
+    assert other.ends_answer(other.end_of_turn)
+
+
 def test_an_architecture_with_a_hyphen(tmp_path: Path) -> None:
     fields = {"vocab_size": (ggufs.UINT32, 502), "adapters.token_ids_on": (ggufs.INT32, [11, 400])}
     changed = {f"falcon-h1.{name}": field for name, field in fields.items()}

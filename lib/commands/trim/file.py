@@ -141,6 +141,8 @@ def choose_tokens(
     text_of: Callable[[Document], str],
 ) -> tuple[list[int], dict[str, Any]]:
     """Return the tokens to keep, by the train texts or a list, and a record."""
+    if (end := llama.end_of_turn) >= 0:  # llama.cpp could take another for a shorter vocabulary
+        vocabulary.ids.setdefault(f"{TOKENIZER}eot_token_id", end)
     template = {int(i) for ids in llama.encode_all(vocabulary.template_texts()) for i in ids}
     rules, what = vocabulary.vocabulary(template), vocabulary.file.what
     if args.keep:
