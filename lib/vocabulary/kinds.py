@@ -53,7 +53,7 @@ class Vocabulary:
 
     tokens: Mapping[int, str]
     basic: Set[int] = frozenset()
-    reasons: Mapping[str, Set[int]] = field(default_factory=dict)
+    reasons: dict[str, Set[int]] = field(default_factory=dict)
     special: Set[int] = frozenset()
     byte_level: bool = False  # each letter of a token is a byte
     has_bytes: bool = True  # else letters that are no tokens are unknown

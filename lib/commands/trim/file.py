@@ -35,7 +35,9 @@ from .choosing import (
     check_saving,
     choose_by_text,
     corpora_of,
+    prompts_of,
     read_kept,
+    require_prompts_,
     text_reader,
 )
 
@@ -145,6 +147,10 @@ def choose_tokens(
         vocabulary.ids.setdefault(f"{TOKENIZER}eot_token_id", end)
     template = {int(i) for ids in llama.encode_all(vocabulary.template_texts()) for i in ids}
     rules, what = vocabulary.vocabulary(template), vocabulary.file.what
+    fields = (f"general.{name}" for name in ("name", "basename", "base_model.0.name"))
+    names = [Path(args.source).name, *(vocabulary.file.value(field, "") for field in fields)]
+    prompts = prompts_of(args, names)
+    require_prompts_(rules, llama.encode_all, prompts)
     if args.keep:
         kept = read_kept(args, rules, rules.tokens, vocabulary.named, what)["ids"]
         record = {}
