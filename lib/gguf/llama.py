@@ -141,6 +141,11 @@ class Llama:
         ends = (self.llama.llama_vocab_bos, self.llama.llama_vocab_eos)
         return next((i for each in ends if (i := each(self.vocabulary)) >= 0), 0)
 
+    @property
+    def end_of_turn(self) -> int:
+        """The id that ends a turn; -1: none."""
+        return self.llama.llama_vocab_eot(self.vocabulary)
+
     def ends_answer(self, token: int) -> bool:
         """Return whether generation stops at a token."""
         return self.llama.llama_vocab_is_eog(self.vocabulary, token)

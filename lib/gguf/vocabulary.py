@@ -25,7 +25,7 @@ from ..vocabulary.kinds import (
     Unigram,
     Vocabulary,
     WordPiece,
-    in_families,
+    is_reserved,
     ranks_of,
 )
 from ..vocabulary.tokenizer_model import BYTE, CONTROL, NORMAL, UNKNOWN, UNUSED, USER_DEFINED
@@ -46,16 +46,16 @@ NOT_TABLES = re.compile(
 )
 # ids in another order, hashes of ids, or expert numbers by id
 REFUSED_TENSORS = re.compile(r"d2t|.*ffn_gate_tid2eid.*|masked_embd_(ordering|centroids).*")
-REFUSED_FIELDS = re.compile(r"\w+\.ple\..*")
+REFUSED_FIELDS = re.compile(r"[\w-]+\.ple\..*")
 # models of deepseek2 are told apart by their number of tokens, if they have so many layers
 TELLING_LAYERS, TELLING_ROWS = (47, 48), (128256, 154880)
 BY_POSITION = ("chameleon",)  # llama.cpp knows ids of its image tokens as numbers
 
 ID_FIELDS = re.compile(
-    r".*_token_ids?|\w+\.adapters\.token_ids_\w+|tokenizer\.ggml\.suppress_tokens"
+    r".*_token_ids?|[\w-]+\.adapters\.token_ids_\w+|tokenizer\.ggml\.suppress_tokens"
     r"|adapter\.alora\.invocation_tokens"
 )
-COUNTS = re.compile(r"\w+\.vocab_size")
+COUNTS = re.compile(r"[\w-]+\.vocab_size")
 MAYBE_IDS = re.compile(r"token|vocab|(^|[._])ids?($|[._])")
 NO_IDS = re.compile(
     r"tokenizer\.ggml\.(token_type(_count)?|precompiled_charsmap)|.*token_shift_count"
@@ -70,8 +70,7 @@ DEFAULTS = {
     "t5": {"eos": 1, "unknown": 2, "padding": 0},
 }
 # llama.cpp finds ends, prefixes and image tokens by their text, whatever their type
-LOOKS_SPECIAL = re.compile(r"[▁_]?<[^<>\s]{2,}>|\[[A-Z]+\]|\[e~\[|\[unused\d+\]")
-RESERVED = re.compile(r"(?i)unused|reserved|placeholder|extra_id")
+LOOKS_SPECIAL = re.compile(r"[▁_]?<[^<>\s]{2,}>|\[[A-Z]+\]|\[e~\[")
 LITERAL = re.compile(r"'((?:[^'\\]|\\.)*)'|\"((?:[^\"\\]|\\.)*)\"")
 
 
@@ -194,17 +193,11 @@ class GgufVocabulary:
     def vocabulary(self, template: Set[int]) -> Vocabulary:
         """Return what `choose` needs to know; `template` are the ids of the chat templates."""
         listed = np.isin(self.types, (CONTROL, USER_DEFINED, UNKNOWN, UNUSED)).tolist()
+        reserved_names = {i for i, token in enumerate(self.tokens) if is_reserved(token)}
         looks = {i for i, token in enumerate(self.tokens) if LOOKS_SPECIAL.fullmatch(token)}
-        special = {index for index in range(self.rows) if listed[index]} | looks
+        special = {index for index in range(self.rows) if listed[index]} | looks | reserved_names
         bytes_ = set(np.flatnonzero(self.types == BYTE).tolist())
-        unused = set(np.flatnonzero(self.types == UNUSED).tolist())
-        families = in_families(self.tokens[index] for index in special - bytes_ - unused)
-        reserved = unused | {
-            index
-            for index in special - bytes_
-            if (token := self.tokens[index]) in families
-            and (self.types[index] == CONTROL or RESERVED.search(token))
-        }
+        reserved = set(np.flatnonzero(self.types == UNUSED).tolist()) | reserved_names
         ids = {token: index for index, token in enumerate(self.tokens)}
         basic = set(BYTE_OF_LETTER) if self.kind == "gpt2" else BYTE_TOKENS | {BLANK}
         named = (special - bytes_ - reserved) | {ids[token] for token in ("\n",) if token in ids}

@@ -5,7 +5,6 @@ from __future__ import annotations
 import ast
 import inspect
 import json
-import re
 import sys
 from pathlib import Path
 
@@ -19,7 +18,6 @@ from .checkpoint import Checkpoint, as_user_error
 FILES = ("processor_config.json", "preprocessor_config.json", "video_preprocessor_config.json")
 FILES += ("audio_tokenizer_config.json", "chat_template.json", "chat_template.jinja")
 QUIET = dict(_raise_exceptions_for_missing_entries=False)
-NUMBERED = re.compile(r"([^\d]*[^\W\d][^\d]*)\d")  # a token's text before its first number
 
 
 def processor_files(checkpoint: Checkpoint) -> dict[str, dict | str]:
@@ -37,8 +35,8 @@ def processor_files(checkpoint: Checkpoint) -> dict[str, dict | str]:
 def processor_ids(checkpoint: Checkpoint, tokenizer: PreTrainedTokenizerBase) -> set[int]:
     """Return the token ids in the processor's files, and those that its code adds to texts.
 
-    The code adds literals without letters, such as line breaks around an image. It also adds
-    numbered tokens, such as `<row_2_col_3>` for a tile, which occur in no text and no setting.
+    The code adds literals without letters, such as line breaks around an image. It also adds tokens
+    with a reserved name, which occur in no text and no setting.
     """
     files = processor_files(checkpoint)
     fields = [tokenizer.init_kwargs, *(each for each in files.values() if isinstance(each, dict))]
@@ -48,8 +46,7 @@ def processor_ids(checkpoint: Checkpoint, tokenizer: PreTrainedTokenizerBase) ->
     for text in (getattr(node, "value", None) for node in ast.walk(ast.parse(code))):
         if isinstance(text, str) and text.upper() == text.lower():
             ids.update(tokenizer(text, add_special_tokens=False).input_ids)
-    numbered = ((NUMBERED.match(token), i) for token, i in tokenizer.get_added_vocab().items())
-    return ids | {index for match, index in numbered if match and match[1] in code}
+    return ids | {index for token, index in tokenizer.get_added_vocab().items() if token in code}
 
 
 def copy_processor(checkpoint: Checkpoint, folder: Path) -> None:

@@ -28,6 +28,34 @@ TOKEN_ID_FIELDS = re.compile(
     r"|(begin_)?suppress_tokens|(bad|force)_words_ids|sequence_bias|padding_idx"
 )
 
+# --- what cards of embedders and rerankers put before texts, or take for an answer
+
+_SEARCH = "Given a web search query, retrieve relevant passages that answer the query"
+_PASSAGES = "Represent this sentence for searching relevant passages: "
+_JUDGE = "Judge whether the Document meets the requirements based on the Query and the Instruct "
+_JUDGE += 'provided. Note that the answer can only be "yes" or "no".'
+_TASKS = "search result, question answering, fact checking, classification, clustering, "
+_TASKS += "sentence similarity, code retrieval"
+_TEXTS = tuple(f"task: {task} | query: " for task in _TASKS.split(", "))
+# {pattern of a model's name, in small letters and with blanks between its words: these texts}
+KNOWN_PROMPTS = {
+    r"\b(e5|nemotron( \d)? embed)\b": ("query: ", "passage: "),
+    r"\b(qwen3( vl)? embedding|e5 .*instruct|gte qwen2)\b": (f"Instruct: {_SEARCH}\nQuery: ",),
+    r"\bqwen3( vl)? reranker\b": (
+        *("yes", "no", _JUDGE),
+        f"<Instruct>: {_SEARCH}\n<Query>: \n<Document>: ",
+    ),
+    r"\b(bge \w+ en|mxbai embed|arctic embed)\b": (_PASSAGES, "query: "),
+    r"\bbge \w+ zh\b": ("为这个句子生成表示以用于检索相关文章：",),
+    r"\bnomic embed\b": ("search_query: ", "search_document: ", "classification: ", "clustering: "),
+    r"\bembedding ?gemma\b": ("title: none | text: ", *_TEXTS),
+    r"\bjina embeddings v3\b": (
+        "Represent the query for retrieving evidence documents: ",
+        "Represent the document for retrieval: ",
+    ),
+    r"\bjina embeddings v[45]\b": ("Query: ", "Passage: ", "Document: "),
+}
+
 # --- llama.cpp and its converter
 
 # it takes a LLaMA with these numbers of rows for CodeLlama or Granite

@@ -26,7 +26,7 @@ from .kinds import Vocabulary
 if TYPE_CHECKING:
     import numpy as np
 
-REVISION = 5  # incremented when the same counts give other tokens
+REVISION = 6  # incremented when the same counts give other tokens
 MOST_ROWS = 0.9  # share of rows above which trimming saves too little
 PRICE = 0.2  # tokens per million of held-out text that a row saves at least
 PRICES = [2 ** (step / 4) for step in range(-4, 5)]  # factors: the mean of what they ask for

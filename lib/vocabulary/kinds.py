@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import math
 import re
-from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -22,15 +21,17 @@ OTHERS = [number for number in range(256) if number not in PRINTABLE]
 BYTE_OF_LETTER = {chr(number): number for number in PRINTABLE}
 BYTE_OF_LETTER |= {chr(256 + place): number for place, number in enumerate(OTHERS)}
 BLANK = "▁"  # a blank, as SentencePiece writes it
-NUMBER = re.compile(r"\d+")
-FAMILY = 4  # special tokens that differ only in a number are reserved from this many on
+RESERVED = re.compile(
+    r"(?i)\W+((\w+_)?(unused|reserved)(_special)?(_token)?|placeholder|extra_id|special)_?\d+\W+"
+)
 
 
-def in_families(tokens: Iterable[str]) -> set[str]:
-    """Return the tokens of which at least FAMILY differ only in a number, such as `<unused42>`."""
-    tokens = [*tokens]
-    sizes = Counter(NUMBER.sub("#", token) for token in tokens)
-    return {t for t in tokens if NUMBER.search(t) and sizes[NUMBER.sub("#", t)] >= FAMILY}
+def is_reserved(token: str) -> bool:
+    """Return whether a token's name says that nothing uses it yet, such as `<unused42>`.
+
+    Other tokens with a number, such as `<row_2_col_3>` of a picture, may be written by code.
+    """
+    return bool(RESERVED.fullmatch(token))
 
 
 def ranks_of(merges: Iterable[Sequence[str]]) -> dict[tuple[str, str], int]:
@@ -52,7 +53,7 @@ class Vocabulary:
 
     tokens: Mapping[int, str]
     basic: Set[int] = frozenset()
-    reasons: Mapping[str, Set[int]] = field(default_factory=dict)
+    reasons: dict[str, Set[int]] = field(default_factory=dict)
     special: Set[int] = frozenset()
     byte_level: bool = False  # each letter of a token is a byte
     has_bytes: bool = True  # else letters that are no tokens are unknown

@@ -26,7 +26,7 @@ from .kinds import (
     Unigram,
     Vocabulary,
     WordPiece,
-    in_families,
+    is_reserved,
     ranks_of,
 )
 
@@ -113,41 +113,28 @@ class TrimmableTokenizer:
         return {self.token_to_id[token] for token in basic if token in self.token_to_id}
 
     def special_ids(self) -> set[int]:
-        """Return all special and added tokens, and unused ones of WordPiece."""
+        """Return all special, added and reserved tokens."""
         tokens = {token["content"] for token in self.data["added_tokens"]}
-        tokens |= set(self.tokenizer.all_special_tokens)
-        if self.kind == "WordPiece":
-            tokens |= in_families(t for t in self.model_tokens if t.startswith("[unused"))
+        tokens |= {*self.tokenizer.all_special_tokens, *filter(is_reserved, self.model_tokens)}
         return {self.token_to_id[token] for token in tokens if token in self.token_to_id}
 
-    def reserved_ids(self) -> set[int]:
-        """Return the reserved special tokens, such as `<unused42>`.
-
-        These are families of added tokens, special or named unused, that differ only in a number.
-        Tokens that the tokenizer's settings name, or its post-processor or padding inserts, are
-        not included.
-        """
-        added = self.data["added_tokens"]
-        special = {t["content"] for t in added if t["special"] or "unused" in t["content"]}
-        if self.kind == "WordPiece":
-            special |= {token for token in self.model_tokens if token.startswith("[unused")}
-        reserved = in_families(special) - set(self.tokenizer.all_special_tokens)
-        return {self.token_to_id[content] for content in reserved} - self._inserted_ids()
-
     def named_ids(self) -> set[int]:
-        """Return special and added tokens except reserved ones, and what the tokenizer inserts."""
+        """Return special and added tokens, but with a reserved name only those that the tokenizer's
+        settings name or that it inserts."""
         data, model = self.data, self.data["model"]
         components = (data["normalizer"], data["pre_tokenizer"], data["decoder"])
         # as bytes, the sign for a blank would not decode to a blank
         texts = (part.get(key) for part in _components(components) for key in SUBSTITUTES)
         needed = {text for text in texts if isinstance(text, str)} | {model.get("unk_token")}
+        needed.update(self.tokenizer.all_special_tokens)
         if self.kind == "Unigram":
             # an unknown letter's score is computed from the lowest score
             needed.add(min(model["vocab"], key=lambda entry: entry[1])[0])
             if model["unk_id"] is not None:
                 needed.add(self.model_tokens[model["unk_id"]])
         ids = {self.token_to_id[token] for token in needed if token in self.token_to_id}
-        return ids | (self.special_ids() - self.reserved_ids()) | self._inserted_ids()
+        ids |= {i for i in self.special_ids() if not is_reserved(self.id_to_token[i])}
+        return ids | self._inserted_ids()
 
     def _inserted_ids(self) -> set[int]:
         """Return the ids that the post-processor and padding add to a text."""

@@ -29,6 +29,8 @@ import kinds  # noqa: E402
 from kinds import UK  # noqa: E402
 
 from lib.commands.trim.__main__ import main  # noqa: E402
+from lib.model.checkpoint import Checkpoint  # noqa: E402
+from lib.model.processor import processor_ids  # noqa: E402
 
 NUMBERS = dict(bos_token_id=1, eos_token_id=2, pad_token_id=3, vocab_size=640)
 
@@ -98,3 +100,14 @@ def test_a_picture_is_read_as_before_the_vocabulary_was_trimmed(
     torch.testing.assert_close(logits[1][..., trimmed], logits[0][..., whole])
     saved = json.loads((new / "processor_config.json").read_text("utf-8"))
     assert saved["image_token_id"] == loaded(new).config.image_token_id == vocab[1]["<image>"]
+
+
+def test_a_reserved_token_stays_if_the_code_of_a_processor_writes_it(tmp_path: Path) -> None:
+    tokens, tokenizer = [f"<|reserved_special_token_{n}|>" for n in range(9)], kinds.byte_level()
+    tokenizer.add_tokens([AddedToken(token, special=True) for token in tokens])
+    text = '{"processor_class": "HiggsAudioV2Processor"}'
+    (tmp_path / "processor_config.json").write_text(text)
+    found = processor_ids(Checkpoint(str(tmp_path), "IN"), tokenizer)
+    assert found.intersection(tokenizer.convert_tokens_to_ids(tokens)) == {
+        tokenizer.convert_tokens_to_ids(tokens[6])
+    }

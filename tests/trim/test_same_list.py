@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 import sys
+from argparse import Namespace
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -13,7 +15,7 @@ import numpy as np
 import pytest
 import tiny
 from support import mistake, succeed
-from transformers import PreTrainedTokenizerFast
+from transformers import AddedToken, AutoTokenizer, PreTrainedTokenizerFast
 
 sys.path[:0] = [str(Path(__file__).resolve().parents[1] / name) for name in ("vocabulary", ".")]
 
@@ -24,12 +26,22 @@ import ggufs  # noqa: E402
 import kinds  # noqa: E402
 
 from lib.commands.gguf.__main__ import main as convert  # noqa: E402
-from lib.commands.trim import file, folder  # noqa: E402
+from lib.commands.trim import choosing, file, folder  # noqa: E402
 from lib.commands.trim.__main__ import main  # noqa: E402
+from lib.gguf.file import GgufFile  # noqa: E402
+from lib.gguf.vocabulary import GgufVocabulary  # noqa: E402
+from lib.util.quirks import KNOWN_PROMPTS  # noqa: E402
 from lib.vocabulary.choice import choose  # noqa: E402
 from lib.vocabulary.kinds import Vocabulary  # noqa: E402
+from lib.vocabulary.tokenizer_json import TrimmableTokenizer  # noqa: E402
 
 NORMAL, UNKNOWN, CONTROL, BOOL = 1, 2, 3, 7
+# tokens that code of a projector writes by number, or a model answers with
+WRITTEN = """<row_#_col_4> <|img_row_1_col_#|> <｜hy_place▁holder▁no▁10#｜> <|LOC_#|> <loc000#>
+<|s_#|> <|image_placeholder_#|>""".split()
+RESERVED = """<unused#> [unused#] [UNUSED_TOKEN_14#] >>UNUSED_#<< <|reserved_20000#|> <extra_id_#>
+<|reserved_special_token_#|> <|vision_reserved_special_token_#|> <SPECIAL_#>
+<|placeholder#|>""".split()
 
 
 def unigram(path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
@@ -164,3 +176,71 @@ def test_either_list_is_kept(models: Path, texts: list[Path], tmp_path: Path) ->
     (tmp_path / "wrong.json").write_text(json.dumps(other), "utf-8")
     argv = [models / "model", tmp_path / "e", "--keep", tmp_path / "wrong.json"]
     assert "its tokens are not those of" in mistake(*argv, program=main).problem
+
+
+RERANKER = next(name for name in KNOWN_PROMPTS if "reranker" in name)
+KNOWN = {
+    "intfloat/multilingual-e5-small": ["query: ", "passage: "],
+    "Multilingual E5 Small": ["query: ", "passage: "],
+    "Nomic Embed Text V1.5": ["search_query: ", "search_document: "],
+    "snowflake-arctic-embed-l-v2.0": ["query: "],
+    "embeddinggemma-300M-Q8_0.gguf": ["title: none | text: ", "task: search result | query: "],
+    "Qwen3 Reranker 0.6B": ["yes", "no"],
+    "bge-m3": [],
+    "code5-1b-instruct": [],
+}
+
+
+@pytest.mark.parametrize("name", KNOWN)
+def test_prompts_are_known_by_the_name_of_a_family(
+    name: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    found = choosing.prompts_of(Namespace(prompts=["mine: "]), [name], ["", "own: "])
+    assert found[:2] == ["mine: ", "own: "] and {*KNOWN[name]} <= {*found[2:]}
+    assert len(found) > 2 or not KNOWN[name]
+    assert "prompts whose tokens stay: 'mine: ', 'own: '" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("models", ["byte-level"], indirect=True)
+def test_tokens_of_prompts_stay(models: Path, texts: list[Path], tmp_path: Path) -> None:
+    """Of a folder whose card names the family, and of a file that has its name."""
+    tokenizer = AutoTokenizer.from_pretrained(models / "model")
+    shutil.copytree(models / "model", tmp_path / "mine")
+    (tmp_path / "mine/README.md").write_text("---\nbase_model: Qwen/Qwen3-Reranker-8B\n---\n")
+    shutil.copyfile(models / "model.gguf", tmp_path / "qwen3-reranker.gguf")
+    flags = ["--data", texts[0], "--price", "1000"]
+    succeed(models / "model", tmp_path / "plain", *flags, program=main)
+    plain = json.loads((tmp_path / "plain/vocabulary.json").read_text("utf-8"))
+    tokens = {*tokenizer.tokenize("children play"), *tokenizer.tokenize(KNOWN_PROMPTS[RERANKER][2])}
+    assert len(tokens - {*plain["tokens"]}) > 5
+    for source, out in (("mine", "new"), ("qwen3-reranker.gguf", "new.gguf")):
+        argv = [tmp_path / source, tmp_path / out, *flags, "--prompts", "children play"]
+        assert (
+            "prompts whose tokens stay: 'children play', 'yes', "
+            in succeed(*argv, program=main).out
+        )
+        listed = tmp_path / (f"{out}.vocabulary.json" if "." in out else f"{out}/vocabulary.json")
+        assert tokens <= {*json.loads(listed.read_text("utf-8"))["tokens"]}, source
+    argv = [models / "model", tmp_path / "kept", "--keep", tmp_path / "plain/vocabulary.json"]
+    error = mistake(*argv, "--prompts", "children play", program=main)
+    assert "it lacks " in error.problem and error.what.startswith("--keep ")
+
+
+def test_tokens_are_reserved_by_their_names_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    written, reserved = (
+        [name.replace("#", str(n)) for name in names for n in range(6)]
+        for names in (WRITTEN, RESERVED)
+    )
+    tokenizer, fields = kinds.byte_level(), ggufs.tokenizer("gpt2")
+    tokenizer.add_tokens([AddedToken(token, special=True) for token in written + reserved])
+    tokens, types = (fields[f"tokenizer.ggml.{name}"][1] for name in ("tokens", "token_type"))
+    tokens += [token for token in written + reserved if token not in tokens]
+    types += [CONTROL] * (len(tokens) - len(types))
+    monkeypatch.setattr(ggufs, "tokenizer", lambda _: fields)
+    file = GgufVocabulary(GgufFile(ggufs.model(tmp_path / "in.gguf"), "IN"))
+    for rules in (file.vocabulary(set()), TrimmableTokenizer(tokenizer, "m").vocabulary()):
+        required = {rules.tokens[index] for index in rules.required}
+        assert required.issuperset(written) and required.isdisjoint(reserved)
+        assert {rules.tokens[index] for index in rules.special}.issuperset(written + reserved)

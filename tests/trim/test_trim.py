@@ -257,6 +257,36 @@ def test_a_field_that_may_hold_ids_is_left_out_on_request(tmp_path: Path) -> Non
     assert fields["llama.mine_token_ids"].value == [1, 4]
 
 
+def test_the_same_token_ends_a_turn(
+    texts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without a field, llama.cpp takes one of several by an order that removed tokens change."""
+    fields, ends = ggufs.tokenizer("gpt2"), ["<|endoftext|>", "<|eot_id|>", "<|end|>"]
+    fields["tokenizer.ggml.tokens"][1].extend(ends)
+    fields["tokenizer.ggml.token_type"][1].extend([3] * len(ends))
+    monkeypatch.setattr(ggufs, "tokenizer", lambda _: fields)
+    source, out = ggufs.model(tmp_path / "in.gguf", padding=100), tmp_path / "out.gguf"
+    main([str(source), str(out), "--data", str(texts)])
+    one, other = Llama(source), Llama(out)
+    assert one.decode([one.end_of_turn]) == other.decode([other.end_of_turn]) == b"<|im_end|>"
+    assert fields_of(out)["tokenizer.ggml.eot_token_id"] == other.end_of_turn
+    assert other.ends_answer(other.end_of_turn)
+
+
+def test_an_architecture_with_a_hyphen(tmp_path: Path) -> None:
+    fields = {"vocab_size": (ggufs.UINT32, 502), "adapters.token_ids_on": (ggufs.INT32, [11, 400])}
+    changed = {f"falcon-h1.{name}": field for name, field in fields.items()}
+    changed["general.architecture"] = (ggufs.STRING, "falcon-h1")
+    file = GgufFile(ggufs.model(tmp_path / "in.gguf", changed=changed), "IN")
+    new, _ = GgufVocabulary(file).trimmed([0, 1, 2, 11, 400])
+    assert new["falcon-h1.vocab_size"].value == 5
+    assert new["falcon-h1.adapters.token_ids_on"].value == [3, 4]
+    changed["falcon-h1.ple.heads"] = (ggufs.UINT32, 1)
+    file = GgufFile(ggufs.model(tmp_path / "hashes.gguf", changed=changed), "IN")
+    with pytest.raises(UserError, match="falcon-h1.ple.heads belongs to hashes of ids"):
+        GgufVocabulary(file)
+
+
 def test_llama_cpp_tells_models_apart_by_their_number_of_tokens(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -393,6 +423,16 @@ def test_a_file_that_llama_cpp_does_not_run(
     last = capsys.readouterr().out.splitlines()[-1]
     assert last.startswith("not verified: predictions and cost (") and "tensors" in last
     check(source, tmp_path / "out.gguf")
+
+
+def test_a_projector_beside_it_is_not_run(
+    texts: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    more = {"unheard_of.weight": ((32, 4), ggufs.F32, ggufs.blocks(ggufs.F32, 4, 32, 1))}
+    source = ggufs.model(tmp_path / "in.gguf", more=more)
+    (tmp_path / "mmproj-in.gguf").write_bytes(b"GGUF")
+    main([str(source), str(tmp_path / "out.gguf"), "--data", str(texts)])
+    assert "mmproj-in.gguf beside IN: unchanged, not run\n" in capsys.readouterr().out
 
 
 WITHOUT = """

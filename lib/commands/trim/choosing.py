@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import re
 import shutil
-from collections.abc import Callable, Mapping, Sequence, Set
+from collections.abc import Callable, Iterable, Mapping, Sequence, Set
 from functools import cache
 from importlib.util import find_spec
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +22,10 @@ from ...gguf.llama import INSTALL
 from ...run.flags import PRICED
 from ...util.errors import UserError, first_of
 from ...util.host import gib
+from ...util.quirks import KNOWN_PROMPTS
 from ...vocabulary.choice import MOST_ROWS, PRICE, Choice, choose, read_list, round_up
 from ...vocabulary.cost import cost_line
+from ...vocabulary.counts import Encode
 from ...vocabulary.kinds import Vocabulary
 
 TOO_COSTLY = 0.02  # rise of bits per byte above which a line asks for more text
@@ -39,6 +43,8 @@ def add_text_flags(parser: argparse.ArgumentParser) -> None:
     text = "texts whose tokens stay: files, folders or Hub datasets"
     add("--data", nargs="+", default=[], metavar="SOURCE", help=text)
     add("--column", default="text", help="column of the texts (default: text)")
+    text = "texts whose tokens stay, such as 'query: '; known prompts of a model stay anyway"
+    add("--prompts", nargs="+", default=[], metavar="TEXT", help=text)
     text = f"tokens saved per million for which an unused one stays (default: {PRICE})"
     add("--price", type=PRICED, default=PRICE, metavar="TOKENS", help=text)
 
@@ -59,6 +65,25 @@ def corpora_of(
     for corpus in corpora:
         check_corpus(corpus, "train")
     return corpora
+
+
+def prompts_of(
+    args: argparse.Namespace, names: Iterable[str], own: Iterable[str] = ()
+) -> list[str]:
+    """Return and print the texts whose tokens stay: of --prompts, the model's `own`, and those
+    that are known of the families in its `names`."""
+    named = re.sub(r"[\W_]+", " ", "\n".join(names).lower())
+    known = [texts for name, texts in KNOWN_PROMPTS.items() if re.search(name, named)]
+    prompts = [*dict.fromkeys(filter(None, chain(args.prompts, own, *known)))]
+    if prompts:
+        print(f"prompts whose tokens stay: {first_of([*map(repr, prompts)])}", flush=True)
+    return prompts
+
+
+def require_prompts_(vocabulary: Vocabulary, encode: Encode, prompts: Iterable[str]) -> None:
+    """Require the tokens of prompts, with and without the blanks at their ends."""
+    texts = [text for prompt in prompts for text in (prompt, prompt.rstrip())]
+    vocabulary.reasons["prompts"] = {int(index) for ids in encode(texts) for index in ids}
 
 
 def text_reader(
@@ -111,9 +136,10 @@ def read_kept(
 ) -> dict[str, Any]:
     """Return the list of --keep, and print what the model `what` and the list's own require apart.
 
-    Raises UserError if the list lacks the `needed` ids.
+    Raises UserError if the list lacks the `needed` ids, or those of prompts.
     """
-    kept = read_list("--keep", args.keep, tokens, what, needed & tokens.keys())
+    needed = needed & tokens.keys() | vocabulary.reasons["prompts"]
+    kept = read_list("--keep", args.keep, tokens, what, needed)
     theirs = kept["record"].get("required")  # lists of a file and a folder differ in these
     for reason, ids in vocabulary.reasons.items() if theirs else ():
         other = set(theirs.get(reason, ()))

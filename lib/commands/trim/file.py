@@ -35,7 +35,9 @@ from .choosing import (
     check_saving,
     choose_by_text,
     corpora_of,
+    prompts_of,
     read_kept,
+    require_prompts_,
     text_reader,
 )
 
@@ -92,7 +94,7 @@ def trim_file(args: argparse.Namespace) -> None:
             partial.rename(out)
             sync(out.parent)
     for projector in Path(args.source).absolute().parent.glob("*mmproj*.gguf"):
-        print(f"{projector.name} beside IN works with OUT as it is")
+        print(f"{projector.name} beside IN: unchanged, not run")
     missing = f"predictions and cost ({found.get('reason')})"
     if "reason" not in found:
         missing = f"texts past {max(map(len, predictions.own))} tokens, answers of the model"
@@ -141,8 +143,14 @@ def choose_tokens(
     text_of: Callable[[Document], str],
 ) -> tuple[list[int], dict[str, Any]]:
     """Return the tokens to keep, by the train texts or a list, and a record."""
+    if (end := llama.end_of_turn) >= 0:  # llama.cpp could take another for a shorter vocabulary
+        vocabulary.ids.setdefault(f"{TOKENIZER}eot_token_id", end)
     template = {int(i) for ids in llama.encode_all(vocabulary.template_texts()) for i in ids}
     rules, what = vocabulary.vocabulary(template), vocabulary.file.what
+    fields = (f"general.{name}" for name in ("name", "basename", "base_model.0.name"))
+    names = [Path(args.source).name, *(vocabulary.file.value(field, "") for field in fields)]
+    prompts = prompts_of(args, names)
+    require_prompts_(rules, llama.encode_all, prompts)
     if args.keep:
         kept = read_kept(args, rules, rules.tokens, vocabulary.named, what)["ids"]
         record = {}

@@ -46,7 +46,9 @@ from .choosing import (
     check_saving,
     choose_by_text,
     corpora_of,
+    prompts_of,
     read_kept,
+    require_prompts_,
     text_reader,
 )
 from .parts import LIST, Fast, ModelFiles, Part
@@ -69,10 +71,13 @@ def trim_folder(args: argparse.Namespace) -> None:
     corpora = corpora_of(args, needed=())
     quiet()
     source = ModelFiles(Checkpoint(args.source, "IN", args.cache_dir, args.trust_remote_code))
+    base = metadata_of(source.folder).get("base_model")
+    names = Path(args.source).name, source.folder.name, f"{base}"
+    prompts = prompts_of(args, names, source.prompts())
     smaller, tests = [], {}  # tokenizers of OUT, and texts
     for part in source.parts:
         text_of = _reader_of(part)
-        choose_tokens(part, args, corpora, text_of, source.prompts())
+        choose_tokens(part, args, corpora, text_of, prompts)
         is_local = Path(args.source).exists()
         part.record["model"] = source.folder.name if is_local else args.source
         of = f" of {part.folder.relative_to(source.folder)}" * (len(source.parts) > 1)
@@ -128,8 +133,9 @@ def choose_tokens(
 ) -> None:
     """Set the tokens and rows of a part that stay, by the train texts or a list, and its record."""
     rows, tokens, fast = part.tables.rows, part.tokens, Fast(part.tokenizer)
-    named = part.named_ids().union(*(ids.tolist() for ids in fast.encode_all(prompts)))
+    named = part.named_ids()
     rules = tokens.vocabulary(named, rows)
+    require_prompts_(rules, fast.encode_all, prompts)
     if args.keep:
         needed = rules.basic | rules.reasons["special"] | rules.reasons["config"]
         kept = read_kept(args, rules, tokens.id_to_token, needed, part.what)
