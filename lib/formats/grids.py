@@ -55,7 +55,7 @@ class LlamaCppType(ScaledFormat):
         """What becomes of the tensors on the grid, before their number."""
         if self.ggml_rule_agrees:
             return "conversion by llama.cpp will change no value of"
-        return f"gguf --type {self.name} will write the scales and codes of"
+        return "gguf will write the scales and codes of"
 
     def supports_width(self, in_features: int) -> bool:
         """Return whether rows are whole blocks; llama.cpp leaves others at 16 bits."""
@@ -355,7 +355,7 @@ class Types:
     packs = has_zero = ggml_rule_agrees = False
     group = Q3_K.group  # the least
     limit = LlamaCppType.limit
-    conversion_note = "gguf --type auto will write the scales and codes of"
+    conversion_note = "gguf will write the scales and codes of"
 
     def __init__(self, types: Mapping[str, str] | None = None) -> None:
         self.types = types or {}
