@@ -362,8 +362,8 @@ def linears_of(runner: BlockRunner, index: int = 0) -> list[PrunableLinear]:
 
 def linears_on(runner: BlockRunner, form) -> dict[str, bool]:
     """{weight's name: whether it is (in, out)} of all that a 4-bit format can hold."""
-    linears = runner.each_linear()
-    return {one.parameter_name: one.transposed for one in linears if form.of("", one.shape[1])}
+    linears = (one for one in runner.each_linear() if form_of(form, one))
+    return {one.parameter_name: one.transposed for one in linears}
 
 
 def packed_weights(runner: BlockRunner) -> dict[str, bool]:

@@ -98,13 +98,18 @@ def by_ranks(size: int, argv: list, place: Place, each: int | None) -> None:
 
 
 def check_file(kind: str, plain: Path, folder: Path) -> None:
-    """No value on the grid changes in a file, by which llama.cpp predicts as transformers does."""
+    """No value on the grid changes in a file, by which llama.cpp predicts as transformers does.
+
+    Without --type, its type is that of --quantize.
+    """
     grid = next((form for form in matrix.GRIDS if has(kind, form)), None)
     grid = "auto" if has(kind, "auto", "types.json") else grid
     file = folder / "model.gguf"
     exact = "bf16" if KINDS[kind].startswith("bfloat16") else "f32"
-    succeed(plain / "model", file, "--type", grid or exact, program=program_of("gguf"))
-    proof = json.loads(file.with_name("model.gguf.json").read_text("utf-8"))["proof"]
+    succeed(plain / "model", file, *([] if grid else ["--type", exact]), program=program_of("gguf"))
+    record = json.loads(file.with_name("model.gguf.json").read_text("utf-8"))
+    assert record["type"] == (grid or exact)
+    proof = record["proof"]
     counts = proof["tensors"]["changed"]
     if grid:
         on_grid = sum(t.numel() for t in matrix.on_grid(weights(plain / "model")).values())

@@ -49,14 +49,16 @@ def sizes_of(model: nn.Module, blocks_name: str, rows: int) -> Costs:
     every = {id(weight): name for name, weight in reversed([*model.named_parameters()])}
     for linear in linears_of(model.get_submodule(blocks_name), blocks_name):
         parameter = getattr(linear.module, linear.parameter)
-        sizes[every[id(parameter)]] = _sizes(parameter.numel(), linear.shape[1], "layers")
+        name = every[id(parameter)]
+        sizes[name] = _sizes(name, parameter.numel(), linear.shape[1], "layers")
     for name, table in tables_of(model).items():
-        sizes[name] = _sizes(rows * table.shape[1], table.shape[1], "tables")
+        sizes[name] = _sizes(name, rows * table.shape[1], table.shape[1], "tables")
     return {name: types for name, types in sizes.items() if types}
 
 
-def _sizes(count: int, width: int, to: str) -> dict[str, float]:
-    offered = [form for form in TYPES.values() if to in form.offered and form.supports_width(width)]
+def _sizes(name: str, count: int, width: int, to: str) -> dict[str, float]:
+    fitting = (form for form in TYPES.values() if form.of(name, width) is form)
+    offered = [form for form in fitting if to in form.offered]
     offered.sort(key=lambda form: form.bits_per_weight)
     return {form.name: count * form.bits_per_weight / 8 for form in offered}
 
@@ -188,7 +190,7 @@ def read_types(file: str, model: nn.Module, blocks_name: str) -> dict[str, str]:
             raise UserError(flag, f"it names {name}, which is no linear layer or table", fix)
         if kind not in TYPES:
             raise UserError(flag, f"{name} is {kind!r}", f"Give one of {', '.join(TYPES)}")
-        if kind in GRIDS and not GRIDS[kind].supports_width(widths[name]):
+        if kind in GRIDS and GRIDS[kind].of(name, widths[name]) is not GRIDS[kind]:
             problem = f"{name} has rows of {widths[name]}, which {kind} does not fit"
             raise UserError(flag, problem, "Give another type")
     return types

@@ -21,6 +21,9 @@ LEAST = 2.0**-24  # smallest float16 number
 FEW_VALUES = 16  # rows with so few values may be on a grid by chance
 ROWS = 16  # rows that show the type of a matrix
 SHARES = torch.linspace(0.67, 1.15, 12).tolist()  # of scales that would reach the largest value
+# {part of a linear layer's name: the longest block of inputs that stays whole in a file}: llama.cpp
+# transposes half of MLA's matrix, and moves the heads of Qwen 3.5
+WHOLE_INPUTS = {".kv_b_proj.": 0, ".linear_attn.out_proj.": 32}
 # levels of iq4_nl by code, and the code of the level nearest to each multiple of 0.5 from -128
 LEVELS = torch.tensor(
     [-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113], dtype=torch.float32
@@ -52,11 +55,19 @@ class LlamaCppType(ScaledFormat):
         """What becomes of the tensors on the grid, before their number."""
         if self.ggml_rule_agrees:
             return "conversion by llama.cpp will change no value of"
-        return f"gguf --type {self.name} will write the scales and codes of"
+        return "gguf will write the scales and codes of"
 
     def supports_width(self, in_features: int) -> bool:
         """Return whether rows are whole blocks; llama.cpp leaves others at 16 bits."""
         return in_features % self.block == 0
+
+    def of(self, name: str, in_features: int) -> ScaledFormat | None:
+        whole = next((most for part, most in WHOLE_INPUTS.items() if part in name), self.block)
+        return super().of(name, in_features) if self.block <= whole else None
+
+    def bits_of(self, name: str, in_features: int) -> float:
+        form = self.of(name, in_features) or TYPES[Q8_0].of(name, in_features)
+        return form.bits_per_weight if form else 16
 
     def _blocks(self, tile: Tensor) -> tuple[Tensor, Tensor]:
         """Return blocks (rows, groups, group) of a tile, and each one's largest value."""
@@ -292,6 +303,7 @@ class Q8_0Type(LlamaCppType):
     scaled = torch.float32
     lowest, highest = -127, 127
     offered = "layers", "tables"
+    of = ScaledFormat.of  # the converter rounds after it has moved inputs
 
     def _fit(self, tile: Tensor, costs: Tensor | None, units: Tensor | None) -> Tensor:
         return self._blocks(tile)[1].abs().div_(127).clamp_min_(1e-30).squeeze(2)
@@ -343,7 +355,7 @@ class Types:
     packs = has_zero = ggml_rule_agrees = False
     group = Q3_K.group  # the least
     limit = LlamaCppType.limit
-    conversion_note = "gguf --type auto will write the scales and codes of"
+    conversion_note = "gguf will write the scales and codes of"
 
     def __init__(self, types: Mapping[str, str] | None = None) -> None:
         self.types = types or {}
@@ -355,8 +367,7 @@ class Types:
 
     def bits_of(self, name: str, in_features: int) -> float:
         """Return the bits of a weight in a GGUF file, with its share of a scale."""
-        fits = in_features % 32 == 0
-        return TYPES[self.types.get(name, Q8_0)].bits_per_weight if fits else 16
+        return TYPES[self.types.get(name, Q8_0)].bits_of(name, in_features)
 
 
 def held_type(matrix: Tensor) -> str | None:

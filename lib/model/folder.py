@@ -80,7 +80,7 @@ class ModelFolder:
         return {
             each.parameter_name: (each.transposed, each.expert is not None)
             for each in linears_of(blocks, prefix)
-            if FORMATS[EXPORTED].supports_width(each.shape[1])
+            if FORMATS[EXPORTED].of(each.parameter_name, each.shape[1])
         }
 
     @cached_property

@@ -137,6 +137,12 @@ def metadata_of(folder: str | Path) -> dict[str, Any]:
         return {}
 
 
+def quantized_as(folder: str | Path) -> str | None:
+    """Return the type of --quantize of the run that saved a folder, by its card; None if none."""
+    tags = metadata_of(folder).get("tags") or []
+    return next((kind for kind in (AUTO, *GRIDS) if {kind, "langprune"} <= {*tags}), None)
+
+
 def _metadata(
     results: Mapping[str, Any], sources: Sequence[str], is_packed: bool, online: bool
 ) -> ModelCardData:

@@ -26,8 +26,8 @@ TENSOR_BYTES, HEADER_BYTES = 96, 2**12  # upper limits: name, shape and alignmen
 def gguf_bytes(run: Run, model: nn.Module, form: Any, outer: float) -> float:
     """Return an upper limit of a file of `model` in bytes; `outer` are those outside its blocks.
 
-    llama.cpp stores linear layers of whole blocks as the types of `form`, others in 16 bits, the
-    rest in 32.
+    Linear layers of whole blocks are counted as the types of `form`, others as 16 bits, the rest as
+    32.
     """
     size, path = outer, run.model.blocks_name
     for index, block in enumerate(model.get_submodule(path)):
@@ -69,12 +69,14 @@ def vocabulary_bytes(run: Run) -> float:
     """Return the bytes of a GGUF file outside its blocks: tables, tokens, merges and fields."""
     model, tokenizer = run.model.skeleton, run.model.tokenizer
     rows, unread = model.get_input_embeddings().num_embeddings, unread_of(model)
+    linears = {name for name, module in model.named_modules() if isinstance(module, nn.Linear)}
     size = HEADER_BYTES + 2 * len(str(tokenizer.chat_template or "").encode())
     for name, weight in model.named_parameters():
         if name.startswith(f"{run.model.blocks_name}.") or name in unread:
             continue
-        table = len(weight) == rows
-        size += weight.numel() * (TYPES[Q8_0].bits_per_weight if table else 32) / 8 + TENSOR_BYTES
+        table = len(weight) == rows or name.removesuffix(".weight") in linears
+        bits = TYPES[Q8_0].bits_of(name, weight.shape[-1]) if table else 32
+        size += weight.numel() * bits / 8 + TENSOR_BYTES
     tokens = tokenizer.get_vocab()
     merges = json.loads(tokenizer.backend_tokenizer.to_str())["model"].get("merges") or ()
     strings = [*tokens, *(merge if isinstance(merge, str) else " ".join(merge) for merge in merges)]

@@ -205,9 +205,11 @@ def choose_types(run: Run, runner: BlockRunner) -> Types:
     chosen = mixed_types.choose(costs, sizes, room)
     if weights.finished:
         weights.finished.write(TYPES, {}, chosen)
-    left = room - sum(sizes[name][kind] for name, kind in chosen.items())
-    counts = Counter(chosen.values()).most_common()
-    types = ", ".join(f"{count} in {kind}" for kind, count in counts)
+    bytes_of: Counter[str] = Counter()
+    for name, kind in chosen.items():
+        bytes_of[kind] += sizes[name][kind]
+    left, counts = room - bytes_of.total(), Counter(chosen.values()).most_common()
+    types = ", ".join(f"{n} in {kind} ({bytes_of[kind] / 1e6:.3g} MB)" for kind, n in counts)
     tokens = run.windows.calibration[: mixed_types.WINDOWS].ids.numel()
     kl = sum(costs.get(name, {}).get(kind, 0) for name, kind in chosen.items()) / tokens
     size = f"{flags.megabytes - left / 1e6:.4g} MB as GGUF"

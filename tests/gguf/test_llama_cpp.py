@@ -330,7 +330,7 @@ def test_relative_paths_children_and_a_proxy(
     assert dialogues.endswith("llama.cpp renders the same text")
     assert predictions.startswith("predictions at 512 positions differ by ")
     assert missing == "not verified: texts past 128 tokens"
-    assert written.startswith("written: new/model.gguf, ") and " KiB, q8_0, and" in written
+    assert written.startswith("written: new/model.gguf, ") and " MB, q8_0, and" in written
     assert sorted(os.listdir("new")) == ["model.gguf", "model.gguf.json", "model.gguf.md"]
 
 

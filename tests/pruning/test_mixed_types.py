@@ -7,7 +7,7 @@ from itertools import product
 import pytest
 import tiny
 import torch
-from support import FORMATS, runner_of, windows
+from support import FORMATS, GRIDS, runner_of, windows
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -79,6 +79,18 @@ def test_the_choice_is_nearly_the_best() -> None:
         best = min((c for c, s in every if s <= budget - step), default=float("inf"))
         assert size <= budget and cost <= best + 1e-9
     assert set(choose(costs, sizes, largest + 1).values()) == {"q8_0"}
+
+
+def test_inputs_that_llama_cpp_moves_get_types_that_stay_whole() -> None:
+    """MLA's matrix is transposed in part, and Qwen 3.5's heads of 128 inputs are reordered."""
+    model = tiny.build("deepseek_v3", **tiny.LATENT | tiny.GROUPED | dict(kv_lora_rank=256))
+    sizes = sizes_of(model, "model.layers", tiny.VOCAB)
+    assert [*sizes["model.layers.0.self_attn.kv_b_proj.weight"]] == ["q8_0"]
+    assert len(sizes["model.layers.0.self_attn.o_proj.weight"]) == 3  # 32 wide
+    kv, out = "self_attn.kv_b_proj.weight", "layers.0.linear_attn.out_proj.weight"
+    for form in (FORMATS[name] for name in GRIDS):
+        assert form.of(f"layers.0.{kv}", 512) is None and form.bits_of(f"0.{kv}", 512) == 8.5
+    assert FORMATS["q3_k"].of(out, 512).name == "iq4_nl" and FORMATS["q5_0"].of(out, 512)
 
 
 @pytest.mark.parametrize("tied", [True, False])

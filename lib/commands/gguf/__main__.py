@@ -52,7 +52,8 @@ def _parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("source", metavar="IN", help="folder of a model, as main.py saves it")
     add("out", metavar="OUT.gguf", help="new file to write")
-    text = f"type of the weights: {', '.join(types())} (default: f16 or bf16, as stored)"
+    kinds = ", ".join(types())
+    text = f"type of the weights: {kinds} (default: IN's --quantize, else f16 or bf16, as stored)"
     add("--type", help=text)
     text = "test texts for the checks, as in --eval_data (default: a few built-in lines)"
     add("--data", nargs="+", default=[], metavar="SOURCE", help=text)

@@ -24,10 +24,9 @@ from ...gguf.source import make_view, open_source, pre_tokenizer_of, types_of
 from ...model.checkpoint import weight_bytes
 from ...model.device import checkpoint_dtype
 from ...model.folder import ModelFolder
-from ...run.card import converted_card
+from ...run.card import converted_card, quantized_as
 from ...util.errors import UserError
 from ...util.files import sync, write_text
-from ...util.host import gib
 from ...util.progress import quiet
 from ...vocabulary.tokenizer_model import check_of
 from ..unpack import unpack_folder
@@ -43,10 +42,7 @@ def convert(args: argparse.Namespace, texts: Sequence[Corpus]) -> None:
     quiet()
     out = Path(args.out).absolute()
     source = open_source(args.source)
-    weight_type = args.type
-    if not weight_type:
-        weight_type = "f16" if checkpoint_dtype(source.config) == torch.float16 else "bf16"
-    check_grid(source, weight_type)
+    weight_type = choose_type(source, args.type)
     out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{out.name}.", dir=out.parent) as folder:
         stage, weights = Path(folder), source.folder
@@ -82,7 +78,8 @@ def convert(args: argparse.Namespace, texts: Sequence[Corpus]) -> None:
     write_card(args.source, out, weight_type, changed, HOW.format(shlex.quote(out.name), more))
     if mmproj:
         print(f"written: {mmproj_of(Path(args.out))}, the vision projector for {args.out}")
-    print(f"written: {args.out}, {gib(out.stat().st_size)}, {weight_type}, and {out.name}.md")
+    size = f"{out.stat().st_size / 1e6:,.1f} MB"
+    print(f"written: {args.out}, {size}, {weight_type}, and {out.name}.md")
 
 
 def write_card(source: str, out: Path, kind: str, changed: dict[str, Any], how: str) -> None:
@@ -113,19 +110,29 @@ def convert_mmproj(source: str, weights: Path, stage: Path, weight_type: str) ->
     return Path(files[kind])
 
 
-def check_grid(source: ModelFolder, weight_type: str) -> None:
-    """Raise UserError if a type of few bits differs from those the folder was quantized to."""
-    if weight_type not in GRIDS:
-        return
-    held = set() if source.is_packed else types_of(source.folder)
-    own = {name for name in held if not GRIDS[name].ggml_rule_agrees}
-    if own - {weight_type, GRIDS[weight_type].instead}:
-        other = AUTO if len(own) > 1 else min(own)
-        problem = f"IN {source.folder} was made with --quantize {other}, and would be rounded again"
-        raise UserError(f"--type {weight_type}", problem, f"Give --type {other}")
-    if not GRIDS[weight_type].ggml_rule_agrees and not own:
-        problem = f"IN {source.folder} was not made with --quantize {weight_type}"
-        raise UserError(f"--type {weight_type}", problem, "Make it so, or give --type q4_0")
+def choose_type(source: ModelFolder, given: str | None) -> str:
+    """Return the type of the file: the `given` one, else the folder's own, else the stored dtype.
+
+    Prints a line if it has more bits than the folder's own. Raises UserError if it has others.
+    """
+    stored = "f16" if checkpoint_dtype(source.config) == torch.float16 else "bf16"
+    own = None if source.is_packed else quantized_as(source.folder)
+    held = types_of(source.folder) if own or given in GRIDS else set()
+    exact = {name for name in held if not GRIDS[name].ggml_rule_agrees}
+    if exact and not own:  # its card is gone
+        own = AUTO if len(exact) > 1 else min(exact)
+    own = own if held else None  # its weights are others by now
+    kind = given or own or stored
+    made = f"IN {source.folder} was made with --quantize {own}"
+    if kind in GRIDS and (own == AUTO or exact - {kind, GRIDS[kind].instead}):
+        problem = f"{made}, and would be rounded again"
+        raise UserError(f"--type {kind}", problem, f"Give --type {own}")
+    if kind in GRIDS and not GRIDS[kind].ggml_rule_agrees and not exact:
+        problem = f"IN {source.folder} was not made with --quantize {kind}"
+        raise UserError(f"--type {kind}", problem, "Make it so, or give --type q4_0")
+    if own and kind not in (own, *GRIDS, AUTO):
+        print(f"{made}, whose file is smaller: leave out --type {kind} to get it")
+    return kind
 
 
 def put_in_place(file: Path, out: Path, named: str, record: dict[str, Any]) -> None:
