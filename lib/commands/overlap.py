@@ -72,8 +72,8 @@ def masks_of(path: Path) -> Masks:
         raise UserError(f"RUN {path}", problem, "Name that of a saved model")
     place, label, calibration = path, path.name, None
     results = read_results(path) if (path / RESULTS).is_file() else {}
-    asked = [results.get("flags", {}).get(flag) for flag in ("save_model", "save_masks")]
-    saved = [*map(Path, filter(None, asked))]
+    flags = results.get("flags", {})
+    saved = [*map(Path, filter(None, [flags.get("save_model"), flags.get("save_masks")]))]
     held = {file.name for file in path.glob("*.safetensors")}
     if results and held <= {each.name for each in saved}:
         calibration = (results.get("calibration") or {}).get("name") or NONE
