@@ -3,12 +3,12 @@ For researchers who ask where languages differ in a model.
 
     bash launch.sh overlap RUN_A RUN_B [RUN ...] [--noise RUN_A2 ...] [--out FOLDER]
 
-A RUN is the folder of a saved, pruned model, the `--save` folder of a run that saved one, or a file
-of `--save_masks` (then all are). The tables show, for each pruned matrix, the share of kept weights
-that both masks keep, and the share expected by chance. If neurons or experts were removed, and RUN
-is a `--save` folder, they show the same for each block. `--noise` names prunings that differ from
-RUN_A, RUN_B, ... (in this order) only in the seed: a difference is due to the language only if it
-is larger than theirs.
+A RUN is the folder of a saved, pruned model, a file of `--save_masks`, or the `--save` folder of a
+run that saved either; all are models, or all are masks. The tables show, for each pruned matrix,
+the share of kept weights that both masks keep, and the share expected by chance. If neurons or
+experts were removed, and RUN is a `--save` folder, they show the same for each block. `--noise`
+names prunings that differ from RUN_A, RUN_B, ... (in this order) only in the seed: a difference is
+due to the language only if it is larger than theirs.
 """
 
 from __future__ import annotations
@@ -67,18 +67,15 @@ def block_and_linear(name: str) -> tuple[int, str] | None:
 
 def masks_of(path: Path) -> Masks:
     """Return the masks of a RUN. Raises UserError if none can be read."""
-    if path.is_file():
-        from ..model.masks import read_packed, unpacked
-
-        packed = read_packed(path)
-        shapes = {name: shape for name, (shape, _) in packed.items()}
-        return Masks(path, path.name, None, shapes, lambda name: ~unpacked({"": packed[name]})[""])
-    if not path.is_dir():
+    if not path.exists():
         problem = "no such folder or file exists"
         raise UserError(f"RUN {path}", problem, "Name that of a saved model")
-    folder, label, calibration = path, path.name, None
-    if (path / RESULTS).is_file() and not any(path.glob("*.safetensors")):
-        results = read_results(path)
+    place, label, calibration = path, path.name, None
+    results = read_results(path) if (path / RESULTS).is_file() else {}
+    flags = results.get("flags", {})
+    saved = [*map(Path, filter(None, [flags.get("save_model"), flags.get("save_masks")]))]
+    held = {file.name for file in path.glob("*.safetensors")}
+    if results and held <= {each.name for each in saved}:
         calibration = (results.get("calibration") or {}).get("name") or NONE
         label = f"{calibration} (seed {results.get('seed') or 0})"
         if smaller := results.get(kind := results.get("sparsity_type")):
@@ -92,15 +89,20 @@ def masks_of(path: Path) -> Masks:
             }
             shapes = dict.fromkeys(kept, (1, len(units)))
             return Masks(path, label, calibration, shapes, kept.__getitem__)
-        saved = results.get("flags", {}).get("save_model")
         if not saved:
-            fix = "Name its file of --save_masks, or run it again with --save_model"
-            raise UserError(f"RUN {path}", "it saved no model", fix)
-        name = Path(saved).name
-        folder = next(filter(Path.is_dir, [Path(saved), path / name, path.parent / name]), None)
-        if folder is None:
-            raise UserError(f"RUN {path}", f"its model {saved} does not exist", "Run it again")
-    return Masks(path, label, calibration, *_saved(path, folder))
+            fix = "Run it again with --save_masks or --save_model"
+            raise UserError(f"RUN {path}", "it saved no masks and no model", fix)
+        moved = (folder / each.name for folder in (path, path.parent) for each in saved)
+        place = next(filter(Path.exists, [*saved, *moved]), None)
+        if place is None:
+            raise UserError(f"RUN {path}", f"{saved[0]}, which it saved, is gone", "Run it again")
+    if place.is_dir():
+        return Masks(path, label, calibration, *_saved(path, place))
+    from ..model.masks import read_packed, unpacked
+
+    packed = read_packed(place)
+    shapes = {name: shape for name, (shape, _) in packed.items()}
+    return Masks(path, label, calibration, shapes, lambda name: ~unpacked({"": packed[name]})[""])
 
 
 def _saved(path: Path, folder: Path) -> tuple[dict, Callable[[str], Tensor]]:

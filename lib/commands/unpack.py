@@ -31,6 +31,8 @@ def unpack_folder(source: str, target: str) -> None:
 
     # registers the format with transformers
     from ..packed.checkpoint import METHOD
+    from ..run.card import unpacked_card
+    from ..run.save import CARD
     from ..util.progress import quiet
 
     quiet()
@@ -43,10 +45,13 @@ def unpack_folder(source: str, target: str) -> None:
         model.dequantize()
     with staged_folder(target, "OUT") as stage:
         model.save_pretrained(stage)
-        for path in folder.iterdir():  # the tokenizer, not the card of the packed form
-            other = ".safetensors" in path.name or path.name == "README.md"
-            if path.is_file() and not other and not (stage / path.name).exists():
+        for path in folder.iterdir():  # the tokenizer and the card
+            is_weights = ".safetensors" in path.name
+            if path.is_file() and not is_weights and not (stage / path.name).exists():
                 shutil.copy2(path, stage)
+        if (card := stage / CARD).is_file():
+            text = unpacked_card(card.read_text("utf-8"), Path(target).name)
+            card.write_text(text, "utf-8")
 
 
 def main(argv: list[str]) -> None:

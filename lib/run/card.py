@@ -129,6 +129,16 @@ def converted_card(
     return card(metadata, title, [*text, listed(proof)], [RUNNING, f"```bash\n{how}\n```"])
 
 
+def unpacked_card(text: str, folder: str) -> str:
+    """Return the card `text` of a packed model for the dense weights in `folder`."""
+    kept, heading, how = text.partition(f"{LOADING}\n")
+    if not (kind := re.search(r"import (AutoModel\w+)", how)):  # another program has written it
+        return text
+    line = "The weights were unpacked with `langprune unpack`; the table counts the packed ones."
+    code = "\n".join(["```python", *card_lines(folder, kind[1])[1:], "```"])
+    return f"{kept}{line}\n\n{heading}\n{code}\n"
+
+
 def metadata_of(folder: str | Path) -> dict[str, Any]:
     """Return the metadata of a card in a folder; {} if there is none, or it is damaged."""
     try:

@@ -26,7 +26,6 @@ class Figure(NamedTuple):
 
 FIGURES = {
     "zeros": Figure("", "zeros", ".2%"),
-    "seeds": Figure("", "seeds", ".0f"),
     "saved_bytes": Figure("MB", "MB", ",.1f", 1e6),
     "bits_per_byte": Figure("bits per byte", "bits/byte", ".4f"),
     "perplexity": Figure("perplexity", "perplexity", ",.2f"),

@@ -22,7 +22,7 @@ def check_tasks(names: Sequence[str], include_path: str | None = None) -> None:
     """Raise UserError if lm-eval is not installed or lacks a task, before anything slow."""
     given = ",".join(names)
     if find_spec("lm_eval") is None:
-        fix = "Run pip install lm-eval"
+        fix = 'Run pip install "lm-eval[hf]"'
         raise UserError(f"--tasks {given}", "lm-eval is not installed", fix)
     if include_path and not Path(include_path).is_dir():
         what = f"--include_path {include_path}"

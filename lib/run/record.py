@@ -165,6 +165,6 @@ def print_summary(results: dict[str, Any]) -> None:
     for name, test in named.items():
         of = f" of {test['of_windows']}" if "of_windows" in test else ""
         lines.append(f"{name}: {test['windows']}{of} windows, {test['tokens']} tokens")
-    lines.append(figures_table(results))
+    lines += [figures_table(results), f"log and results: {results['flags']['save']}"]
     lines += [f"perplexity {name}: {test['perplexity']:.4f}" for name, test in named.items()]
     print(*lines, sep="\n")

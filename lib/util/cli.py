@@ -118,7 +118,7 @@ def run(main: Callable[[list[str]], None], argv: list[str] | None = None) -> int
         os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "FATAL")  # the error is reported in one line
     stdout = Terminal(sys.stdout) if sys.stdout.isatty() else sys.stdout
     with _terminable(), redirect_stdout(stdout):
-        if os.environ.pop(ENDS_WITH_STDIN, None):  # child processes have their own stdin
+        if started := os.environ.pop(ENDS_WITH_STDIN, None):  # child processes have their own stdin
             threading.Thread(target=end_with_stdin, daemon=True).start()
         try:
             main(argv)
@@ -128,7 +128,8 @@ def run(main: Callable[[list[str]], None], argv: list[str] | None = None) -> int
             return FAILED
         except KeyboardInterrupt as stopped:  # its arguments may name the way to continue
             defer_to_rank0()
-            print("; ".join(["interrupted", *stopped.args]), file=sys.stderr, flush=True)
+            if not started:  # the command that has started this one says it
+                print("; ".join(["interrupted", *stopped.args]), file=sys.stderr, flush=True)
             return INTERRUPTED
         except Exception as error:
             defer_to_rank0()

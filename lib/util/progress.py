@@ -28,9 +28,10 @@ def progress(
 ) -> Iterator[Callable[..., None]]:
     """Yield a function that advances a progress bar on stderr by a number of units.
 
-    `total` is None if the end is not known. The function also takes a short note, which is
-    printed at the end of the bar. With 0 units it shows that time passes. `on_step` gets the name
-    `step`, by default `what`. A terminal shows the bar after `delay` seconds.
+    `total` is None if the end is not known: the bar shows the time alone. The function also takes a
+    short note, which is printed at the end of the bar. With 0 units it shows that time passes.
+    `on_step` gets the name `step`, by default `what`. A terminal shows the bar after `delay`
+    seconds.
     """
     in_log = not sys.stderr.isatty()
     numbers, step, scaled = count(), step or what, unit == "B"
@@ -46,6 +47,7 @@ def progress(
         **({"ncols": 0} if in_log else _size()),
         file=_Lines() if in_log else None,
         smoothing=0.1,
+        bar_format="{desc}: {elapsed}" if total is None else None,
         disable=not shown,
     ) as bar:
 

@@ -168,6 +168,9 @@ def test_the_steps(name: str, runs: Runs, words: Words, monkeypatch: pytest.Monk
         table = Path(f"{TABLE}.md").read_text("utf-8")
         rows = re.sub(" +", " ", table.partition("\n")[2])
         assert table in done.out and "| |" not in rows
+        assert re.findall(r"\n\[(\d/\d)\] ", done.out) == ["1/3", "2/3", "3/3"]
+        commands = re.findall(r"^(?:bash|python|    --).*", done.out, re.M)
+        assert len(commands) > 3 and max(map(len, commands)) <= 80
         again = compress(*BASE, "--table")
         assert again.status == 0 and table in again.out
 
@@ -369,16 +372,32 @@ sys.exit(run(main_of("main" if name == "prune" else "commands." + name), sys.arg
 """  # LANGPRUNE_CALLED stays, which cards name
 
 
-def run_in_shell(script: str) -> None:
-    """Run a script with `langprune` as this checkout's."""
+def run_in_shell(script: str, langprune: str = LANGPRUNE.format(sys.executable)) -> int:
+    """Run a script with `langprune` as this checkout's, or another, and return its status."""
     Path("bin").mkdir()
-    Path("bin/langprune").write_text(LANGPRUNE.format(sys.executable))
+    Path("bin/langprune").write_text(langprune)
     Path("bin/langprune").chmod(0o755)
     Path("script.sh").write_text(script, "utf-8")
     path = f"{Path('bin').absolute()}{os.pathsep}{os.environ['PATH']}"
     environment = os.environ | {"PATH": path, "PYTHONPATH": str(ROOT)}
-    done = subprocess.run(["sh", "script.sh"], env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    return subprocess.run(["sh", "script.sh"], env=environment).returncode
+
+
+@pytest.mark.parametrize("status", [3, 1])
+def test_the_script_where_the_vocabulary_is_not_trimmed(
+    status: int, runs: Runs, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It goes on with the whole one after status 3, and ends after any other."""
+    monkeypatch.setenv("LANGPRUNE_CALLED", "langprune")
+    script = compress(*BASE, "--dry_run").out
+    stands_in = f'#!/bin/sh\necho "$@" >> ran\n[ "$1" != trim ] || exit {status}\n'
+    assert run_in_shell(script, stands_in) == (0 if status == 3 else 1)
+    ran = [line.split() for line in Path("ran").read_text("utf-8").splitlines()]
+    if status == 3:
+        assert [words[0] for words in ran] == ["trim", "prune", "compress"]
+        assert ran[1][1:3] == ["--model", "dense"]
+    else:
+        assert [words[0] for words in ran] == ["trim"]
 
 
 @pytest.mark.full
@@ -403,7 +422,7 @@ def test_the_script_makes_the_same_bytes(kind: str, monkeypatch: pytest.MonkeyPa
         tiny.write_model("dense", model, chats.tokenizer_with(chats.LLAMA_3))
     argv = [*BASE, "--nsamples", "8", "--seqlen", seqlen, *more]
     script = compress(*argv, "--dry_run").out
-    run_in_shell(script)
+    assert run_in_shell(script) == 0
     names = [path.name for path in Path().glob("small*") if path.name != "small-compress"]
     made = {
         name: content(name) if Path(name).is_dir() else Path(name).read_bytes() for name in names

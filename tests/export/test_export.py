@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -10,6 +11,7 @@ import numpy as np
 import pytest
 import tiny
 import torch
+from safetensors.torch import save_file
 from support import refused, representative, runner_of, weights
 from torch import Tensor
 from transformers import AutoModelForCausalLM
@@ -164,6 +166,15 @@ def test_folders_that_cannot_be_exported(folders, tmp_path, monkeypatch) -> None
     not_written(
         [broken, *to], f"OUT {broken}: ", "layers.0.self_attn.q_proj.weight", "off the grid"
     )
+    linears = list(ModelFolder.open(str(folders["biases"]), "OUT").linears)
+    for type_, first in (("q5_0", "q5_0"), ("auto", "iq4_nl")):  # of all tensors, not of the first
+        other = shutil.copytree(folders["biases"], tmp_path / type_)
+        tensors = weights(other)
+        for name in linears:
+            form = FORMATS[first if name == linears[0] else "q5_0"]
+            tensors[name] = form.nearest(torch.randn(tensors[name].shape)).bfloat16()
+        save_file(tensors, other / "model.safetensors", {"format": "pt"})
+        not_written([other, *to], f"--quantize {type_}", f"Use gguf with --type {type_}")
     config = json.loads((folders["LLaMA"] / "config.json").read_text())
     config["quantization_config"] = {"quant_method": METHOD}
     (broken / "config.json").write_text(json.dumps(config))

@@ -125,9 +125,10 @@ def test_unpacked_gives_the_dense_checkpoint(dense, packed, bits: int, tmp_path:
     source, out = tmp_path / "in", tmp_path / "new" / "out"
     load(packed[bits]).save_pretrained(source)
     (source / "tokenizer.json").write_text("{}")
-    (source / "README.md").write_text("import packed_bitmask")
+    (source / "README.md").write_text("a card of one's own")
     assert call(source, out, program=unpack_main).status == 0
-    assert (out / "tokenizer.json").read_text() == "{}" and not (out / "README.md").exists()
+    assert (out / "tokenizer.json").read_text() == "{}"
+    assert (out / "README.md").read_text() == "a card of one's own"
     model = on_grid(load(dense), bits, torch.bfloat16)
     again, plain = load(out).state_dict(), model.state_dict()
     assert again.keys() == plain.keys() and all(torch.equal(again[k], plain[k]) for k in plain)

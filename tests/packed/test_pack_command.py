@@ -50,7 +50,12 @@ def test_it_is_smaller_and_as_good_and_is_not_pruned_again(
     assert size(tmp_path / "packed") < (0.8 if bits == 16 else 0.5) * size(tmp_path / "dense")
     ratio = packed["perplexity"]["uk"] / dense["perplexity"]["uk"]
     assert ratio == pytest.approx(1, rel=1e-3 if bits == 16 else 0.1)
-    assert "import packed_bitmask" in (tmp_path / "packed/model/README.md").read_text()
+    card = (tmp_path / "packed/model/README.md").read_text("utf-8")
+    assert "import packed_bitmask" in card
+    succeed(tmp_path / "packed/model", tmp_path / "unpacked", program=program_of("unpack"))
+    unpacked = (tmp_path / "unpacked/README.md").read_text("utf-8")
+    head, code = unpacked.split("The weights were unpacked")
+    assert card.startswith(head) and "packed_bitmask" not in code and "('unpacked')" in code
     for flags in (WANDA, PACK4, [*PACK, "--eval_only"]):
         error = mistake("--model", tmp_path / "packed/model", *QUICK, *TEXTS, *flags)
         assert "unpack" in str(error)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -201,6 +202,8 @@ def test_whole_runs(kind: str, tmp_path: Path) -> None:
             run = tmp_path / f"{language}{seed}"
             given = ["--calibration_data", data, "--seed", seed, "--save", run, *QUICK]
             given += ["--save_model", run / "model"]
+            if kind == "unstructured":  # in the folder, as a sweep leaves them
+                given += ["--save_masks", run / "masks.safetensors"]
             succeed("--model", model, "--prune_method", *KINDS[kind].split(), *given)
             runs.append(run)
     counts, kept = overlap(runs[:2], runs[2:]), [kept_by(run, kind) for run in runs]
@@ -211,3 +214,7 @@ def test_whole_runs(kind: str, tmp_path: Path) -> None:
     assert between["chance"].sum() == len(kept[0]) / 4  # half of all stay
     again = sum((one & other).sum() for one, other in zip(kept, kept[2:], strict=False))
     assert counts[counts["seeds"]]["both"].sum() == again
+    if kind == "unstructured":
+        for run in runs:
+            shutil.rmtree(run / "model")
+        assert overlap(runs[:2], runs[2:]).equals(counts)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import math
+import shutil
 import statistics
 from collections.abc import Sequence
 from pathlib import Path
@@ -75,6 +76,39 @@ def test_seeds_are_averaged_and_the_rise_is_over_dense(sweep: Path, words: Words
     assert float(line["rise"]) == pytest.approx(31 / 20 - 1)
     assert line["digest"] == "uk-d0" and len(line["folders"].split()) == 3
     assert len(lines()) == 14  # seven rows, two test sets
+
+
+def test_runs_of_a_sweep_that_are_not_finished_are_named(sweep: Path) -> None:
+    """In all files; of a part of the sweep, those in it. Runs without a sweep miss nothing."""
+
+    def reported(folder: Path) -> list[str]:
+        printed = report(folder, "--latex", "table.tex", "--csv", "runs.csv")
+        return [printed, text(), Path("table.tex").read_text("utf-8")]
+
+    files = ["report/report.csv", "runs.csv"]
+    assert not any("not finished" in each for each in reported(sweep))
+    before = [Path(file).read_text("utf-8").splitlines() for file in files]
+    names = [path.parent.relative_to(sweep) for path in sweep.rglob("results.json")]
+    gone, begun, other = (sweep.parent / name for name in ("sweep/gone", "sweep/begun", "other/x"))
+    begun.mkdir()
+    for root, planned in ((sweep, [*names, "gone", "begun"]), (sweep.parent, ["other/x"])):
+        (root / "runs.txt").write_text("".join(f"{name}\n" for name in planned), "utf-8")
+    for each in reported(sweep):
+        said = f"2 of {len(names) + 2} runs are not finished: {gone}, {begun}."
+        assert said in each.replace("\\", "") and str(other) not in each
+    for file, lines_before in zip(files, before, strict=True):
+        *rest, first, second = Path(file).read_text("utf-8").splitlines()
+        assert rest == lines_before
+        assert (first.strip(","), second.strip(",")) == (str(gone), str(begun))
+    assert "not finished" not in report(sweep / "dense")
+
+
+def test_the_seeds_of_a_row_are_named(sweep: Path) -> None:
+    shutil.rmtree(sweep / "wanda-uk-1")
+    report(sweep, "--latex", "table.tex")
+    wanda = {each["calibrated_on"]: each["seed"] for each in lines(method="wanda", type="50%")}
+    assert wanda == {"uk": "0, 2", "en": "0, 1, 2"}
+    assert " & 0, 2 & " in Path("table.tex").read_text("utf-8") and " 0, 2 | " in text()
 
 
 @pytest.mark.full

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import random
 import re
+import sys
 from collections import Counter
 from functools import partial
 from pathlib import Path
@@ -20,7 +21,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lib.commands import tasks
 from lib.commands.tasks import WORD, last_words, main
-from lib.run.lm_eval import RIGHT, task_lines
+from lib.run.lm_eval import RIGHT, check_tasks, task_lines
+from lib.util.errors import UserError
 
 pytestmark = pytest.mark.usefixtures("elsewhere")
 
@@ -207,3 +209,10 @@ def test_what_is_missing_is_refused_before_the_model_is_read(
     ):
         error = mistake(*of_tasks(place, names, "--include_path", place / folder))
         assert str(error).startswith(f"{what}: ")
+
+
+def test_lm_eval_that_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its models of transformers are an extra of the package."""
+    monkeypatch.setitem(sys.modules, "lm_eval", None)
+    with pytest.raises(UserError, match=re.escape('pip install "lm-eval[hf]"')):
+        check_tasks(["uk_last_word"])

@@ -142,6 +142,10 @@ def test_a_terminal_without_a_width_gets_a_bar(monkeypatch: pytest.MonkeyPatch) 
         time.sleep(0.2)
         bar(0)
     assert not terminal.getvalue()  # a bar that is not due leaves no rest
+    with progress(None, "waiting", "answer") as bar:
+        time.sleep(0.2)
+        bar(0)
+    assert "waiting: 00:00" in terminal.getvalue() and "answer" not in terminal.getvalue()
     with progress(4, "pruning", "block") as bar:
         bar(2)
     assert "pruning:  50%|" in terminal.getvalue()

@@ -57,11 +57,14 @@ def main(argv: list[str]) -> None:
 def run_steps(run: Compression) -> None:
     """Do all steps that are not finished."""
     try:
-        for step in first_steps(run, run.values):
-            run.do(step)
+        first = [*first_steps(run, {})]
+        count = len(first) + len(last_steps(run, {"model": run.args.model}))
+        for number, step in enumerate(first_steps(run, run.values), 1):
+            run.do(step, f"{number}/{count}")
         decide_size(run)
         run.keep()
-        missing = [step.made for step in last_steps(run, run.values) if not run.do(step)]
+        last = enumerate(last_steps(run, run.values), len(first) + 1)
+        missing = [step.made for number, step in last if not run.do(step, f"{number}/{count}")]
     except (KeyboardInterrupt, SystemExit):
         print("the same command continues", file=sys.stderr, flush=True)
         raise

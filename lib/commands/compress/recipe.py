@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from ...util.cli import typed
 
 NOTHING = 3  # exit status of `trim` and `dialogues`: nothing is to be used, as their line says
-WIDTH = 96  # of a line of the script
+WIDTH = 76  # of a line of the script
 
 
 class Shell(str):

@@ -13,7 +13,8 @@ from ...run.results import is_trained, read_results
 from ...util import processes
 from ...util.errors import UserError, one_line
 from ...util.files import write_text
-from ...util.markdown import escape, padded_table
+from ...util.markdown import EMPTY, escape, padded_table
+from ...util.progress import progress
 from .work import FIGURES, RUN, TABLE, Compression
 
 SAME_SOURCE = "The test texts have the source of the training texts. Other texts may lose more: "
@@ -32,7 +33,7 @@ def print_table(run: Compression) -> None:
     models = {ORIGINAL: args.model, Path(out).name: out}
     models |= {Path(gguf).name: gguf} if gguf and Path(gguf).exists() else {}
     rows = measured(run, models) | losses(results)
-    body = [[row, *cells, *[""] * (len(models) - len(cells))] for row, cells in rows.items()]
+    body = [[row, *cells, *[EMPTY] * (len(models) - len(cells))] for row, cells in rows.items()]
     table = padded_table(["", *map(escape, models)], body)
     write_text(Path(run.inside(TABLE)), f"{table}\n")
     print(f"\n{table}\n")
@@ -42,7 +43,7 @@ def print_table(run: Compression) -> None:
         print("training did not help; the model before it is kept")
     for record in results["completions"][:1]:
         for name in ("dense", "model"):
-            print(one_line(f"{name}: {record['prompt']}{record.get(name, ' –')}"))
+            print(one_line(f"{name}: {record['prompt']}{record.get(name, f' {EMPTY}')}"))
     cards = [f"{folder}/README.md" for folder in (out, *run.exports) if Path(folder).exists()]
     cards += [f"{gguf}.md"] if Path(f"{gguf}.md").exists() else []
     upload = f"hf upload YOUR_NAME/{shlex.quote(Path(out).name)} {shlex.quote(out)}"
@@ -87,11 +88,13 @@ def measured(run: Compression, models: dict[str, str]) -> dict[str, list[str]]:
     dtype = dtype_name(checkpoint_dtype(load_config(Checkpoint(run.args.out))))  # of both
     options = dict(cache_dir=parsed.cache_dir, trust_remote_code=parsed.trust_remote_code)
     file, rows = Path(run.inside(FIGURES)), {}
-    for model in models.values():
-        argv = model, file, json.dumps([device, dtype, options])
-        failed = processes.call("commands.compress.measure", *argv)
-        figures = {} if failed else json.loads(file.read_text("utf-8"))
-        for row in ROWS:
-            cell = f"{figures[row]:,.1f}" if row in figures else "–"
-            rows.setdefault(row, []).append(cell)
+    with progress(len(models), "measuring", "model") as advance:
+        for model in models.values():
+            argv = model, file, json.dumps([device, dtype, options])
+            failed = processes.call("commands.compress.measure", *argv)
+            figures = {} if failed else json.loads(file.read_text("utf-8"))
+            for row in ROWS:
+                cell = f"{figures[row]:,.1f}" if row in figures else EMPTY
+                rows.setdefault(row, []).append(cell)
+            advance(1)
     return rows

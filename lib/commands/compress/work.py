@@ -133,11 +133,14 @@ class Compression:
             return False
         return Path(step.made).exists() and not (step.grows and self.ended[step.name] != 0)
 
-    def do(self, step: Step) -> bool:
-        """Do a step in a process of its own, unless it is finished; return whether it succeeded."""
+    def do(self, step: Step, place: str) -> bool:
+        """Do a step in a process of its own, unless it is finished; return whether it succeeded.
+
+        `place` says which of the steps it is.
+        """
         if self.is_done(step):
             return True
-        print(f"\n{step.about}\n{typed(step.command)} {shlex.join(step.words)}", flush=True)
+        print(f"\n[{place}] {step.about}\n{step.line}", flush=True)
         if step.name == "model":
             self._take_back()
         elif step.name in self.ended and step.command in STAGED:

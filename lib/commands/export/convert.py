@@ -55,7 +55,7 @@ def convert(path: str, new: str, to: str) -> None:
         card = converted_card(path, how=how, proof=lines, **about)
         (stage / "README.md").write_text(card, "utf-8")
     size = sum(file.stat().st_size for file in Path(new).rglob("*.*") if file.is_file())
-    print(*lines, f"written: {new}, {gib(size)}, {to}", sep="\n")
+    print(*lines, f"written: {new}, {size / 1e6:,.1f} MB, {to}", sep="\n")
 
 
 def run_both(source: ModelFolder, engine: Any, stage: Path, new: str) -> list[str]:

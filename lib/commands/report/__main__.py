@@ -3,9 +3,9 @@ For researchers; the tables are also written for LaTeX.
 
     bash launch.sh report RUN [RUN ...] [--against dense] [--latex FILE] [--csv FILE] [--out FOLDER]
 
-A RUN is a run's `--save` folder, or a folder of such folders. Tables and pictures go to report.md,
-unrounded figures to report.csv, differences to differences.csv. The terminal shows
-the columns that fit.
+A RUN is a run's `--save` folder, or a folder of such folders. Runs of a sweep that are not finished
+are named. Tables and pictures go to report.md, unrounded figures to report.csv, differences to
+differences.csv. The terminal shows the columns that fit.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING
 from ...util.cli import make_parser
 from ...util.errors import UserError
 from ...util.files import check_writable, write_text
-from .table import DENSE, Runs, load_runs, row_keys, tables
+from .table import DENSE, Runs, Unfinished, load_runs, row_keys, tables, unfinished
 
 if TYPE_CHECKING:
     from pandas import DataFrame
@@ -42,12 +42,14 @@ def main(argv: list[str]) -> None:
             check_writable(f"--{flag}", str(Path(file).parent))
     more = [args.against] if args.against not in (None, DENSE) else []
     runs = load_runs([*args.runs, *more])
-    print(write_report(runs, Path(args.out), args.against, args.latex, args.csv))
+    missing = unfinished(args.runs)
+    print(write_report(runs, missing, Path(args.out), args.against, args.latex, args.csv))
     print(f"wrote {args.out}/report.md, with all columns", file=sys.stderr)
 
 
 def write_report(
     runs: Runs,
+    missing: Unfinished,
     out: Path,
     against: str | None = None,
     latex_file: str | None = None,
@@ -55,8 +57,8 @@ def write_report(
 ) -> str:
     """Write report.md, report.csv, differences.csv and pictures into `out`; return what is printed.
 
-    `latex_file` gets the tables for LaTeX, `csv_file` all settings of every run. Raises UserError
-    if no row is that of `against`.
+    `latex_file` gets the tables for LaTeX, `csv_file` all settings of every run. All of them name
+    the runs that are not finished, `missing`. Raises UserError if no row is that of `against`.
     """
     from ...run.results import read_losses
     from .statistics import add_intervals, differences, is_named
@@ -73,18 +75,18 @@ def write_report(
         fix = "Name the folder of a run, or add a RUN"
         raise UserError(f"--against {against}", "no run matches", fix)
     out.mkdir(parents=True, exist_ok=True)
-    text = report_text(models)
+    text = report_text(models, missing.line)
     pictures = _write_pictures(by_model, runs, out)
     write_text(out / "report.md", "\n\n".join([text.strip(), *pictures]) + "\n")
-    write_csv(by_model, out / "report.csv")
+    write_csv(by_model, out / "report.csv", missing.folders)
     of_models = [m.lines.assign(model=m.table["model"].iloc[0]) for m in models if len(m.lines)]
     if of_models:
         write_csv(of_models, out / "differences.csv")
     if latex_file:
-        write_text(Path(latex_file), latex(models))
+        write_text(Path(latex_file), latex(models, missing.line))
     if csv_file:
-        write_text(Path(csv_file), all_settings(runs).to_csv(index=False))
-    return report_text(models, shutil.get_terminal_size().columns)
+        write_text(Path(csv_file), all_settings(runs, missing.folders).to_csv(index=False))
+    return report_text(models, missing.line, shutil.get_terminal_size().columns)
 
 
 def _write_pictures(by_model: Sequence[DataFrame], runs: Runs, out: Path) -> Iterator[str]:

@@ -4,19 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ...methods.sparsity import SMALLER
 from ...run.flags import named
 from ...run.plan import PRUNED_BEFORE
 from ...run.results import NONE, RESULTS, is_trained, read_results
-from ...util.errors import UserError
+from ...util.errors import UserError, one_line
 from ...util.markdown import EMPTY
 
 if TYPE_CHECKING:
     from pandas import DataFrame, Series
 
 Runs = Mapping[Path, Mapping[str, Any]]  # {folder: results}
+PLANNED = "runs.txt"  # file in a sweep's --out: the folders of its runs, one in each line
 DENSE = "dense"  # the method and the type of a model that was not pruned
 SETTING = "setting "  # prefix of the columns of settings
 TASK = "task "  # prefix of the columns of tasks
@@ -47,6 +48,27 @@ def load_runs(paths: Iterable[str | Path]) -> dict[Path, dict[str, Any]]:
             problem = "an earlier version has averaged its figures on dialogues over windows"
             raise UserError(f"RUN {folder}", problem, "Run it again, or name other folders")
     return runs
+
+
+class Unfinished(NamedTuple):
+    """The folders of a sweep's runs that have no results, and a sentence that names them."""
+
+    folders: list[Path]
+    line: str
+
+
+def unfinished(paths: Iterable[str | Path]) -> Unfinished:
+    """Find the unfinished runs in or below `paths`; only a sweep plans its runs."""
+    planned: dict[Path, Path] = {}
+    for path in (path for path in map(Path, paths) if not (path / RESULTS).is_file()):
+        for file in [*path.rglob(PLANNED), *path.resolve().parent.glob(PLANNED)]:
+            folders = (file.parent / name for name in file.read_text("utf-8").splitlines())
+            whole = ((each.resolve(), each) for each in folders)
+            planned |= {full: each for full, each in whole if path.resolve() in full.parents}
+    left = [each for each in planned.values() if not (each / RESULTS).is_file()]
+    names = one_line(", ".join(map(str, left)))
+    line = f"{len(left)} of {len(planned)} runs are not finished: {names}."
+    return Unfinished(left, line if left else "")
 
 
 def tables(runs: Runs) -> list[DataFrame]:
@@ -135,7 +157,7 @@ def _summarised(lines: DataFrame) -> DataFrame:
     table[means] = groups[means].mean()
     spread = [name for name in means if name not in (*sizes, "standard_error")]
     table = table.join(groups[spread].std().add_suffix("_deviation"))
-    table["seeds"] = groups["seed"].nunique()
+    table["seed"] = groups["seed"].agg(lambda seeds: ", ".join(map(str, sorted(seeds))))
     table["folders"] = groups["folder"].agg(lambda folders: " ".join(map(str, folders)))
     table["runs"] = groups[["seed", "folder"]].apply(lambda run: dict(run.values.tolist()))
     table = table.reset_index()

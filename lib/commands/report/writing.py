@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 Columns = dict[tuple[str, str], list[str]]  # {(test set or "", title): a cell for each row}
 NOT_SIGNIFICANT = "(n.s.)"
-RUN_COLUMNS = "zeros", "seeds", "saved_bytes"
+RUN_COLUMNS = "zeros", "saved_bytes"
 TEST_COLUMNS = "perplexity", "standard_error", "rise", "bits_per_byte", "kl", "top1_agreement"
 NOTES = {
     "MB": "MB: bytes of the saved model's files, in millions.",
@@ -38,7 +38,7 @@ Differences: of the loss or of KL from the dense model, in nats per token, paire
 Brackets: 95% intervals, each by itself, over documents and seeds; with one seed for that draw only.
 p is corrected by Holm's rule over the table. {NOT_SIGNIFICANT}: not significant, as p is {LIMIT} or
 more, or the test has only one document.""".replace("\n", " ")
-LEFT_OUT = "documents", "bits/byte", "s.e.", "seeds", "MB", "zeros", "agreement", "KL", "rise", "p"
+LEFT_OUT = "documents bits/byte s.e. seeds seed MB zeros agreement KL rise p".split()
 ONCE = "type", "method", "figure", "measured on"  # left out after these if one value stands in all
 INTERVAL = "95% interval"  # left out where its words are too wide
 FITTED = "\\medskip\\resizebox{\\ifdim\\width>\\linewidth\\linewidth\\else\\width\\fi}{!}{%\n"
@@ -62,12 +62,12 @@ class Compared(NamedTuple):
         return "\n\n".join(filter(None, parts))
 
 
-def report_text(models: Sequence[Compared], width: int | None = None) -> str:
+def report_text(models: Sequence[Compared], missing: str = "", width: int | None = None) -> str:
     """Return all runs as Markdown: one table, or one for each model and vocabulary.
 
-    Columns that do not fit into `width` characters are left out.
+    It begins with the line `missing`. Columns that do not fit into `width` characters are left out.
     """
-    parts, titles = [], set()
+    parts, titles = [one_line(missing)], set()
     if len(models) > 1:
         parts.append(
             f"**{len(models)} tables, not to be compared with each other:** "
@@ -90,6 +90,7 @@ def _columns(table: DataFrame) -> Columns:
     keys = row_keys(table)
     rows = table.drop_duplicates(keys).set_index(keys, drop=False)
     columns = {("", _title(name)): list(rows[name]) for name in keys}
+    columns["", "seed"] = list(rows["seed"])
     columns |= {("", FIGURES[name].column): _cells(rows, name) for name in RUN_COLUMNS}
     # perplexity depends on the number of tokens
     first = ["bits_per_byte"] if "note" in table else []
@@ -177,12 +178,12 @@ def caption(table: DataFrame, runs: Runs) -> str:
     return f"{text[:1].upper()}{text[1:]}." if text else ""
 
 
-def latex(models: Iterable[Compared]) -> str:
+def latex(models: Iterable[Compared], missing: str = "") -> str:
     """Return tables of perplexity and KL, and differences, for LaTeX with `booktabs`."""
     parts = ["% \\usepackage{booktabs,graphicx}"]
     for table, lines, _, conditions in models:
-        about = f"{Path(table['model'].iloc[0]).name}. {conditions}"
-        titles = {*map(_title, row_keys(table)), "perplexity", "KL"}
+        about = f"{Path(table['model'].iloc[0]).name}. {f'{missing} {conditions}'.strip()}"
+        titles = {*map(_title, row_keys(table)), "seed", "perplexity", "KL"}
         shown = {key: cells for key, cells in _columns(table).items() if key[1] in titles}
         bold = any(cell.startswith("**") for cells in shown.values() for cell in cells)
         notes = [NOTES["perplexity"], NOTES["KL"], *[BOLD] * bold]
@@ -222,8 +223,11 @@ def _tex(text: str) -> str:
     return re.sub(r"\*\*(.+?)\*\*", r"\\textbf{\1}", text)
 
 
-def all_settings(runs: Runs) -> DataFrame:
-    """Return a line for each run: its command, every setting, and the figures of each test set."""
+def all_settings(runs: Runs, missing: Sequence[Path] = ()) -> DataFrame:
+    """Return a line for each run: its command, every setting, and the figures of each test set.
+
+    A run that is `missing` has a line with its folder alone.
+    """
     import pandas
 
     lines = []
@@ -240,15 +244,24 @@ def all_settings(runs: Runs) -> DataFrame:
     frame = pandas.json_normalize(lines)
     lists = [n for n in frame if n[:6] != "flags." and frame[n].map(type).isin([list]).any()]
     linears = [name for name in frame if name.startswith("sparsity.linears.")]
-    return frame.drop(columns=[*lists, *linears])
+    return _with_folders(frame.drop(columns=[*lists, *linears]), "folder", missing)
 
 
-def write_csv(frames: Sequence[DataFrame], file: Path) -> None:
+def _with_folders(frame: DataFrame, column: str, folders: Sequence[Path]) -> DataFrame:
+    """Add lines that have a folder alone; other columns keep their numbers as they are."""
+    import pandas
+
+    added = pandas.DataFrame({column: [str(folder) for folder in folders]})
+    return pandas.concat([frame.astype(object), added]) if folders else frame
+
+
+def write_csv(frames: Sequence[DataFrame], file: Path, missing: Sequence[Path] = ()) -> None:
     """Write lines of all models; those of `tables` without what is for this command alone."""
     import pandas
 
     frame = pandas.concat(frames) if frames else pandas.DataFrame()
-    dropped = ["folder", "strictness", "seed", "runs", *frame.filter(like="_best")]
+    frame = _with_folders(frame, "folders", missing)
+    dropped = ["folder", "strictness", "runs", *frame.filter(like="_best")]
     frame = frame.drop(columns=dropped, errors="ignore")
     short = {name: name.removeprefix(SETTING).removeprefix(TASK) for name in frame}
     write_text(file, frame.rename(columns=short).to_csv(index=False))

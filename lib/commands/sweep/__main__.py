@@ -35,6 +35,7 @@ from ...util.cli import make_parser, split_argv
 from ...util.errors import UserError
 from ...util.files import check_writable, write_text
 from ...util.processes import call
+from ..report.table import PLANNED
 
 SHARED = ".dense-states"  # folder in --out: the dense models' states, for all runs
 SET_BY_SWEEP = "sweep sets this flag", "Use the flags of sweep"  # problem and fix
@@ -207,6 +208,9 @@ def run_all(runs: Mapping[str, Sequence[str]], out: str, report: str | None = No
     seconds: list[float] = []  # of the runs that this sweep started
     if not (day := Path(out, DATE)).exists():
         write_text(day, str(date.today()))
+    planned = Path(out, PLANNED)  # what `report` misses; another sweep in this folder adds its runs
+    earlier = planned.read_text("utf-8").splitlines() if planned.exists() else []
+    write_text(planned, "".join(f"{name}\n" for name in dict.fromkeys([*earlier, *runs])))
     dated = ["--date", day.read_text("utf-8")]
     shared = Path(out, SHARED)  # a killed sweep leaves it for the next one
     try:
