@@ -136,7 +136,7 @@ def hold_out(source: Source, texts: list[Document], split: str) -> list[Document
     if len(distinct) < 2:
         raise source.error(
             f"it has {sum(map(len, texts))} characters, too few to hold out a tenth for evaluation",
-            "Give more text, or name a test text with --eval_data",
+            "Give more text, or each document as a row, or name a test text with {--eval_data}",
         )
     last = distinct[(len(distinct) - 1) // TENTH]
     pairs = zip(texts, digests, strict=True)

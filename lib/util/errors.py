@@ -10,6 +10,7 @@ from contextlib import contextmanager
 PACKAGE = __name__.partition(".")[0]  # lib in a checkout, langprune once installed
 OUT_OF_MEMORY = "can't allocate memory", "_STATUS_ALLOC_FAILED"  # in errors of torch and cuBLAS
 FIELD = re.compile(r"\{--(\w+)\}")
+OR = ", or "  # between the ways out
 JOINERS = "\u200c\u200d"  # invisible, but needed for spelling in Persian and Indic scripts
 
 
@@ -21,14 +22,15 @@ class UserError(ValueError):
     `what: problem. fix.` without a traceback (unless `--debug`) and exits with status 1.
 
     Where other front ends have their own word for a flag of main.py, a message names its field, as
-    in "Give fewer {--nsamples}", and the front end says its word (`fields_named`).
+    in "Give fewer {--nsamples}", and the front end says its word (`fields_named`). Ways out
+    are joined by ", or ", so that those with a flag that it lacks can be left out.
     """
 
     def __init__(self, what: str, problem: str, fix: str) -> None:
         super().__init__(what, problem, fix)  # all three, so that another process can unpickle it
         self.name_fields("--", {})
 
-    def name_fields(self, prefix: str, names: Mapping[str, str]) -> None:
+    def name_fields(self, prefix: str, names: Mapping[str, str | None]) -> None:
         """Name each field by its word in `names`, or else by prefix and field."""
         self.what, self.problem, self.fix = (spelled(each, prefix, names) for each in self.args)
 
@@ -42,8 +44,11 @@ class UserError(ValueError):
 
 
 @contextmanager
-def fields_named(prefix: str = "--", **names: str) -> Iterator[None]:
-    """Let an error raised inside name fields by these words: `calibration_data="--data"`."""
+def fields_named(prefix: str = "--", **names: str | None) -> Iterator[None]:
+    """Let an error raised inside name fields by these words: `calibration_data="--data"`.
+
+    None is for a flag that the front end lacks.
+    """
     try:
         yield
     except UserError as error:
@@ -51,9 +56,11 @@ def fields_named(prefix: str = "--", **names: str) -> Iterator[None]:
         raise
 
 
-def spelled(text: str, prefix: str = "--", names: Mapping[str, str] | None = None) -> str:
+def spelled(text: str, prefix: str = "--", names: Mapping[str, str | None] | None = None) -> str:
     """Return a text with a word for each field in it; by default main.py's flag."""
-    return FIELD.sub(lambda it: (names or {}).get(it[1], prefix + it[1]), text)
+    words = {field: prefix + field for field in FIELD.findall(text)} | dict(names or {})
+    ways = [way for way in text.split(OR) if all(words[each] for each in FIELD.findall(way))]
+    return FIELD.sub(lambda it: words[it[1]], OR.join(ways))
 
 
 class RunWarning(UserWarning):

@@ -97,6 +97,23 @@ def test_errors_name_fields() -> None:
     assert str(found) == "down: windows 3: {x} has less. Give fewer windows or seqlen 2."
 
 
+def test_a_front_end_gives_no_advice_that_names_a_flag_it_lacks() -> None:
+    """Messages about texts, which most commands can print, name main.py's own flags as fields."""
+    files = (ROOT / "lib/data").glob("*.py")
+    literals = re.findall(r'"[^"\n]*(?<!\{)--(\w+)', "".join(f.read_text("utf-8") for f in files))
+    assert set(literals) <= {"column", "language"}
+    advice = "Give text, or add {--no_chat_template}, or name {--eval_data}"
+    error = UserError("IN", "it is small", advice)
+    for names, fix in (
+        (dict(eval_data=None), "Give text, or add --no_chat_template"),
+        (dict(eval_data=None, no_chat_template=None), "Give text"),
+        (dict(eval_data="--data"), "Give text, or add --no_chat_template, or name --data"),
+    ):
+        with pytest.raises(UserError), fields_named(**names):
+            raise error
+        assert error.fix == fix
+
+
 def test_a_dense_run_takes_the_rest_of_the_flags() -> None:
     words = "--prune_method ria --method_args alpha=0.3 --allocation error --save_masks F"
     words += " --resume R --save_model M --text_only --recover 9 --recover_rank 2 --seqlen 8"
