@@ -84,10 +84,11 @@ def first_of(names: list[str]) -> str:
     return ", ".join(names[:3]) + more
 
 
-def hub_problem(error: Exception, kind: str) -> tuple[str, str] | None:
+def hub_problem(error: Exception, kind: str, tried: str = "") -> tuple[str, str] | None:
     """Return `problem` and `fix` for an error of the Hub's client; None for any other.
 
-    `kind` is the kind of the missing object: `model` or `dataset`.
+    `kind` is the kind of the missing object: `model` or `dataset`. `tried`: what is said before
+    that the Hub cannot be reached.
     """
     from huggingface_hub.errors import (
         GatedRepoError,
@@ -107,7 +108,7 @@ def hub_problem(error: Exception, kind: str) -> tuple[str, str] | None:
     if isinstance(error, (HTTPError, ConnectionError, TimeoutError)):  # offline mode too
         local = "folder" if kind == "model" else "file or folder of texts"
         fix = f"Check the network, or give a local {local}"
-        return f"the Hub cannot be reached ({first_line(error)})", fix
+        return f"{tried}the Hub cannot be reached ({first_line(error)})", fix
     return None
 
 

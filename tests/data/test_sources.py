@@ -497,7 +497,9 @@ def test_what_fails_on_the_hub_is_one_line(hub) -> None:
     }.items():
         assert words in refused(check_corpus, corpus(text), "train")
     hub.sets[("owner/name",)] = {"test": {"text": ["a"]}, "train": Breaking()}
-    assert "cannot be reached" in refused(read, "owner/name")
+    assert "no such file or folder is here, and the Hub cannot be reached" in refused(
+        read, "owner/name"
+    )
     for words, error in {
         "cannot be reached (no route)": HTTPError("no route"),
         "it cannot be loaded (x y)": DatasetNotFoundError("x\ny"),
@@ -510,7 +512,8 @@ def test_what_fails_on_the_hub_is_one_line(hub) -> None:
 def test_what_was_downloaded_serves_without_the_hub(hub, tmp_path: Path, monkeypatch) -> None:
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
     hub.unreachable = HTTPError("no route")
-    assert "(no route)" in refused(check_corpus, corpus("ubertext"), "train")
+    line = refused(check_corpus, corpus("ubertext"), "train")
+    assert "ubertext: the Hub cannot be reached (no route)" in line  # no file was meant
     for name in (UBERTEXT, "owner/name"):
         (tmp_path / f"datasets--{name.replace('/', '--')}").mkdir()
         hub.sets[(name,)] = {"train": {"text": ["a"]}}
