@@ -204,10 +204,12 @@ def locations(corpus: Corpus, split: str) -> set[object]:
     return {documents.location} if corpus.source.hub else {text.strip() for text in documents}
 
 
-def read_line(corpus: Corpus, split: str) -> str:
-    """Return a line on the files of a folder that a split reads, and those that it ignores."""
-    paths, left = corpus.files(split)
-    size = sum(map(len, corpus.documents(split)))
+def read_line(corpus: Corpus, *splits: str) -> str:
+    """Return a line on the files of a folder that the splits read, and those that none does."""
+    found = [corpus.files(split) for split in splits]
+    paths = {path for read, _ in found for path in read}
+    left = sorted({path for _, ignored in found for path in ignored} - paths)
+    size = sum(len(text) for split in splits for text in corpus.documents(split))
     line = f"{corpus.source}: {len(paths)} file{'s' * (len(paths) > 1)}, "
     line += f"{size:,} characters read" + f"; left out: {_names(left)}" * bool(left)
     return one_line(line)
