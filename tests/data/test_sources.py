@@ -30,7 +30,7 @@ from lib.data.sources import (
     parse_sources,
 )
 from lib.run.windows import same_texts
-from lib.util.errors import UserError
+from lib.util.errors import UserError, fields_named
 
 FLAG = "--calibration_data"
 UBERTEXT = "mshamrai/lang-pruning-uk-uber-text-2"
@@ -81,6 +81,8 @@ def test_names() -> None:
         assert (source.train_file is None) == (text != "c4")
     for name, column in [("o/s", "body"), ("o/s:::own", "own"), ("ubertext", "text")]:
         assert parse_source(name, FLAG, column="body").column == column
+    with fields_named(calibration_data="--data"):  # in warnings too
+        assert str(parse_source("ubertext", "{--calibration_data}")) == "--data ubertext"
     for text in "nothing|wikipedia|wikipedia:|a b|/no/such|./no|../no|a/b/c|no.jsonl|a/b.txt".split(
         "|"
     ):

@@ -18,7 +18,7 @@ from ...data.languages import language_text
 from ...data.sources import has_test, parse_source, parse_sources
 from ...gguf.llama import INSTALL
 from ...run.flags import PRICED
-from ...util.errors import UserError, fields_named, first_of
+from ...util.errors import UserError, first_of
 from ...util.host import gib
 from ...vocabulary.choice import MOST_ROWS, PRICE, Choice, choose, read_list, round_up
 from ...vocabulary.cost import cost_line
@@ -78,8 +78,7 @@ def text_reader(
         try:
             from ...data.templates import open_template  # imports torch
 
-            with fields_named(no_chat_template=None):
-                return open_template(what, template, tokens)
+            return open_template(what, template, tokens)
         except (ImportError, UserError) as error:
             print(f"{what}: dialogues are read as plain text, without a chat template ({error})")
 
