@@ -179,13 +179,16 @@ class Pruned:
         return unpacked(self.packed)
 
 
-@fields_named(
+named_arguments = fields_named(
     "",
     calibration_data="calibration",
     prune_method="method",
     sparsity_ratio="sparsity",
     sparsity_type="sparsity",
 )
+
+
+@named_arguments
 def prune(
     model: PreTrainedModel,
     calibration: Tensor | Sequence[str] | None = None,
@@ -236,6 +239,7 @@ def prune(
     return Pruned(pruner.errors(), shares, check.overall, notes, masks)
 
 
+@named_arguments
 def windows_of_texts(
     texts: Sequence[str],
     spec: WindowSpec,
@@ -249,7 +253,7 @@ def windows_of_texts(
     """
     corpora = [Corpus(Source("texts", "{--calibration_data}", "texts"), rows=texts)]
     draw = partial(calibration_windows, corpora, nsamples=count)
-    windows, _ = fitting_windows(draw, corpora, spec, shortens, lambda line: say(spelled(line, "")))
+    windows, _ = fitting_windows(draw, corpora, spec, shortens, lambda line: say(spelled(line)))
     return windows.ids
 
 

@@ -170,6 +170,8 @@ def write_files() -> None:
     good = [{"text": text} for text in tiny.sentences(20)]
     lines("oops/train.jsonl", *good, "{oops")
     lines("oops/test.jsonl", "{")
+    lines("half_read/train.jsonl", *good)
+    lines("half_read/test.jsonl", "{")
     lines("blank/train.jsonl", "")
     lines("word/test.jsonl", {"text": "сонце"})
     lines("scant/train.jsonl", *good[:1])

@@ -33,7 +33,7 @@ from ..data.languages import REQUESTS, script_of
 from ..data.sources import parse_sources
 from ..run.flags import POSITIVE
 from ..util.cli import make_parser
-from ..util.errors import UserError, counted, one_line
+from ..util.errors import UserError, counted, fields_named, one_line
 from ..util.files import check_writable, write_text
 from ..util.progress import progress, quiet
 
@@ -64,6 +64,7 @@ def main(argv: list[str]) -> None:
         raise SystemExit(NO_DIALOGUES) from error
 
 
+@fields_named(model="MODEL", eval_data=None, no_chat_template=None)
 def answer(args: argparse.Namespace, began: float) -> None:
     """Write OUT.jsonl until --count, --fill or --minutes, counted from `began`, are reached."""
     out = Path(args.out)
@@ -88,6 +89,9 @@ def answer(args: argparse.Namespace, began: float) -> None:
     )
     device, config = pick_device(args.device), load_config(checkpoint)
     tokenizer = load_tokenizer(checkpoint)
+    if not tokenizer.chat_template:
+        problem = "it is no chat model, since its tokenizer has no chat template"
+        raise UserError(str(checkpoint), problem, "Name a chat model")
     window = window_length(config, None)
     args.tokens = min(args.tokens, window // 2)
     limit = window - args.tokens

@@ -33,7 +33,7 @@ from ..data.documents import Corpus, are_dialogues
 from ..data.languages import script
 from ..data.sources import parse_source
 from ..util.cli import make_parser
-from ..util.errors import UserError
+from ..util.errors import UserError, fields_named
 from ..util.files import check_writable, write_text
 
 if TYPE_CHECKING:
@@ -161,6 +161,7 @@ def write_task(folder: Path, name: str, questions: Sequence[Any], form: dict[str
     print(f"{name}: {len(questions)} questions")
 
 
+@fields_named(eval_data=None, no_chat_template=None)
 def main(argv: list[str]) -> None:
     parser = make_parser("tasks", __doc__)
     add = parser.add_argument

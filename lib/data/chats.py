@@ -16,10 +16,6 @@ PAIRS = (  # columns of a question, and of its answer
 )
 TOOLS = "tools"  # column of the tools that a model may call, in the form of templates
 COLUMNS = {*LISTS, TOOLS, *(name for names, answer in PAIRS for name in (*names, answer))}
-SHAPES = (
-    "messages or conversation (role, content), conversations (from, value), prompt and completion, "
-    "instruction (and input) and output or response, inputs and targets"
-)
 ROLES = {name: name for name in ("system", "user", "assistant", "tool")}
 ROLES |= {"human": "user", "gpt": "assistant", "model": "assistant", "developer": "system"}
 KEPT = ("tool_calls", "tool_call_id", "name", "reasoning_content")  # optional fields of a message

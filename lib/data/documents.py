@@ -5,6 +5,7 @@ JSON lines, CSV and plain text need neither `datasets` nor pyarrow. Errors name 
 
 from __future__ import annotations
 
+import codecs
 import csv
 import gzip
 import hashlib
@@ -15,6 +16,7 @@ import re
 import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
+from functools import partial
 from itertools import chain
 from pathlib import Path
 
@@ -136,7 +138,7 @@ def hold_out(source: Source, texts: list[Document], split: str) -> list[Document
     if len(distinct) < 2:
         raise source.error(
             f"it has {sum(map(len, texts))} characters, too few to hold out a tenth for evaluation",
-            "Give more text, or name a test text with --eval_data",
+            "Give more text, or each document as a row, or name a test text with {--eval_data}",
         )
     last = distinct[(len(distinct) - 1) // TENTH]
     pairs = zip(texts, digests, strict=True)
@@ -202,10 +204,12 @@ def locations(corpus: Corpus, split: str) -> set[object]:
     return {documents.location} if corpus.source.hub else {text.strip() for text in documents}
 
 
-def read_line(corpus: Corpus, split: str) -> str:
-    """Return a line on the files of a folder that a split reads, and those that it ignores."""
-    paths, left = corpus.files(split)
-    size = sum(map(len, corpus.documents(split)))
+def read_line(corpus: Corpus, *splits: str) -> str:
+    """Return a line on the files of a folder that the splits read, and those that none does."""
+    found = [corpus.files(split) for split in splits]
+    paths = {path for read, _ in found for path in read}
+    left = sorted({path for _, ignored in found for path in ignored} - paths)
+    size = sum(len(text) for split in splits for text in corpus.documents(split))
     line = f"{corpus.source}: {len(paths)} file{'s' * (len(paths) > 1)}, "
     line += f"{size:,} characters read" + f"; left out: {_names(left)}" * bool(left)
     return one_line(line)
@@ -240,7 +244,7 @@ def _files_of(corpus: Corpus, split: str) -> list[Path]:
 def _read(source: Source, path: Path) -> Iterator[Document | None]:
     kinds = {".parquet": _parquet, ".csv": _csv, ".tsv": _csv} | dict.fromkeys(PLAIN, _plain_text)
     try:
-        yield from kinds.get(path.suffix.lower(), _json_lines)(source, path)
+        yield from kinds.get(path.suffix.lower(), _json)(source, path)
     except UnicodeDecodeError:
         raise _not_utf8(source, path) from None
     except (OSError, EOFError, zlib.error) as error:  # a damaged .gz raises any of these
@@ -258,26 +262,33 @@ def _not_utf8(source: Source, place: object) -> UserError:
     return source.error(f"{place}: it is not UTF-8", "Save it as UTF-8")
 
 
-def _json_lines(source: Source, path: Path) -> Iterator[Document | None]:
-    """Yield the text of each row; lines end only at "\\n", and blank lines are skipped."""
+def _json(source: Source, path: Path) -> Iterator[Document | None]:
+    """Yield the text of each row: of each line, or of each object in a list.
+
+    Lines end only at "\\n", and blank lines are skipped.
+    """
     with (gzip.open if path.suffix.lower() == ".gz" else open)(path, "rb") as file:
-        for number, line in enumerate(iter(lambda: file.readline(ROWS_CHARACTERS), b""), start=1):
-            place = f"{path}, line {number}"
-            if len(line) == ROWS_CHARACTERS:
-                problem = f"{place}: it has at least {len(line)} bytes"
+        is_list = file.peek(1).removeprefix(codecs.BOM_UTF8).lstrip().startswith(b"[")
+        read = file.read if is_list else partial(file.readline, ROWS_CHARACTERS)
+        for number, text in enumerate(iter(read, b""), start=1):
+            place = path if is_list else f"{path}, line {number}"
+            if len(text) == ROWS_CHARACTERS:
+                problem = f"{place}: it has at least {len(text)} bytes"
                 raise source.error(problem, "Cut it into rows")
-            if not line.strip():
+            if not text.strip():
                 continue
             try:
-                row = json.loads(line)
+                found = json.loads(text)
             except UnicodeDecodeError:
                 raise _not_utf8(source, place) from None
             except (ValueError, RecursionError) as error:
                 problem = f"{place}: it is not JSON ({error})"
                 raise source.error(problem, 'Write {"text": ...} in each line') from None
-            if not isinstance(row, dict):
-                raise source.error(f"{place}: it is not an object", 'Write {"text": ...}')
-            yield text_of(source, row, place)
+            for count, row in enumerate(found if is_list else [found], start=1):
+                place = f"{path}, object {count}" if is_list else place
+                if not isinstance(row, dict):
+                    raise source.error(f"{place}: it is not an object", 'Write {"text": ...}')
+                yield text_of(source, row, place)
 
 
 def _csv(source: Source, path: Path) -> Iterator[Document | None]:
@@ -296,6 +307,9 @@ def _csv(source: Source, path: Path) -> Iterator[Document | None]:
         lines, by = (lines, declared[1]) if declared else (chain([header], lines), by)
         rows = csv.DictReader(lines, delimiter=by, strict=True)
         try:
+            if rows.fieldnames:
+                place = f"{path}, header (the first row)"
+                text_of(source, dict.fromkeys(rows.fieldnames), place)  # raises the error
             for row in rows:
                 place, surplus = f"{path}, line {rows.line_num + bool(declared)}", row.pop(None, [])
                 text = text_of(source, row, place)
@@ -306,8 +320,9 @@ def _csv(source: Source, path: Path) -> Iterator[Document | None]:
                 yield text
         except csv.Error as error:
             place = f"{path}, line {rows.line_num + 1 + bool(declared)}"
-            problem = f"{place}: it is not CSV ({error})"
-            raise source.error(problem, "Quote the texts") from None
+            kind, reason = path.suffix[1:].upper(), str(error).replace("\t", r"\t")
+            fix = "Quote such a text, and double the quotes in it"
+            raise source.error(f"{place}: it is not {kind} ({reason})", fix) from None
 
 
 def _parquet(source: Source, path: Path) -> Iterator[Document | None]:

@@ -134,7 +134,9 @@ def _as_user_error(source: Source) -> Iterator[None]:
         reason = " ".join(str(error).split())[:300]  # lists the configs if one is missing
         fix = f"Name a config as {source.hub}:CONFIG" if "onfig" in reason else "Name another"
         unknown = f"it cannot be loaded ({reason.rstrip('.')})", fix
-        problem, fix = hub_problem(error, "dataset") or unknown
+        is_a_path = source.text.startswith(source.hub)  # or was meant as one
+        tried = "no such file or folder is here, and " * is_a_path
+        problem, fix = hub_problem(error, "dataset", tried) or unknown
         if source.config and f"'{source.config}' not found" in reason:
             problem, fix = f"{source.hub} has no {source.config}", "Name another"
         raise source.error(problem, fix) from error

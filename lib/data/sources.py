@@ -1,9 +1,9 @@
 """Text sources: parse the names that users give into `Source` objects. Imports nothing heavy.
 
 A source is a built-in name (the table below), a Hub dataset `owner/name[:config][:split][:column]`
-(an empty part means the default), or a local file or folder. A built-in name has precedence over a
-local folder (`./c4`), a local name over the Hub. `NAME=WEIGHT` gives a source its weight in a mix.
-A new built-in source is one entry of the table.
+(an empty part means the default), or a local file or folder `PATH[:column][:train or :test]`. A
+built-in name has precedence over a local folder (`./c4`), a local name over the Hub. `NAME=WEIGHT`
+gives a source its weight in a mix. A new built-in source is one entry of the table.
 
 From a folder, files with the word `train` or `test` in their names are read, or else all. Without a
 test file, `NAME:test` is the held-out 10% of a local text: use it for evaluation, and the rest,
@@ -21,17 +21,20 @@ from itertools import product
 from pathlib import Path
 
 from ..util.errors import UserError, spelled
-from .chats import SHAPES, DialogueError, Document, dialogue_of, plain_text
+from .chats import DialogueError, Document, dialogue_of, plain_text
 
 ONCE = "once"  # each document gives at most one window (UberText's rule)
 AGAIN = "again"  # a document may be drawn repeatedly (C4's rule)
 JOINED = "joined"  # all documents are one text with windows anywhere in it (WikiText-2's rule)
 
 ROWS = (".jsonl", ".jsonl.gz")
+JSON = (".json",)  # from a folder read last, since others are settings
 TABLES = (".csv", ".tsv", ".parquet")
 PLAIN = (".txt", ".md")
-FILES = (*ROWS, *TABLES, *PLAIN)
-PART = re.compile(r":(train|test)$")
+FILES = (*ROWS, *JSON, *TABLES, *PLAIN)
+PARTS = ("train", "test")
+PART = re.compile(rf":({'|'.join(PARTS)})$")
+LONGEST = 40  # characters of a column's name in a message: of a text, if there is no header
 SPLIT = re.compile(r"(?i)(?<![^\W\d_])(train|test)(?:s|ing|set)?(?![^\W\d_])")  # as a whole word
 ABOUT = re.compile(r"(?i)(readme|licen[cs]e)(?![^\W\d_])")  # files that are not part of a corpus
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+(:[^:/]*){0,3}")
@@ -98,7 +101,7 @@ def parse_source(text: str, flag: str, column: str = "text", as_text: bool = Fal
     dialogues are read as plain text. The file system decides whether a name is local; the network
     is not used. Raises UserError for an unknown name and for an invalid weight.
     """
-    if "=" in text and not Path(PART.sub("", text)).expanduser().exists():
+    if "=" in text and not is_in_path("=", text):
         text, _, weight = text.rpartition("=")
         try:
             value = float(weight)
@@ -115,7 +118,7 @@ def parse_source(text: str, flag: str, column: str = "text", as_text: bool = Fal
         f"{flag} {text}",
         "no such name, folder or file exists",
         f"Give {', '.join(BUILT_IN)}, a Hub dataset owner/name[:config][:split][:column], or a "
-        f"file or folder ({', '.join(FILES)})",
+        f"file or folder PATH[:column] ({', '.join(FILES)})",
     )
 
 
@@ -138,11 +141,28 @@ def parse_sources(
     if any(s.weight is None for s in sources) and any(s.weight is not None for s in sources):
         problem = "only some sources have a weight"
         raise UserError(f"{flag} {' '.join(texts)}", problem, "Give NAME=WEIGHT to all")
-    identities = [s.path.resolve() if s.path else s.text for s in sources]
+    identities = [(s.path.resolve(), s.column) if s.path else s.text for s in sources]
     for source, identity in zip(sources, identities, strict=True):
         if identities.count(identity) > 1:
             raise source.error("it is named twice", "Name it once")
     return _with_unique_names(sources)
+
+
+def local_name(text: str) -> tuple[Path, list[str]] | None:
+    """Return the file or folder that a text begins with, the longest name that exists, and the
+    parts after it, each after a colon; None if there is none."""
+    parts = text.split(":")
+    for count in range(len(parts), 0, -1):
+        path = Path(":".join(parts[:count])).expanduser()
+        if parts[0] and path.exists():
+            return path, parts[count:]
+    return None
+
+
+def is_in_path(sign: str, text: str) -> bool:
+    """Return whether a text names a local file or folder, with the sign at most in its path."""
+    found = local_name(text)
+    return bool(found) and sign not in ":".join(found[1])
 
 
 def mixture_name(sources: Sequence[Source]) -> str:
@@ -157,17 +177,18 @@ def folder_files(path: Path, split: str) -> tuple[list[Path], list[Path]]:
     """Return the files of one split (`train` or `test`) of a folder, and the ignored ones.
 
     Both are sorted by name. If no file is named `train`, all that are not named `test` are the
-    train text. JSON lines are preferred to tables, and tables to plain text. A README is read only
-    if there is no other file. Hidden files are never read.
+    train text. JSON lines are preferred to tables, tables to plain text, and these to other JSON. A
+    README is read only if there is no other file. Hidden files are never read.
     """
     paths = sorted(p for p in path.iterdir() if not p.name.startswith("."))
     splits = {p: SPLIT.search(p.name) for p in paths}
     splits = {p: match and match[1].lower() for p, match in splits.items()}
     named = [p for p in paths if splits[p] == split]
     others = [p for p in paths if split == "train" and splits[p] != "test"]
-    for group, endings in product((named, others), (ROWS, TABLES, PLAIN)):
+    kinds = product((False, True), (named, others), (ROWS, TABLES, PLAIN, JSON))
+    for is_about, group, endings in kinds:
         files = [p for p in group if p.name.lower().endswith(endings) and not p.is_dir()]
-        if chosen := [p for p in files if not ABOUT.match(p.name)] or files:
+        if chosen := [p for p in files if bool(ABOUT.match(p.name)) == is_about]:
             return chosen, [p for p in others or named if p not in chosen]
     return [], others or named
 
@@ -183,10 +204,12 @@ def text_of(source: Source, row: Mapping[str, object], place: object) -> Documen
                 return dialogue
             text = plain_text(dialogue)
         except LookupError:
-            columns = ", ".join(map(str, row)) or "none"
-            problem = f"{place}: there is no column {source.column!r}, only {columns}"
-            fix = f"Name one with --column, or give dialogues: {SHAPES}"
-            raise source.error(problem, fix) from None
+            names = (" ".join(str(name).split()) for name in row)
+            names = (name[:LONGEST] + "…" * (len(name) > LONGEST) for name in names)
+            problem = f"{place}: there is no column {source.column!r}, only "
+            where = f"{source.hub}:{source.config or ''}:{source.split or ''}"
+            fix = f"Name one with --column, or as {source.path or where}:COLUMN, or give dialogues"
+            raise source.error(problem + (", ".join(names) or "none"), fix) from None
         except DialogueError as error:
             raise source.error(f"{place}: {error.problem}", error.fix) from None
     if text is None:
@@ -214,24 +237,27 @@ def is_parted(source: Source, split: str) -> bool:
 
 
 def _local(text: str, flag: str, column: str) -> Source | None:
-    path = Path(text).expanduser()
-    if PART.search(text) and not path.exists():
-        source = _local(PART.sub("", text), flag, column)
-        return source and replace(source, text=text, parted=not has_test(source))
-    if path.is_dir():
-        files, _ = folder_files(path, "train")
-        draw = JOINED if any(p.name.lower().endswith(PLAIN) for p in files) else ONCE
-        return Source(text, flag, path.resolve().name, path=path, column=column, draw=draw)
+    path, parts = local_name(text) or (Path(text.partition(":")[0]), None)
     ending = next((e for e in FILES if path.name.lower().endswith(e)), None)
-    if path.exists():
-        if not path.is_file() or not ending:
-            fix = f"Give one of {', '.join(FILES)}"
-            raise UserError(f"{flag} {text}", "its type is unknown", fix)
-        name, draw = path.name[: -len(ending)], JOINED if ending in PLAIN else ONCE
-        return Source(text, flag, name, path=path, column=column, draw=draw)
-    if ending or text.startswith(("/", ".", "~")) or text.count("/") > 1:
-        raise UserError(f"{flag} {text}", "no such file or folder exists", "Check the path")
-    return None
+    if parts is None:
+        if ending or text.startswith(("/", ".", "~")) or text.count("/") > 1:
+            raise UserError(f"{flag} {text}", "no such file or folder exists", "Check the path")
+        return None
+    if path.is_dir():
+        name, files = path.resolve().name, folder_files(path, "train")[0]
+    elif path.is_file() and ending:
+        name, files = path.name[: -len(ending)], [path]
+    else:
+        fix = f"Give one of {', '.join(FILES)}"
+        raise UserError(f"{flag} {text}", "its type is unknown", fix)
+    is_plain = any(file.name.lower().endswith(PLAIN) for file in files)
+    columns = [part for part in parts if part and part not in PARTS]
+    if wrong := columns[not is_plain :]:
+        fix = "Name one column of rows, which plain text lacks"
+        raise UserError(f"{flag} {text}", f"it has no column {wrong[0]!r}", fix)
+    options = dict(column=(columns or [column])[0], draw=JOINED if is_plain else ONCE)
+    source = Source(text, flag, ":".join([name, *columns]), path=path, **options)
+    return replace(source, parted=not {*PARTS}.isdisjoint(parts) and not has_test(source))
 
 
 def _built_in(text: str, flag: str) -> Source | None:

@@ -100,7 +100,7 @@ class Template:
 
     def _error(self, problem: str) -> UserError:
         return UserError(
-            self.name, f"its chat template {problem}", "Repair it, or add --no_chat_template"
+            self.name, f"its chat template {problem}", "Repair it, or add {--no_chat_template}"
         )
 
 
@@ -130,14 +130,14 @@ def writes_date(tokenizer: PreTrainedTokenizerBase) -> bool:
 
 def template_of(tokenizer: PreTrainedTokenizerBase) -> Template:
     """Return the template of a tokenizer. Raises UserError if it has no working one."""
-    name = f"--model {tokenizer.name_or_path}"
+    name = f"{{--model}} {tokenizer.name_or_path}"
     try:
         template = tokenizer.get_chat_template()
     except ValueError:
         raise UserError(
             name,
             "its tokenizer has no chat template, which dialogues require",
-            "Give plain text, or add --no_chat_template",
+            "Give plain text, or add {--no_chat_template}",
         ) from None
     return _template(name, template, json.dumps(tokenizer.special_tokens_map))
 
@@ -200,9 +200,9 @@ def sample_of_dialogue(tokenizer: PreTrainedTokenizerBase, dialogue: Dialogue) -
     text, spans = rendered(tokenizer, dialogue.messages, tools=dialogue.tools)
     encoding = tokenizer(text, add_special_tokens=False, verbose=False)
     if not encoding.is_fast:
-        name = f"--model {tokenizer.name_or_path}"
+        name = f"{{--model}} {tokenizer.name_or_path}"
         problem = "its tokenizer has no tokenizer.json, which dialogues require"
-        raise UserError(name, problem, "Add --no_chat_template")
+        raise UserError(name, problem, "Name another model, or add {--no_chat_template}")
     starts, ends = torch.tensor(encoding[0].offsets, dtype=torch.long).view(-1, 2).T
     ids, empty = torch.tensor(encoding.input_ids, dtype=torch.long), 0
     mask = torch.zeros(len(starts), dtype=torch.bool)

@@ -136,7 +136,7 @@ def _cut_windows(
         problem = f"its text fills {n_windows} of 2 training windows of {spec.seqlen} tokens, and "
         problem += f"the longest document has {longest}"
         fits = max(longest // 2, sum(lengths) // 6)
-        raise TextTooShort.of(corpus, problem, "Use a smaller --seqlen, or give more text", fits)
+        raise TextTooShort.of(corpus, problem, "Use a smaller {--seqlen}, or give more text", fits)
     wanted = n_held
     if n_windows < share + n_held:
         wanted = min(n_held, max(1, int(HELD_OUT_SHARE * n_windows)))

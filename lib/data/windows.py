@@ -321,7 +321,7 @@ def test_set(
         if not cut:
             problem = f"no window of {spec.seqlen} tokens has a question with its answer"
             problem += ", or the chat template rejects all test dialogues"
-            raise source.error(problem, "Give others, or a larger --seqlen")
+            raise source.error(problem, "Give others, or a larger {--seqlen}")
         count = len(cut)
         windows = join([cut[number] for number in spread(count, most)])
         documents, counted = windows.documents, windows.counted[:, :-1]
@@ -362,7 +362,7 @@ def _text_windows(
     count = len(ids) // step
     if not count:
         problem = f"the test text has {len(ids)} tokens, less than one window of {step}"
-        fix = f"Use --seqlen {len(ids)} or less" if len(ids) > 1 else "Give a longer text"
+        fix = f"Use {{--seqlen}} {len(ids)} or less" if len(ids) > 1 else "Give a longer text"
         raise TextTooShort.of(corpus, problem, fix, len(ids))
     each_token = ids, sizes[first:], sizes.cumsum(0)[first:]
     cut = (each[: count * step].view(count, step) for each in each_token)

@@ -16,7 +16,7 @@ from typing import Any
 from huggingface_hub import EvalResult, ModelCard, ModelCardData, hf_hub_download, metadata_load
 from yaml import YAMLError
 
-from ..data.sources import BUILT_IN, parse_source
+from ..data.sources import BUILT_IN, local_name, parse_source
 from ..formats.registry import AUTO, GRIDS
 from ..methods.sparsity import SMALLER
 from ..packed.checkpoint import card_lines
@@ -226,7 +226,7 @@ def _command(flags: Mapping[str, Any]) -> str:
 def _public(text: str) -> str:
     """Return a flag's value, but only the last name of a path, with or without a weight."""
     path = text.rpartition("=")[0] or text
-    is_path = Path(path).exists() or path.startswith(("/", ".", "~")) or path.count("/") > 1
+    is_path = local_name(path) or path.startswith(("/", ".", "~")) or path.count("/") > 1
     return text.rstrip("/").rpartition("/")[2] if is_path else text
 
 

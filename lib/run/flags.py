@@ -175,8 +175,8 @@ GROUPS: dict[str, list[Flag]] = {
          set_by=SWEEP, has_column=True),
     Flag("seqlen", "read", "tokens per calibration or test window", parse=WINDOW,
          metavar="TOKENS", shown="the model's limit, at most 4096"),
-    Flag("column", "read", "column that holds the texts", "text", metavar="NAME",
-         decides=CONTENT),
+    Flag("column", "read", "column that holds the texts, where SOURCE:COLUMN names no other",
+         "text", metavar="NAME", decides=CONTENT),
     Flag("bos", "read", "start windows with BOS; auto: if the dense model needs it; never: as "
          "published", "auto", choices=("auto", "never")),
     Flag("no_chat_template", "read", "read dialogues as plain text, without the chat template",

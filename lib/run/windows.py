@@ -85,7 +85,7 @@ def default_tests(sources: Sequence[Source]) -> list[str]:
     names = [source.text for source in sources if has_test(source)]
     for source in sources if not names else ():
         if source.split:
-            raise source.error("it has no test text", "Name one with --eval_data")
+            raise source.error("it has no test text", "Name one with {--eval_data}")
         if source.text not in PUBLISHED:
             names.append(PART.sub("", source.text) + ":test" if source.path else source.text)
     return list(dict.fromkeys(names)) or ["ubertext"]

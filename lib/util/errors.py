@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import re
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 
 PACKAGE = __name__.partition(".")[0]  # lib in a checkout, langprune once installed
 OUT_OF_MEMORY = "can't allocate memory", "_STATUS_ALLOC_FAILED"  # in errors of torch and cuBLAS
 FIELD = re.compile(r"\{--(\w+)\}")
+OR = ", or "  # between the ways out
+_front_ends: list[tuple[str, dict[str, str | None]]] = [("--", {})]  # the last one speaks
 JOINERS = "\u200c\u200d"  # invisible, but needed for spelling in Persian and Indic scripts
 
 
@@ -21,16 +23,13 @@ class UserError(ValueError):
     `what: problem. fix.` without a traceback (unless `--debug`) and exits with status 1.
 
     Where other front ends have their own word for a flag of main.py, a message names its field, as
-    in "Give fewer {--nsamples}", and the front end says its word (`fields_named`).
+    in "Give fewer {--nsamples}", and the front end says its word (`fields_named`). Ways out
+    are joined by ", or ", so that those with a flag that it lacks can be left out.
     """
 
     def __init__(self, what: str, problem: str, fix: str) -> None:
         super().__init__(what, problem, fix)  # all three, so that another process can unpickle it
-        self.name_fields("--", {})
-
-    def name_fields(self, prefix: str, names: Mapping[str, str]) -> None:
-        """Name each field by its word in `names`, or else by prefix and field."""
-        self.what, self.problem, self.fix = (spelled(each, prefix, names) for each in self.args)
+        self.what, self.problem, self.fix = map(spelled, self.args)
 
     def __str__(self) -> str:
         return f"{self.what}: {self.problem}." + f" {self.fix}." * bool(self.fix)
@@ -42,18 +41,22 @@ class UserError(ValueError):
 
 
 @contextmanager
-def fields_named(prefix: str = "--", **names: str) -> Iterator[None]:
-    """Let an error raised inside name fields by these words: `calibration_data="--data"`."""
+def fields_named(prefix: str = "--", **names: str | None) -> Iterator[None]:
+    """Let messages made inside name fields by these words, `calibration_data="--data"`, or else by
+    prefix and field. None is for a flag that the front end lacks."""
+    _front_ends.append((prefix, names))
     try:
         yield
-    except UserError as error:
-        error.name_fields(prefix, names)
-        raise
+    finally:
+        _front_ends.pop()
 
 
-def spelled(text: str, prefix: str = "--", names: Mapping[str, str] | None = None) -> str:
-    """Return a text with a word for each field in it; by default main.py's flag."""
-    return FIELD.sub(lambda it: (names or {}).get(it[1], prefix + it[1]), text)
+def spelled(text: str) -> str:
+    """Return a text with the front end's word for each field; by default main.py's flag."""
+    prefix, names = _front_ends[-1]
+    words = {field: names.get(field, prefix + field) for field in FIELD.findall(text)}
+    ways = [way for way in text.split(OR) if all(words[each] for each in FIELD.findall(way))]
+    return FIELD.sub(lambda it: words[it[1]], OR.join(ways))
 
 
 class RunWarning(UserWarning):
@@ -77,10 +80,11 @@ def first_of(names: list[str]) -> str:
     return ", ".join(names[:3]) + more
 
 
-def hub_problem(error: Exception, kind: str) -> tuple[str, str] | None:
+def hub_problem(error: Exception, kind: str, tried: str = "") -> tuple[str, str] | None:
     """Return `problem` and `fix` for an error of the Hub's client; None for any other.
 
-    `kind` is the kind of the missing object: `model` or `dataset`.
+    `kind` is the kind of the missing object: `model` or `dataset`. `tried`: what is said before
+    that the Hub cannot be reached.
     """
     from huggingface_hub.errors import (
         GatedRepoError,
@@ -100,7 +104,7 @@ def hub_problem(error: Exception, kind: str) -> tuple[str, str] | None:
     if isinstance(error, (HTTPError, ConnectionError, TimeoutError)):  # offline mode too
         local = "folder" if kind == "model" else "file or folder of texts"
         fix = f"Check the network, or give a local {local}"
-        return f"the Hub cannot be reached ({first_line(error)})", fix
+        return f"{tried}the Hub cannot be reached ({first_line(error)})", fix
     return None
 
 

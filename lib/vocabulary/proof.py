@@ -20,12 +20,12 @@ LINES_NAME = "lines in many scripts"
 def texts_to_compare(
     corpora: Iterable[Corpus], text_of: Callable[[Document], str]
 ) -> dict[str, list[str]]:
-    """Return texts by name: lines in many scripts with their letters, then the test documents."""
-    tests = {LINES_NAME: [*LINES, *(c for line in LINES for c in line)]}
+    """Return texts by name: the test documents, then lines in many scripts with their letters."""
+    tests = {}
     for corpus in corpora:
         documents = islice(corpus.documents("test"), MANY)
         tests[corpus.source.name] = [text_of(document) for document in documents]
-    return tests
+    return tests | {LINES_NAME: [*LINES, *(c for line in LINES for c in line)]}
 
 
 def held_out(tests: dict[str, list[str]]) -> list[str]:

@@ -40,7 +40,7 @@ SHAPES = [
 ]
 OF_USER = dict(role="user", content="a")
 WRONG = [
-    ({"words": "a"}, "dialogues: messages or conversation (role, content), "),
+    ({"words": "a"}, "only words. Name one with --column, "),
     ({"messages": [OF_USER | {"role": "narrator"}]}, "the role 'narrator'"),
     ({"messages": ["a"]}, "the role None"),
     ({"messages": [OF_USER | {"role": ["user"]}]}, "the role ['user']"),

@@ -25,10 +25,12 @@ from lib.data.sources import (
     JOINED,
     ONCE,
     has_test,
+    is_in_path,
     parse_source,
     parse_sources,
 )
 from lib.run.windows import same_texts
+from lib.util.errors import UserError, fields_named
 
 FLAG = "--calibration_data"
 UBERTEXT = "mshamrai/lang-pruning-uk-uber-text-2"
@@ -79,6 +81,8 @@ def test_names() -> None:
         assert (source.train_file is None) == (text != "c4")
     for name, column in [("o/s", "body"), ("o/s:::own", "own"), ("ubertext", "text")]:
         assert parse_source(name, FLAG, column="body").column == column
+    with fields_named(calibration_data="--data"):  # in warnings too
+        assert str(parse_source("ubertext", "{--calibration_data}")) == "--data ubertext"
     for text in "nothing|wikipedia|wikipedia:|a b|/no/such|./no|../no|a/b/c|no.jsonl|a/b.txt".split(
         "|"
     ):
@@ -103,6 +107,45 @@ def test_local_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert parse_source("owner/name", FLAG).hub is None  # what is there goes before the hub
     Path("c4").mkdir()
     assert parse_source("c4", FLAG).hub and parse_source("./c4", FLAG).path
+
+
+def test_own_columns(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """PATH[:column][:train or :test], beside texts that have another."""
+    monkeypatch.chdir(tmp_path)
+    table = "text;Текст новини;b=c\nодин;два;три\n"
+    Path("owner/name").mkdir(parents=True)
+    for file in ("my.csv", "my.csv:own.csv", "a=b.csv", "owner/name/any.csv"):
+        Path(file).write_text(table)
+    for text, texts, weight in (
+        ("my.csv", ["один"], None),
+        ("my.csv:", ["один"], None),
+        ("my.csv:Текст новини", ["два"], None),
+        ("my.csv:Текст новини=2", ["два"], 2),
+        ("a=b.csv:Текст новини", ["два"], None),
+        ("owner/name:Текст новини", ["два"], None),
+    ):
+        source = parse_source(text, FLAG)
+        assert (read(Corpus(source)), source.weight) == (texts, weight)
+        assert source.text == (text.partition("=")[0] if weight else text)
+    Path("book.txt").write_text("один")
+    assert "no column 'body'" in refused(parse_source, "book.txt:body", FLAG)
+    assert "no column 'c'" in refused(parse_source, "my.csv:b:c", FLAG)
+    assert parse_source("my.csv:own.csv", FLAG).column == "text"  # a whole name goes before
+    assert "own.csv:text: no such file" in refused(parse_source, "t/own.csv:text", FLAG)
+    own, other = parse_sources(["my.csv:Текст новини", "my.csv:text"], FLAG, column="none")
+    assert (own.column, other.column) == ("Текст новини", "text")
+    assert (own.name, other.name) == ("my:Текст новини", "my:text")
+    assert "twice" in refused(parse_sources, ["my.csv", "my.csv:text"], FLAG)
+    assert is_in_path(",", "my.csv:own.csv") and not is_in_path(",", "my.csv:text,my.csv:b")
+    Path("many.jsonl").write_text("".join(f'{{"a": "{n}", "b": "{-n}"}}\n' for n in range(40)))
+    for text in ("many.jsonl:b:test", "many.jsonl:test:b"):
+        held_out = read(text, "test")
+        assert len(held_out) == 4 and held_out + read(text) != read("many.jsonl:b")
+        assert sorted(held_out + read(text)) == sorted(read("many.jsonl:b"))
+    found = named("--prune_method", "wanda", "--calibration_data", "many.jsonl:b")
+    assert [read(each, "test") for each in found.tests] == [held_out]
+    with pytest.raises(UserError, match="no column 'text', only a, b"):
+        read("many.jsonl")
 
 
 def test_weights_and_names_told_apart(tmp_path: Path) -> None:
@@ -144,6 +187,10 @@ READ = [  # name, content, texts; as spreadsheets and their users write them
     ("null.jsonl", NULLS, ["a", "b"]),
     ("null.csv", "id,text\n1,a\n2\n3,b\n4\n", ["a", "b"]),
     ("null.parquet", {"text": ["a", None, "b", None]}, ["a", "b"]),
+    ("a.json", json.dumps([{"text": text} for text in LINES], indent=2), LINES),
+    ("bom.json", '\ufeff\n[{"text": "a"},\n{"text": "b"}]\n', ["a", "b"]),
+    ("lines.json", rows(*LINES), LINES),
+    ("list.jsonl.gz", json.dumps([{"text": text} for text in LINES]), LINES),
 ]  # fmt: skip
 
 
@@ -171,7 +218,14 @@ REFUSED = [  # name, content, what the line holds
         }.items()
     ),
     ("bad.csv", b'text\n"a"b\n', "bad.csv, line 2: "),
-    ("column.csv", "\ufeffid;body\r\n1;a\r\n", "line 2: |id, body|--column"),
+    ("bad.tsv", 'text\tid\na\t1\n"b" c\t2\n', r"line 3: it is not TSV ('\t' expected|Quote"),
+    ("column.csv", "\ufeffid;body\r\n1;a\r\n", "header (the first row)|'text', only id, body"),
+    ("column.csv", 'id,body\n1,"a\nb"\n', "--column|column.csv:COLUMN"),
+    ("none.csv", f"{'слово ' * 99},b\n1,2\n", f"only {('слово ' * 9)[:40]}…, b. "),
+    ("a.json", '[{"text": "a"}, "b"]', "a.json, object 2: it is not an object"),
+    ("a.json", '[{"text": "a"}, {"id": 1}]', "json, object 2: |no column 'text', only id"),
+    ("a.json", '[{"text": "a"}', "a.json: it is not JSON"),
+    ("a.json", '{"rows": [\n{"text": "a"}]}', "a.json, line 1: it is not JSON"),
     ("blank.csv", "id,text\n1\n", "no text"),
     # an unquoted comma would cut the text there
     ("a.csv", "text\nодин\nдва, три, чотири\n", "3 fields, separated by ','|has 1|Quote"),
@@ -246,6 +300,7 @@ def test_files_of_a_folder(tmp_path: Path) -> None:
     for name, content, texts in [
         ("readme.md", "one", ["one"]),
         (".hidden.txt", "none", ["one"]),
+        ("any.json", '[{"text": "json"}]', ["json"]),
         ("b.txt", "two", ["two"]),
         ("c.TXT", "one", ["two\n\none"]),  # as one text
         ("test.txt", "none", ["two\n\none"]),
@@ -260,7 +315,7 @@ def test_files_of_a_folder(tmp_path: Path) -> None:
         put(tmp_path / name, content)
         source = parse_source(str(tmp_path), FLAG)
         assert read(tmp_path) == texts
-        assert source.draw == (ONCE if name.endswith(("v", "l", "gz")) else JOINED)
+        assert source.draw == (ONCE if name.endswith(("v", "l", "gz", "n")) else JOINED)
     assert read(tmp_path, "test") == ["none"] and has_test(source)
 
 
@@ -444,7 +499,9 @@ def test_what_fails_on_the_hub_is_one_line(hub) -> None:
     }.items():
         assert words in refused(check_corpus, corpus(text), "train")
     hub.sets[("owner/name",)] = {"test": {"text": ["a"]}, "train": Breaking()}
-    assert "cannot be reached" in refused(read, "owner/name")
+    assert "no such file or folder is here, and the Hub cannot be reached" in refused(
+        read, "owner/name"
+    )
     for words, error in {
         "cannot be reached (no route)": HTTPError("no route"),
         "it cannot be loaded (x y)": DatasetNotFoundError("x\ny"),
@@ -457,7 +514,8 @@ def test_what_fails_on_the_hub_is_one_line(hub) -> None:
 def test_what_was_downloaded_serves_without_the_hub(hub, tmp_path: Path, monkeypatch) -> None:
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
     hub.unreachable = HTTPError("no route")
-    assert "(no route)" in refused(check_corpus, corpus("ubertext"), "train")
+    line = refused(check_corpus, corpus("ubertext"), "train")
+    assert "ubertext: the Hub cannot be reached (no route)" in line  # no file was meant
     for name in (UBERTEXT, "owner/name"):
         (tmp_path / f"datasets--{name.replace('/', '--')}").mkdir()
         hub.sets[(name,)] = {"train": {"text": ["a"]}}

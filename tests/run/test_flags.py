@@ -11,7 +11,7 @@ import pytest
 from support import ROOT
 
 from lib.run.flags import FLAGS, build_parser, mistakes, named, without
-from lib.util.errors import FIELD, UserError, fields_named
+from lib.util.errors import FIELD, UserError, fields_named, spelled
 
 PUBLISHED = """
 model seed nsamples sparsity_ratio sparsity_type prune_method cache_dir use_variant save save_model
@@ -92,9 +92,26 @@ def test_errors_name_fields() -> None:
     error = UserError("{--nsamples} 3", "{x} has less", "Give fewer {--nsamples} or {--seqlen} 2")
     assert str(error) == "--nsamples 3: {x} has less. Give fewer --nsamples or --seqlen 2."
     with pytest.raises(UserError) as caught, fields_named("", nsamples="windows"):
+        assert spelled("{--nsamples}") == "windows"
         raise error.inside("down")
+    assert spelled("{--nsamples}") == "--nsamples"
     found = pickle.loads(pickle.dumps(caught.value))
     assert str(found) == "down: windows 3: {x} has less. Give fewer windows or seqlen 2."
+
+
+def test_a_front_end_gives_no_advice_that_names_a_flag_it_lacks() -> None:
+    """Messages about texts, which most commands can print, name main.py's own flags as fields."""
+    files = (ROOT / "lib/data").glob("*.py")
+    literals = re.findall(r'"[^"\n]*(?<!\{)--(\w+)', "".join(f.read_text("utf-8") for f in files))
+    assert set(literals) <= {"column", "language"}
+    advice = "Give text, or add {--no_chat_template}, or name {--eval_data}"
+    for names, fix in (
+        (dict(eval_data=None), "Give text, or add --no_chat_template"),
+        (dict(eval_data=None, no_chat_template=None), "Give text"),
+        (dict(eval_data="--data"), "Give text, or add --no_chat_template, or name --data"),
+    ):
+        with fields_named(**names):
+            assert UserError("IN", "it is small", advice).fix == fix
 
 
 def test_a_dense_run_takes_the_rest_of_the_flags() -> None:

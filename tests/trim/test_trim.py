@@ -24,6 +24,7 @@ gguf = pytest.importorskip("gguf")
 pytest.importorskip("xllamacpp")
 
 from lib.commands.trim.__main__ import main  # noqa: E402
+from lib.commands.trim.choosing import rows_line  # noqa: E402
 from lib.gguf.conversion import run_child  # noqa: E402
 from lib.gguf.file import Field, GgufFile, write  # noqa: E402
 from lib.gguf.llama import Llama, dialogues  # noqa: E402
@@ -100,8 +101,9 @@ def test_kept_rows_tokens_and_ids(
     said = capsys.readouterr().out
     if kind == "gpt2":  # as in README
         readme = (ROOT / "README.md").read_text("utf-8")
-        shown = re.search(r"```\n(vocabulary: .*?)```", readme, re.DOTALL)[1]
-        words = [re.sub(r"[+-]?\d[\d,.]*(e-\d+)?", "#", text) for text in (said, shown)]
+        shown = re.search(r"```\n(--data .*?)```", readme, re.DOTALL)[1]
+        printed = said.replace(str(texts), "texts/uk")
+        words = [re.sub(r"[+-]?\d[\d,.]*(e-\d+)?", "#", text) for text in (printed, shown)]
         left_out = "fields left out: tokenizer.huggingface.json\n"
         assert words[0].replace(left_out, "") == words[1]
     kept = check(source, tmp_path / "out.gguf")
@@ -202,7 +204,7 @@ def test_text_is_counted_until_the_list_stops_changing(
     main([str(source), str(tmp_path / "out.gguf"), "--data", str(folder), "--price", "200"])
     said = capsys.readouterr().out
     assert f" of at most {sum(map(len, texts)):,} characters are counted; " in said
-    counted = int(said.partition("uk: ")[2].partition(" of ")[0].replace(",", ""))
+    counted = int(said.partition("\nuk: ")[2].partition(" of ")[0].replace(",", ""))
     encoded = [*map(len, map(Llama(source).encode, texts))]
     assert 5000 < counted / sum(map(len, texts)) * sum(encoded) < 6000  # 1e6 / 200 tokens
     kept = set(json.loads((tmp_path / "out.gguf.vocabulary.json").read_text("utf-8"))["ids"])
@@ -376,8 +378,29 @@ def test_a_dry_run_writes_nothing(
     source = ggufs.model(tmp_path / "in.gguf", "llama")
     main([str(source), str(tmp_path / "out.gguf"), "--data", str(texts), "--dry-run"])
     said = capsys.readouterr().out
-    assert "rows stay" in said and "MB become" in said and "tokens" in said
+    assert "MB become" in said and said.index("uk: ") < said.index("lines in many scripts: ")
     assert [path.name for path in tmp_path.iterdir()] == ["in.gguf"]
+
+
+def test_what_is_read_and_why_rows_stay(
+    texts: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A folder's files, also those left out; and the rows by reason, of which each counts once."""
+    source, own = ggufs.model(tmp_path / "in.gguf", "llama"), tmp_path / "own"
+    shutil.copytree(texts, own)
+    (own / "b.txt").write_text("text")
+    for rows in ([], ["--rows", "448"]):
+        main([str(source), str(tmp_path / "out.gguf"), "--data", str(own), "--dry-run", *rows])
+        said = capsys.readouterr().out
+        (line,) = (line for line in said.splitlines() if line.startswith("--data"))
+        assert line.startswith(f"--data {own}: 2 files, ") and line.endswith("left out: b.txt")
+        stay, why = re.search(r": ([\d,]+) of [\d,]+ rows stay: (.*?); ", said).groups()
+        counts = [each.replace(",", "").split()[0] for each in [stay, *why.split(", ")]]
+        assert int(counts[0]) == sum(map(int, counts[1:])) > 0 and len(counts) == 4
+    few = dict(rows=64, rows_before=99, used=80, kept_for=(20, 10, 33))
+    said = "64 of 99 rows stay: 20 of the 80 that the texts use, 10 required or parts of others, "
+    said += "33 likely (more text tells which are needed), 1 without a token"
+    assert rows_line(few) == said
 
 
 @pytest.mark.parametrize("same", [True, False, None])

@@ -20,10 +20,11 @@ from ...data.documents import Corpus, check_corpus
 from ...data.sources import parse_sources
 from ...gguf import INSTALL, check_new, types
 from ...util.cli import make_parser
-from ...util.errors import UserError
+from ...util.errors import UserError, fields_named
 from ...util.files import check_writable
 
 
+@fields_named(model="IN", eval_data=None, no_chat_template=None)
 def main(arguments: list[str]) -> None:
     args = _parser().parse_args(arguments)
     args.type = args.type and args.type.lower()

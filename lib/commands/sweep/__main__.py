@@ -25,7 +25,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from ...data.sources import mixture_name, parse_sources
+from ...data.sources import is_in_path, mixture_name, parse_sources
 from ...methods.registry import METHODS, WITHOUT_NEURONS, label
 from ...methods.sparsity import NEURONS, SMALLER, TYPES
 from ...run.flags import FLAGS, METHOD, build_parser, check_flags, named, without
@@ -78,7 +78,7 @@ def plan(args: argparse.Namespace, passed_on: Sequence[str]) -> dict[str, list[s
             parser.error(str(UserError(f"{flag} after '--'", *SET_BY_SWEEP)))
     varied = [_values(given, passed_on) for given in args.vary]
     check_writable("--out", args.out)
-    mixtures = [[one] if Path(one).exists() else one.split(",") for one in args.calibration]
+    mixtures = [[one] if is_in_path(",", one) else one.split(",") for one in args.calibration]
     parsed = [parse_sources(parts, "--calibration", mixture=True) for parts in mixtures]
     sources = [source for mixture in parsed for source in mixture]
     names = _names(args.calibration, [mixture_name(mixture) for mixture in parsed])

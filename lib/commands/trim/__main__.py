@@ -19,7 +19,7 @@ from pathlib import Path
 
 from ...run.flags import MULTIPLES, SHARE
 from ...util.cli import make_parser, typed
-from ...util.errors import UserError, one_line
+from ...util.errors import UserError, fields_named, one_line
 from ...util.files import check_writable
 from ...vocabulary.choice import MULTIPLE, PRICE
 from .choosing import NotWorthIt, add_text_flags
@@ -34,6 +34,7 @@ EXAMPLES = """examples:
 NOT_WORTH_IT = 3  # exit status where --most_cost is given
 
 
+@fields_named(model="IN", eval_data=None, no_chat_template=None)
 def main(arguments: list[str]) -> None:
     args = _parser().parse_args(arguments)
     check_writable("OUT", str(Path(args.out).absolute().parent))

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from ...data.chats import Document, plain_text
-from ...data.documents import Corpus, check_corpus
+from ...data.documents import Corpus, check_corpus, read_line
 from ...data.languages import language_text
 from ...data.sources import has_test, parse_source, parse_sources
 from ...gguf.llama import INSTALL
@@ -54,7 +54,8 @@ def corpora_of(
 ) -> list[Corpus]:
     """Return the texts that --language and --data name; a tenth of a file is held out.
 
-    Raises UserError if one cannot be read, and if one of the packages `needed` is missing.
+    Prints a line on the files of each folder. Raises UserError if one cannot be read, and if one of
+    the packages `needed` is missing.
     """
     if missing := [name for name in needed if find_spec(name) is None]:
         raise UserError(f"IN {args.source}", f"{missing[0]} is not installed", f"Run {INSTALL}")
@@ -64,6 +65,8 @@ def corpora_of(
     corpora = [Corpus(each, bool(each.path) and not has_test(each)) for each in sources]
     for corpus in corpora:
         check_corpus(corpus, "train")
+        if corpus.source.path and corpus.source.path.is_dir():
+            print(read_line(corpus, "train", "test"), flush=True)
     return corpora
 
 
@@ -124,7 +127,25 @@ def choose_by_text(
         raise UserError(f"--rows {args.rows}", problem, f"Give at least {least}")
     reasons = {reason: sorted(ids) for reason, ids in vocabulary.reasons.items()}
     record = {"used": choice.used, "likely": choice.likely, "rise": choice.rise}
+    used = {index for index in choice.ids if counts[0][index]}
+    needed: set[int] = set()
+    for index in used | vocabulary.required:
+        needed |= vocabulary.with_parts(index, needed)
+    record["kept_for"] = len(used), len(needed - used), len(choice.ids) - len(needed)
     return choice, record | {"required": reasons}
+
+
+def rows_line(record: Mapping[str, Any]) -> str:
+    """Return how many rows stay and, if texts chose them, by which reason; each counts once."""
+    line = "{rows:,} of {rows_before:,} rows stay".format(**record)
+    if "kept_for" not in record:
+        return line
+    used, required, likely = record["kept_for"]
+    of = f" of the {record['used']:,}" * (used < record["used"])
+    line += f": {used:,}{of} that the texts use, {required:,} required or parts of others, "
+    line += f"{likely:,} likely" + " (more text tells which are needed)" * (likely > used)
+    empty = record["rows"] - used - required - likely
+    return line + f", {empty:,} without a token" * bool(empty)
 
 
 def read_kept(

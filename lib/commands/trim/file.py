@@ -38,6 +38,7 @@ from .choosing import (
     prompts_of,
     read_kept,
     require_prompts_,
+    rows_line,
     text_reader,
 )
 
@@ -205,14 +206,10 @@ def _size(file: GgufFile, fields: dict[str, Field], tensors: Sequence[Tensor]) -
 
 
 def _print_sizes(record: dict[str, Any]) -> None:
-    used = ""
-    if "used" in record:
-        used = f"; the texts use {record['used']:,}, likely are {record['likely']:,}"
     megabytes = "{:,.1f} MB become {:,.1f}".format(
         *(record[name] / 1e6 for name in ("bytes_before", "bytes"))
     )
-    rows = f"{record['rows']:,} of {record['rows_before']:,} rows stay"
-    print(f"vocabulary: {rows}{used}; {megabytes}", flush=True)
+    print(f"vocabulary: {rows_line(record)}; {megabytes}", flush=True)
 
 
 @contextmanager

@@ -49,6 +49,7 @@ from .choosing import (
     prompts_of,
     read_kept,
     require_prompts_,
+    rows_line,
     text_reader,
 )
 from .parts import LIST, Fast, ModelFiles, Part
@@ -81,7 +82,7 @@ def trim_folder(args: argparse.Namespace) -> None:
         is_local = Path(args.source).exists()
         part.record["model"] = source.folder.name if is_local else args.source
         of = f" of {part.folder.relative_to(source.folder)}" * (len(source.parts) > 1)
-        print(f"vocabulary{of}: {_summary(part.record)}", flush=True)
+        print(f"vocabulary{of}: {rows_line(part.record)}", flush=True)
         tests = texts_to_compare(corpora, text_of)
         smaller.append(compare_tokenizers(part, tests))
     if args.dry_run:
@@ -182,12 +183,6 @@ def _row_order(
     used = set(order)
     dropped = (i for i in range(rows - 1, -1, -1) if i not in used)
     return [i if i < rows else next(dropped, rows - 1) for i in order]
-
-
-def _summary(record: dict[str, Any]) -> str:
-    rows = "{rows:,} of {rows_before:,} rows stay".format(**record)
-    used = "; the texts use {used:,}, likely are {likely:,}"
-    return rows + (used.format(**record) if "used" in record else "")
 
 
 def compare_tokenizers(part: Part, tests: dict[str, list[str]]) -> PreTrainedTokenizerBase:
