@@ -106,7 +106,11 @@ class GgufFile:
 
     @property
     def alignment(self) -> int:
-        return self.value("general.alignment", 32)
+        field = self.fields.get("general.alignment", Field(UINT32, 32))
+        if field.kind != UINT32 or field.value.bit_count() != 1:
+            problem = f"general.alignment {self.value('general.alignment')} is no power of two"
+            raise UserError(self.what, problem, "Download it again")
+        return field.value
 
     def _read(self, path: Path) -> None:
         with path.open("rb") as file:
@@ -153,6 +157,8 @@ def _decode(data: mmap.mmap, at: int, kind: int) -> tuple[Any, int]:
         value = data[at + 8 : end]
     elif kind == ARRAY:
         of, count = struct.unpack_from("<IQ", data, at)
+        if of == ARRAY:  # llama.cpp reads none, and a damaged file may nest thousands
+            raise struct.error
         end = at + 12
         if of in SCALARS:
             value = np.dtype(SCALARS[of]).newbyteorder("<")
