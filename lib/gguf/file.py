@@ -211,15 +211,23 @@ def header(fields: Mapping[str, Field], tensors: Sequence[Tensor], alignment: in
     return b"".join([*parts, b"\0" * (-size % alignment)])
 
 
+def contents(
+    fields: Mapping[str, Field], tensors: Sequence[Tensor], alignment: int
+) -> Iterator[tuple[str, Any]]:
+    """Yield all bytes of a new file in parts, after the name of what they hold."""
+    yield "its header", header(fields, tensors, alignment)
+    for tensor in tensors:
+        for part in tensor.parts():
+            yield tensor.name, np.ascontiguousarray(part).data
+        yield tensor.name, b"\0" * (-tensor.size % alignment)
+
+
 def write(
     path: Path, fields: Mapping[str, Field], tensors: Sequence[Tensor], alignment: int = 32
 ) -> Iterator[int]:
     """Write a file, wait until it is on the disk, and yield the bytes of each step."""
     with path.open("wb") as file:
-        yield file.write(header(fields, tensors, alignment))
-        for tensor in tensors:
-            for part in tensor.parts():
-                yield file.write(np.ascontiguousarray(part).data)
-            file.write(b"\0" * (-tensor.size % alignment))
+        for _, part in contents(fields, tensors, alignment):
+            yield file.write(part)
         file.flush()
         os.fsync(file.fileno())

@@ -179,37 +179,14 @@ class Llama:
                 return text.raw[:n]
             size = -n
 
-    def logits(self, windows: Sequence[Sequence[int]]) -> Iterator[tuple[int, int, np.ndarray]]:
+    def logits(
+        self, windows: Sequence[Sequence[int]], vectors: bool = False
+    ) -> Iterator[tuple[int, int, np.ndarray]]:
         """Yield logits (tokens, rows) of PART tokens at a time, after window and first token.
 
-        The array is overwritten at the next step.
-        """
-        for context, number, begin, count in self._computed(windows):
-            values = self.llama.llama_get_logits(context)
-            yield number, begin, np.ctypeslib.as_array(values, (count, self.rows))
-
-    def vectors(self, windows: Sequence[Sequence[int]]) -> Iterator[np.ndarray]:
-        """Yield the vectors of each window of at most PART tokens: the one by the file's pooling,
-        (1, width), or the scores of a reranker; without pooling those of all tokens."""
-        for context, _, _, count in self._computed(windows, vectors=True):
-            pooling, rows = self.llama.llama_pooling_type(context), 1
-            values = self.llama.llama_get_embeddings_seq(context, 0)
-            if pooling == UNPOOLED:
-                values, rows = self.llama.llama_get_embeddings(context), count
-            if not values:
-                raise ValueError("llama.cpp computes no vector for it")
-            width = self.llama.llama_model_n_embd_out(self.model)
-            if pooling == RANKING:
-                width = self.llama.llama_model_n_cls_out(self.model)
-            yield np.ctypeslib.as_array(values, (rows, width)).copy()
-
-    def _computed(
-        self, windows: Sequence[Sequence[int]], vectors: bool = False
-    ) -> Iterator[tuple[Any, int, int, int]]:
-        """Compute PART tokens at a time: yield the context, window, first token and their number.
-
         Keys and values are kept in 32 bits, and attention is not fused, so results are as exact as
-        the file allows.
+        the file allows. The array is overwritten at the next step. `vectors`: those of an embedder
+        instead.
         """
         fields = dict(n_ctx=max(map(len, windows)), flash_attn_type=DISABLED)
         params, known = _parameters("context", **fields, type_k=F32, type_v=F32)
@@ -229,9 +206,22 @@ class Llama:
                     batch = _Batch(len(ids), ids.ctypes.data, logits=outputs.ctypes.data)
                     if status := self.llama.llama_decode(context, batch):
                         raise ValueError(f"llama.cpp cannot compute a window (status {status})")
-                    yield context, number, begin, len(ids)
+                    values, shape = self.llama.llama_get_logits(context), (len(ids), self.rows)
+                    if vectors:
+                        values, shape = self._vectors(context, len(ids))
+                    yield number, begin, np.ctypeslib.as_array(values, shape)
         finally:
             self.llama.llama_free(context)
+
+    def _vectors(self, context: _Pointer, count: int) -> tuple[Any, tuple[int, int]]:
+        """Return the vector (1, width) of the last `count` tokens by the file's pooling, the scores
+        of a reranker, or without pooling the vectors of all tokens, and their shape."""
+        width, pooling = self.llama.llama_model_n_embd_out, self.llama.llama_pooling_type(context)
+        if pooling == UNPOOLED:
+            return self.llama.llama_get_embeddings(context), (count, width(self.model))
+        if pooling == RANKING:
+            width = self.llama.llama_model_n_cls_out
+        return self.llama.llama_get_embeddings_seq(context, 0), (1, width(self.model))
 
 
 def threads() -> int:

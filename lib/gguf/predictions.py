@@ -21,6 +21,7 @@ from .conversion import Aborted, run_child
 from .file import GgufFile
 from .llama import Llama, normalizers
 
+NOT_CAUSAL = ("t5", "bert")  # kinds of vocabulary whose models predict no next token
 WINDOW = 500  # tokens of a passage at most
 ROOM = 12  # positions for the tokens that begin and end a text
 # largest difference of log-probabilities, relative to their standard deviation; llama.cpp computes
@@ -31,8 +32,7 @@ LIMIT, ODD_LIMIT, STEP = 1e-6, 1e-4, 8
 class Predictions:
     """What llama.cpp computes by both files on passages of `texts`, in the new `folder`.
 
-    `tokenizers` are those of IN and OUT; `kept` (rows,) has the row in IN of each of OUT's. A model
-    that neither `predicts` a next token nor embeds texts is not run.
+    `tokenizers` are those of IN and OUT; `kept` (rows,) has the row in IN of each of OUT's.
     """
 
     def __init__(
@@ -42,46 +42,36 @@ class Predictions:
         kept: list[int],
         texts: list[str],
         folder: Path,
-        predicts: bool,
     ) -> None:
-        self.file, self.kept, self.has_text = file, kept, bool(texts)
-        self.limit = ODD_LIMIT if tokenizers[0].rows % STEP else LIMIT
+        self.file, self.kept, self.texts = file, kept, texts
         self.expected, self.found = folder / "expected.npy", folder / "found.npy"
         name = file.value("general.architecture", "")
         pooled = file.value(f"{name}.pooling_type", 0) > 0
         self.embeds = pooled or not file.value(f"{name}.attention.causal", True)
-        self.runs = predicts or self.embeds
         weights = sum(math.prod(tensor.shape) for tensor in file.tensors)
-        encode = [each.encode_all for each in tokenizers]
         window = min(WINDOW, file.value(f"{name}.context_length", WINDOW + ROOM) - ROOM)
-        self.pieces = pieces_of(texts, weights, window, *encode)
+        pieces = pieces_of(texts, weights, window, *(each.encode_all for each in tokenizers))
         before, after = tokenizers
-        self.own = [[before.first, *piece.before] for piece in self.pieces]
-        self.new = [[after.first, *piece.after] for piece in self.pieces]
-        if self.embeds:  # which begins and ends a text by the file's fields
-            self.own, self.new = (
-                [each.encode(piece.text, whole=True).tolist() for piece in self.pieces]
-                for each in tokenizers
-            )
-        self.mapped = [[kept[index] for index in ids] for ids in self.new]
-        self.places = places_in(self.new)
+        self.pieces, self.own = pieces, [[before.first, *piece.before] for piece in pieces]
+        self.new = [[after.first, *piece.after] for piece in pieces]
+        self.places, self.limit = places_in(self.new), ODD_LIMIT if before.rows % STEP else LIMIT
+        if self.embeds:  # bit for bit, and begun and ended by the file's fields
+            self.own, self.places, self.limit = [], [], 0
+            self.new = [after.encode(piece.text, whole=True).tolist() for piece in pieces]
 
     def measure(self) -> dict[str, Any]:
         """Run IN, and return the record of the cost, or the `reason` why it was not measured."""
-        if not self.runs or not self.pieces:
-            return {"reason": "it predicts no next token" if self.pieces else "no text has tokens"}
+        reason, answer = "an embedder predicts no next token" if self.embeds else "", {}
+        if not self.embeds and self.file.value("tokenizer.ggml.model") in NOT_CAUSAL:
+            return {"reason": "it predicts no next token"}
+        mapped = [[self.kept[index] for index in ids] for ids in self.new]
         try:
-            answer = self._run("IN", self.file.paths[0], self.own, self.mapped, self.kept)
+            answer = self._run(self.file.paths[0], self.own, mapped, self.kept, self.expected)
         except UserError as error:
-            return {"reason": error.problem}
-        if "reason" in answer:
-            return answer
-        if self.embeds:
-            return {"reason": "an embedder predicts no next token"}
-        if not self.has_text:
-            return {"reason": "no test text is given"}
-        losses = [np.array(answer[name]) for name in ("own", "mapped")]
-        return record_cost(self.pieces, *losses)
+            reason = error.problem
+        if reason := answer.get("reason") or reason or "no test text is given" * (not self.texts):
+            return {"reason": reason}
+        return record_cost(self.pieces, *(np.array(answer[name]) for name in ("own", "mapped")))
 
     def verify(self, out: Path) -> dict[str, Any]:
         """Run OUT if IN could be run, print a line and return a record, {} if nothing was compared.
@@ -90,80 +80,51 @@ class Predictions:
         """
         if not self.expected.is_file():
             return {}
+        rows, what, fix = [*range(len(self.kept))], f"OUT {out.name}", "Please report this"
         try:
-            answer = self._run("OUT", out, [], self.new, [*range(len(self.kept))])
+            answer = self._run(out, [], self.new, rows, self.found)
         except Aborted as error:
             answer = {"reason": error.problem}
         except UserError as error:  # of memory or time, which say nothing on OUT
             return {"unproven": error.problem}
-        what, fix = f"OUT {out.name}", "Please report this"
         if "reason" in answer:
             raise UserError(what, f"IN runs, and it does not ({answer['reason']})", fix)
         expected, found = np.load(self.expected), np.load(self.found)
-        if self.embeds:
-            if not np.array_equal(expected, found):
-                raise UserError(what, "vectors of the same tokens differ", fix)
-            alike = sum(map(list.__eq__, self.own, self.mapped))
-            print(
-                f"vectors of {len(self.pieces)} passages, by OUT's tokens: equal to IN's bit for "
-                f"bit; {alike} of the passages have these tokens in IN"
-            )
-            return {"vectors": len(self.pieces), "alike": alike}
-        distance = float((np.abs(found - expected) / expected.std(-1, keepdims=True)).max())
+        distance = float(np.abs(found - expected).max() / expected.std())
         if not distance <= self.limit:
-            problem = f"log-probabilities differ by {distance:.2g} of their spread"
-            raise UserError(what, problem, fix)
-        print(
+            name = "vectors" if self.embeds else "log-probabilities"
+            raise UserError(what, f"{name} differ by {distance:.2g} of their spread", fix)
+        line = (
             f"log-probabilities after {len(found)} beginnings, {found.size:,} values: at most "
             f"{distance:.1g} of their spread apart, after one constant each"
         )
-        return {"distance": distance, "beginnings": len(found)}
+        if self.embeds:
+            line = f"vectors of {len(self.new)} passages, by OUT's tokens: IN's bit for bit"
+        print(line)
+        return {"distance": distance, "beginnings": len(self.places or self.new)}
 
     def missing(self, record: Mapping[str, Any]) -> str:
         """Return what a `record` of both methods has not verified."""
-        what = "vectors" if self.embeds else "predictions"
-        if "unproven" in record:
-            return f"{what} of OUT ({record['unproven']}); trim IN OUT --verify proves it"
-        if not {"distance", "vectors"} & record.keys():
-            return f"{what}{' and cost' * (not self.embeds)} ({record['reason']})"
-        longest = f"texts past {max(map(len, self.own))} tokens"
+        what, reason = "predictions", record.get("unproven") or record.get("reason")
+        if "distance" in record:
+            what = f"texts past {max(map(len, self.new))} tokens, answers of the model"
         if self.embeds:
-            return longest
-        unmeasured = f"cost ({record['reason']}), " if "reason" in record else ""
-        return f"{unmeasured}{longest}, answers of the model"
+            return f"vectors ({reason})" if "distance" not in record else what.partition(",")[0]
+        return f"{what}{' and cost' * ('reason' in record)}" + f" ({reason})" * bool(reason)
 
     def _run(
-        self, of: str, path: Path, own: list[list[int]], windows: list[list[int]], rows: list[int]
+        self, path: Path, own: list[list[int]], windows: list[list[int]], rows: list[int], to: Path
     ) -> dict[str, Any]:
-        """Let llama.cpp compute a file's values, and return the losses or a `reason`.
-
-        Raises UserError if memory is short, or the child process fails.
-        """
-        size, values = self.file.size, self.expected if of == "IN" else self.found
+        """Call `values_of` in a child process. Raises UserError if it fails, or memory is short."""
+        what, size = f"predictions of {path.name}", self.file.size
         if 1.5 * size > available():  # llama.cpp maps the file, and may repack its weights
-            raise UserError(of, f"memory for {gib(size)} is short", "Free some")
-        given = dict(path=str(path), windows=windows, values=str(values))
-        given["size"] = 10 * size  # the time limit allows for a reading
-        if self.embeds:
-            return run_child(f"vectors of {of}", vectors_of, **given)
-        given |= dict(own=own, places=self.places, rows=rows)
-        return run_child(f"predictions of {of}", losses_of, **given)
+            raise UserError(what, f"memory for {gib(size)} is short", "Free some")
+        given = dict(path=str(path), own=own, windows=windows, places=self.places, rows=rows)
+        # the time limit allows for a reading
+        return run_child(what, values_of, size=10 * size, **given, values=str(to))
 
 
-def vectors_of(path: str, windows: list[list[int]], values: str) -> dict[str, Any]:
-    """Write the vectors of windows to the file `values`, and return {}, or a `reason`."""
-    try:
-        with closing(Llama(path)) as model:
-            found = np.concatenate([*model.vectors(windows)])
-    except ValueError as error:
-        return {"reason": str(error)}
-    if not (np.isfinite(found).all() and found.any()):
-        return {"reason": "its vectors are not finite, or 0"}
-    np.save(values, found)
-    return {}
-
-
-def losses_of(
+def values_of(
     path: str,
     own: list[list[int]],
     windows: list[list[int]],
@@ -173,13 +134,17 @@ def losses_of(
 ) -> dict[str, Any]:
     """Return the losses in nats of windows by IN's `own` tokens, and by OUT's, or a `reason`.
 
-    Writes the log-probabilities among the `rows` at `places` of the latter to the file `values`.
+    Writes the log-probabilities among the `rows` at `places` of the latter to the file `values`;
+    without places, the vectors of the windows.
     """
     every, losses = [*own, *windows], [0.0] * (len(own) + len(windows))
     found = [np.empty(0)] * len(places)
     try:
         with closing(Llama(path)) as model:
-            for number, begin, logits in model.logits(every):
+            for number, begin, logits in model.logits(every, vectors=not places):
+                if not places:
+                    found.extend(logits.copy())
+                    continue
                 targets = every[number][begin + 1 : begin + 1 + len(logits)]
                 aimed = logits[np.arange(len(targets)), targets]
                 losses[number] += float((normalizers(logits)[: len(targets)] - aimed).sum())
@@ -189,9 +154,7 @@ def losses_of(
                         found[index] = some - normalizers(some[None])
     except ValueError as error:
         return {"reason": str(error)}
-    if not np.isfinite(losses).all():
-        return {"reason": "its log-probabilities are not finite"}
-    if not np.ptp(found, -1).all():
-        return {"reason": "llama.cpp computes no logits for it"}
+    if not np.isfinite(losses).all() or not np.ptp(found) > 0:
+        return {"reason": "llama.cpp computes no finite values for it, or always the same"}
     np.save(values, found)
     return {"own": losses[: len(own)], "mapped": losses[len(own) :]}

@@ -104,21 +104,15 @@ def hub_problem(error: Exception, kind: str) -> tuple[str, str] | None:
     return None
 
 
-def lacks_memory(error: BaseException) -> bool:
-    """Return whether an error tells that memory is short, of this machine or a GPU."""
-    torch = sys.modules.get("torch")
-    kinds = (MemoryError, torch.OutOfMemoryError) if torch else (MemoryError,)
-    return isinstance(error, kinds) or any(word in str(error) for word in OUT_OF_MEMORY)
-
-
 def describe_error(error: BaseException) -> str | None:
     """Return the message for a user; None if the error is a defect of the program."""
-    packed = sys.modules.get(f"{PACKAGE}.packed.errors")
+    torch, packed = sys.modules.get("torch"), sys.modules.get(f"{PACKAGE}.packed.errors")
     if isinstance(error, ModuleNotFoundError) and not str(error.name).startswith(PACKAGE):
         return f"{error.name} is not installed. Run pip install -r requirements.txt."
     if isinstance(error, UserError | OSError) or (packed and isinstance(error, packed.PackedError)):
         return str(error)
-    if lacks_memory(error):
+    lacking = (MemoryError, torch.OutOfMemoryError) if torch else (MemoryError,)
+    if isinstance(error, lacking) or any(word in str(error) for word in OUT_OF_MEMORY):
         return (
             f"out of memory ({first_line(error)}). Use --batch_size 1, a smaller --seqlen or "
             "--nsamples, or --offload_folder FOLDER; with --recover, --recover_optimizer adamw8bit "

@@ -27,7 +27,7 @@ from lib.commands.trim.__main__ import main  # noqa: E402
 from lib.gguf.conversion import run_child  # noqa: E402
 from lib.gguf.file import Field, GgufFile, write  # noqa: E402
 from lib.gguf.llama import Llama, dialogues  # noqa: E402
-from lib.gguf.predictions import ODD_LIMIT, losses_of  # noqa: E402
+from lib.gguf.predictions import ODD_LIMIT, values_of  # noqa: E402
 from lib.gguf.vocabulary import GgufVocabulary  # noqa: E402
 from lib.util.quirks import PRE_TOKENIZERS  # noqa: E402
 from lib.vocabulary.cost import MOST_COST  # noqa: E402
@@ -273,12 +273,12 @@ def test_llama_cpp_tells_models_apart_by_their_number_of_tokens(
         GgufVocabulary(file)
 
 
-def test_the_losses_of_a_file(texts: Path, tmp_path: Path) -> None:
+def test_the_values_of_a_file(texts: Path, tmp_path: Path) -> None:
     """By IN's tokens and by OUT's, which are the same here."""
     source = ggufs.model(tmp_path / "in.gguf")
     ids = Llama(source).encode(ggufs.sentences(ggufs.UK[:8], 1)[0]).tolist()
     given = dict(own=[ids] * 2, windows=[ids] * 2, places=[[0, 3], [1, 5]], rows=[1, 5, 7])
-    losses = losses_of(str(source), **given, values=str(tmp_path / "values.npy"))
+    losses = values_of(str(source), **given, values=str(tmp_path / "values.npy"))
     assert np.allclose([*losses["own"], *losses["mapped"]], losses["own"][0])
     values = np.load(tmp_path / "values.npy")
     assert values.shape == (2, 3) and np.allclose(np.exp(values).sum(-1), 1)
@@ -418,34 +418,39 @@ def test_a_file_that_llama_cpp_does_not_run(
     check(source, tmp_path / "out.gguf")
 
 
-def embedder(path: Path, **more: object) -> Path:
+def embedder(path: Path, pooling: int) -> Path:
     """A file whose logits llama.cpp does not compute, as its converter writes embedders."""
     counts = dict(context_length=512, embedding_length=ggufs.WIDTH, block_count=1)
-    counts |= {"feed_forward_length": 96, "rope.dimension_count": 64, "pooling_type": 1}
+    counts |= {"feed_forward_length": 96, "rope.dimension_count": 64, "pooling_type": pooling}
     counts |= {"attention.head_count": 4, "attention.head_count_kv": 2}
     changed = {f"llama-embed.{name}": (ggufs.UINT32, count) for name, count in counts.items()}
     changed["llama-embed.attention.layer_norm_rms_epsilon"] = (ggufs.FLOAT32, 1e-5)
+    changed["llama-embed.attention.causal"] = 7, False
     changed["general.architecture"] = ggufs.STRING, "llama-embed"
-    return ggufs.model(path, head=None, changed=changed, **more)
+    return ggufs.model(path, head=None, changed=changed)
 
 
+@pytest.mark.parametrize("pooling", [0, 1, 3])  # none, mean, last
 def test_an_embedder_is_proven_by_its_vectors(
-    texts: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    pooling: int,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Not by logits that are all 0, and it has no cost."""
-    source, out = embedder(tmp_path / "in.gguf"), tmp_path / "out.gguf"
+    source, out = embedder(tmp_path / "in.gguf", pooling), tmp_path / "out.gguf"
     argv = [str(source), str(out), "--data", str(ggufs.write_texts(tmp_path / "both", OTHERS))]
     main(argv)
     said = capsys.readouterr().out
-    assert re.search(r"vectors of \d+ passages, by OUT's tokens: equal to IN's bit for bit", said)
+    assert re.search(r"vectors of \d+ passages, by OUT's tokens: IN's bit for bit", said)
     assert "bits per byte" not in said and "log-prob" not in said
     record = json.loads(Path(f"{out}.vocabulary.json").read_text("utf-8"))["record"]
-    assert 0 < record["alike"] < record["vectors"] and "distance" not in record
+    assert record["distance"] == 0 and record["beginnings"] >= 20
     data = bytearray(out.read_bytes())
     data[-20] ^= 0x40  # of the last norm
     out.write_bytes(data)
     monkeypatch.setattr("lib.commands.trim.file._same_bytes", lambda *_: "")
-    with pytest.raises(UserError, match="vectors of the same tokens differ"):
+    with pytest.raises(UserError, match="vectors differ by"):
         main([*argv, "--verify"])
 
 
@@ -456,15 +461,15 @@ def test_logits_that_are_not_computed_prove_nothing(texts: Path, tmp_path: Path)
     source, out = ggufs.model(tmp_path / "in.gguf", more=more), tmp_path / "out.gguf"
     main([str(source), str(out), "--data", str(texts)])
     record = json.loads(Path(f"{out}.vocabulary.json").read_text("utf-8"))["record"]
-    assert record["reason"] == "llama.cpp computes no logits for it" and "distance" not in record
+    assert "llama.cpp computes no finite values" in record["reason"] and "distance" not in record
 
 
 CHILD = """
 import os, signal
 from lib.gguf.predictions import *
-own = losses_of
+own = values_of
 
-def losses_of(**given):
+def values_of(**given):
     fault = {fault!r}
     if bool(given["own"]) != ({of!r} == "IN"):
         return own(**given)
@@ -491,9 +496,9 @@ def test_only_a_difference_deletes_a_finished_file(
     source, out = ggufs.model(tmp_path / "in.gguf"), tmp_path / "out.gguf"
     (tmp_path / "child.py").write_text(CHILD.format(of=of, fault=fault))
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(tmp_path), str(ROOT)]))
-    own, argv = losses_of, [str(source), str(out), "--data", str(texts)]
-    spoiled = SimpleNamespace(__module__="child", __name__="losses_of")
-    monkeypatch.setattr("lib.gguf.predictions.losses_of", spoiled)
+    own, argv = values_of, [str(source), str(out), "--data", str(texts)]
+    spoiled = SimpleNamespace(__module__="child", __name__="values_of")
+    monkeypatch.setattr("lib.gguf.predictions.values_of", spoiled)
     if of == "OUT" and fault != "SIGKILL":
         with pytest.raises(UserError, match="IN runs, and it does not"):
             main(argv)
@@ -508,7 +513,7 @@ def test_only_a_difference_deletes_a_finished_file(
     last = capsys.readouterr().out.splitlines()[-1]
     assert last.startswith("not verified: predictions") and fault in last + "refused"
     check(source, out)
-    monkeypatch.setattr("lib.gguf.predictions.losses_of", own)
+    monkeypatch.setattr("lib.gguf.predictions.values_of", own)
     before = {path: path.read_bytes() for path in tmp_path.glob("out*")}
     main([*argv, "--verify"])
     assert "log-probabilities after 24 beginnings" in capsys.readouterr().out
@@ -521,7 +526,7 @@ def test_a_file_is_proven_by_its_own_original(texts: Path, tmp_path: Path) -> No
         main([str(source), str(out), "--verify"])
     main([str(source), str(out), "--data", str(texts)])
     other = ggufs.model(tmp_path / "other.gguf", table=ggufs.F16)
-    with pytest.raises(UserError, match="Name the IN from which it was trimmed"):
+    with pytest.raises(UserError, match="that IN and OUT belong together"):
         main([str(other), str(out), "--verify"])
     main([str(source), str(out), "--verify"])  # without texts of a language
 
@@ -575,7 +580,7 @@ def test_without_test_text_there_is_no_cost(
     said = capsys.readouterr().out
     assert "bits per byte" not in said and "little text" not in said
     assert "log-probabilities after 24 beginnings" in said
-    assert "not verified: cost (no test text is given)" in said
+    assert said.endswith("answers of the model and cost (no test text is given)\n")
 
 
 WITHOUT = """

@@ -20,9 +20,9 @@ import numpy as np
 from ...data.chats import Document
 from ...data.documents import Corpus
 from ...data.lines import LINES
-from ...gguf.file import Field, GgufFile, Tensor, header, write
+from ...gguf.file import Field, GgufFile, Tensor, contents, header, write
 from ...gguf.llama import Llama
-from ...gguf.predictions import Predictions
+from ...gguf.predictions import NOT_CAUSAL, Predictions
 from ...gguf.vocabulary import TOKENIZER, GgufVocabulary, tokenizer_model
 from ...util.errors import UserError
 from ...util.files import partial_of, sync, temporary_folder, write_text
@@ -42,7 +42,6 @@ from .choosing import (
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
-NOT_CAUSAL = ("t5", "bert")  # kinds of vocabulary whose models predict no next token
 # names of special tokens in a file, and in a chat template
 SPECIAL = dict(bos="bos", eos="eos", unknown="unk", seperator="sep", padding="pad", mask="mask")
 
@@ -78,11 +77,10 @@ def trim_file(args: argparse.Namespace) -> None:
             print("nothing is written (--dry_run)")
             return
         if args.verify:
-            fix = "Name the IN from which it was trimmed"
-            print(_same_bytes(out, header(fields, tensors, file.alignment), tensors, fix))
+            print(_same_bytes(out, fields, tensors, file.alignment))
         else:
             check_disk(args, out.parent, size)
-        proof = Predictions(file, (before, after), kept, held_out(tests), folder, not lossy)
+        proof = Predictions(file, (before, after), kept, held_out(tests), folder)
         record |= (found := proof.measure())
         check_cost(args, found)
         if args.verify:
@@ -262,32 +260,24 @@ def _write(
         for step in write(partial, fields, tensors, alignment):
             on_progress(step)
     written = time.monotonic() - start
-    same = _same_bytes(partial, header(fields, tensors, alignment), tensors, "Check the disk")
-    print(f"written in {written:.1f} s; {same}")
+    print(f"written in {written:.1f} s; {_same_bytes(partial, fields, tensors, alignment)}")
     return written
 
 
-def _same_bytes(path: Path, head: bytes, tensors: Sequence[Tensor], fix: str) -> str:
-    """Compare the bytes of a trimmed file with IN's, and return a sentence on them.
+def _same_bytes(
+    path: Path, fields: dict[str, Field], tensors: Sequence[Tensor], alignment: int
+) -> str:
+    """Compare the bytes of a trimmed file with those that IN gives, and return a sentence on them.
 
-    Raises UserError with the `fix` at the first difference.
+    Raises UserError at the first difference.
     """
     start = time.monotonic()
-    written = GgufFile(path, f"OUT {path.name}")  # gguf's reader takes half a minute
-    with path.open("rb") as opened:
-        wrong = "" if opened.read(len(head)) == head else "its fields"
-    pairs = () if wrong else zip(tensors, written.tensors, strict=True)
-    for tensor, other in pairs:
-        same, place = True, 0
-        for part in tensor.parts():
-            data = other.data[place : place + part.size]
-            same = same and np.array_equal(part.reshape(-1), data)
-            place += part.size
-        if not same or place != other.data.size:
-            wrong = tensor.name
-            break
-    if wrong:
-        raise UserError(f"OUT {path.name}", f"{wrong} is not IN's", fix)
+    with path.open("rb") as file:
+        for name, part in contents(fields, tensors, alignment):
+            expected = np.frombuffer(part, np.uint8)
+            if not np.array_equal(np.frombuffer(file.read(expected.size), np.uint8), expected):
+                fix = "Check the disk, and that IN and OUT belong together"
+                raise UserError(f"OUT {path.name}", f"{name} is not IN's", fix)
     tables = sum(tensor.kept is not None for tensor in tensors)
     return (
         f"{tables} tensors have the kept rows of IN, and {len(tensors) - tables} are IN's, by "
