@@ -22,7 +22,7 @@ TIED, SMALL = (
     f"{{{name} --trim_vocabulary --vocabulary_rows {name}.list.json|{name}-trimmed}}"
     for name in ("tied", "bfloat16")
 )
-ANY_COST = "--most_cost 9999%"  # of models of random weights
+ANY_COST = "{|--most_cost 9999%}"  # of models of random weights
 KINDS = {  # of one step, which the matrix does again in its ways
     "wanda": f"llama {WANDA}",
     "wanda variant": f"llama {WANDA} --use_variant",

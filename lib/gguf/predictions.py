@@ -86,7 +86,7 @@ class Predictions:
         except Aborted as error:
             answer = {"reason": error.problem}
         except UserError as error:  # of memory or time, which say nothing on OUT
-            return {"unproven": error.problem}
+            return {"unproven": f"{error.problem}; --verify proves OUT later"}
         if "reason" in answer:
             raise UserError(what, f"IN runs, and it does not ({answer['reason']})", fix)
         expected, found = np.load(self.expected), np.load(self.found)
