@@ -73,7 +73,7 @@ def make_place(place: Path) -> None:
     tiny.write_model("encoder", tiny._draw(lambda: BertForMaskedLM(encoder), 0), unigram)
     for name, texts in (("tied", "uk"), ("bfloat16", "uk"), ("gpt2.gguf", "words")):
         out = "kept.gguf" if name.endswith("gguf") else "kept"
-        matrix.succeed(name, out, "--data", texts, program=matrix.program_of("trim"))
+        matrix.trimmed(name, out, texts)
         listed = "kept.gguf.vocabulary.json" if name.endswith("gguf") else "kept/vocabulary.json"
         Path(listed).rename(f"{name.removesuffix('.gguf')}.list.json")
         subprocess.run(["rm", "-r", out], check=True)

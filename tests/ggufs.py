@@ -30,11 +30,11 @@ def sentences(words: list[str], count: int, seed: int = 0) -> list[str]:
     return [" ".join(draw.choices(words, k=20)) + draw.choice(".!\n") for _ in range(count)]
 
 
-def write_texts(folder: Path, words: list[str]) -> Path:
+def write_texts(folder: Path, words: list[str], count: int = 40) -> Path:
     """A folder with train.jsonl and test.jsonl; the test has words that the other has not."""
     folder.mkdir(parents=True)
     for split, some in (("train", words[:-4]), ("test", words)):
-        rows = [json.dumps({"text": text}) for text in sentences(some, 40, len(split))]
+        rows = [json.dumps({"text": text}) for text in sentences(some, count, len(split))]
         (folder / f"{split}.jsonl").write_text("\n".join(rows), "utf-8")
     return folder
 

@@ -21,7 +21,7 @@ import pytest
 import run_kinds
 import tiny
 from run_kinds import PACK, TRAIN, spelled  # noqa: F401  for tests
-from support import program_of, results, succeed, weights, whole
+from support import program_of, results, succeed, trimmed, weights, whole
 from torch import Tensor, equal
 from transformers import PreTrainedModel
 from vocabulary import kinds as tokenizers
@@ -146,11 +146,10 @@ class Place:
         if name == "pruned":
             shutil.copytree(self.plain("wanda") / "model", folder)
             return
-        whole, trimmed, _ = name.partition("-trimmed")
-        if trimmed:
+        whole, is_trimmed, _ = name.partition("-trimmed")
+        if is_trimmed:
             self.make(whole)
-            texts = ["--data", self.folder / "uk"]
-            succeed(self.folder / whole, folder, *texts, program=program_of("trim"))
+            trimmed(self.folder / whole, folder, self.folder / "uk")
             return
         model = MODELS[name]()
         tiny.write_model(folder, model, TOKENIZERS[name]() if name in TOKENIZERS else None)

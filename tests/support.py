@@ -120,7 +120,11 @@ def named(*argv: str) -> Any:
 
 
 def trimmed(model: Path | str, out: Path | str, *texts: object, **flags: object) -> Path:
-    """The folder `out` that `trim` makes of a model by its texts; flags such as rows=64."""
+    """The folder `out` that `trim` makes of a model by its texts; flags such as rows=64.
+
+    Models of random weights may cost anything.
+    """
+    flags = {"most_cost": "9999%"} | flags
     given = (word for name, value in flags.items() for word in (f"--{name}", value))
     succeed(model, out, "--data", *texts, *given, program=program_of("trim"))
     return Path(out)

@@ -13,6 +13,7 @@ import os
 import random
 import shlex
 import shutil
+import struct
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, chdir, contextmanager
@@ -250,12 +251,20 @@ def write_ggufs() -> None:
     Path("trim").mkdir()
     data = whole.read_bytes()
     info = data.index(b"token_embd.weight") + 17  # dimensions, shape, type
+
+    def field(kind: int, value: bytes) -> bytes:
+        head = struct.pack("<4sIQQ", b"GGUF", 3, 0, 1) + struct.pack("<Q", 17)
+        return head + b"general.alignment" + struct.pack("<I", kind) + value
+
     spoiled = {
         "cut": data[:-9000],
         "cut_early": data[:5000],
         "big_endian": data[:4] + data[7:3:-1] + data[8:],
         "version": data[:4] + b"\1" + data[5:],
         "type": data[: info + 20] + b"\xfa" + data[info + 21 :],
+        "nested": field(9, struct.pack("<IQ", 9, 1) * 20000),
+        "alignment": field(4, struct.pack("<I", 0)),
+        "alignment_text": field(8, struct.pack("<Qc", 1, b"x")),
     }
     for name, content in spoiled.items():
         Path(f"trim/{name}.gguf").write_bytes(content)

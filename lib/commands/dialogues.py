@@ -32,7 +32,7 @@ from ..data.documents import Corpus, check_corpus, pieces_of
 from ..data.languages import REQUESTS, script_of
 from ..data.sources import parse_sources
 from ..run.flags import POSITIVE
-from ..util.cli import make_parser
+from ..util.cli import NOTHING, make_parser
 from ..util.errors import UserError, counted, fields_named, one_line
 from ..util.files import check_writable, write_text
 from ..util.progress import progress, quiet
@@ -46,7 +46,6 @@ MORE = 4  # maximum number of prompts per wanted dialogue
 PASSAGE = 600  # maximum characters of a passage of plain text
 IDENTIFYING = 64  # first prompts, whose digest identifies all
 FILLED = 1 / 4  # least share of --fill: calibration reads a dialogue up to four times
-NO_DIALOGUES = 3  # exit status
 WRITER = "written_by"  # key of a row: the settings of its answer
 ENDLESS = "do not end"
 SENTENCES = re.compile(r"(?s).*(?:[.!?…][\"'»”’)\]]*(?=\s|$)|[。！？।։؟])")
@@ -61,7 +60,7 @@ def main(argv: list[str]) -> None:
         answer(_parser().parse_args(argv), time.monotonic())
     except NoDialogues as error:
         print(f"error: {one_line(str(error))}", file=sys.stderr, flush=True)
-        raise SystemExit(NO_DIALOGUES) from error
+        raise SystemExit(NOTHING) from error
 
 
 @fields_named(model="MODEL", eval_data=None, no_chat_template=None)

@@ -39,14 +39,19 @@ PER_LAYER = "per_layer_token_embd.weight"  # also with a row for each token
 BY_TYPE = {"general.file_type", "general.quantization_version"}  # fields that a type may change
 LIMIT = 600  # seconds for one child, and for one answer of llama.cpp
 QUIET_SECONDS = 5  # before a bar shows that a child still works
+ABORTS = signal.SIGABRT, signal.SIGSEGV, signal.SIGFPE, signal.SIGILL
 PACE = 1e7  # bytes per further second for a child, far slower than any disk
+
+
+class Aborted(UserError):
+    """What a child calls has ended it, as by a failed assertion."""
 
 
 def run_child(what: str, function: Callable[..., Any], *, size: float = 0, **arguments: Any) -> Any:
     """Return `function(**arguments)` of any module, called in a child; values are sent as JSON.
 
     Raises UserError, `what` and one line, if it fails or exceeds the time limit for `size` bytes of
-    weights.
+    weights; Aborted, if it ends itself.
     """
     seconds = LIMIT + size / PACE
     with tempfile.TemporaryDirectory() as folder:
@@ -78,7 +83,8 @@ def run_child(what: str, function: Callable[..., Any], *, size: float = 0, **arg
     code, last = process.returncode, said.strip().rpartition("\n")[2]
     end = signal.Signals(-code).name if code < 0 else f"status {code}"
     reason = answer.get("error") or f"it ended with {end}, and its last line is: {last or '-'}"
-    raise UserError(what, reason, answer.get("fix") or "Please report this")
+    kind = Aborted if -code in ABORTS else UserError
+    raise kind(what, reason, answer.get("fix") or "Please report this")
 
 
 def _answer(module: str, name: str, file: str) -> None:

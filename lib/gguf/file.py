@@ -106,7 +106,11 @@ class GgufFile:
 
     @property
     def alignment(self) -> int:
-        return self.value("general.alignment", 32)
+        field = self.fields.get("general.alignment", Field(UINT32, 32))
+        if field.kind != UINT32 or field.value.bit_count() != 1:
+            problem = f"general.alignment {self.value('general.alignment')} is no power of two"
+            raise UserError(self.what, problem, "Download it again")
+        return field.value
 
     def _read(self, path: Path) -> None:
         with path.open("rb") as file:
@@ -153,6 +157,8 @@ def _decode(data: mmap.mmap, at: int, kind: int) -> tuple[Any, int]:
         value = data[at + 8 : end]
     elif kind == ARRAY:
         of, count = struct.unpack_from("<IQ", data, at)
+        if of == ARRAY:  # llama.cpp reads none, and a damaged file may nest thousands
+            raise struct.error
         end = at + 12
         if of in SCALARS:
             value = np.dtype(SCALARS[of]).newbyteorder("<")
@@ -205,15 +211,23 @@ def header(fields: Mapping[str, Field], tensors: Sequence[Tensor], alignment: in
     return b"".join([*parts, b"\0" * (-size % alignment)])
 
 
+def contents(
+    fields: Mapping[str, Field], tensors: Sequence[Tensor], alignment: int
+) -> Iterator[tuple[str, Any]]:
+    """Yield all bytes of a new file in parts, after the name of what they hold."""
+    yield "its header", header(fields, tensors, alignment)
+    for tensor in tensors:
+        for part in tensor.parts():
+            yield tensor.name, np.ascontiguousarray(part).data
+        yield tensor.name, b"\0" * (-tensor.size % alignment)
+
+
 def write(
     path: Path, fields: Mapping[str, Field], tensors: Sequence[Tensor], alignment: int = 32
 ) -> Iterator[int]:
     """Write a file, wait until it is on the disk, and yield the bytes of each step."""
     with path.open("wb") as file:
-        yield file.write(header(fields, tensors, alignment))
-        for tensor in tensors:
-            for part in tensor.parts():
-                yield file.write(np.ascontiguousarray(part).data)
-            file.write(b"\0" * (-tensor.size % alignment))
+        for _, part in contents(fields, tensors, alignment):
+            yield file.write(part)
         file.flush()
         os.fsync(file.fileno())

@@ -31,6 +31,7 @@ UNKNOWN = "this version of xllamacpp has parameters that are not known"
 PART = 512  # tokens computed at a time
 F32 = 0  # ggml_type of cached keys and values
 DISABLED = 0  # llama_flash_attn_type
+UNPOOLED, RANKING = 0, 4  # llama_pooling_type
 DIRECT = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # bypasses any proxy
 Log = ctypes.CFUNCTYPE(None, ctypes.c_int, ctypes.c_char_p, ctypes.c_void_p)
 # of the pinned version's parameters: fields as `struct` names them, defaults, and places in bytes
@@ -74,6 +75,8 @@ RESULTS = {
     "llama_model_get_vocab": _Pointer,
     "llama_get_memory": _Pointer,
     "llama_get_logits": ctypes.POINTER(ctypes.c_float),
+    "llama_get_embeddings": ctypes.POINTER(ctypes.c_float),
+    "llama_get_embeddings_seq": ctypes.POINTER(ctypes.c_float),
     "llama_tokenize": ctypes.c_int32,
     "llama_vocab_is_eog": ctypes.c_bool,
 }
@@ -181,11 +184,14 @@ class Llama:
                 return text.raw[:n]
             size = -n
 
-    def logits(self, windows: Sequence[Sequence[int]]) -> Iterator[tuple[int, int, np.ndarray]]:
+    def logits(
+        self, windows: Sequence[Sequence[int]], vectors: bool = False
+    ) -> Iterator[tuple[int, int, np.ndarray]]:
         """Yield logits (tokens, rows) of PART tokens at a time, after window and first token.
 
         Keys and values are kept in 32 bits, and attention is not fused, so results are as exact as
-        the file allows. The array is overwritten at the next step.
+        the file allows. The array is overwritten at the next step. `vectors`: those of an embedder
+        instead.
         """
         fields = dict(n_ctx=max(map(len, windows)), flash_attn_type=DISABLED)
         params, known = _parameters("context", **fields, type_k=F32, type_v=F32)
@@ -195,6 +201,7 @@ class Llama:
         if not context:
             raise ValueError("llama.cpp does not begin to compute")
         self.llama.llama_set_n_threads(context, threads(), threads())
+        self.llama.llama_set_embeddings(context, vectors)
         try:
             for number, window in enumerate(windows):
                 self.llama.llama_memory_clear(self.llama.llama_get_memory(context), True)
@@ -204,10 +211,22 @@ class Llama:
                     batch = _Batch(len(ids), ids.ctypes.data, logits=outputs.ctypes.data)
                     if status := self.llama.llama_decode(context, batch):
                         raise ValueError(f"llama.cpp cannot compute a window (status {status})")
-                    values = self.llama.llama_get_logits(context)
-                    yield number, begin, np.ctypeslib.as_array(values, (len(ids), self.rows))
+                    values, shape = self.llama.llama_get_logits(context), (len(ids), self.rows)
+                    if vectors:
+                        values, shape = self._vectors(context, len(ids))
+                    yield number, begin, np.ctypeslib.as_array(values, shape)
         finally:
             self.llama.llama_free(context)
+
+    def _vectors(self, context: _Pointer, count: int) -> tuple[Any, tuple[int, int]]:
+        """Return the vector (1, width) of the last `count` tokens by the file's pooling, the scores
+        of a reranker, or without pooling the vectors of all tokens, and their shape."""
+        width, pooling = self.llama.llama_model_n_embd_out, self.llama.llama_pooling_type(context)
+        if pooling == UNPOOLED:
+            return self.llama.llama_get_embeddings(context), (count, width(self.model))
+        if pooling == RANKING:
+            width = self.llama.llama_model_n_cls_out
+        return self.llama.llama_get_embeddings_seq(context, 0), (1, width(self.model))
 
 
 def threads() -> int:

@@ -1,11 +1,13 @@
-"""The cost and the proof of a trimmed GGUF file: llama.cpp's logits, each file in a child process.
+"""The cost and the proof of a trimmed GGUF file, by llama.cpp, each file in a child process.
 
-The cost is measured on IN alone, and OUT must then have IN's log-probabilities.
+The cost is measured on IN alone, and OUT must then have IN's log-probabilities. An embedder has
+none: its vectors must be equal bit for bit.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from contextlib import closing
 from pathlib import Path
 from typing import Any
@@ -14,118 +16,145 @@ import numpy as np
 
 from ..util.errors import UserError
 from ..util.host import available, gib
-from ..vocabulary.cost import PLACES, pieces_of, places_in, record_cost
-from .conversion import run_child
+from ..vocabulary.cost import pieces_of, places_in, record_cost
+from .conversion import Aborted, run_child
 from .file import GgufFile
 from .llama import Llama, normalizers
 
+NOT_CAUSAL = ("t5", "bert")  # kinds of vocabulary whose models predict no next token
 WINDOW = 500  # tokens of a passage at most
-LIMIT = 1e-5  # largest difference of log-probabilities
+ROOM = 12  # positions for the tokens that begin and end a text
+# largest difference of log-probabilities, relative to their standard deviation; llama.cpp computes
+# a head whose rows are no multiple of STEP by another kernel
+LIMIT, ODD_LIMIT, STEP = 1e-6, 1e-4, 8
 
 
 class Predictions:
-    """The predictions of both files on passages of `texts`.
+    """What llama.cpp computes by both files on passages of `texts`, in the new `folder`.
 
     `tokenizers` are those of IN and OUT; `kept` (rows,) has the row in IN of each of OUT's.
     """
 
     def __init__(
-        self, file: GgufFile, tokenizers: tuple[Llama, Llama], kept: list[int], texts: list[str]
+        self,
+        file: GgufFile,
+        tokenizers: tuple[Llama, Llama],
+        kept: list[int],
+        texts: list[str],
+        folder: Path,
     ) -> None:
-        self.file, self.kept = file, kept
+        self.file, self.kept, self.texts = file, kept, texts
+        self.expected, self.found = folder / "expected.npy", folder / "found.npy"
+        name = file.value("general.architecture", "")
+        pooled = file.value(f"{name}.pooling_type", 0) > 0
+        self.embeds = pooled or not file.value(f"{name}.attention.causal", True)
         weights = sum(math.prod(tensor.shape) for tensor in file.tensors)
-        encode = [each.encode_all for each in tokenizers]
-        self.pieces = pieces_of(texts, weights, WINDOW, *encode)
-        before, after = (each.first for each in tokenizers)
-        self.own = [[before, *piece.before] for piece in self.pieces]
-        self.new = [[after, *piece.after] for piece in self.pieces]
-        self.places = places_in(self.new)
+        window = min(WINDOW, file.value(f"{name}.context_length", WINDOW + ROOM) - ROOM)
+        pieces = pieces_of(texts, weights, window, *(each.encode_all for each in tokenizers))
+        before, after = tokenizers
+        self.pieces, self.own = pieces, [[before.first, *piece.before] for piece in pieces]
+        self.new = [[after.first, *piece.after] for piece in pieces]
+        self.places, self.limit = places_in(self.new), ODD_LIMIT if before.rows % STEP else LIMIT
+        if self.embeds:  # bit for bit, and begun and ended by the file's fields
+            self.own, self.places, self.limit = [], [], 0
+            self.new = [after.encode(piece.text, whole=True).tolist() for piece in pieces]
 
-    def measure(self, expected: Path) -> dict[str, Any]:
-        """Return the record of the cost, or the `reason` why it was not measured.
-
-        Writes the values that OUT must have to `expected`.
-        """
-        file = self.file
-        if 1.5 * file.size > available():  # llama.cpp maps the file, and may repack its weights
-            return {"reason": f"memory for {gib(file.size)} is short"}
+    def measure(self) -> dict[str, Any]:
+        """Run IN, and return the record of the cost, or the `reason` why it was not measured."""
+        reason, answer = "an embedder predicts no next token" if self.embeds else "", {}
+        if not self.embeds and self.file.value("tokenizer.ggml.model") in NOT_CAUSAL:
+            return {"reason": "it predicts no next token"}
         mapped = [[self.kept[index] for index in ids] for ids in self.new]
-        given = dict(path=str(file.paths[0]), own=self.own, mapped=mapped, places=self.places)
-        given |= dict(kept=self.kept, expected=str(expected))
-        # the time limit allows for a reading
-        answer = run_child("predictions of IN", losses_of, size=10 * file.size, **given)
+        try:
+            answer = self._run(self.file.paths[0], self.own, mapped, self.kept, self.expected)
+        except UserError as error:
+            reason = error.problem
+        if reason := answer.get("reason") or reason or "no test text is given" * (not self.texts):
+            return {"reason": reason}
+        return record_cost(self.pieces, *(np.array(answer[name]) for name in ("own", "mapped")))
+
+    def verify(self, out: Path) -> dict[str, Any]:
+        """Run OUT if IN could be run, print a line and return a record, {} if nothing was compared.
+
+        Raises UserError if OUT gives other values than IN, or fails where IN did not.
+        """
+        if not self.expected.is_file():
+            return {}
+        rows, what, fix = [*range(len(self.kept))], f"OUT {out.name}", "Please report this"
+        try:
+            answer = self._run(out, [], self.new, rows, self.found)
+        except Aborted as error:
+            answer = {"reason": error.problem}
+        except UserError as error:  # of memory or time, which say nothing on OUT
+            return {"unproven": f"{error.problem}; --verify proves OUT later"}
         if "reason" in answer:
-            return answer
-        losses = [np.array(answer[name]) for name in ("own", "mapped")]
-        return record_cost(self.pieces, *losses)
-
-    def verify(self, partial: Path, expected: Path) -> dict[str, Any]:
-        """Return the largest difference of log-probabilities, after the constant that the removed
-        tokens held. Raises UserError if it is not tiny."""
-        given = dict(path=str(partial), windows=self.new, places=self.places)
-        given["expected"] = str(expected)
-        size = 10 * self.file.size
-        distance = run_child("predictions of OUT", distance_of, size=size, **given)
-        if not distance <= LIMIT:
-            problem = f"log-probabilities differ by {distance:.2g}"
-            raise UserError(f"OUT {partial.name}", problem, "Please report this")
-        print(
-            f"log-probabilities after {PLACES} beginnings, {PLACES * len(self.kept):,} values: "
-            f"equal to {distance:.1g} after one constant each"
+            raise UserError(what, f"IN runs, and it does not ({answer['reason']})", fix)
+        expected, found = np.load(self.expected), np.load(self.found)
+        distance = float(np.abs(found - expected).max() / expected.std())
+        if not distance <= self.limit:
+            name = "vectors" if self.embeds else "log-probabilities"
+            raise UserError(what, f"{name} differ by {distance:.2g} of their spread", fix)
+        line = (
+            f"log-probabilities after {len(found)} beginnings, {found.size:,} values: at most "
+            f"{distance:.1g} of their spread apart, after one constant each"
         )
-        return {"distance": distance, "beginnings": PLACES}
+        if self.embeds:
+            line = f"vectors of {len(self.new)} passages, by OUT's tokens: IN's bit for bit"
+        print(line)
+        return {"distance": distance, "beginnings": len(self.places or self.new)}
+
+    def missing(self, record: Mapping[str, Any]) -> str:
+        """Return what a `record` of both methods has not verified."""
+        what, reason = "predictions", record.get("unproven") or record.get("reason")
+        if "distance" in record:
+            what = f"texts past {max(map(len, self.new))} tokens, answers of the model"
+        if self.embeds:
+            return f"vectors ({reason})" if "distance" not in record else what.partition(",")[0]
+        return f"{what}{' and cost' * ('reason' in record)}" + f" ({reason})" * bool(reason)
+
+    def _run(
+        self, path: Path, own: list[list[int]], windows: list[list[int]], rows: list[int], to: Path
+    ) -> dict[str, Any]:
+        """Call `values_of` in a child process. Raises UserError if it fails, or memory is short."""
+        what, size = f"predictions of {path.name}", self.file.size
+        if 1.5 * size > available():  # llama.cpp maps the file, and may repack its weights
+            raise UserError(what, f"memory for {gib(size)} is short", "Free some")
+        given = dict(path=str(path), own=own, windows=windows, places=self.places, rows=rows)
+        # the time limit allows for a reading
+        return run_child(what, values_of, size=10 * size, **given, values=str(to))
 
 
-def losses_of(
+def values_of(
     path: str,
     own: list[list[int]],
-    mapped: list[list[int]],
+    windows: list[list[int]],
     places: list[list[int]],
-    kept: list[int],
-    expected: str,
+    rows: list[int],
+    values: str,
 ) -> dict[str, Any]:
-    """Return the losses in nats of windows by IN's own tokens, and by OUT's in IN's rows.
+    """Return the losses in nats of windows by IN's `own` tokens, and by OUT's, or a `reason`.
 
-    Writes the log-probabilities of the rows `kept` at `places` of the latter to `expected`.
+    Writes the log-probabilities among the `rows` at `places` of the latter to the file `values`;
+    without places, the vectors of the windows.
     """
-    windows, losses = [*own, *mapped], [0.0] * (len(own) + len(mapped))
-    values = _Values(places, kept)
+    every, losses = [*own, *windows], [0.0] * (len(own) + len(windows))
+    found = [np.empty(0)] * len(places)
     try:
         with closing(Llama(path)) as model:
-            for number, begin, logits in model.logits(windows):
-                targets = windows[number][begin + 1 : begin + 1 + len(logits)]
-                found = logits[np.arange(len(targets)), targets]
-                losses[number] += float((normalizers(logits)[: len(targets)] - found).sum())
-                values.add(number - len(own), begin, logits)
+            for number, begin, logits in model.logits(every, vectors=not places):
+                if not places:
+                    found.extend(logits.copy())
+                    continue
+                targets = every[number][begin + 1 : begin + 1 + len(logits)]
+                aimed = logits[np.arange(len(targets)), targets]
+                losses[number] += float((normalizers(logits)[: len(targets)] - aimed).sum())
+                for index, (of, place) in enumerate(places):
+                    if len(own) + of == number and begin <= place < begin + len(logits):
+                        some = logits[place - begin, rows].astype(np.float64)
+                        found[index] = some - normalizers(some[None])
     except ValueError as error:
         return {"reason": str(error)}
-    if not np.isfinite(losses).all():
-        return {"reason": "its log-probabilities are not finite"}
-    np.save(expected, values.found)
+    if not np.isfinite(losses).all() or not np.ptp(found) > 0:
+        return {"reason": "llama.cpp computes no finite values for it, or always the same"}
+    np.save(values, found)
     return {"own": losses[: len(own)], "mapped": losses[len(own) :]}
-
-
-def distance_of(
-    path: str, windows: list[list[int]], places: list[list[int]], expected: str
-) -> float:
-    """Return the largest difference of log-probabilities from `expected`."""
-    values, which = _Values(places), sorted({number for number, _ in places})
-    with closing(Llama(path)) as model:
-        for number, begin, logits in model.logits([windows[number] for number in which]):
-            values.add(which[number], begin, logits)
-    return float(np.abs(np.array(values.found) - np.load(expected)).max())
-
-
-class _Values:
-    """Log-probabilities among the `rows` after beginnings, as they come: (places, rows)."""
-
-    def __init__(self, places: list[list[int]], rows: list[int] | slice = slice(None)) -> None:
-        self.places, self.rows = places, rows
-        self.found: list[np.ndarray] = [np.empty(0)] * len(places)
-
-    def add(self, number: int, begin: int, logits: np.ndarray) -> None:
-        """Add those of the logits (tokens, rows) from a position of a window on."""
-        for index, (of, place) in enumerate(self.places):
-            if of == number and begin <= place < begin + len(logits):
-                values = logits[place - begin, self.rows].astype(np.float64)
-                self.found[index] = values - normalizers(values[None])

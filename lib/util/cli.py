@@ -29,6 +29,7 @@ from .processes import (
 from .terminal import Terminal
 
 FAILED = 1
+NOTHING = 3  # status of `trim` and `dialogues` if there is nothing to use, as their line says
 INTERRUPTED = 128 + signal.SIGINT  # a shell's status for a command ended by Ctrl-C
 ENDING = [signal.SIGTERM, *([signal.SIGHUP] if hasattr(signal, "SIGHUP") else [])]
 CALLED = "LANGPRUNE_CALLED"  # environment: the words that the user typed before a command's name

@@ -19,6 +19,7 @@ from ..data.documents import passages
 from ..data.lines import LINES
 
 COSTS = "bits_per_byte_original", "bits_per_byte_trimmed", "cost_interval"  # in a record
+MOST_COST = 0.02  # rise of bits per byte for which a vocabulary is trimmed
 OPERATIONS = 1e12  # weights times tokens: two cores take about two minutes
 FEWEST, MOST = 512, 8192  # tokens that are measured
 PIECES, SHORTEST, LONGEST = 24, 32, 256  # documents at least, and tokens of each
@@ -74,13 +75,15 @@ def pieces_of(
 
 
 def places_in(windows: Sequence[Sequence[int]]) -> list[list[int]]:
-    """Return PLACES beginnings of windows, after which predictions are compared: window, position.
+    """Return beginnings of windows, after which predictions are compared: window, position.
 
-    They are spread over the windows, and over each window that has several.
+    There are up to PLACES, spread over the windows, and over each window that has several.
     """
-    turns = -(-PLACES // len(windows))
-    places = [(number % len(windows), 1 + number // len(windows)) for number in range(PLACES)]
-    return [[number, turn * len(windows[number]) // (turns + 1)] for number, turn in places]
+    count = max(1, len(windows))
+    turns = -(-PLACES // count)
+    places = [(number % count, 1 + number // count) for number in range(PLACES)]
+    found = ((n, turn * len(windows[n]) // (turns + 1)) for n, turn in places if windows)
+    return [*map(list, dict.fromkeys(found))]
 
 
 def record_cost(pieces: Sequence[Piece], original: np.ndarray, trimmed: np.ndarray) -> dict:

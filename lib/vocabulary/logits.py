@@ -73,12 +73,19 @@ class Logits:
                 self.step = torch.finfo(runner.model.dtype).eps
         except Exception as error:  # noqa: BLE001  code of models raises any
             return {"reason": first_line(error)}
+        if not texts:
+            return {"reason": "no test text is given"}
         means = [each["by_window"] for each in figures]
         losses = [(each["loss"].double() * each["tokens"]).numpy() for each in means]
         return record_cost(pieces, *losses)
 
     def verify(self, folder: str) -> dict[str, Any]:
-        """Return the difference of OUT's logits. Raises UserError if it exceeds rounding."""
+        """Return the difference of OUT's logits, {} if IN was not run.
+
+        Raises UserError if the difference exceeds rounding.
+        """
+        if not self.expected.numel():
+            return {}
         out = replace(self.checkpoint, name=folder, flag="OUT", revision=None)
         with opened(out, self.device) as runner:
             values = self._values(runner, self.new, None)
@@ -89,12 +96,16 @@ class Logits:
             raise UserError("OUT", problem, "Please report this")
         return {"logits_differ": ratio, "beginnings": len(self.places)}
 
-    def line(self, record: dict[str, Any]) -> str:
-        """Return a line on the record of `verify`."""
+    def lines(self, record: dict[str, Any]) -> list[str]:
+        """Return lines on a record of both methods."""
+        if "logits_differ" not in record:
+            return [f"not verified: logits and cost ({record['reason']})"]
         n, ratio = record["beginnings"], record["logits_differ"]
-        return (
-            f"logits after {n} beginnings, {self.expected.numel():,} values: equal to {ratio:.1g}"
-        )
+        values = f"{self.expected.numel():,} values"
+        lines = [f"logits after {n} beginnings, {values}: equal to {ratio:.1g}"]
+        if "reason" in record:
+            lines.append(f"not verified: cost ({record['reason']})")
+        return lines
 
     def _values(self, runner: BlockRunner, windows: list[list[int]], rows: Tensor | None) -> Tensor:
         """Return the logits (places, rows) after the beginnings."""

@@ -11,26 +11,40 @@ import numpy as np
 from ..data.chats import Document
 from ..data.documents import Corpus
 from ..data.lines import LINES
-from ..util.errors import UserError, first_of
+from ..util.errors import UserError, counted, first_of
 
 MANY = 2_000  # test documents of each source that are compared
 LINES_NAME = "lines in many scripts"
+FEW = 24  # test documents: with fewer, the choice of tokens and their cost are uncertain
 
 
 def texts_to_compare(
     corpora: Iterable[Corpus], text_of: Callable[[Document], str]
 ) -> dict[str, list[str]]:
-    """Return texts by name: the test documents, then lines in many scripts with their letters."""
+    """Return texts by name: the test documents, then lines in many scripts with their letters.
+
+    Prints a line if these are few.
+    """
     tests = {}
     for corpus in corpora:
         documents = islice(corpus.documents("test"), MANY)
         tests[corpus.source.name] = [text_of(document) for document in documents]
+    texts = held_out(tests)
+    if tests and len(texts) < FEW:
+        size = sum(len(text.encode()) for text in texts)
+        print(
+            f"little text: {counted(len(texts), 'test document')} of {size:,} bytes, so the choice "
+            f"of tokens and their cost are uncertain. Give {FEW} test documents or more, or "
+            f"{10 * FEW} documents, of which a tenth is held out",
+            flush=True,
+        )
     return tests | {LINES_NAME: [*LINES, *(c for line in LINES for c in line)]}
 
 
 def held_out(tests: dict[str, list[str]]) -> list[str]:
-    """Return the test documents of all sources."""
-    return [text for name, texts in tests.items() if name != LINES_NAME for text in texts]
+    """Return the test documents of all sources that are not blank."""
+    texts = (text for name, texts in tests.items() if name != LINES_NAME for text in texts)
+    return [text for text in texts if text.strip()]
 
 
 def compare_tokens(

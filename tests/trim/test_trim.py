@@ -28,12 +28,14 @@ from lib.commands.trim.choosing import rows_line  # noqa: E402
 from lib.gguf.conversion import run_child  # noqa: E402
 from lib.gguf.file import Field, GgufFile, write  # noqa: E402
 from lib.gguf.llama import Llama, dialogues  # noqa: E402
-from lib.gguf.predictions import LIMIT, distance_of, losses_of  # noqa: E402
+from lib.gguf.predictions import ODD_LIMIT, values_of  # noqa: E402
 from lib.gguf.vocabulary import GgufVocabulary  # noqa: E402
 from lib.util.quirks import PRE_TOKENIZERS  # noqa: E402
+from lib.vocabulary.cost import MOST_COST  # noqa: E402
 from lib.vocabulary.proof import texts_to_compare  # noqa: E402
 
 ROOT = Path(__file__).resolve().parents[2]
+OTHERS = ggufs.UK + ggufs.EN[-4:]  # words for texts of which the test has other ones
 IDS = ("bos_token_id", "eos_token_id", "unknown_token_id")
 
 
@@ -163,7 +165,7 @@ def test_a_mixture_with_as_many_neurons_as_tokens(texts: Path, tmp_path: Path) -
     main([str(source), str(tmp_path / "out.gguf"), "--data", str(texts)])
     check(source, tmp_path / "out.gguf")
     record = json.loads((tmp_path / "out.gguf.vocabulary.json").read_text("utf-8"))["record"]
-    assert record["distance"] < LIMIT and record["beginnings"] == 24
+    assert record["distance"] < ODD_LIMIT and record["beginnings"] == 24
 
 
 def test_chats_are_rendered_as_before(texts: Path, tmp_path: Path) -> None:
@@ -303,23 +305,44 @@ def test_llama_cpp_tells_models_apart_by_their_number_of_tokens(
         GgufVocabulary(file)
 
 
-def test_the_proof_notices_other_bytes(texts: Path, tmp_path: Path) -> None:
+def test_the_values_of_a_file(texts: Path, tmp_path: Path) -> None:
+    """By IN's tokens and by OUT's, which are the same here."""
     source = ggufs.model(tmp_path / "in.gguf")
-    out = tmp_path / "out.gguf"
-    main([str(source), str(out), "--data", str(texts)])
-    kept = json.loads(Path(f"{out}.vocabulary.json").read_text("utf-8"))["ids"]
-    ids = Llama(out).encode(ggufs.sentences(ggufs.UK[:8], 1)[0]).tolist()
-    old, places, expected = [kept[index] for index in ids], [[0, 3], [1, 5]], tmp_path / "e.npy"
-    given = dict(path=str(source), own=[old] * 2, mapped=[old] * 2, kept=kept, places=places)
-    losses = losses_of(**given, expected=str(expected))
+    ids = Llama(source).encode(ggufs.sentences(ggufs.UK[:8], 1)[0]).tolist()
+    given = dict(own=[ids] * 2, windows=[ids] * 2, places=[[0, 3], [1, 5]], rows=[1, 5, 7])
+    losses = values_of(str(source), **given, values=str(tmp_path / "values.npy"))
     assert np.allclose([*losses["own"], *losses["mapped"]], losses["own"][0])
-    given = dict(windows=[ids] * 2, places=places, expected=str(expected))
-    assert distance_of(str(out), **given) < LIMIT
+    values = np.load(tmp_path / "values.npy")
+    assert values.shape == (2, 3) and np.allclose(np.exp(values).sum(-1), 1)
+
+
+@pytest.mark.parametrize("rows", [502, 504])
+def test_one_other_row_is_noticed(
+    rows: int, texts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whether or not llama.cpp computes both heads by one kernel, which depends on their rows.
+
+    Large logits of 502 rows of q4_K differ by more than 1e-5.
+    """
+    steep = ggufs.blocks(ggufs.Q4_K, rows, ggufs.WIDTH, 9)
+    steep.reshape(-1, 144)[:, :4] = np.float16([0.007, 0.007]).view(np.uint8)
+    more = {"output.weight": ((ggufs.WIDTH, rows), ggufs.Q4_K, steep)}
+    source = ggufs.model(tmp_path / "in.gguf", more=more, padding=rows - 502)
+    out, argv = tmp_path / "out.gguf", [str(source), str(tmp_path / "out.gguf")]
+    main([*argv, "--data", str(texts)])
+    record = json.loads(Path(f"{out}.vocabulary.json").read_text("utf-8"))["record"]
+    assert record["beginnings"] == 24 and record["distance"] < (1e-6 if rows == 504 else 1e-5)
     data = bytearray(out.read_bytes())
-    row = next(t for t in gguf.GGUFReader(out).tensors if t.name == "output.weight").data_offset
-    data[row + 1] ^= 0x40  # the largest exponent of the first row's first number
-    (tmp_path / "other.gguf").write_bytes(data)
-    assert distance_of(str(tmp_path / "other.gguf"), **given) > LIMIT
+    head = next(t for t in gguf.GGUFReader(out).tensors if t.name == "output.weight")
+    at, size = int(head.data_offset), head.n_bytes // int(head.shape[-1])
+    data[at : at + size] = data[at + size : at + 2 * size]
+    out.write_bytes(data)
+    with pytest.raises(UserError, match="output.weight is not IN's"):
+        main([*argv, "--verify"])
+    monkeypatch.setattr("lib.commands.trim.file._same_bytes", lambda *_: "")
+    with pytest.raises(UserError, match="log-probabilities differ by"):
+        main([*argv, "--verify"])
+    assert out.read_bytes() == data  # nothing that was there is deleted
 
 
 def test_a_trimmed_file_is_trimmed_again(texts: Path, tmp_path: Path) -> None:
@@ -456,6 +479,171 @@ def test_a_projector_beside_it_is_not_run(
     (tmp_path / "mmproj-in.gguf").write_bytes(b"GGUF")
     main([str(source), str(tmp_path / "out.gguf"), "--data", str(texts)])
     assert "mmproj-in.gguf beside IN: unchanged, not run\n" in capsys.readouterr().out
+
+
+def embedder(path: Path, pooling: int) -> Path:
+    """A file whose logits llama.cpp does not compute, as its converter writes embedders."""
+    counts = dict(context_length=512, embedding_length=ggufs.WIDTH, block_count=1)
+    counts |= {"feed_forward_length": 96, "rope.dimension_count": 64, "pooling_type": pooling}
+    counts |= {"attention.head_count": 4, "attention.head_count_kv": 2}
+    changed = {f"llama-embed.{name}": (ggufs.UINT32, count) for name, count in counts.items()}
+    changed["llama-embed.attention.layer_norm_rms_epsilon"] = (ggufs.FLOAT32, 1e-5)
+    changed["llama-embed.attention.causal"] = 7, False
+    changed["general.architecture"] = ggufs.STRING, "llama-embed"
+    return ggufs.model(path, head=None, changed=changed)
+
+
+@pytest.mark.parametrize("pooling", [0, 1, 3])  # none, mean, last
+def test_an_embedder_is_proven_by_its_vectors(
+    pooling: int,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Not by logits that are all 0, and it has no cost."""
+    source, out = embedder(tmp_path / "in.gguf", pooling), tmp_path / "out.gguf"
+    argv = [str(source), str(out), "--data", str(ggufs.write_texts(tmp_path / "both", OTHERS))]
+    main(argv)
+    said = capsys.readouterr().out
+    assert re.search(r"vectors of \d+ passages, by OUT's tokens: IN's bit for bit", said)
+    assert "bits per byte" not in said and "log-prob" not in said
+    record = json.loads(Path(f"{out}.vocabulary.json").read_text("utf-8"))["record"]
+    assert record["distance"] == 0 and record["beginnings"] >= 20
+    data = bytearray(out.read_bytes())
+    data[-20] ^= 0x40  # of the last norm
+    out.write_bytes(data)
+    monkeypatch.setattr("lib.commands.trim.file._same_bytes", lambda *_: "")
+    with pytest.raises(UserError, match="vectors differ by"):
+        main([*argv, "--verify"])
+
+
+def test_logits_that_are_not_computed_prove_nothing(texts: Path, tmp_path: Path) -> None:
+    """Whatever the file's fields say."""
+    table = np.zeros((502, 4 * ggufs.WIDTH), np.uint8)
+    more = {"output.weight": ((ggufs.WIDTH, 502), ggufs.F32, table)}
+    source, out = ggufs.model(tmp_path / "in.gguf", more=more), tmp_path / "out.gguf"
+    main([str(source), str(out), "--data", str(texts)])
+    record = json.loads(Path(f"{out}.vocabulary.json").read_text("utf-8"))["record"]
+    assert "llama.cpp computes no finite values" in record["reason"] and "distance" not in record
+
+
+CHILD = """
+import os, signal
+from lib.gguf.predictions import *
+own = values_of
+
+def values_of(**given):
+    fault = {fault!r}
+    if bool(given["own"]) != ({of!r} == "IN"):
+        return own(**given)
+    if fault == "refused":
+        return {{"reason": "llama.cpp does not load it"}}
+    os.kill(os.getpid(), getattr(signal, fault))
+"""
+
+
+@pytest.mark.parametrize(
+    ("of", "fault"),
+    [("IN", "SIGABRT"), ("IN", "refused"), ("OUT", "SIGABRT"), ("OUT", "refused")]
+    + [("OUT", "SIGKILL")],
+)
+def test_only_a_difference_deletes_a_finished_file(
+    of: str,
+    fault: str,
+    texts: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """As one is what llama.cpp does with OUT alone; a kill tells nothing, as where memory ends."""
+    source, out = ggufs.model(tmp_path / "in.gguf"), tmp_path / "out.gguf"
+    (tmp_path / "child.py").write_text(CHILD.format(of=of, fault=fault))
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(tmp_path), str(ROOT)]))
+    own, argv = values_of, [str(source), str(out), "--data", str(texts)]
+    spoiled = SimpleNamespace(__module__="child", __name__="values_of")
+    monkeypatch.setattr("lib.gguf.predictions.values_of", spoiled)
+    if of == "OUT" and fault != "SIGKILL":
+        with pytest.raises(UserError, match="IN runs, and it does not"):
+            main(argv)
+        assert [path.name for path in tmp_path.glob("out*")] == []
+        return
+    if of == "IN":
+        with pytest.raises(SystemExit) as ended:
+            main([*argv, "--most_cost", "2%"])
+        assert ended.value.code == 3 and not out.exists()
+        assert "the cost of trimming cannot be measured" in capsys.readouterr().err
+    main(argv)
+    last = capsys.readouterr().out.splitlines()[-1]
+    assert last.startswith("not verified: predictions") and fault in last + "refused"
+    check(source, out)
+    monkeypatch.setattr("lib.gguf.predictions.values_of", own)
+    before = {path: path.read_bytes() for path in tmp_path.glob("out*")}
+    main([*argv, "--verify"])
+    assert "log-probabilities after 24 beginnings" in capsys.readouterr().out
+    assert before == {path: path.read_bytes() for path in tmp_path.glob("out*")}
+
+
+def test_a_file_is_proven_by_its_own_original(texts: Path, tmp_path: Path) -> None:
+    source, out = ggufs.model(tmp_path / "in.gguf"), tmp_path / "out.gguf"
+    with pytest.raises(UserError, match="there is no out.gguf"):
+        main([str(source), str(out), "--verify"])
+    main([str(source), str(out), "--data", str(texts)])
+    other = ggufs.model(tmp_path / "other.gguf", table=ggufs.F16)
+    with pytest.raises(UserError, match="that IN and OUT belong together"):
+        main([str(other), str(out), "--verify"])
+    main([str(source), str(out), "--verify"])  # without texts of a language
+
+
+def test_what_has_appeared_since_the_start_is_not_replaced(
+    texts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source, out = ggufs.model(tmp_path / "in.gguf"), tmp_path / "out.gguf"
+
+    def begun(*args: object) -> dict[str, list[str]]:
+        out.write_bytes(b"theirs")
+        return texts_to_compare(*args)
+
+    monkeypatch.setattr("lib.commands.trim.file.texts_to_compare", begun)
+    with pytest.raises(UserError, match="The new file is out.gguf.partial: rename it"):
+        main([str(source), str(out), "--data", str(texts)])
+    assert out.read_bytes() == b"theirs"
+    (tmp_path / "out.gguf.partial").replace(out)
+    (tmp_path / "out.gguf.partial.vocabulary.json").rename(f"{out}.vocabulary.json")
+    check(source, out)
+
+
+def test_little_text_is_said_and_what_costs_too_much_is_not_written(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By the rule of `compress`, unless --most_cost says otherwise."""
+    monkeypatch.setattr("lib.commands.trim.choosing.MOST_COST", MOST_COST)
+    source, out = ggufs.model(tmp_path / "in.gguf"), tmp_path / "out.gguf"
+    few = ggufs.write_texts(tmp_path / "few", OTHERS, 1)
+    argv = [str(source), str(out), "--data", str(few)]
+    with pytest.raises(UserError, match="trimming costs .* Give more text") as refused:
+        main(argv)
+    assert refused.value.what == "--most_cost 0.02 (default)" and not out.exists()
+    said = capsys.readouterr().out
+    assert "little text: 1 test document of " in said and "Give 24 test documents" in said
+    cost = re.search(r"at most ([+\d.]+)% bits per byte on", said)  # few have no interval
+    assert float(cost[1]) > 2 and "more than" not in said
+    main([*argv, "--most_cost", "200%"])
+    said = capsys.readouterr().out
+    assert re.search(r"log-probabilities after [1-9]\d* beginnings", said) and out.exists()
+
+
+def test_without_test_text_there_is_no_cost(
+    texts: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Lines in scripts that were removed would tell nothing about a language; they prove OUT."""
+    source, out = ggufs.model(tmp_path / "in.gguf"), tmp_path / "out.gguf"
+    main([str(source), str(out), "--data", str(texts)])
+    capsys.readouterr()
+    main([str(source), str(tmp_path / "b.gguf"), "--keep", f"{out}.vocabulary.json"])
+    said = capsys.readouterr().out
+    assert "bits per byte" not in said and "little text" not in said
+    assert "log-probabilities after 24 beginnings" in said
+    assert said.endswith("answers of the model and cost (no test text is given)\n")
 
 
 WITHOUT = """

@@ -10,9 +10,8 @@ import shlex
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from ...util.cli import typed
+from ...util.cli import NOTHING, typed
 
-NOTHING = 3  # exit status of `trim` and `dialogues`: nothing is to be used, as their line says
 WIDTH = 76  # of a line of the script
 
 

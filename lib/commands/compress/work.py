@@ -16,10 +16,10 @@ from typing import TYPE_CHECKING, Any
 from ...run.flags import given
 from ...run.results import RESULTS
 from ...util import processes
-from ...util.cli import typed
+from ...util.cli import NOTHING, typed
 from ...util.errors import UserError
 from ...util.files import partial_of, write_text
-from .recipe import NOTHING, Step
+from .recipe import Step
 
 if TYPE_CHECKING:
     from ...model.checkpoint import Checkpoint

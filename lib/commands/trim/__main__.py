@@ -17,11 +17,12 @@ import argparse
 import sys
 from pathlib import Path
 
-from ...run.flags import MULTIPLES, SHARE
-from ...util.cli import make_parser, typed
+from ...run.flags import MULTIPLES, PRICED, SHARE
+from ...util.cli import NOTHING, make_parser, typed
 from ...util.errors import UserError, fields_named, one_line
 from ...util.files import check_writable
 from ...vocabulary.choice import MULTIPLE, PRICE
+from ...vocabulary.cost import MOST_COST
 from .choosing import NotWorthIt, add_text_flags
 from .file import trim_file
 
@@ -30,18 +31,20 @@ EXAMPLES = """examples:
   {0} IN.gguf OUT.gguf --data texts/uk texts/code --rows 32768 --dry_run
   {0} DRAFT.gguf SMALL.gguf --keep OUT.gguf.vocabulary.json
   {0} intfloat/multilingual-e5-small e5-uk --language uk en
-  {0} MODEL OUT --data texts/uk --most_cost 2%"""
-NOT_WORTH_IT = 3  # exit status where --most_cost is given
+  {0} MODEL OUT --data texts/uk --most_cost 5%
+  {0} IN.gguf OUT.gguf --data texts/uk --verify"""
 
 
 @fields_named(model="IN", eval_data=None, no_chat_template=None)
 def main(arguments: list[str]) -> None:
     args = _parser().parse_args(arguments)
     check_writable("OUT", str(Path(args.out).absolute().parent))
-    if args.keep and (args.rows or args.price != PRICE):
+    if args.verify:
+        _check_verify(args)
+    if (args.keep or args.verify) and (args.rows or args.price != PRICE):
         flag = f"--rows {args.rows}" if args.rows else f"--price {args.price}"
-        raise UserError(flag, "--keep gives the tokens", "Leave one of the two out")
-    if not (args.keep or args.language or args.data):
+        raise UserError(flag, "--keep or --verify gives the tokens", "Leave one of the two out")
+    if not (args.keep or args.language or args.data or args.verify):
         fix = "Give --language, --data or --keep"
         raise UserError(f"IN {args.source}", "no text says which tokens to keep", fix)
     try:
@@ -55,12 +58,20 @@ def main(arguments: list[str]) -> None:
         if args.most_cost is None:
             raise
         print(f"not trimmed: {one_line(str(error))}", file=sys.stderr, flush=True)
-        raise SystemExit(NOT_WORTH_IT) from None
+        raise SystemExit(NOTHING) from None
+
+
+def _check_verify(args: argparse.Namespace) -> None:
+    if not args.source.endswith(".gguf"):
+        raise UserError("--verify", "it proves GGUF files alone", "Leave it out; name a new OUT")
+    for flag in ("keep", "most_cost", "dry_run"):
+        if getattr(args, flag):
+            raise UserError(f"--{flag}", "--verify writes nothing", "Leave one of the two out")
 
 
 def _share(text: str) -> float:
-    """Parse `2%` or `0.02`."""
-    return SHARE(str(float(text[:-1]) / 100) if text.endswith("%") else text)
+    """Parse `2%` or `0.02`; 1 and more are given as percentages, so that 2 is no mistake for 2%."""
+    return PRICED(str(float(text[:-1]) / 100)) if text.endswith("%") else SHARE(text)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -80,7 +91,10 @@ def _parser() -> argparse.ArgumentParser:
     add("--rows", type=MULTIPLES, metavar="N", help=text)
     text = "keep the tokens of this .vocabulary.json, as for a draft and its target"
     add("--keep", metavar="FILE", help=text)
-    text = "write nothing and end with status 3 if trimming costs more, such as 2%% or 0.02"
+    text = (
+        f"write nothing if trimming costs more (default: {MOST_COST:.0%}%); if given, the status "
+    )
+    text += "is then 3"
     add("--most_cost", type=_share, metavar="SHARE", help=text)
     text = "device for a folder's proof (default: a GPU if there is one)"
     add("--device", metavar="DEVICE", help=text)
@@ -89,5 +103,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--trust_remote_code", action="store_true", help=text)
     text = "leave these fields out, which may hold ids and are unknown"
     add("--drop", nargs="+", default=[], metavar="FIELD", help=text)
+    text = "prove a GGUF file OUT by IN, with held-out text of --data, and write nothing"
+    add("--verify", action="store_true", help=text)
     add("--dry_run", action="store_true", help="print rows, size and tokens, and write nothing")
     return parser

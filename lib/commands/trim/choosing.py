@@ -24,11 +24,9 @@ from ...util.errors import UserError, first_of
 from ...util.host import gib
 from ...util.quirks import KNOWN_PROMPTS
 from ...vocabulary.choice import MOST_ROWS, PRICE, Choice, choose, read_list, round_up
-from ...vocabulary.cost import cost_line
+from ...vocabulary.cost import MOST_COST, cost_line
 from ...vocabulary.counts import Encode
 from ...vocabulary.kinds import Vocabulary
-
-TOO_COSTLY = 0.02  # rise of bits per byte above which a line asks for more text
 
 
 class NotWorthIt(UserError):
@@ -194,18 +192,18 @@ def check_disk(args: argparse.Namespace, folder: Path, size: int) -> None:
 def check_cost(args: argparse.Namespace, record: Mapping[str, Any]) -> None:
     """Print the cost in a record, unless it has the `reason` why it was not measured.
 
-    Raises NotWorthIt if --most_cost is given, and the cost is larger or unknown.
+    Raises NotWorthIt if the cost is larger than --most_cost, by default MOST_COST, and if it is
+    unknown and the flag is given. An OUT that --verify proves is there, whatever it costs.
     """
-    most = args.most_cost
-    if "reason" in record:
-        if most is not None:
-            problem = f"the cost of trimming cannot be measured ({record['reason']})"
-            raise NotWorthIt(f"--most_cost {most:g}", problem, "Leave the flag out")
-        return
-    print(cost_line(record), flush=True)
-    cost = record["measured_on"]["cost"]
-    if most is not None and cost > most:
-        problem = f"trimming costs {cost:.2%} bits per byte, so nothing is written"
-        raise NotWorthIt(f"--most_cost {most:g}", problem, "Give more text, or more --rows")
-    if cost > TOO_COSTLY:
-        print(f"more than {TOO_COSTLY:.0%} is much: give more text in the language", flush=True)
+    most = MOST_COST if args.most_cost is None else args.most_cost
+    problem, fix = "", "Leave the flag out"
+    if "reason" not in record:
+        print(cost_line(record), flush=True)
+        if (cost := record["measured_on"]["cost"]) > most:
+            problem = f"trimming costs {cost:.2%} bits per byte, so nothing is written"
+            fix = "Give more text, more --rows, or a higher --most_cost"
+    elif args.most_cost is not None:
+        problem = f"the cost of trimming cannot be measured ({record['reason']})"
+    if problem and not args.verify:
+        default = " (default)" * (args.most_cost is None)
+        raise NotWorthIt(f"--most_cost {most:g}{default}", problem, fix)

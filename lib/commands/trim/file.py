@@ -20,9 +20,9 @@ import numpy as np
 from ...data.chats import Document
 from ...data.documents import Corpus
 from ...data.lines import LINES
-from ...gguf.file import Field, GgufFile, Tensor, header, write
+from ...gguf.file import Field, GgufFile, Tensor, contents, header, write
 from ...gguf.llama import Llama
-from ...gguf.predictions import Predictions
+from ...gguf.predictions import NOT_CAUSAL, Predictions
 from ...gguf.vocabulary import TOKENIZER, GgufVocabulary, tokenizer_model
 from ...util.errors import UserError
 from ...util.files import partial_of, sync, temporary_folder, write_text
@@ -45,16 +45,17 @@ from .choosing import (
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
-NOT_CAUSAL = ("t5", "bert")  # kinds of vocabulary whose models predict no next token
 # names of special tokens in a file, and in a chat template
 SPECIAL = dict(bos="bos", eos="eos", unknown="unk", seperator="sep", padding="pad", mask="mask")
 
 
 def trim_file(args: argparse.Namespace) -> None:
-    """Trim the file `args.source` to the new file `args.out`."""
+    """Trim the file `args.source` to the new file `args.out`, or prove a file that is there."""
     out = Path(args.out).absolute()
-    listed = out.with_name(f"{out.name}.vocabulary.json")
-    _check_new(args.out, out, listed)
+    if args.verify:
+        args.keep = _check_made(args.out, out)
+    else:
+        _check_new(args.out, out)
     corpora = corpora_of(args)
     file = GgufFile(Path(args.source), f"IN {args.source}")
     vocabulary = GgufVocabulary(file, frozenset(args.drop))
@@ -78,37 +79,48 @@ def trim_file(args: argparse.Namespace) -> None:
         if args.dry_run:
             print("nothing is written (--dry_run)")
             return
-        check_disk(args, out.parent, size)
-        found, expected = {"reason": "it predicts no next token"}, folder / "expected.npy"
-        if not lossy:
-            predictions = Predictions(file, (before, after), kept, held_out(tests))
-            found = predictions.measure(expected)
+        if args.verify:
+            print(_same_bytes(out, fields, tensors, file.alignment))
+        else:
+            check_disk(args, out.parent, size)
+        proof = Predictions(file, (before, after), kept, held_out(tests), folder)
+        record |= (found := proof.measure())
         check_cost(args, found)
-        record |= found
-        with _partial(args.out, out) as partial:
-            record["seconds_written"] = _write(partial, fields, tensors, file.alignment)
-            if "reason" not in found:
-                record |= predictions.verify(partial, expected)
+        if args.verify:
+            record |= proof.verify(out)
+        else:
+            with _partial(args.out, out) as partial:
+                record["seconds_written"] = _write(partial, fields, tensors, file.alignment)
+                record |= proof.verify(partial)
             tokens = [vocabulary.tokens[index] for index in kept]
             content = {"ids": kept, "tokens": tokens, "rows": kept, "record": record}
-            write_text(listed, json.dumps(content, ensure_ascii=False))
-            partial.rename(out)
-            sync(out.parent)
+            _put_in_place(args.out, partial, out, json.dumps(content, ensure_ascii=False))
     for projector in Path(args.source).absolute().parent.glob("*mmproj*.gguf"):
         print(f"{projector.name} beside IN: unchanged, not run")
-    missing = f"predictions and cost ({found.get('reason')})"
-    if "reason" not in found:
-        missing = f"texts past {max(map(len, predictions.own))} tokens, answers of the model"
-    print(f"not verified: {missing}", flush=True)
+    print(f"not verified: {proof.missing(record)}", flush=True)
 
 
-def _check_new(name: str, out: Path, listed: Path) -> None:
+def list_of(out: Path) -> Path:
+    """Return the file for the list of the tokens of a trimmed file."""
+    return out.with_name(f"{out.name}.vocabulary.json")
+
+
+def _check_new(name: str, out: Path) -> None:
     if out.suffix != ".gguf":
         raise UserError(f"OUT {name}", "the name does not end with .gguf", "Give one that does")
-    for path in (out, partial_of(out), listed):
+    for path in (out, partial_of(out), list_of(out)):
         if path.exists() or path.is_symlink():
             fix = "Name a new file, or remove it"
             raise UserError(f"OUT {name}", f"{path.name} exists", fix)
+
+
+def _check_made(name: str, out: Path) -> str:
+    """Return the list beside a trimmed file. Raises UserError if one of both is missing."""
+    for path in (out, list_of(out)):
+        if not path.is_file():
+            problem = f"--verify proves a trimmed file by its list, and there is no {path.name}"
+            raise UserError(f"OUT {name}", problem, "Leave --verify out to trim IN")
+    return str(path)
 
 
 def tokenizer_of(path: Path, vocabulary: GgufVocabulary, kept: Sequence[int]) -> Llama:
@@ -214,7 +226,7 @@ def _print_sizes(record: dict[str, Any]) -> None:
 
 @contextmanager
 def _partial(name: str, out: Path) -> Iterator[Path]:
-    """Yield a new file beside `out`, which is deleted unless it was renamed."""
+    """Yield a new file beside `out`, which is deleted on error."""
     out.parent.mkdir(parents=True, exist_ok=True)
     partial = partial_of(out)
     try:
@@ -224,8 +236,23 @@ def _partial(name: str, out: Path) -> Iterator[Path]:
         raise UserError(f"OUT {name}", problem, "Name a new file") from None
     try:
         yield partial
-    finally:
+    except BaseException:
         partial.unlink(missing_ok=True)
+        raise
+
+
+def _put_in_place(name: str, partial: Path, out: Path, listed: str) -> None:
+    """Write the list of a finished file and give it its name.
+
+    Raises UserError if that has appeared since the start; then the file stays where it is.
+    """
+    taken = next((each.name for each in (out, list_of(out)) if each.exists()), "")
+    write_text(list_of(partial if taken else out), listed)
+    if taken:
+        problem = f"{taken} has appeared since the start"
+        raise UserError(f"OUT {name}", problem, f"The new file is {partial.name}: rename it")
+    partial.rename(out)
+    sync(out.parent)
 
 
 def _write(
@@ -238,25 +265,26 @@ def _write(
         for step in write(partial, fields, tensors, alignment):
             on_progress(step)
     written = time.monotonic() - start
-    _check_bytes(partial, tensors)
-    seconds = time.monotonic() - start - written
-    tables = sum(tensor.kept is not None for tensor in tensors)
-    print(
-        f"written in {written:.1f} s; {tables} tensors have the kept rows of IN, and "
-        f"{len(tensors) - tables} are IN's, by bytes ({seconds:.1f} s)"
-    )
+    print(f"written in {written:.1f} s; {_same_bytes(partial, fields, tensors, alignment)}")
     return written
 
 
-def _check_bytes(partial: Path, tensors: Sequence[Tensor]) -> None:
-    """Read the written file, and compare each tensor's bytes with IN's."""
-    written = GgufFile(partial, f"OUT {partial.name}")  # gguf's reader takes half a minute
-    for tensor, other in zip(tensors, written.tensors, strict=True):
-        same, place = (other.name, other.kind) == (tensor.name, tensor.kind), 0
-        for part in tensor.parts():
-            data = other.data[place : place + part.size]
-            same = same and np.array_equal(part.reshape(-1), data)
-            place += part.size
-        if not same or place != other.data.size:
-            problem = f"{tensor.name} is not IN's"
-            raise UserError(f"OUT {partial.name}", problem, "Check the disk")
+def _same_bytes(
+    path: Path, fields: dict[str, Field], tensors: Sequence[Tensor], alignment: int
+) -> str:
+    """Compare the bytes of a trimmed file with those that IN gives, and return a sentence on them.
+
+    Raises UserError at the first difference.
+    """
+    start = time.monotonic()
+    with path.open("rb") as file:
+        for name, part in contents(fields, tensors, alignment):
+            expected = np.frombuffer(part, np.uint8)
+            if not np.array_equal(np.frombuffer(file.read(expected.size), np.uint8), expected):
+                fix = "Check the disk, and that IN and OUT belong together"
+                raise UserError(f"OUT {path.name}", f"{name} is not IN's", fix)
+    tables = sum(tensor.kept is not None for tensor in tensors)
+    return (
+        f"{tables} tensors have the kept rows of IN, and {len(tensors) - tables} are IN's, by "
+        f"bytes ({time.monotonic() - start:.1f} s)"
+    )

@@ -89,7 +89,7 @@ def trim_folder(args: argparse.Namespace) -> None:
         print("nothing is written (--dry_run)")
         return
     check_disk(args, Path(args.out).absolute().parent, source.table_bytes)
-    texts, proof, found = held_out(tests) or LINES, None, {"reason": "it predicts no next token"}
+    texts, proof, found = held_out(tests), None, {"reason": "it predicts no next token"}
     if source.is_causal:
         (part,) = source.parts
         tokenizers = Fast(part.tokenizer), Fast(smaller[0])
@@ -99,9 +99,10 @@ def trim_folder(args: argparse.Namespace) -> None:
     with staged_folder(args.out, "OUT") as stage:
         sizes = _write(source, stage, args)
         if proof:
-            lines = _prove_logits(proof, part, stage, found)
+            part.record |= found | proof.verify(str(stage))
+            lines = proof.lines(part.record)
         else:
-            lines = _prove_vectors(source, stage, texts)
+            lines = _prove_vectors(source, stage, texts or LINES)
         for part in source.parts:
             tokens = [part.tokens.id_to_token[index] for index in part.ids]
             kept = {"ids": part.ids, "tokens": tokens, "rows": part.rows.tolist()}
@@ -236,15 +237,6 @@ def _write(source: ModelFiles, stage: Path, args: argparse.Namespace) -> tuple[i
         print(f"not copied: {first_of(left)}; {how}")
     after = sum(path.stat().st_size for path in stage.rglob("*") if path.is_file())
     return sum(path.stat().st_size for path in source.files.values()), after
-
-
-def _prove_logits(proof: Logits, part: Part, stage: Path, found: dict[str, Any]) -> list[str]:
-    """Compare the logits of OUT, and return a line."""
-    part.record |= found
-    if "reason" in found:
-        return [f"not verified: logits and cost ({found['reason']})"]
-    part.record |= proof.verify(str(stage))
-    return [proof.line(part.record)]
 
 
 def _prove_vectors(source: ModelFiles, stage: Path, texts: list[str]) -> list[str]:
