@@ -35,6 +35,10 @@ GPU_TOKENS = 4  # times as many tokens measures a GPU
 LIMIT = 1e-5  # largest difference of logits relative to the largest, or 8 steps of the dtype
 
 
+class MemoryIsShort(UserError):
+    """A model cannot be run here, which says nothing about it."""
+
+
 class Logits:
     """The logits of both folders on passages of held-out texts.
 
@@ -80,15 +84,18 @@ class Logits:
         return record_cost(pieces, *losses)
 
     def verify(self, folder: str) -> dict[str, Any]:
-        """Return the difference of OUT's logits, {} if IN was not run.
+        """Return the difference of OUT's logits, {} if IN was not run, or a `reason`.
 
         Raises UserError if the difference exceeds rounding.
         """
         if not self.expected.numel():
             return {}
         out = replace(self.checkpoint, name=folder, flag="OUT", revision=None)
-        with opened(out, self.device) as runner:
-            values = self._values(runner, self.new, None)
+        try:
+            with opened(out, self.device) as runner:
+                values = self._values(runner, self.new, None)
+        except (MemoryIsShort, MemoryError, torch.OutOfMemoryError) as error:
+            return {"reason": first_line(error)}
         limit = max(8 * self.step, LIMIT)
         ratio = float((values - self.expected).abs().max() / self.expected.abs().max())
         if not ratio <= limit:
@@ -99,7 +106,8 @@ class Logits:
     def lines(self, record: dict[str, Any]) -> list[str]:
         """Return lines on a record of both methods."""
         if "logits_differ" not in record:
-            return [f"not verified: logits and cost ({record['reason']})"]
+            missing = "logits" if "measured_on" in record else "logits and cost"
+            return [f"not verified: {missing} ({record['reason']})"]
         n, ratio = record["beginnings"], record["logits_differ"]
         values = f"{self.expected.numel():,} values"
         lines = [f"logits after {n} beginnings, {values}: equal to {ratio:.1g}"]
@@ -134,7 +142,7 @@ def _windows(rows: Sequence[Sequence[int]]) -> Windows:
 def opened(checkpoint: Checkpoint, device: torch.device) -> Iterator[BlockRunner]:
     """Load a model in the dtype of its checkpoint; blocks are fetched if it does not fit.
 
-    Raises UserError if not even one block fits beside the rest.
+    Raises MemoryIsShort if not even one block fits beside the rest.
     """
     config = load_config(checkpoint)
     bare, dtype = build_skeleton(config, checkpoint), checkpoint_dtype(config)
@@ -145,7 +153,7 @@ def opened(checkpoint: Checkpoint, device: torch.device) -> Iterator[BlockRunner
     resident = whole < free
     if not resident and whole - inside + largest > free:
         problem = f"memory for {gib(whole - inside + largest)} is short"
-        raise UserError(str(checkpoint), problem, "Free some")
+        raise MemoryIsShort(str(checkpoint), problem, "Free some")
     where = {"": device} if resident else device_map(bare, name, device)
     with temporary_folder() as converted:
         options = dict(dtype=dtype, device_map=where, offload=None if resident else str(converted))

@@ -181,6 +181,18 @@ def test_blocks_are_fetched_where_a_model_does_not_fit(
     assert ("not verified: logits and cost (" in said) == (not free)
 
 
+def test_out_stays_where_memory_ends_after_the_cost_is_measured(
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = tiny.tiny_llama(vocab_size=521, bos_token_id=1, eos_token_id=2, pad_token_id=3)
+    tiny.write_model(tmp_path / "in", model, kinds.byte_level(regex=False))
+    left = iter([10**9, 1000])
+    monkeypatch.setattr(logits_module, "available", lambda: next(left))
+    said = succeed(tmp_path / "in", tmp_path / "out", "--data", place / "uk", program=main).out
+    assert "not verified: logits (OUT " in said and "bits per byte" in said
+    assert (tmp_path / "out/model.safetensors").is_file()
+
+
 def test_a_sentencepiece_model_alone(place: Path, tmp_path: Path) -> None:
     """Without tokenizer.json, as Llama 2 has it; OUT has both."""
     tokenizer = kinds.byte_fallback(600)
