@@ -691,9 +691,9 @@ def experts_recovered() -> Iterator[Record]:
 
 def bits_cost(file: Record) -> str:
     """Change of a trimmed file's bits per byte in percent, with its 95% interval."""
-    low, high = (100 * end for end in file.cost_interval)
+    between = " ({:+.1f} to {:+.1f})".format(*(100 * end for end in file.cost_interval or (0, 0)))
     cost = 100 * (file.bits_per_byte_trimmed / file.bits_per_byte_original - 1)
-    return f"{cost:+.1f} ({low:+.1f} to {high:+.1f})"
+    return f"{cost:+.1f}" + between * bool(file.cost_interval)
 
 
 def computed_sizes() -> Iterator[Record]:
