@@ -18,6 +18,7 @@ from ...gguf.source import types_of
 from ...model.checkpoint import Checkpoint
 from ...model.folder import ModelFolder
 from ...model.pretrained import load_config, load_model
+from ...run.card import quantized_as
 from ...util.errors import UserError
 
 GRID = FORMATS[EXPORTED]
@@ -32,7 +33,8 @@ def grid_rows(source: ModelFolder) -> Iterator[tuple[Tensor, Tensor]]:
         rows = (weight.mT if transposed else weight).flatten(0, -2)
         codes, scales, off = split(rows)
         if off > 0 and (types := types_of(source.folder)) - {EXPORTED}:
-            other = AUTO if len(types) > 1 else min(types)
+            by_values = AUTO if len(types) > 1 else min(types)
+            other = quantized_as(source.folder) or by_values
             problem = f"it was made with --quantize {other}, which only llama.cpp and ollama run"
             raise UserError(where, problem, f"Use gguf with --type {other}")
         if not off == 0:  # also rejects nan
