@@ -20,7 +20,7 @@ from functools import partial
 from itertools import chain
 from pathlib import Path
 
-from ..util.errors import UserError, first_line, one_line
+from ..util.errors import UserError, counted, first_line, one_line
 from . import hub
 from .chats import COLUMNS, TOOLS, Dialogue, Document
 from .sources import FILES, JOINED, PLAIN, Source, folder_files, is_parted, text_of
@@ -106,7 +106,8 @@ class Corpus:
                 log.warning("%s: no more than %d characters are read", file, limit)
                 break
         if nulls:
-            log.warning("%s: %d rows without a %r are left out", source, nulls, source.column)
+            rows = counted(nulls, "row")
+            log.warning("%s: %s without a %r left out", source, rows, source.column)
         if not texts:
             raise source.error("it holds no text", "Give a source with at least one row")
         if self.is_parted(split):

@@ -17,6 +17,7 @@ import numpy as np
 
 from ..data.documents import passages
 from ..data.lines import LINES
+from ..util.errors import counted
 
 COSTS = "bits_per_byte_original", "bits_per_byte_trimmed", "cost_interval"  # in a record
 MOST_COST = 0.02  # rise of bits per byte for which a vocabulary is trimmed
@@ -111,9 +112,9 @@ def cost_line(record: Mapping[str, Any]) -> str:
     """Return a line on the cost in a record."""
     original, trimmed, interval = (record[name] for name in COSTS)
     between = " (95% interval {:+.2%} to {:+.2%})".format(*interval) if interval else ""
-    on = "{tokens:,} tokens, {bytes:,} bytes of {documents} test documents".format(
-        **record["measured_on"]
-    )
+    measured = record["measured_on"]
+    on = "{tokens:,} tokens, {bytes:,} bytes of ".format(**measured)
+    on += counted(measured["documents"], "test document")
     return (
         f"longer tokens cost at most {trimmed / original - 1:+.2%} bits per byte{between} on {on}: "
         f"IN with all its rows {original:.4f} on its own tokens, {trimmed:.4f} on those of OUT"
