@@ -1,4 +1,4 @@
-"""Converts a saved folder to GGUF for llama.cpp and ollama, and proves that both agree."""
+"""GGUF files for llama.cpp and ollama: reading, vocabularies, conversion and proof."""
 
 from __future__ import annotations
 

@@ -226,10 +226,9 @@ def pre_tokenizer(text_model: type, check: dict[str, Any], parts: str | None) ->
 
 def _has_mtp(folder: Path, count: int) -> bool:
     """Return whether a folder has layers for multi-token prediction: named so, or after `count`."""
-    from safetensors import safe_open
+    from ..model.checkpoint import Checkpoint, stored_names
 
-    files = (safe_open(file, "pt") for file in folder.glob("*.safetensors"))
-    found = filter(None, (MTP.search(name) for file in files for name in file.keys()))
+    found = filter(None, map(MTP.search, stored_names(Checkpoint(str(folder)))))
     return any(match[1] is None or int(match[1]) >= count for match in found)
 
 

@@ -52,7 +52,8 @@ class Predictions:
         window = min(WINDOW, file.value(f"{name}.context_length", WINDOW + ROOM) - ROOM)
         pieces = pieces_of(texts, weights, window, *(each.encode_all for each in tokenizers))
         before, after = tokenizers
-        self.pieces, self.own = pieces, [[before.first, *piece.before] for piece in pieces]
+        self.pieces = pieces
+        self.own = [[before.first, *piece.before] for piece in pieces if texts]  # for the cost
         self.new = [[after.first, *piece.after] for piece in pieces]
         self.places, self.limit = places_in(self.new), ODD_LIMIT if before.rows % STEP else LIMIT
         if self.embeds:  # bit for bit, and begun and ended by the file's fields
@@ -61,16 +62,19 @@ class Predictions:
 
     def measure(self) -> dict[str, Any]:
         """Run IN, and return the record of the cost, or the `reason` why it was not measured."""
-        reason, answer = "an embedder predicts no next token" if self.embeds else "", {}
         if not self.embeds and self.file.value("tokenizer.ggml.model") in NOT_CAUSAL:
             return {"reason": "it predicts no next token"}
         mapped = [[self.kept[index] for index in ids] for ids in self.new]
         try:
             answer = self._run(self.file.paths[0], self.own, mapped, self.kept, self.expected)
         except UserError as error:
-            reason = error.problem
-        if reason := answer.get("reason") or reason or "no test text is given" * (not self.texts):
-            return {"reason": reason}
+            answer = {"reason": error.problem}
+        if self.embeds:
+            answer.setdefault("reason", "an embedder predicts no next token")
+        elif not self.texts:
+            answer.setdefault("reason", "no test text is given")
+        if "reason" in answer:
+            return {"reason": answer["reason"]}
         return record_cost(self.pieces, *(np.array(answer[name]) for name in ("own", "mapped")))
 
     def verify(self, out: Path) -> dict[str, Any]:

@@ -11,12 +11,14 @@ that name code. Weights are linked, and all other files are written again from t
 from __future__ import annotations
 
 import json
+from collections.abc import Set
 from pathlib import Path
 from typing import Any
 
 from safetensors import safe_open
 
 from ..formats.grids import held_type
+from ..formats.registry import AUTO
 from ..model.folder import ModelFolder
 from ..model.processor import FILES
 from ..util.errors import UserError
@@ -91,6 +93,11 @@ def types_of(folder: Path) -> set[str]:
                 matrix = tensor.view(-1, *tensor.shape[-2:])[0]
                 types.add(held_type(matrix) or held_type(matrix.mT))
     return types - {None}
+
+
+def one_type(types: Set[str]) -> str | None:
+    """Return the --quantize that gives a folder these types; None for none."""
+    return AUTO if len(types) > 1 else min(types, default=None)
 
 
 def pre_tokenizer_of(data: dict[str, Any]) -> str | None:

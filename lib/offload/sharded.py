@@ -5,7 +5,8 @@ calls. Where blocks are sharded, each rank holds its rows of every parameter: so
 matrix, some experts of a stack. `fully_shard` treats each block as a group: forward and backward
 passes gather the block whole and sum its gradients. Parameters that ranks cannot share evenly stay
 whole on each rank. Training begins and ends with blocks in files; nothing of FSDP is left
-afterwards."""
+afterwards.
+"""
 
 from __future__ import annotations
 

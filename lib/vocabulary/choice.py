@@ -71,9 +71,9 @@ def choose(
     used, rise = _used(vocabulary, counts), None
     if held_out.any():
         rise, likely = worth_their_rows(vocabulary, counts - held_out, held_out, price)
-    kept, limit = _with_parts(vocabulary, vocabulary.required), (rows or 0) - n_unnamed
+    kept, limit = with_parts(vocabulary, vocabulary.required), (rows or 0) - n_unnamed
     if rows is None:
-        ordinary = _with_parts(vocabulary, [*vocabulary.basic, *used])
+        ordinary = with_parts(vocabulary, [*vocabulary.basic, *used])
         kept |= _fill_(vocabulary, ordinary, order, len(ordinary) + likely)
         limit = round_up(len(kept) + n_unnamed) - n_unnamed
     _fill_(vocabulary, kept, order, limit)
@@ -127,7 +127,7 @@ def worth_their_rows(
     number is therefore the mean of those for prices from half to twice the given one.
     """
     order, likely = likely_order(vocabulary, counts)
-    kept = _with_parts(vocabulary, [*vocabulary.basic, *_used(vocabulary, counts)])
+    kept = with_parts(vocabulary, [*vocabulary.basic, *_used(vocabulary, counts)])
     kept |= vocabulary.special  # matched whole, and kept if any text uses them
     missing = [index for index in _used(vocabulary, held_out) if index not in kept]
     saves = {i: held_out[i].item() * (_n_pieces(vocabulary, i, kept) - 1) for i in missing}
@@ -166,7 +166,7 @@ def _used(vocabulary: Vocabulary, counts: np.ndarray) -> list[int]:
     return [index for index in counts.nonzero()[0].tolist() if index in vocabulary.tokens]
 
 
-def _with_parts(vocabulary: Vocabulary, ids: Iterable[int]) -> set[int]:
+def with_parts(vocabulary: Vocabulary, ids: Iterable[int]) -> set[int]:
     """Return tokens with all tokens that they are merged from."""
     kept: set[int] = set()
     for index in ids:

@@ -71,8 +71,9 @@ class Logits:
                 self.new = [[after, *piece.after] for piece in pieces]
                 self.places = places_in(self.new)
                 mapped = [[rows[index] for index in ids] for ids in self.new]
-                with progress(2 * len(own), "predictions of IN", "window") as bar:
-                    figures = perplexities(runner, [_windows(own), _windows(mapped)], bar)
+                if texts:
+                    with progress(2 * len(own), "predictions of IN", "window") as bar:
+                        figures = perplexities(runner, [_windows(own), _windows(mapped)], bar)
                 self.expected = self._values(runner, mapped, self.rows)
                 self.step = torch.finfo(runner.model.dtype).eps
         except Exception as error:  # noqa: BLE001  code of models raises any

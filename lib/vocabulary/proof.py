@@ -23,7 +23,7 @@ def texts_to_compare(
 ) -> dict[str, list[str]]:
     """Return texts by name: the test documents, then lines in many scripts with their letters.
 
-    Prints a line if these are few.
+    Prints a line if the test documents are few.
     """
     tests = {}
     for corpus in corpora:

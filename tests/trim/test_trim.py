@@ -357,16 +357,22 @@ def test_a_trimmed_file_is_trimmed_again(texts: Path, tmp_path: Path) -> None:
     assert len(fields_of(again)["tokenizer.ggml.tokens"]) == 384
 
 
+def appears_meanwhile(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let another program write a file while tokens are compared."""
+
+    def begun(*args: object) -> dict[str, list[str]]:
+        path.write_bytes(b"theirs")
+        return texts_to_compare(*args)
+
+    monkeypatch.setattr("lib.commands.trim.file.texts_to_compare", begun)
+
+
 def test_a_file_that_another_run_writes_is_left(
     texts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     source, partial = ggufs.model(tmp_path / "in.gguf"), tmp_path / "out.gguf.partial"
 
-    def begun(*args: object) -> dict[str, list[str]]:
-        partial.write_bytes(b"theirs")
-        return texts_to_compare(*args)
-
-    monkeypatch.setattr("lib.commands.trim.file.texts_to_compare", begun)
+    appears_meanwhile(partial, monkeypatch)
     with pytest.raises(UserError, match="another run writes it now"):
         main([str(source), str(tmp_path / "out.gguf"), "--data", str(texts)])
     assert partial.read_bytes() == b"theirs"
@@ -599,11 +605,7 @@ def test_what_has_appeared_since_the_start_is_not_replaced(
 ) -> None:
     source, out = ggufs.model(tmp_path / "in.gguf"), tmp_path / "out.gguf"
 
-    def begun(*args: object) -> dict[str, list[str]]:
-        out.write_bytes(b"theirs")
-        return texts_to_compare(*args)
-
-    monkeypatch.setattr("lib.commands.trim.file.texts_to_compare", begun)
+    appears_meanwhile(out, monkeypatch)
     with pytest.raises(UserError, match="The new file is out.gguf.partial: rename it"):
         main([str(source), str(out), "--data", str(texts)])
     assert out.read_bytes() == b"theirs"

@@ -13,8 +13,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ...formats.registry import AUTO, EXPORTED, FORMATS
-from ...gguf.source import types_of
+from ...formats.registry import EXPORTED, FORMATS
+from ...gguf.source import one_type, types_of
 from ...model.checkpoint import Checkpoint
 from ...model.folder import ModelFolder
 from ...model.pretrained import load_config, load_model
@@ -33,8 +33,7 @@ def grid_rows(source: ModelFolder) -> Iterator[tuple[Tensor, Tensor]]:
         rows = (weight.mT if transposed else weight).flatten(0, -2)
         codes, scales, off = split(rows)
         if off > 0 and (types := types_of(source.folder)) - {EXPORTED}:
-            by_values = AUTO if len(types) > 1 else min(types)
-            other = quantized_as(source.folder) or by_values
+            other = quantized_as(source.folder) or one_type(types)
             problem = f"it was made with --quantize {other}, which only llama.cpp and ollama run"
             raise UserError(where, problem, f"Use gguf with --type {other}")
         if not off == 0:  # also rejects nan

@@ -20,7 +20,7 @@ from ...formats.registry import AUTO, GRIDS
 from ...gguf import check_new, conversion, mmproj_of
 from ...gguf.conversion import run_child
 from ...gguf.proof import RUNNER, changed_linears, verify, verify_tensors
-from ...gguf.source import make_view, open_source, pre_tokenizer_of, types_of
+from ...gguf.source import make_view, one_type, open_source, pre_tokenizer_of, types_of
 from ...model.checkpoint import weight_bytes
 from ...model.device import checkpoint_dtype
 from ...model.folder import ModelFolder
@@ -119,8 +119,7 @@ def choose_type(source: ModelFolder, given: str | None) -> str:
     own = None if source.is_packed else quantized_as(source.folder)
     held = types_of(source.folder) if own or given in GRIDS else set()
     exact = {name for name in held if not GRIDS[name].ggml_rule_agrees}
-    if exact and not own:  # its card is gone
-        own = AUTO if len(exact) > 1 else min(exact)
+    own = own or one_type(exact)  # its card may be gone
     own = own if held else None  # its weights are others by now
     kind = given or own or stored
     made = f"IN {source.folder} was made with --quantize {own}"

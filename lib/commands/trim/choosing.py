@@ -23,7 +23,7 @@ from ...run.flags import PRICED
 from ...util.errors import UserError, first_of
 from ...util.host import gib
 from ...util.quirks import KNOWN_PROMPTS
-from ...vocabulary.choice import MOST_ROWS, PRICE, Choice, choose, read_list, round_up
+from ...vocabulary.choice import MOST_ROWS, PRICE, Choice, choose, read_list, round_up, with_parts
 from ...vocabulary.cost import MOST_COST, cost_line
 from ...vocabulary.counts import Encode
 from ...vocabulary.kinds import Vocabulary
@@ -126,9 +126,7 @@ def choose_by_text(
     reasons = {reason: sorted(ids) for reason, ids in vocabulary.reasons.items()}
     record = {"used": choice.used, "likely": choice.likely, "rise": choice.rise}
     used = {index for index in choice.ids if counts[0][index]}
-    needed: set[int] = set()
-    for index in used | vocabulary.required:
-        needed |= vocabulary.with_parts(index, needed)
+    needed = with_parts(vocabulary, used | vocabulary.required)
     record["kept_for"] = len(used), len(needed - used), len(choice.ids) - len(needed)
     return choice, record | {"required": reasons}
 

@@ -198,8 +198,8 @@ class Part:
             shutil.copyfile(path, target / path.name)
         text = json.dumps(self.tokens.trimmed_json(self.ids), ensure_ascii=False)
         (target / TOKENIZER).write_text(text, "utf-8")
-        made = replace(self.checkpoint, name=str(target))
-        tokenizer, _ = open_tokenizer(made, f"OUT {target.name}")
+        copy = replace(self.checkpoint, name=str(target))
+        tokenizer, _ = open_tokenizer(copy, f"OUT {target.name}")
         new = {self.tokens.id_to_token[index]: place for place, index in enumerate(self.ids)}
         if wrong := sorted(new.items() ^ tokenizer.get_vocab().items(), key=lambda item: item[1]):
             problem = f"its {type(tokenizer).__name__}, written and loaded, has another token than "
