@@ -240,7 +240,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--tokens", type=POSITIVE, default=512, help="maximum length of an answer (default: 512)")
     add("--minutes", type=float, default=float("inf"), help="time limit in minutes (default: none)")
     add("--seed", type=int, default=0, help="seed of prompts and answers (default: 0)")
-    add("--batch_size", type=POSITIVE, default=8, help="answers per batch (default: 8)")
+    add("--batch_size", type=POSITIVE, default=24, help="answers per batch (default: 24)")
     add("--device", help="cuda:N, xpu:N or cpu (default: the first GPU, else cpu)")
     add("--cache_dir", help="folder for weights from the Hub (default: the Hub's cache)")
     text = "run Python code that comes with the model, if you trust it"

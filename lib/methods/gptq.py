@@ -4,7 +4,8 @@ A pruned matrix W (out, in) becomes Q on a grid of lib/packed/formats.py, zero w
 zero. As in ADMM the target is the dense model's output, here that of the model before quantization:
 minimize tr(Q A Q^T) - 2 tr(B Q^T) of lib/methods/least_squares.py. There are three steps.
 
- 1. Conjugate gradients move W to the best real values on its mask, because the inputs have changed.
+ 1. W moves to the best real values, because the inputs have changed: by (B - W A) A^-1, with the
+    factor of step 2, or on the mask of a pruned W by conjugate gradients.
  2. Columns are quantized from left to right, and the columns to the right compensate for each, with
     the inverse of A (GPTQ, Frantar et al. 2023, arXiv 2210.17323). With A = R R^T, R upper
     triangular, and C = R / diag(R) this is SparseGPT's recursion (lib/methods/sparsegpt.py,
@@ -13,8 +14,8 @@ minimize tr(Q A Q^T) - 2 tr(B Q^T) of lib/methods/least_squares.py. There are th
     fitted when it is reached, to its values at that time. An error in the weights of input j is
     weighted by diag(X^T X)_j.
  3. Column by column once more, every kept weight moves to the best grid point with all others
-    fixed (coordinate descent). The ideal move is r / A_jj, where r is its row of B - A Q. This step
-    respects the mask exactly, unlike step 2.
+    fixed (coordinate descent). The ideal move is r / A_jj, where r is its row of B - A Q, computed
+    when it is reached. This step respects the mask exactly, unlike step 2.
 
 Layers that share the input are solved side by side, transposed to (in, out).
 """
@@ -52,21 +53,29 @@ class GPTQ(LeastSquares):
     damping = 18.0  # more than for pruning: 4-bit codes overfit few tokens more than zeros do
     # an input that is almost always 0 would get huge weights, and take the levels of its group
     _least_norm = 0.1
-    revision = 2
-    refinements: ClassVar[int] = 5  # steps of conjugate gradients
+    revision = 3
+    refinements: ClassVar[int] = 5  # steps of conjugate gradients, on a mask
     sweeps: ClassVar[int] = 2  # passes of coordinate descent over all columns
 
     def quantize_(self, weights: Sequence[Tensor], fmt: ScaledFormat) -> list[MasterWeights]:
         """Quantize float32 matrices (out_i, in) in place. UserError if A cannot be factored."""
-        start, target, hessian, norms, _ = self.problem(weights)
-        mask = (start == 0) & fmt.has_zero
-        conjugate_gradients_(start, target, hessian, mask, self.refinements)
+        solution, residual, hessian, norms, _ = self.problem(weights)
+        mask = (solution == 0) & fmt.has_zero
+        lower = cholesky(hessian.flip(0, 1))
+        if mask.any():
+            conjugate_gradients_(solution, residual, hessian, mask, self.refinements)
+        else:
+            solution += torch.cholesky_solve(residual.flip(0), lower).flip(0)
+            residual.zero_()
+        factor = lower.flip(0, 1)  # R
+        del lower
         grid = SolverGrid(fmt, norms, keep=(~mask).float())
-        solution, unrounded = round_in_order(start, hessian, grid)
-        descend_(solution, target, hessian, grid, self.sweeps, unrounded)
+        rounded, unrounded = round_in_order(solution, factor, grid)
+        del factor
+        descend_(rounded, solution, residual, hessian, grid, self.sweeps, unrounded)
         unrounded.mul_(grid.keep).div_(norms)
         sizes = [len(weight) for weight in weights]
-        for weight, part in zip(weights, grid.matrix(solution).split(sizes), strict=True):
+        for weight, part in zip(weights, grid.matrix(rounded).split(sizes), strict=True):
             weight.copy_(part)
         both = unrounded.T.contiguous().split(sizes), grid.scales.split(sizes)
         return [MasterWeights(*each) for each in zip(*both, strict=True)]
@@ -135,13 +144,12 @@ class SolverGrid(Grid):
         return self.rounded(solution / self.input_norms).T.contiguous()
 
 
-def round_in_order(ideal: Tensor, hessian: Tensor, grid: SolverGrid) -> tuple[Tensor, Tensor]:
-    """Step 2: quantize the best real values (in, out), given A (in, in), in order.
+def round_in_order(ideal: Tensor, factor: Tensor, grid: SolverGrid) -> tuple[Tensor, Tensor]:
+    """Step 2: quantize the best real values (in, out) in order, given R (in, in), overwritten.
 
-    Returns the solution on the grid, and its values before rounding. UserError if A is indefinite.
+    Returns the solution on the grid, and its values before rounding.
     """
     grid.fit_units_(ideal)
-    factor = cholesky(hessian.flip(0, 1)).flip(0, 1)
     factor.div_(factor.diagonal().clone())  # C
     solution, change, unrounded = (torch.empty_like(ideal) for _ in range(3))  # Q, D
     for here in grid.groups:
@@ -159,7 +167,8 @@ def round_in_order(ideal: Tensor, hessian: Tensor, grid: SolverGrid) -> tuple[Te
 
 def descend_(
     solution: Tensor,
-    target: Tensor,
+    ideal: Tensor,
+    residual: Tensor,
     hessian: Tensor,
     grid: SolverGrid,
     sweeps: int,
@@ -167,15 +176,16 @@ def descend_(
 ) -> None:
     """Step 3: lower tr(Q A Q^T) - 2 tr(B Q^T) from Q = `solution` (in, out) on its grid.
 
-    `unrounded` (in, out) receives the ideal values of the last sweep.
+    `residual` (in, out) is B - A Q at Q = `ideal`. `unrounded` (in, out) receives the ideal values
+    of the last sweep.
     """
-    residual = torch.addmm(target, hessian, solution, alpha=-1)  # B - A Q
     diagonal = hessian.diagonal()
+    change = ideal - solution
     for _ in range(sweeps):
         for here in grid.groups:
             coupling = -hessian[here, here] / diagonal[here]
-            before = solution[here].clone()
-            best = (residual[here] / diagonal[here, None]).add_(before)
-            differences = grid.round_group_(here, best, coupling, solution, before)
-            residual.addmm_(hessian[:, here], differences)
+            best = torch.addmm(residual[here], hessian[here], change).div_(diagonal[here, None])
+            best += solution[here]
+            differences = grid.round_group_(here, best, coupling, solution, solution[here].clone())
+            change[here] += differences
             unrounded[here] = best

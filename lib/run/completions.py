@@ -25,6 +25,7 @@ from .run import Run
 
 NEW_TOKENS = 40  # generated after each prompt
 ANSWER_TOKENS = 256  # limit of an answer to a dialogue's prompt
+CACHED_TOKENS = 16_384  # of all rows that are continued at a time
 KNOWN_WINDOWS = 512  # their words count as known
 REPLACEMENT = "\ufffd"  # tokenizers decode a partial character to it
 
@@ -62,7 +63,7 @@ class Completions:
         for prompts, tokens in ((self.prompts, NEW_TOKENS), (self.asked, self.limit)):
             longest = max((len(ids) for *_, ids in prompts), default=0)
             tokens = min(tokens, window - longest)
-            step = max(1, run.batch_size * run.windows.seqlen // (longest + tokens))
+            step = max(1, CACHED_TOKENS // (longest + tokens))
             for start in range(0, len(prompts), step):
                 batches.append(([ids for *_, ids in prompts[start : start + step]], tokens))
         total = sum(tokens for _, tokens in batches)

@@ -12,7 +12,7 @@ from torch import Tensor
 from lib.methods import admm
 from lib.methods.admm import Admm
 from lib.methods.gram import PANEL, add_upper_gram_, cholesky, damped_cholesky_, mirror_, split
-from lib.methods.least_squares import FLOOR
+from lib.methods.least_squares import EXACT, FLOOR, unexplained_share
 from lib.methods.sparsegpt import SparseGPT
 from lib.methods.sparsity import Sparsity
 from lib.methods.wanda import Wanda
@@ -89,6 +89,17 @@ def assert_published(weight: Tensor, x: Tensor, sparsity: Sparsity) -> Tensor:
     assert torch.equal(pruned == 0, torch.from_numpy(mask))
     assert torch.allclose(pruned.double(), torch.from_numpy(expected), rtol=1e-3, atol=1e-4)
     return pruned
+
+
+@pytest.mark.parametrize(("width", "error"), [(EXACT, 1e-5), (EXACT + 8, 0.02)])
+def test_the_unexplained_share_is_known_exactly_or_within_its_error(
+    width: int, error: float
+) -> None:
+    """Wide inputs take an estimate, of which three standard errors are 1.7%."""
+    x, _ = alike_inputs(width, 1, tokens=2 * width)
+    gram = x.T @ x / len(x) + FLOOR * torch.eye(width)
+    expected = (1 / gram.double().inverse().diagonal()).mean().item()
+    assert unexplained_share(cholesky(gram)) == pytest.approx(expected, rel=error)
 
 
 @pytest.mark.parametrize("width", [16, 128, 136, 304])
