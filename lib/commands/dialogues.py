@@ -40,7 +40,7 @@ from ..util.progress import progress, quiet
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-TRIED = 8  # first answers, of which at least ENDED must end by themselves
+TRIED = 8  # first answers, of which at least the share ENDED / TRIED must end by themselves
 ENDED = 2
 MORE = 4  # maximum number of prompts per wanted dialogue
 PASSAGE = 600  # maximum characters of a passage of plain text
@@ -146,7 +146,7 @@ def answer(args: argparse.Namespace, began: float) -> None:
                         bar(more if args.fill else 1)
                 file.flush()
                 tried = left_out.total()
-                if tried - len(batch) < TRIED <= tried and ended < ENDED:
+                if tried - len(batch) < TRIED <= tried and ended * TRIED < ENDED * tried:
                     problem = f"only {ended} of {tried} answers end within {args.tokens} tokens"
                     fix = "Use a chat model, or more --tokens"
                     raise NoDialogues(f"MODEL {args.model}", problem, fix)

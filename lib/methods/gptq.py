@@ -34,6 +34,8 @@ from .gram import cholesky
 from .least_squares import LeastSquares, conjugate_gradients_
 from .sparsegpt import unit_inverse
 
+BLOCK = 128  # inputs; products with fewer rows are slower
+
 
 class MasterWeights(NamedTuple):
     """What the training of a quantized matrix (out, in) begins with; `scales` (out, groups).
@@ -93,8 +95,9 @@ class SolverGrid(Grid):
         super().__init__(form, True, scales)
         self.input_norms, self.keep = input_norms, keep
         self.units: Tensor | None = None
-        starts = range(0, len(keep), form.group)
-        self.groups = [slice(start, min(start + form.group, len(keep))) for start in starts]
+        step = max(form.group, BLOCK // form.group * form.group)
+        starts = range(0, len(keep), step)
+        self.blocks = [slice(start, min(start + step, len(keep))) for start in starts]
 
     def fit_units_(self, values: Tensor) -> None:
         """Fit the units of scales to all values (in, out)."""
@@ -113,7 +116,7 @@ class SolverGrid(Grid):
         weights = values.mul(self.keep[here]).div_(norms).T.contiguous()
         return weights, norms.flatten().square()
 
-    def round_group_(
+    def round_block_(
         self,
         here: slice,
         values: Tensor,
@@ -121,22 +124,31 @@ class SolverGrid(Grid):
         solution: Tensor,
         before: Tensor | None = None,
     ) -> Tensor:
-        """Round a group's values (inputs, out) to the nearest points, in order, into a solution.
+        """Round a block's values (inputs, out) to the nearest points, in order, into a solution.
 
-        Returns `before` minus the rounded values; `before` defaults to the values. Each row is
-        first lowered by the differences of the rows above, weighted by its column of `coupling`.
+        Returns `before` minus the rounded values. Without `before` that is the values, and each
+        group's scales are fitted first. Each row is first lowered by the differences of the rows
+        above, weighted by its column of `coupling` (inputs, inputs).
         """
-        steps = self.scales[:, here.start // self.form.group] * self.input_norms[here]
         differences = torch.empty_like(values)
-        before = values if before is None else before
-        rows = steps, self.keep[here], values, solution[here], before, differences
-        columns = zip(*(each.unbind() for each in rows), strict=True)
-        for j, (step, keep, value, rounded, old, difference) in enumerate(columns):
-            if j:
-                value.addmv_(differences[:j].T, coupling[:j, j], alpha=-1)
-            torch.div(value, step, out=rounded)
-            self.form.snap_(rounded).mul_(step).mul_(keep)
-            torch.sub(old, rounded, out=difference)
+        old_values = values if before is None else before
+        for start in range(0, len(values), self.form.group):
+            own = slice(start, start + self.form.group)
+            place = slice(here.start + start, min(here.start + own.stop, here.stop))
+            if start:
+                values[own].addmm_(coupling[:start, own].T, differences[:start], alpha=-1)
+            if before is None:
+                self.fit_group_(values[own], place)
+            steps = self.scales[:, place.start // self.form.group] * self.input_norms[place]
+            rows = steps, self.keep[place], values[own], solution[place], old_values[own]
+            columns = zip(*(each.unbind() for each in (*rows, differences[own])), strict=True)
+            for j, (step, keep, value, rounded, old, difference) in enumerate(columns, start):
+                if j > start:
+                    above = slice(start, j)
+                    value.addmv_(differences[above].T, coupling[above, j], alpha=-1)
+                torch.div(value, step, out=rounded)
+                self.form.snap_(rounded).mul_(step).mul_(keep)
+                torch.sub(old, rounded, out=difference)
         return differences
 
     def matrix(self, solution: Tensor) -> Tensor:
@@ -152,14 +164,13 @@ def round_in_order(ideal: Tensor, factor: Tensor, grid: SolverGrid) -> tuple[Ten
     grid.fit_units_(ideal)
     factor.div_(factor.diagonal().clone())  # C
     solution, change, unrounded = (torch.empty_like(ideal) for _ in range(3))  # Q, D
-    for here in grid.groups:
+    for here in grid.blocks:
         inverse = unit_inverse(factor[here, here])
         values = ideal[here].clone()
         if here.start:
             push = factor[: here.start, here] @ inverse
             values.addmm_(push.T, change[: here.start])
-        grid.fit_group_(values, here)
-        grid.round_group_(here, values, inverse, solution)
+        grid.round_block_(here, values, inverse, solution)
         torch.sub(ideal[here], solution[here], out=change[here])
         unrounded[here] = values
     return solution, unrounded
@@ -182,10 +193,10 @@ def descend_(
     diagonal = hessian.diagonal()
     change = ideal - solution
     for _ in range(sweeps):
-        for here in grid.groups:
+        for here in grid.blocks:
             coupling = -hessian[here, here] / diagonal[here]
+            before = solution[here].clone()
             best = torch.addmm(residual[here], hessian[here], change).div_(diagonal[here, None])
-            best += solution[here]
-            differences = grid.round_group_(here, best, coupling, solution, solution[here].clone())
-            change[here] += differences
+            best += before
+            change[here] += grid.round_block_(here, best, coupling, solution, before)
             unrounded[here] = best
