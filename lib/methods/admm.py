@@ -49,7 +49,6 @@ class Admm(LeastSquares):
     conjugate gradients follow. `rho` is a multiple of the inputs' unexplained variance.
     """
 
-    revision = 2
     iterations = 10
     refinements = 5
     rho = 1.5

@@ -4,8 +4,7 @@ A pruned matrix W (out, in) becomes Q on a grid of lib/packed/formats.py, zero w
 zero. As in ADMM the target is the dense model's output, here that of the model before quantization:
 minimize tr(Q A Q^T) - 2 tr(B Q^T) of lib/methods/least_squares.py. There are three steps.
 
- 1. W moves to the best real values, because the inputs have changed: by (B - W A) A^-1, with the
-    factor of step 2, or on the mask of a pruned W by conjugate gradients.
+ 1. Conjugate gradients move W to the best real values on its mask, because the inputs have changed.
  2. Columns are quantized from left to right, and the columns to the right compensate for each, with
     the inverse of A (GPTQ, Frantar et al. 2023, arXiv 2210.17323). With A = R R^T, R upper
     triangular, and C = R / diag(R) this is SparseGPT's recursion (lib/methods/sparsegpt.py,
@@ -55,25 +54,17 @@ class GPTQ(LeastSquares):
     damping = 18.0  # more than for pruning: 4-bit codes overfit few tokens more than zeros do
     # an input that is almost always 0 would get huge weights, and take the levels of its group
     _least_norm = 0.1
-    revision = 3
-    refinements: ClassVar[int] = 5  # steps of conjugate gradients, on a mask
+    revision = 2
+    refinements: ClassVar[int] = 5  # steps of conjugate gradients
     sweeps: ClassVar[int] = 2  # passes of coordinate descent over all columns
 
     def quantize_(self, weights: Sequence[Tensor], fmt: ScaledFormat) -> list[MasterWeights]:
         """Quantize float32 matrices (out_i, in) in place. UserError if A cannot be factored."""
         solution, residual, hessian, norms, _ = self.problem(weights)
         mask = (solution == 0) & fmt.has_zero
-        lower = cholesky(hessian.flip(0, 1))
-        if mask.any():
-            conjugate_gradients_(solution, residual, hessian, mask, self.refinements)
-        else:
-            solution += torch.cholesky_solve(residual.flip(0), lower).flip(0)
-            residual.zero_()
-        factor = lower.flip(0, 1)  # R
-        del lower
+        conjugate_gradients_(solution, residual, hessian, mask, self.refinements)
         grid = SolverGrid(fmt, norms, keep=(~mask).float())
-        rounded, unrounded = round_in_order(solution, factor, grid)
-        del factor
+        rounded, unrounded = round_in_order(solution, hessian, grid)
         descend_(rounded, solution, residual, hessian, grid, self.sweeps, unrounded)
         unrounded.mul_(grid.keep).div_(norms)
         sizes = [len(weight) for weight in weights]
@@ -156,12 +147,13 @@ class SolverGrid(Grid):
         return self.rounded(solution / self.input_norms).T.contiguous()
 
 
-def round_in_order(ideal: Tensor, factor: Tensor, grid: SolverGrid) -> tuple[Tensor, Tensor]:
-    """Step 2: quantize the best real values (in, out) in order, given R (in, in), overwritten.
+def round_in_order(ideal: Tensor, hessian: Tensor, grid: SolverGrid) -> tuple[Tensor, Tensor]:
+    """Step 2: quantize the best real values (in, out), given A (in, in), in order.
 
-    Returns the solution on the grid, and its values before rounding.
+    Returns the solution on the grid, and its values before rounding. UserError if A is indefinite.
     """
     grid.fit_units_(ideal)
+    factor = cholesky(hessian.flip(0, 1)).flip(0, 1)
     factor.div_(factor.diagonal().clone())  # C
     solution, change, unrounded = (torch.empty_like(ideal) for _ in range(3))  # Q, D
     for here in grid.blocks:

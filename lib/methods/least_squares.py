@@ -36,7 +36,7 @@ from .base import PruningMethod
 from .gram import add_cross_, add_upper_gram_, damped_cholesky_, mirror_
 
 FLOOR = 0.01  # least damping, as a share of an input's variance
-PROBES, EXACT = 64, 1024  # vectors that estimate the diagonal of an inverse of more inputs
+COLUMNS = 512  # of an inverse at a time
 
 
 class LeastSquares(PruningMethod):
@@ -112,19 +112,16 @@ class LeastSquares(PruningMethod):
 def unexplained_share(factor: Tensor) -> float:
     """Return the mean of 1 / (A^-1)_jj from `factor` L (in, in), lower triangular, A = L L^T.
 
-    (A^-1)_jj is the squared norm of row j of L^-T. More than `EXACT` inputs take an estimate:
-    for z of independent normal numbers L^-T z has the covariance A^-1, so `PROBES` of them give
-    (A^-1)_jj chi^2 / PROBES. The inverse of chi^2 has the mean 1 / (PROBES - 2), which is divided
-    out. The relative error of the mean is about sqrt(2 / (PROBES in)), at most 0.6%.
+    (A^-1)_jj is the squared norm of row j of L^-T, whose columns are computed in panels.
     """
-    if len(factor) <= EXACT:
-        probes, count = torch.eye(len(factor), device=factor.device), 1
-    else:
-        draw = torch.Generator().manual_seed(0)
-        probes = torch.randn(len(factor), PROBES, generator=draw).to(factor.device)
-        count = PROBES - 2
-    images = torch.linalg.solve_triangular(factor.T, probes, upper=True)
-    return count * (1 / images.square().sum(1)).mean().item()
+    squares = torch.zeros_like(factor[0])
+    for start in range(0, len(factor), COLUMNS):
+        corner = factor[: start + COLUMNS, : start + COLUMNS]
+        identity = torch.zeros_like(corner[:, start:])
+        identity[start:].fill_diagonal_(1)
+        columns = torch.linalg.solve_triangular(corner.T, identity, upper=True)
+        squares[: len(corner)] += columns.square().sum(1)
+    return (1 / squares).mean().item()
 
 
 def conjugate_gradients_(
