@@ -80,17 +80,6 @@ def test_damping_rises_tenfold_with_a_warning_and_not_for_ever() -> None:
             refused(cholesky, hessian)
 
 
-# --- SparseGPT
-
-
-def assert_published(weight: Tensor, x: Tensor, sparsity: Sparsity) -> Tensor:
-    [pruned] = solve(SparseGPT, x, [weight], sparsity)
-    expected, mask = published_sparsegpt(weight, x.double().T @ x.double(), sparsity)
-    assert torch.equal(pruned == 0, torch.from_numpy(mask))
-    assert torch.allclose(pruned.double(), torch.from_numpy(expected), rtol=1e-3, atol=1e-4)
-    return pruned
-
-
 @pytest.mark.parametrize("width", [40, COLUMNS + 8])
 def test_the_unexplained_share_is_that_of_the_whole_inverse(width: int) -> None:
     x, _ = alike_inputs(width, 1, tokens=2 * width)
@@ -108,17 +97,6 @@ def assert_published(weight: Tensor, x: Tensor, sparsity: Sparsity) -> Tensor:
     assert torch.equal(pruned == 0, torch.from_numpy(mask))
     assert torch.allclose(pruned.double(), torch.from_numpy(expected), rtol=1e-3, atol=1e-4)
     return pruned
-
-
-@pytest.mark.parametrize(("width", "error"), [(EXACT, 1e-5), (EXACT + 8, 0.02)])
-def test_the_unexplained_share_is_known_exactly_or_within_its_error(
-    width: int, error: float
-) -> None:
-    """Wide inputs take an estimate, of which three standard errors are 1.7%."""
-    x, _ = alike_inputs(width, 1, tokens=2 * width)
-    gram = x.T @ x / len(x) + FLOOR * torch.eye(width)
-    expected = (1 / gram.double().inverse().diagonal()).mean().item()
-    assert unexplained_share(cholesky(gram)) == pytest.approx(expected, rel=error)
 
 
 @pytest.mark.parametrize("width", [16, 128, 136, 304])
