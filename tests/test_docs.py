@@ -37,16 +37,20 @@ RAW = re.compile(
 import flags_table  # noqa: E402
 import tables  # noqa: E402
 
-PAGES = [*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md"), *ROOT.glob("lib/**/*.md")]
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md"]
+PAGES += [*ROOT.glob("docs/**/*.md"), *ROOT.glob("lib/**/*.md")]
 RECIPES = ["sparsegpt", "sparsegpt-2:4", "dense", "c4"]  # of launch.sh, which adds --model
 STARTS = "main.py", "launch.sh", "langprune"
+INLINE = re.compile(r"`((?:bash launch\.sh|python main\.py|langprune) [^`\n]* --[^`\n]*)`")
 BLOCK = re.compile(r"(?ms)^```bash\n(.*?)^```")
 
 
 def printed_commands() -> Iterator[tuple[Path, str, list[str]]]:
-    """Yield the page, the command's name and its words, of each in a block of shell code."""
+    """Yield the page, the command's name and its words, of each in shell code, or in a sentence or
+    table if it has flags."""
     for page in PAGES:
-        blocks = "\n".join(BLOCK.findall(page.read_text("utf-8"))).replace("\\\n", " ")
+        text = page.read_text("utf-8")
+        blocks = "\n".join([*BLOCK.findall(text), *INLINE.findall(text)]).replace("\\\n", " ")
         for line in blocks.splitlines():
             words = shlex.shlex(line, posix=True, punctuation_chars="|&;")
             words.whitespace_split, joined = True, {"|", "||", "&&", ";", "&"}
