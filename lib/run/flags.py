@@ -229,8 +229,8 @@ GROUPS: dict[str, list[Flag]] = {
          set_by=COMPRESS, doing="quantizing"),
     Flag("megabytes", "quantize", "size of the GGUF file, for which each tensor's type is chosen; "
          "requires --quantize auto", parse=SIZE, metavar="N", needs=("quantize",), set_by=COMPRESS),
-    Flag("replace_sparse_layers", "pack", "save sparse layers packed: faster on x86-64 CPUs; "
-         "2:4 uses torch's kernels on CUDA (not timed)", False,
+    Flag("replace_sparse_layers", "pack", "save sparse layers packed, of any pattern (published: "
+         "2:4 alone); faster on x86-64 CPUs; 2:4 on CUDA: torch's kernels (not timed)", False,
          excludes={"load_bit": "quantized weights cannot be packed"}, doing="packing"),
 ],
 "recovery training": [

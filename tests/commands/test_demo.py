@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from support import program_of, results, succeed
+from support import ROOT, program_of, results, succeed
 
 from lib.commands import demo
 from lib.commands.demo import Size, train, train_tokenizer
@@ -41,6 +41,8 @@ def test_the_whole_demo(monkeypatch: pytest.MonkeyPatch) -> None:
         assert list(run["perplexity"]) == ["uk", "en"] and run["flags"]["device"] == "cpu"
     assert max(map(len, tables[-1].splitlines())) <= 80
     following = next(line for line in lines if line.startswith("next: python main.py "))
+    readme = " ".join((ROOT / "README.md").read_text("utf-8").replace("\\\n", " ").split())
+    assert following.removeprefix("next: ") in readme
     assert "perplexity uk: " in succeed(*following.split()[3:]).out
 
 
