@@ -1,6 +1,7 @@
 """Prune a causal language model for one language: check, load, prune, recover, save, evaluate.
 
-    python main.py --model MODEL --prune_method wanda --calibration_data DIR --save_model OUT
+    python main.py --model MODEL --prune_method sparsegpt --sparsity_ratio 0.5 \\
+        --sparsity_type unstructured --nsamples 64
 
 `run` is the whole run, step by step. `check` makes everything that can fail cheaply fail before a
 weight is read. An error before the model is saved ends the run and keeps finished blocks; a later

@@ -6,7 +6,7 @@ Every expert gets another random half of the MLP's neurons, with scaled outputs,
 at once (compare Drop-Upcycling, Nakamura et al., ICLR 2025). Only experts and routers are trained,
 with a loss that keeps all in use. TEXTS has a folder of train.jsonl and test.jsonl for a language.
 The same command continues, and draws at the end which expert serves which language
-(docs/results/experts.md).
+(docs/results/neurons.md).
 """
 
 from __future__ import annotations

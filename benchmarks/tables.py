@@ -191,27 +191,24 @@ OURS = {  # {model: raw file, label of the file that README shows}
 
 
 def models() -> Iterator[Record]:
-    """Sizes before and after trimming for Ukrainian, and the best file of about our size."""
-    whole = one(raw("types/smollm2.json"), label="llama.cpp q4_k_m").bytes
-    sizes = [Record(model="SmolLM2-135M", made="measured", before=whole)]
+    """Files before and after trimming for Ukrainian."""
     for file in trimmed("uk"):
-        share = file.parts_before.tables / file.bytes_before
-        fields = {"before": file.bytes_before, "after": file.bytes, "share": share}
-        sizes.append(Record(fields, model=file.model, made="measured"))
+        fields = {"made": "measured", "before": file.bytes_before, "after": file.bytes}
+        yield Record(fields, model=file.model, rises=file.rises)
     for file in computed_sizes():
-        if file.model in ("Gemma 3 4B", "Qwen3 8B", "Llama 3.1 8B"):
-            share = file.tables_before / file.before
-            sizes.append(Record(file, made="computed", share=share))
-    for size in sizes:
-        if size.model in OURS:
-            name, label = OURS[size.model]
-            files = raw(f"types/{name}.json")
-            ours = one(files, label=label)
-            alike = [each for each in files if each.bytes < 1.01 * ours.bytes]
-            theirs = [each for each in alike if each.label.startswith("llama.cpp")]
-            best = min(theirs, key=lambda each: each.tests[0].kl)
-            size |= {"type": label.split()[0], "theirs": best, "ours": ours}
-        yield size
+        if file.model in ("Gemma 3 4B", "Qwen3 8B", "Llama 3.1 8B", "Gemma 4 E2B"):
+            yield Record(file, made="computed")
+
+
+def best_files() -> Iterator[Record]:
+    """A file of ours of each model, and llama.cpp's best that is at most 1% larger."""
+    for model, (name, label) in OURS.items():
+        files = raw(f"types/{name}.json")
+        ours = one(files, label=label)
+        alike = [each for each in files if each.bytes < 1.01 * ours.bytes]
+        theirs = [each for each in alike if each.label.startswith("llama.cpp")]
+        best = min(theirs, key=lambda each: each.tests[0].kl)
+        yield Record(model=model, type=label.split()[0], theirs=best, ours=ours)
 
 
 def gemma() -> list[Record]:
@@ -485,6 +482,17 @@ def losses() -> dict[str, dict[tuple[str, str], float]]:
 def beside_own(method: str, text: str, language: str) -> float:
     more = losses()[method]
     return more[text, language] / more[language, language]
+
+
+def languages_first() -> Iterator[Record]:
+    """What English text costs Ukrainian, and ten languages, by method."""
+    for method, form in zip(
+        METHODS, ("Wanda, 50%", "ADMM, 50%", "four bits (`q4_0`)"), strict=True
+    ):
+        more = losses()[method]
+        factors = [beside_own(method, "en", name) for name in NAMES if name != "en"]
+        fields = {"own": more["uk", "uk"], "english": more["en", "uk"]}
+        yield Record(fields, form=form, least=min(factors), most=max(factors))
 
 
 def best_other(method: str, language: str) -> str:

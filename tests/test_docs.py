@@ -1,17 +1,25 @@
-"""The tables of the pages are what the raw figures give."""
+"""The tables of the pages are what the raw figures give, and their commands are accepted."""
 
 from __future__ import annotations
 
+import argparse
 import re
+import shlex
 import sys
+from collections.abc import Iterator
+from itertools import groupby
 from pathlib import Path
 
 import pytest
-from support import ROOT
+from support import ROOT, program_of
 
 from lib import eval as evaluation
+from lib.commands.__main__ import NAMES
+from lib.data.sources import BUILT_IN
 from lib.methods.gptq import GPTQ
 from lib.methods.registry import METHODS, method_of, parameters
+from lib.run.flags import build_parser, mistakes
+from lib.util.cli import split_argv
 from lib.util.errors import UserError
 from lib.vocabulary import choice as token_choice
 
@@ -28,6 +36,79 @@ RAW = re.compile(
 
 import flags_table  # noqa: E402
 import tables  # noqa: E402
+
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md"]
+PAGES += [*ROOT.glob("docs/**/*.md"), *ROOT.glob("lib/**/*.md")]
+RECIPES = ["sparsegpt", "sparsegpt-2:4", "dense", "c4"]  # of launch.sh, which adds --model
+STARTS = "main.py", "launch.sh", "langprune"
+INLINE = re.compile(r"`((?:bash launch\.sh|python main\.py|langprune) [^`\n]* --[^`\n]*)`")
+BLOCK = re.compile(r"(?ms)^```bash\n(.*?)^```")
+
+
+def printed_commands() -> Iterator[tuple[Path, str, list[str]]]:
+    """Yield the page, the command's name and its words, of each in shell code, or in a sentence or
+    table if it has flags."""
+    for page in PAGES:
+        text = page.read_text("utf-8")
+        blocks = "\n".join([*BLOCK.findall(text), *INLINE.findall(text)]).replace("\\\n", " ")
+        for line in blocks.splitlines():
+            words = shlex.shlex(line, posix=True, punctuation_chars="|&;")
+            words.whitespace_split, joined = True, {"|", "||", "&&", ";", "&"}
+            for is_joint, part in groupby(words, joined.__contains__):
+                part = [word.strip("[]") for word in part]
+                starts = [i for i, word in enumerate(part[:20]) if Path(word).name in STARTS]
+                if is_joint or not starts or "..." in part or "pip" in part[: starts[0]]:
+                    continue
+                name, *rest = ["prune"] * part[starts[0]].endswith("main.py") + part[
+                    starts[0] + 1 :
+                ]
+                yield page, name, rest
+
+
+class Parsed(Exception):
+    """The command has accepted its flags."""
+
+
+def test_every_printed_command_is_accepted(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As it is printed; nothing of it runs."""
+
+    def stop(self: argparse.ArgumentParser, *words: object) -> None:
+        parse_args(self, *words)
+        raise Parsed
+
+    parse_args, names = argparse.ArgumentParser.parse_args, set()
+    for page, name, words in printed_commands():
+        names.add(name)
+        own, passed_on = split_argv(words)
+        if name == "prune" or name in RECIPES or passed_on:  # the flags of main.py
+            model = [] if name == "prune" else ["--model", "m"]
+            flags = build_parser().parse_args([*model, *(passed_on or own)])
+            assert name != "prune" or not [*mistakes(flags)], (page, words)
+        if name != "prune" and name not in RECIPES:
+            with monkeypatch.context() as patch, pytest.raises(Parsed):
+                patch.setattr(argparse.ArgumentParser, "parse_args", stop)
+                program_of(name)(own)
+    assert names.issuperset({"prune", "trim", "sweep", "report", "compress", "sparsegpt"})
+    assert names <= {*NAMES, *RECIPES}
+
+
+def test_printed_commands_read_texts_that_a_reader_has() -> None:
+    """A text of the Hub, a folder in texts/ or of the demo, or a name to be replaced.
+
+    Tables of docs/results were made with folders that its first page names.
+    """
+    built_in = "|".join(name.partition(":")[0] for name in BUILT_IN)
+    known = re.compile(rf"[A-Z]+(:test)?|(texts|demo)/\S+|({built_in})(:\w+)?|my\.csv:.*")
+    flags = {"--data", "--calibration_data", "--calibration", "--eval_data"}
+    count = 0
+    for page, name, words in printed_commands():
+        reads = None
+        for word in words if "results" not in page.parts else ():
+            reads = word in flags if word.startswith("--") else reads
+            for text in word.split(",") if reads and word not in flags else ():
+                assert known.fullmatch(text.partition("=")[0]), (page, name, text)
+                count += 1
+    assert count > 20
 
 
 def test_no_table_is_stale() -> None:

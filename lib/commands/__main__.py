@@ -16,18 +16,22 @@ from ..util.processes import PACKAGE, main_of
 LIST = """\
 NAME ..., where NAME is a command; NAME --help lists its flags
 
-  compress MODEL OUT --language uk   make a model small for one language
-  prune --model MODEL                prune, quantize or train, as python main.py
-  demo                               run it all on a tiny model, offline
+prune for a language:
+  prune --model MODEL ...        masks by text: Wanda, SparseGPT, ADMM; as main.py
+  sweep --models MODEL ...       many prunings: methods, types, texts and seeds
+  report RUN ...                 tables with intervals, LaTeX, CSV and pictures
 
-  sweep --models MODEL ...       run many: by methods, types, ratios and texts
-  report RUN ...                 write tables and pictures of finished runs
+make a smaller file:
+  trim IN OUT --language uk      remove other languages' tokens, also from GGUF
+  gguf IN OUT.gguf               convert to GGUF, verified with llama.cpp
+  compress MODEL OUT --data ...  trim, quantize to 4 bits, convert and measure
+
+more:
+  demo                           run the pipeline on a tiny model, offline
   overlap RUN_A RUN_B ...        compare the weights that two prunings keep
   dialogues MODEL OUT --data ... write answers of a chat model, to calibrate it
   tasks DATA OUT                 write tasks for lm-eval from your documents
   unpack IN OUT                  convert a packed model to a plain dense one
-  gguf IN OUT.gguf               convert a model for llama.cpp, and verify it
-  trim IN OUT --data ...         keep only the tokens of your texts
   export OUT NEW --to mlx        convert a 4-bit model for vLLM, MLX or ONNX
   ubertext DUMPS OUT             build the published Ukrainian texts from dumps
 

@@ -16,6 +16,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+from ..data.languages import language_text
 from ..formats.registry import AUTO, GRIDS, PACKING, QUANTIZED
 from ..methods.registry import EXPERT_METHODS, METHODS, is_file
 from ..methods.sparsity import (
@@ -38,6 +39,8 @@ EXAMPLES = """\
 examples:
   the published run, calibrated and tested on Ukrainian UberText:
     {0} --model MODEL --prune_method sparsegpt --nsamples 64
+  Wanda at 2:4, on web text in your language:
+    {0} --model MODEL --prune_method wanda --sparsity_type 2:4 --language uk
   most accurate pruning, then training with the dense model as teacher:
     {0} --model MODEL --prune_method admm --allocation error --calibration_data TEXTS \\
         --recover 500000 --save_model OUT
@@ -93,6 +96,14 @@ def _one_of(names: Collection[str], ends: str, more: str) -> Callable[[str], str
     return parse
 
 
+def _source_of(tag: str) -> str:
+    """Return the source of a language's text: a type of argparse."""
+    try:
+        return language_text(tag)[1]
+    except UserError as error:
+        raise argparse.ArgumentTypeError(f"{tag}: {error.problem}. {error.fix}") from error
+
+
 OTHER_GRIDS = ", ".join(name for name in GRIDS if name != "q4_0")
 METHOD = _one_of((*METHODS, *EXPERT_METHODS), ".py:", "FILE.py:CLASS")
 
@@ -121,6 +132,7 @@ class Flag:
     output: bool = False  # names what the run writes besides --save; two runs cannot share it
     in_card: bool = True  # in the command that the model card shows
     has_column: bool = False  # a column of the report shows it, not a note
+    sets: str = ""  # another flag, of which it is a form; at most one form can be given
 
     @property
     def changes(self) -> bool:
@@ -139,6 +151,7 @@ class Flag:
             options: dict[str, Any] = dict(action="store_true")
         else:
             options = dict(type=self.parse, nargs="+" if self.several else None)
+            options |= dict(dest=self.sets or self.name)
             options |= dict(choices=self.choices, metavar=self.metavar, required=self.required)
         about = self.about
         if shown is not None and shown is not False:
@@ -167,6 +180,11 @@ GROUPS: dict[str, list[Flag]] = {
     Flag("calibration_data", "draw", "ubertext, c4, a Hub dataset, a file or a folder; "
          "SOURCE=WEIGHT mixes several", several=True, metavar="SOURCE", shown="ubertext",
          decides=CONTENT, set_by=BOTH),
+    Flag("data", "draw", "short for --calibration_data", several=True, metavar="SOURCE",
+         decides=NOTHING, set_by=BOTH, sets="calibration_data"),
+    Flag("language", "draw", "calibrate on FineWeb2 in a language, such as uk or pt-BR; several "
+         "are mixed", parse=_source_of, several=True, metavar="TAG",
+         decides=NOTHING, set_by=BOTH, sets="calibration_data"),
     Flag("prune_on_c4", "draw", "calibrate on English C4; the test text stays UberText", False,
          excludes={"calibration_data": "it is short for --calibration_data c4"},
          decides=CONTENT, set_by=SWEEP, has_column=True),
@@ -211,8 +229,8 @@ GROUPS: dict[str, list[Flag]] = {
          set_by=COMPRESS, doing="quantizing"),
     Flag("megabytes", "quantize", "size of the GGUF file, for which each tensor's type is chosen; "
          "requires --quantize auto", parse=SIZE, metavar="N", needs=("quantize",), set_by=COMPRESS),
-    Flag("replace_sparse_layers", "pack", "save sparse layers packed: faster on x86-64 CPUs; "
-         "2:4 uses torch's kernels on CUDA (not timed)", False,
+    Flag("replace_sparse_layers", "pack", "save sparse layers packed, of any pattern (published: "
+         "2:4 alone); faster on x86-64 CPUs; 2:4 on CUDA: torch's kernels (not timed)", False,
          excludes={"load_bit": "quantized weights cannot be packed"}, doing="packing"),
 ],
 "recovery training": [
@@ -316,13 +334,15 @@ def build_parser() -> argparse.ArgumentParser:
     )
     for title, flags in GROUPS.items():
         group = parser.add_argument_group(title)
+        forms = {flag.sets: group.add_mutually_exclusive_group() for flag in flags if flag.sets}
         for flag in flags:
-            flag.add_to(group)
+            flag.add_to(forms.get(flag.sets or flag.name, group))
     return parser
 
 
 def given(args: argparse.Namespace, name: str) -> bool:
-    """Return whether a flag differs from its default."""
+    """Return whether a flag, or one that it sets, differs from its default."""
+    name = next((flag.sets for flag in FLAGS if flag.name == name and flag.sets), name)
     return getattr(args, name) != build_parser().get_default(name)
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from support import program_of, results, succeed
+from support import ROOT, program_of, results, succeed
 
 from lib.commands import demo
 from lib.commands.demo import Size, train, train_tokenizer
@@ -25,10 +25,13 @@ def test_the_whole_demo(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(demo, "Size", lambda: FEW)
     lines = succeed(program=program_of("demo")).out.splitlines()
     tables = re.findall(r"(?m)(?:^\|.*\n?)+", "\n".join(lines))
-    rows = [[cell.strip() for cell in line.split("|")[1:4:2]] for line in lines]
-    rows = {tuple(row) for row in rows if row and row[0].startswith(("dense", "admm"))}
-    made = {(method, on) for method in ("admm", "admm + recovery") for on in ("uk", "en")}
-    assert rows == {("dense", "none"), *made}
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in tables[-1].splitlines()]
+    assert rows[0][2:] == ["uk by uk", "uk by en", "en by uk", "en by en"]
+    assert [row[0] for row in rows[2:]] == ["dense", "admm", "admm + recovery"]
+    of_dense = results(Path("demo/runs/model/dense"))["perplexity"]
+    assert rows[2][2:] == [f"{of_dense[test]:.2f}" for test in ("uk", "uk", "en", "en")]
+    by_english = results(Path("demo/runs/model/admm-2of4-en-seed0"))["perplexity"]
+    assert rows[3][3:6:2] == [f"{by_english[test]:.2f}" for test in ("uk", "en")]
     report = Path("demo/report.md").read_text("utf-8")
     assert "| admm + recovery |" in report
     files = list(Path("demo/runs").rglob("results.json"))
@@ -36,7 +39,11 @@ def test_the_whole_demo(monkeypatch: pytest.MonkeyPatch) -> None:
     for file in files:
         run = results(file.parent)
         assert list(run["perplexity"]) == ["uk", "en"] and run["flags"]["device"] == "cpu"
-    assert max(map(len, tables[0].splitlines())) <= 80
+    assert max(map(len, tables[-1].splitlines())) <= 80
+    following = next(line for line in lines if line.startswith("next: python main.py "))
+    readme = " ".join((ROOT / "README.md").read_text("utf-8").replace("\\\n", " ").split())
+    assert following.removeprefix("next: ") in readme
+    assert "perplexity uk: " in succeed(*following.split()[3:]).out
 
 
 def test_a_model_learns_and_is_the_same_every_time(tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 import pytest
 from support import ROOT
 
-from lib.run.flags import FLAGS, build_parser, mistakes, named, without
+from lib.run.flags import FLAGS, build_parser, check_flags, command_words, mistakes, named, without
 from lib.util.errors import FIELD, UserError, fields_named, spelled
 
 PUBLISHED = """
@@ -29,7 +29,7 @@ def test_help_is_short_and_in_groups() -> None:
     assert text.startswith("usage: main.py --model MODEL [options]\n")
     places = [text.index(f"\n{' '.join(name.split())}:\n") for name in GROUPS.split(",")]
     assert places == sorted(places)
-    assert text.count("python main.py --model ") == 3  # examples
+    assert text.count("python main.py --model ") == 4  # examples
     for action in parser._actions:
         about = action.help.partition(" (default: ")[0].replace("%%", "%")
         assert len(about) <= (130 if action.dest in PUBLISHED else 100), action.dest
@@ -47,6 +47,34 @@ def test_hyphens_are_as_good_as_underscores() -> None:
     ]
     args = build_parser().parse_args(argv)
     assert (args.model, args.prune_method, args.eval_data) == ("m-1", "wanda", ["a-b_c"])
+
+
+def test_a_text_is_named_in_three_ways() -> None:
+    """What a run records, and so resumes and skips, is the same."""
+    named_source = ["--calibration_data", "fineweb2:ukr_Cyrl", "fineweb"]
+    args = [
+        build_parser().parse_args(["--model", "m", "--prune_method", "wanda", *words])
+        for words in (named_source, ["--data", *named_source[1:]], ["--language", "uk", "en"])
+    ]
+    assert args[0] == args[1] == args[2]
+    words = command_words(vars(args[2]))
+    assert words[words.index("--calibration_data") :][:3] == named_source
+
+
+@pytest.mark.parametrize(
+    "words, mistake",
+    [
+        ("--language uk --data texts", "--data: not allowed with argument --language"),
+        ("--data texts --calibration_data c4", "not allowed with argument --data"),
+        ("--language martian", "martian: it is not a language. Give a BCP 47 tag, such as uk"),
+        ("--data texts --prune_on_c4", "Leave out --calibration_data texts."),
+    ],
+)
+def test_a_text_is_named_once(words: str, mistake: str, capsys: pytest.CaptureFixture) -> None:
+    parser = build_parser()
+    with pytest.raises(SystemExit):
+        check_flags(parser, parser.parse_args(["--model", "m", *words.split()]))
+    assert mistake in capsys.readouterr().err
 
 
 def literals(tree: ast.AST) -> Iterator[tuple[int, list[object]]]:

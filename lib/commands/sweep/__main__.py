@@ -18,7 +18,7 @@ import argparse
 import re
 import shutil
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from datetime import date
 from itertools import product
 from pathlib import Path
@@ -196,8 +196,10 @@ def _names(texts: Sequence[str], short: Sequence[str]) -> list[str]:
     ]
 
 
-def run_all(runs: Mapping[str, Sequence[str]], out: str, report: str | None = None) -> None:
-    """Run all unfinished runs, and report on all of `out` into the folder `report` (or `out`).
+def run_all(
+    runs: Mapping[str, Sequence[str]], out: str, report: Callable[[], int] | None = None
+) -> None:
+    """Run all unfinished runs, and report on all of `out` into it, or by a function of its own.
 
     Each run has the folder of its name in `out`, which is its `--save`. A run that fails does not
     stop the others. Raises UserError at the end for failed runs.
@@ -232,7 +234,7 @@ def run_all(runs: Mapping[str, Sequence[str]], out: str, report: str | None = No
                 seconds.append(time.time() - start)
     finally:
         shutil.rmtree(shared, ignore_errors=True)
-    status = call("commands.report", out, "--out", report or out)
+    status = report() if report else call("commands.report", out, "--out", out)
     if failed:
         raise UserError(
             f"{len(failed)} of {len(runs)} runs failed",
