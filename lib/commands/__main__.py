@@ -28,6 +28,7 @@ NAME ..., where NAME is a command; NAME --help lists its flags
   unpack IN OUT                  convert a packed model to a plain dense one
   gguf IN OUT.gguf               convert a model for llama.cpp, and verify it
   trim IN OUT --data ...         keep only the tokens of your texts
+  compare A.gguf B.gguf ...      compare files of a model in your languages
   export OUT NEW --to mlx        convert a 4-bit model for vLLM, MLX or ONNX
   ubertext DUMPS OUT             build the published Ukrainian texts from dumps
 
