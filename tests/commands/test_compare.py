@@ -10,6 +10,7 @@ import re
 import subprocess
 import sys
 from contextlib import closing
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
@@ -25,6 +26,7 @@ pytest.importorskip("xllamacpp")
 from lib.commands.compare import __main__ as command  # noqa: E402
 from lib.commands.compare import measure  # noqa: E402
 from lib.commands.compare.passages import passages_of  # noqa: E402
+from lib.commands.trim import choosing  # noqa: E402
 from lib.data.documents import Corpus  # noqa: E402
 from lib.data.sources import parse_source  # noqa: E402
 from lib.gguf.file import GgufFile, write  # noqa: E402
@@ -127,7 +129,8 @@ def test_figures_are_those_of_the_definitions(
     assert bold == [("uk", NEAR), ("en", NEAR)]
     assert f"in uk {NEAR} needs " in said and f" bits per byte than {REFERENCE}" in said
     assert f"| {NEAR} | {FAR}     | KL " in said
-    assert (out / "table.md").read_text("utf-8") in said and (out / "sizes.png").is_file()
+    assert (out / "table.md").read_text("utf-8") in said
+    assert (out / "sizes.png").is_file() == bool(find_spec("matplotlib"))
 
 
 def test_a_file_beside_its_copy(tmp_path: Path) -> None:
@@ -336,6 +339,17 @@ def test_bad_texts_and_flags_are_named_in_one_line(argv: list[str], line: str) -
 def test_one_file_is_not_enough() -> None:
     with pytest.raises(UserError, match="it is the only file. Name two or more."):
         compare(f"{REFERENCE}.gguf", "--data", "uk")
+
+
+def test_texts_of_languages_have_the_names_of_their_tags(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They are read from local folders here, and are those of the test split."""
+    monkeypatch.setattr(choosing, "language_text", lambda tag: (tag, {"uk-UA": "uk"}[tag]))
+    compare(*files(REFERENCE, NEAR), "--language", "uk-UA", "--data", "en", "--passages", 3)
+    said = capsys.readouterr().out
+    assert re.findall(r"(?m)^\| ([\w-]+) +\| near +\| +\d", said) == ["uk-UA", "en"]
+    assert re.search(rf"- in uk-UA {NEAR} needs .* than {REFERENCE}.*; in en \d", said)
 
 
 def test_what_is_doubtful_is_said(

@@ -11,9 +11,10 @@ from typing import Any
 
 from ...data.chats import Dialogue
 from ...data.documents import Corpus
+from ...data.hub import TEST_DOCUMENTS
 from ...data.languages import REQUESTS, script_of
 from ...util.errors import counted
-from ...vocabulary.proof import FEW, MANY
+from ...vocabulary.proof import FEW
 from ..trim import choosing
 from .measure import File
 
@@ -41,7 +42,7 @@ def passages_of(
     """
     texts = {}
     for name, corpus in corpora.items():
-        documents = [text for text in islice(corpus.documents("test"), MANY) if text.strip()]
+        documents = [each for each in islice(corpus.documents("test"), TEST_DOCUMENTS) if each.strip()]
         if any(isinstance(text, Dialogue) for text in documents):
             raise corpus.source.error("it holds dialogues, and texts are compared", "Give texts")
         n_passages = min(count, len(documents))
