@@ -72,7 +72,7 @@ def files(*names: str) -> list[str]:
 
 
 def kept(folder: Path) -> dict:
-    return json.loads((folder / "results.json").read_text("utf-8"))
+    return json.loads((folder / "compare.json").read_text("utf-8"))
 
 
 def logs_of(file: str, windows: list[list[int]]) -> list[np.ndarray]:
@@ -252,7 +252,7 @@ def test_an_interrupted_comparison_goes_on(tmp_path: Path, monkeypatch: pytest.M
     monkeypatch.setattr(measure, "_run", stopped)
     compare(*argv, tmp_path / "out")
     assert len(calls) == 3
-    for name in ("results.json", "table.csv", "table.md"):
+    for name in ("compare.json", "table.csv", "table.md"):
         assert (tmp_path / "out" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
     with pytest.raises(UserError, match="of other files, texts or versions. Name a new folder"):
         compare(*files(REFERENCE, FAR), "--data", "uk", "--passages", 4, "--out", tmp_path / "out")
@@ -321,6 +321,10 @@ def rows(name: str, *documents: dict) -> str:
     [
         (["--data", "uk", "--gpu_layers", "3"], "--gpu_layers 3: the installed xllamacpp computes"),
         (["--data", "uk", "--out", "uk"], "--out uk: it holds "),
+        (
+            ["--data", "uk", "--out", "odd"],
+            "--out odd: it holds a comparison of other files",
+        ),
         ([], "FILE reference.gguf: no text to compare on is named. Give --language or --data."),
         (["--data", "uk", "--passages", "1"], "--data uk: it has 40 test documents for --passages"),
         (["--data", "one.jsonl"], "--data one.jsonl: it has 5 characters, too few to hold out"),
@@ -330,6 +334,8 @@ def rows(name: str, *documents: dict) -> str:
 )
 def test_bad_texts_and_flags_are_named_in_one_line(argv: list[str], line: str) -> None:
     rows("one", {"text": "words"})
+    Path("odd").mkdir(exist_ok=True)
+    Path("odd/compare.json").write_text("{}")
     turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
     rows("said", *({"messages": [*turns, turns[0] | {"content": str(n)}]} for n in range(40)))
     with pytest.raises(UserError, match=f"^{re.escape(line)}"):

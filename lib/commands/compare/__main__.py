@@ -27,7 +27,7 @@ from .measure import File, measure, open_files
 from .passages import LONGEST, PASSAGES, corpora_of, digest_of, passages_of
 from .table import print_table, write_files
 
-KEPT = "results.json"
+KEPT = "compare.json"
 
 
 @fields_named(eval_data=None)
@@ -48,7 +48,7 @@ def main(arguments: list[str]) -> None:
     record = {"asked": asked, "speeds": {}, "losses": {}, "compared": {}}
     if args.out and path.is_file():
         record = json.loads(path.read_text("utf-8"))
-        if record["asked"] != asked:
+        if record.get("asked") != asked:
             problem = "it holds a comparison of other files, texts or versions"
             raise UserError(f"--out {args.out}", problem, "Name a new folder")
 

@@ -42,7 +42,8 @@ def passages_of(
     """
     texts = {}
     for name, corpus in corpora.items():
-        documents = [each for each in islice(corpus.documents("test"), TEST_DOCUMENTS) if each.strip()]
+        read = islice(corpus.documents("test"), TEST_DOCUMENTS)
+        documents = [each for each in read if each.strip()]
         if any(isinstance(text, Dialogue) for text in documents):
             raise corpus.source.error("it holds dialogues, and texts are compared", "Give texts")
         n_passages = min(count, len(documents))
@@ -70,7 +71,7 @@ def _beginning(text: str, files: Sequence[File]) -> str:
         pairs = zip(files, limits, strict=True)
         return any(len(file.window(text[:letters])) > limit for file, limit in pairs)
 
-    text = text[: 40 * LONGEST]  # no token is longer on average
+    text = text[: 8 * LONGEST]  # tokens are shorter on average
     return text[: max(1, bisect_left(range(1, len(text) + 1), True, key=exceeds))]
 
 

@@ -95,7 +95,7 @@ def print_table(record: Mapping[str, Any]) -> dict[str, str]:
     print(f"\n{markdown}\n", flush=True)
     table, signs = io.StringIO(), re.compile(rf"\*\*|{EMPTY}|(?<=\d),(?=\d)")
     cells = [[signs.sub("", cell) for cell in row.values()] for row in rows]
-    csv.writer(table).writerows([rows[0], *cells])
+    csv.writer(table, lineterminator="\n").writerows([rows[0], *cells])
     return {"md": f"{markdown}\n", "csv": table.getvalue()}
 
 
