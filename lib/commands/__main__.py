@@ -24,6 +24,7 @@ prune for a language:
 make a smaller file:
   trim IN OUT --language uk      remove other languages' tokens, also from GGUF
   gguf IN OUT.gguf               convert to GGUF, verified with llama.cpp
+  compare A.gguf B.gguf ...      which file is better in your languages
   compress MODEL OUT --data ...  trim, quantize to 4 bits, convert and measure
 
 more:

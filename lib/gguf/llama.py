@@ -11,6 +11,7 @@ import ctypes
 import json
 import os
 import re
+import statistics
 import struct
 import urllib.error
 import urllib.request
@@ -29,6 +30,7 @@ from .conversion import LIMIT
 INSTALL = "pip install -r requirements-trim.txt"
 UNKNOWN = "this version of xllamacpp has parameters that are not known"
 PART = 512  # tokens computed at a time
+ROUNDS = 3  # repeated measurements of speed
 F32 = 0  # ggml_type of cached keys and values
 DISABLED = 0  # llama_flash_attn_type
 UNPOOLED, RANKING = 0, 4  # llama_pooling_type
@@ -39,7 +41,7 @@ LAYOUTS = {
     "model": (
         "2P5i4P6?",
         (0, 0, -1, 1, -1, 1, 0, *[0] * 4, False, False, True, False, False, False),
-        dict(n_gpu_layers=16),
+        dict(n_gpu_layers=16, vocab_only=72),
     ),
     "context": (
         "14i6fif2P2i3P6?3P",
@@ -79,6 +81,7 @@ RESULTS = {
     "llama_get_embeddings_seq": ctypes.POINTER(ctypes.c_float),
     "llama_tokenize": ctypes.c_int32,
     "llama_vocab_is_eog": ctypes.c_bool,
+    "llama_supports_gpu_offload": ctypes.c_bool,
 }
 
 
@@ -106,7 +109,7 @@ def _parameters(kind: str, **fields: int) -> tuple[_Params, bool]:
     layout, defaults, places = LAYOUTS[kind]
     known = struct.unpack_from(layout, params) == defaults
     for name, value in fields.items() if known else ():
-        struct.pack_into("i", params, places[name], value)
+        struct.pack_into("?" if isinstance(value, bool) else "i", params, places[name], value)
     return params, known
 
 
@@ -119,14 +122,24 @@ def unavailable() -> dict[str, str]:
     return {} if known else {"predictions": UNKNOWN}
 
 
-class Llama:
-    """A model of a file in llama.cpp. Raises ValueError if it does not load."""
+def has_gpu() -> bool:
+    """Return whether the installed package can compute on a GPU here."""
+    return _library()[0].llama_supports_gpu_offload()
 
-    def __init__(self, path: Path | str) -> None:
+
+class Llama:
+    """A model of a file in llama.cpp, or its tokenizer alone. ValueError if it does not load."""
+
+    def __init__(
+        self, path: Path | str, gpu_layers: int = 0, tokenizer_alone: bool = False
+    ) -> None:
         self.llama, lines, log = _library()
         self.llama.llama_log_set(log, None)  # a server in this process sets its own
         lines.clear()
-        params, _ = _parameters("model", n_gpu_layers=0)
+        fields = dict(n_gpu_layers=gpu_layers, vocab_only=tokenizer_alone)
+        params, known = _parameters("model", **fields)
+        if gpu_layers and not known:
+            raise ValueError(UNKNOWN)
         self.model = self.llama.llama_model_load_from_file(os.fsencode(path), params)
         if not self.model:
             errors = [line for line in lines if "error" in line] or lines or [""]
@@ -234,6 +247,15 @@ def threads() -> int:
     return int(os.environ.get("OMP_NUM_THREADS") or os.cpu_count() or 1)
 
 
+def losses(logits: np.ndarray, targets: Sequence[int]) -> np.ndarray:
+    """Return the loss in nats of each target (tokens,), float64, by logits (tokens or more, rows).
+
+    The last token of a window has no target.
+    """
+    logits = logits[: len(targets)]
+    return normalizers(logits) - logits[np.arange(len(targets)), targets]
+
+
 def normalizers(logits: np.ndarray) -> np.ndarray:
     """Return the logarithms of the sums of exp(logits) of each row, (tokens,) in float64."""
     top = logits.max(-1).astype(np.float64)
@@ -304,7 +326,25 @@ def ask(server: Any, path: str, fields: dict[str, Any]) -> dict[str, Any]:
         raise ValueError(error.read().decode(errors="replace")) from error
 
 
-def start(file: str, context: int) -> Any:
+def speed(server: Any, prompt: Sequence[int], steps: int) -> list[float]:
+    """Return the tokens per second of reading a prompt, and of `steps` tokens generated after it.
+
+    One reading warms up; the figures are medians of ROUNDS others.
+    """
+    fields = {"prompt": [*prompt], "n_predict": steps, "ignore_eos": True, "temperature": 0}
+    fields |= {"cache_prompt": False}
+    timings = [ask(server, "/completion", fields)["timings"] for _ in range(ROUNDS + 1)][1:]
+    names = "prompt_per_second", "predicted_per_second"
+    return [statistics.median(each[name] for each in timings) for name in names]
+
+
+def speeds(model: str, prompt: Sequence[int], steps: int, gpu_layers: int = 0) -> list[float]:
+    """Return `speed` of the file `model`. Raises ValueError if it does not load."""
+    Llama(model, gpu_layers).close()  # tells why, as a server does not
+    return speed(start(model, 2 * (len(prompt) + steps), gpu_layers), prompt, steps)
+
+
+def start(file: str, context: int, gpu_layers: int = 0) -> Any:
     """Start llama.cpp's server for a file, at a free port of this machine.
 
     Attention is computed in 32 bits, so results are as exact as the file allows.
@@ -315,7 +355,7 @@ def start(file: str, context: int) -> Any:
     settings.model.path = file
     settings.n_ctx = context
     settings.n_parallel = 1
-    settings.n_gpu_layers = 0
+    settings.n_gpu_layers = gpu_layers
     settings.cache_type_k = settings.cache_type_v = F32
     settings.flash_attn_type = xllamacpp.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DISABLED
     settings.fit_params = settings.warmup = False

@@ -19,7 +19,7 @@ from ..util.host import available, gib
 from ..vocabulary.cost import pieces_of, places_in, record_cost
 from .conversion import Aborted, run_child
 from .file import GgufFile
-from .llama import Llama, normalizers
+from .llama import Llama, losses, normalizers
 
 NOT_CAUSAL = ("t5", "bert")  # kinds of vocabulary whose models predict no next token
 WINDOW = 500  # tokens of a passage at most
@@ -27,6 +27,13 @@ ROOM = 12  # positions for the tokens that begin and end a text
 # largest difference of log-probabilities, relative to their standard deviation; llama.cpp computes
 # a head whose rows are no multiple of STEP by another kernel
 LIMIT, ODD_LIMIT, STEP = 1e-6, 1e-4, 8
+
+
+def embeds(file: GgufFile) -> bool:
+    """Return whether a file's model gives vectors in place of predictions."""
+    name = file.value("general.architecture", "")
+    pooled = file.value(f"{name}.pooling_type", 0) > 0
+    return pooled or not file.value(f"{name}.attention.causal", True)
 
 
 class Predictions:
@@ -45,9 +52,7 @@ class Predictions:
     ) -> None:
         self.file, self.kept, self.texts = file, kept, texts
         self.expected, self.found = folder / "expected.npy", folder / "found.npy"
-        name = file.value("general.architecture", "")
-        pooled = file.value(f"{name}.pooling_type", 0) > 0
-        self.embeds = pooled or not file.value(f"{name}.attention.causal", True)
+        name, self.embeds = file.value("general.architecture", ""), embeds(file)
         weights = sum(math.prod(tensor.shape) for tensor in file.tensors)
         window = min(WINDOW, file.value(f"{name}.context_length", WINDOW + ROOM) - ROOM)
         pieces = pieces_of(texts, weights, window, *(each.encode_all for each in tokenizers))
@@ -141,7 +146,7 @@ def values_of(
     Writes the log-probabilities among the `rows` at `places` of the latter to the file `values`;
     without places, the vectors of the windows.
     """
-    every, losses = [*own, *windows], [0.0] * (len(own) + len(windows))
+    every, sums = [*own, *windows], [0.0] * (len(own) + len(windows))
     found = [np.empty(0)] * len(places)
     try:
         with closing(Llama(path)) as model:
@@ -150,15 +155,14 @@ def values_of(
                     found.extend(logits.copy())
                     continue
                 targets = every[number][begin + 1 : begin + 1 + len(logits)]
-                aimed = logits[np.arange(len(targets)), targets]
-                losses[number] += float((normalizers(logits)[: len(targets)] - aimed).sum())
+                sums[number] += float(losses(logits, targets).sum())
                 for index, (of, place) in enumerate(places):
                     if len(own) + of == number and begin <= place < begin + len(logits):
                         some = logits[place - begin, rows].astype(np.float64)
                         found[index] = some - normalizers(some[None])
     except ValueError as error:
         return {"reason": str(error)}
-    if not np.isfinite(losses).all() or not np.ptp(found) > 0:
+    if not np.isfinite(sums).all() or not np.ptp(found) > 0:
         return {"reason": "llama.cpp computes no finite values for it, or always the same"}
     np.save(values, found)
-    return {"own": losses[: len(own)], "mapped": losses[len(own) :]}
+    return {"own": sums[: len(own)], "mapped": sums[len(own) :]}

@@ -18,6 +18,7 @@ import numpy as np
 from ..data.documents import passages
 from ..data.lines import LINES
 from ..util.errors import counted
+from ..util.statistics import ratio_interval
 
 COSTS = "bits_per_byte_original", "bits_per_byte_trimmed", "cost_interval"  # in a record
 MOST_COST = 0.02  # rise of bits per byte for which a vocabulary is trimmed
@@ -90,21 +91,16 @@ def places_in(windows: Sequence[Sequence[int]]) -> list[list[int]]:
 def record_cost(pieces: Sequence[Piece], original: np.ndarray, trimmed: np.ndarray) -> dict:
     """Return COSTS by both losses of the pieces, (n,) each, in nats, and what was measured.
 
-    The interval is that of a ratio of sums over independent documents (Cochran, Sampling
-    Techniques, 1977, section 6.4), with an approximation of Student's t; None for few documents.
+    The interval is paired over documents; None for few.
     """
     _, of = np.unique([piece.document for piece in pieces], return_inverse=True)
     original, trimmed = (np.bincount(of, weights=each) for each in (original, trimmed))
     n_bytes = sum(len(piece.text.encode()) for piece in pieces)
-    ratio, whole, freedom = trimmed.sum() / original.sum(), original.sum(), len(original) - 1
-    interval, bits = None, whole / math.log(2) / n_bytes
-    if freedom > 2:
-        spread = np.square(trimmed - ratio * original).sum() * len(original) / freedom
-        half = math.sqrt(spread) * (1.96 + 2.37 / freedom + 2.82 / freedom**2) / whole
-        interval = [float(ratio - 1 - half), float(ratio - 1 + half)]
+    found, bits = ratio_interval(trimmed, original), original.sum() / math.log(2) / n_bytes
+    interval = [found.low, found.high] if len(original) > 3 else None
     tokens, documents = sum(len(piece.before) for piece in pieces), len(original)
-    counts = {"cost": float(ratio - 1), "bytes": n_bytes, "tokens": tokens, "documents": documents}
-    costs = zip(COSTS, (float(bits), float(bits * ratio), interval), strict=True)
+    counts = {"cost": found.mean, "bytes": n_bytes, "tokens": tokens, "documents": documents}
+    costs = zip(COSTS, (float(bits), float(bits * (1 + found.mean)), interval), strict=True)
     return dict(costs) | {"measured_on": counts}
 
 

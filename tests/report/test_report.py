@@ -18,8 +18,8 @@ from matplotlib.container import ErrorbarContainer
 from matplotlib.figure import Figure
 from support import content, mistake, program_of, succeed
 
-from lib.commands.report.statistics import mean_interval
 from lib.run.results import read_losses, read_results, write_results
+from lib.util.statistics import mean_interval
 
 pytestmark = pytest.mark.usefixtures("elsewhere", "figures")
 DOCUMENTS = numpy.repeat(range(6), 3)

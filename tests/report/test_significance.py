@@ -8,7 +8,7 @@ import numpy
 import pytest
 from scipy import stats
 
-from lib.commands.report.statistics import holm, mean_interval
+from lib.util.statistics import holm, mean_interval
 
 DOCUMENTS = numpy.repeat(range(6), 3)
 

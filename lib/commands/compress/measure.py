@@ -42,23 +42,15 @@ def decoding_speed(model: Any) -> float:
         return STEPS / (time.perf_counter() - start)
 
 
-def llama_cpp_speed(server: Any) -> float:
-    """Return the tokens per second of llama.cpp's server."""
-    from ...gguf.llama import ask
-
-    fields = {"prompt": [*range(1, 1 + PROMPT)], "n_predict": STEPS}
-    answer = ask(server, "/completion", fields | {"ignore_eos": True, "temperature": 0})
-    return answer["timings"]["predicted_per_second"]
-
-
 def main(argv: list[str]) -> None:
     name, file, options = argv
     device, dtype, source = json.loads(options)
     if name.endswith(".gguf"):
-        from ...gguf.llama import start
+        from ...gguf.llama import speeds
 
-        size, speed = Path(name).stat().st_size, llama_cpp_speed
-        model = start(name, 2 * (PROMPT + STEPS)) if find_spec("xllamacpp") else None
+        size, speed = Path(name).stat().st_size, None
+        if find_spec("xllamacpp"):
+            _, speed = speeds(name, range(1, 1 + PROMPT), STEPS)
     else:
         from transformers import AutoConfig
         from transformers.utils import cached_file
@@ -70,10 +62,8 @@ def main(argv: list[str]) -> None:
         quiet()
         warnings.simplefilter("ignore", FutureWarning)  # names that transformers renames
         size = disk_size(Path(cached_file(name, "config.json", **source)).parent)
-        speed = decoding_speed
         kind = auto_class(AutoConfig.from_pretrained(name, **source))
         model = kind.from_pretrained(name, dtype=dtype, **source).to(device).eval()
-    figures = {ROWS[0]: size / 1e6}
-    if model:
-        figures[ROWS[1]] = statistics.median([speed(model) for _ in range(ROUNDS + 1)][1:])
+        speed = statistics.median([decoding_speed(model) for _ in range(ROUNDS + 1)][1:])
+    figures = {ROWS[0]: size / 1e6} | ({ROWS[1]: speed} if speed else {})
     Path(file).write_text(json.dumps(figures), "utf-8")

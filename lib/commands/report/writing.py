@@ -12,8 +12,8 @@ from ...run.figures import FIGURES, shown
 from ...util.errors import one_line
 from ...util.files import write_text
 from ...util.markdown import EMPTY, padded_table
+from ...util.statistics import LIMIT
 from ...util.terminal import table_width
-from .statistics import LIMIT
 from .table import SETTING, SIZES, TASK, Runs, row_keys
 
 if TYPE_CHECKING:

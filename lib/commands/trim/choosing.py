@@ -48,12 +48,14 @@ def add_text_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def corpora_of(
-    args: argparse.Namespace, needed: Sequence[str] = ("gguf", "xllamacpp")
+    args: argparse.Namespace,
+    needed: Sequence[str] = ("gguf", "xllamacpp"),
+    splits: Sequence[str] = ("train", "test"),
 ) -> list[Corpus]:
     """Return the texts that --language and --data name; a tenth of a file is held out.
 
-    Prints a line on the files of each folder. Raises UserError if one cannot be read, and if one of
-    the packages `needed` is missing.
+    Prints a line on the files of each folder that the `splits` read. Raises UserError if one cannot
+    be read, and if one of the packages `needed` is missing.
     """
     if missing := [name for name in needed if find_spec(name) is None]:
         raise UserError(f"IN {args.source}", f"{missing[0]} is not installed", f"Run {INSTALL}")
@@ -62,9 +64,9 @@ def corpora_of(
     sources += parse_sources(args.data, "--data", column=args.column)
     corpora = [Corpus(each, bool(each.path) and not has_test(each)) for each in sources]
     for corpus in corpora:
-        check_corpus(corpus, "train")
+        check_corpus(corpus, splits[0])
         if corpus.source.path and corpus.source.path.is_dir():
-            print(read_line(corpus, "train", "test"), flush=True)
+            print(read_line(corpus, *splits), flush=True)
     return corpora
 
 

@@ -1,0 +1,1 @@
+"""Compare GGUF files of a model by language."""
