@@ -4,15 +4,13 @@ If the outputs of a layer and of all later layers are replaced by zeros, a block
 to which that layer adds. This requires that it adds its outputs unchanged. One batch shows whether
 it does: not if a norm or a factor follows the layer (Gemma 2, Granite).
 
-Two more properties are tested, because they save passes. First, whether the stream there is still
-the block's input. Second, whether a module, such as attention, ends in the layer and returns its
-outputs. Such a module need not run again: its outputs can be replayed.
+Also tested, because it saves a pass: whether the stream there is still the block's input.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, ExitStack
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import partial
 
@@ -32,8 +30,6 @@ class ResidualProjection:
 
     last: bool  # whether it is the block's last linear layer
     exact: bool  # whether the block's sum equals stream plus outputs to the last bit
-    ends: str | None = None  # the module in the block that returns the layer's outputs
-    length: int = 0  # length of the tuple that this module returns; 0 for a tensor
 
 
 @torch.no_grad()
@@ -84,57 +80,9 @@ def as_residual_projection(
     if not bool((off <= bound).all() and added.any()):
         return None
     exact = torch.equal(stream + outputs[0], total)
-    if not later:
-        return ResidualProjection(last=True, exact=exact)
-    if not torch.equal(stream.cpu(), hidden.cpu()):
+    if later and not torch.equal(stream.cpu(), hidden.cpu()):
         return None
-    ends, length = module_ending_in(block, run, linear)
-    return ResidualProjection(last=False, exact=exact, ends=ends, length=length)
-
-
-def module_ending_in(
-    block: nn.Module, run: Callable[[], Tensor], linear: PrunableLinear
-) -> tuple[str | None, int]:
-    """Return the outermost module inside the block that returns the layer's outputs.
-
-    Returns its name, and the length of the tuple in which they come first (0 for a tensor alone).
-    The name is None if there is no such module, or if the block's result changes when the outputs
-    are replayed.
-    """
-    returned: dict[str, Tensor | tuple] = {}
-    paths = [
-        path
-        for path, inner in block.named_modules()
-        if path and any(part is linear.module for part in inner.modules())
-    ]
-    with ExitStack() as hooks:
-        for path in paths:
-            hook = block.get_submodule(path).register_forward_hook(
-                lambda _, args, out, path=path: returned.update({path: out})
-            )
-            hooks.enter_context(hook)
-        whole = run()
-    *outer, innermost = paths  # from the outermost module to the layer's own
-    result = returned[innermost]
-    for path in outer:
-        out = returned.get(path)
-        first, length = (out[0], len(out)) if isinstance(out, tuple) else (out, 0)
-        if isinstance(first, Tensor) and first.shape == result.shape and torch.equal(first, result):
-            with replayed_outputs(block, {path: (result, length)}):
-                if torch.equal(run(), whole):
-                    return path, length
-    return None, 0
-
-
-def replayed_outputs(
-    block: nn.Module, outputs: dict[str, tuple[Tensor, int]]
-) -> AbstractContextManager[None]:
-    """Make modules of `block` return given tensors, in a tuple of the given length if not 0."""
-
-    def replay(out: Tensor, length: int) -> Callable:
-        return lambda *args, **kwargs: (out, *[None] * (length - 1)) if length else out
-
-    return replaced({block.get_submodule(path): replay(*each) for path, each in outputs.items()})
+    return ResidualProjection(last=not later, exact=exact)
 
 
 def stream_at(run: Callable[[], Tensor], linear: PrunableLinear) -> tuple[Tensor, Tensor]:

@@ -7,9 +7,7 @@ avoids up to one pass per stage in each of the two models:
 
   - The dense block runs once. The inputs of the middle stages are cached, and for a residual
     projection the stream after it.
-  - A pass through the pruned block stops at the last input wanted. The input of a residual
-    projection is cached, and after pruning its outputs: the module that ends in it (attention)
-    does not run again.
+  - A pass through the pruned block stops at the last input wanted.
   - If the stream before the last projection replaces the hidden states, and its input is cached,
     the block's output is that stream plus one product.
 
@@ -19,7 +17,7 @@ If memory is short (`cache_inputs` false) nothing is cached; the results are the
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, nullcontext, suppress
+from contextlib import suppress
 from dataclasses import dataclass
 
 import torch
@@ -30,7 +28,7 @@ from ..model.blocks import BlockRunner, HiddenStates, Stop
 from ..model.linears import find_linears, watch_inputs, watch_outputs
 from ..model.matrix import PrunableLinear
 from .inputs import Group, by_input, observe, rows
-from .residual import ResidualProjection, find_projection, replayed_outputs, stream_at
+from .residual import ResidualProjection, find_projection, stream_at
 
 Needs = dict[str, Tensor]  # by layer name: its input; for a projection, the stream after it
 
@@ -103,23 +101,21 @@ class OrderedBlock:
         # the block's outputs are then the cached stream plus one product
         exact = final.projection and final.projection.exact
         self.finish_from_stream = bool(self.cache_inputs and self.need_outputs and exact)
-        # per projection, by stage: its inputs, replaced by its outputs once it is pruned
-        self.inputs: list[dict[int, Tensor]] = [{} for _ in batches]
-        self.outputs: list[dict[int, Tensor]] = [{} for _ in batches]
+        self.last_inputs: list[Tensor] = []  # of the last projection, by batch
 
     def observe(self, place: int) -> list[Group]:
         """Return the statistics of stage `place`; the stages before it are pruned."""
         stage = self.order[place]
         if stage.projection:
             return [self._observe_projection(place, stage.projection)]
-        passes = ((run, needs) for _, needs, _, run in self._iter_batches(place))
+        passes = ((run, needs) for needs, _, run in self._iter_batches(place))
         return observe(self.runner, stage.linears, self.method, passes, stage.shared)
 
     def _observe_projection(self, place: int, projection: ResidualProjection) -> Group:
         """Return statistics of one layer, with the stream's error after its outputs are added."""
         [linear], device = self.order[place].linears, self.runner.device
         group = Group([linear], self.method(linear.shape[1], self.runner.device))
-        for batch, needs, cut, run in self._iter_batches(place):
+        for needs, cut, run in self._iter_batches(place):
             if projection.last:
                 x, stream = stream_at(run, linear)
                 out, target = linear.module(x), self.dense_states.hidden[cut].to(device)
@@ -131,52 +127,27 @@ class OrderedBlock:
             if self.method.needs_outputs:
                 group.observe_output(linear, rows(x))
             if projection.last and self.finish_from_stream:
-                self.inputs[batch] = {place: owned(x)}
+                self.last_inputs.append(owned(x))
                 self.states.hidden[cut] = stream
-            elif self.cache_inputs and projection.ends:
-                self.inputs[batch][place] = owned(x)
         return group
 
     @torch.no_grad()
     def advance_(self) -> None:
         """Take both streams through the pruned and the dense block."""
-        states, last = self.states, self.last
+        states = self.states
         if not self.finish_from_stream:
-            for batch, (cut, run) in enumerate(self.runner.iter_batches(states, self.index)):
-                with self._skip_done_modules(last + 1, batch):
-                    states.hidden[cut] = run()
+            self.runner.advance_(states, self.index)
             return
-        [linear] = self.order[last].linears
-        for cut, inputs in zip(states.batches, self.inputs, strict=True):
+        [linear] = self.order[self.last].linears
+        for cut, x in zip(states.batches, self.last_inputs, strict=True):
             stream = states.hidden[cut].to(self.runner.device)
-            states.hidden[cut] = stream + linear.module(inputs.pop(last))
+            states.hidden[cut] = stream + linear.module(x)
 
-    def _skip_done_modules(self, place: int, batch: int) -> AbstractContextManager[None]:
-        """Within this context, modules ending in a pruned projection before `place` are skipped."""
-        inputs, outputs = self.inputs[batch], self.outputs[batch]
-        for earlier in [done for done in inputs if done < place]:
-            [linear] = self.order[earlier].linears
-            outputs[earlier] = linear.module(inputs.pop(earlier))
-        if not outputs:
-            return nullcontext()
-        replayed = {}
-        for earlier, out in outputs.items():
-            projection = self.order[earlier].projection
-            replayed[projection.ends] = out, projection.length
-        return replayed_outputs(self.runner.blocks[self.index], replayed)
-
-    def _iter_batches(self, place: int) -> Iterator[tuple[int, Needs, slice, Callable[[], Tensor]]]:
-        """Yield for each batch its number, the needs from the dense block, its slice, its run."""
+    def _iter_batches(self, place: int) -> Iterator[tuple[Needs, slice, Callable[[], Tensor]]]:
+        """Yield for each batch the needs from the dense block, its slice, its run."""
         runs = self.runner.iter_batches(self.states, self.index)
-        for batch, (needs, (cut, run)) in enumerate(
-            zip(self._iter_needs(place), runs, strict=True)
-        ):
-
-            def run_rest(run=run, batch=batch) -> Tensor:
-                with self._skip_done_modules(place, batch):
-                    return run()
-
-            yield batch, needs, cut, run_rest
+        for needs, batch in zip(self._iter_needs(place), runs, strict=True):
+            yield needs, *batch
 
     def _iter_needs(self, place: int) -> Iterator[Needs]:
         """Yield for each batch the tensors that stage `place` needs from the dense block."""
