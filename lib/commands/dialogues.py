@@ -40,8 +40,8 @@ from ..util.progress import progress, quiet
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-TRIED = 8  # first answers, of which at least the share ENDED / TRIED must end by themselves
-ENDED = 2
+TRIED = 8  # first answers, of which at least the share USED / TRIED must be of use
+USED = 2
 MORE = 4  # maximum number of prompts per wanted dialogue
 PASSAGE = 600  # maximum characters of a passage of plain text
 IDENTIFYING = 64  # first prompts, whose digest identifies all
@@ -110,7 +110,7 @@ def answer(args: argparse.Namespace, began: float) -> None:
     size, answered = sum(map(tokens_of, written)), [dialogue.prompt for dialogue in written]
     places = (place for place, (messages, *_) in enumerate(asked) if messages in answered)
     left = asked[max(places, default=-1) + 1 :] if count < args.count and size < fill else []
-    left_out, ended = Counter[str | None](), 0
+    left_out = Counter[str | None]()
     if left:
         texts = (messages[-1]["content"].removeprefix(request) for messages, *_ in asked)
         script = script_of(" ".join(texts))
@@ -130,7 +130,6 @@ def answer(args: argparse.Namespace, began: float) -> None:
                 torch.manual_seed(args.seed + count)
                 prompts = [ids for *_, ids in batch]
                 answers = continue_rows(model, prompts, args.tokens, lambda _: bar(0))
-                ended += sum(len(answer) < args.tokens for answer in answers)
                 for (messages, tools, _), answer in zip(batch, answers, strict=True):
                     text = decode(tokenizer, answer).strip()
                     if endless := len(answer) == args.tokens:
@@ -146,12 +145,15 @@ def answer(args: argparse.Namespace, began: float) -> None:
                         bar(more if args.fill else 1)
                 file.flush()
                 tried = left_out.total()
-                if tried - len(batch) < TRIED <= tried and ended * TRIED < ENDED * tried:
-                    problem = f"only {ended} of {tried} answers end within {args.tokens} tokens"
-                    fix = "Use a chat model, or more --tokens"
+                used = left_out[None]
+                if tried - len(batch) < TRIED <= tried and used * TRIED < USED * tried:
+                    problem = (
+                        f"only {used} of its {tried} answers are of use ({_reasons(left_out)})"
+                    )
+                    fix = "Use a chat model of the language, --language, or more --tokens"
                     raise NoDialogues(f"MODEL {args.model}", problem, fix)
-    reasons = [f"{number} that {reason}" for reason, number in left_out.items() if reason]
-    left = f"; left out: {', '.join(reasons)}" * bool(reasons)
+    reasons = _reasons(left_out)
+    left = f"; left out: {reasons}" * bool(reasons)
     of = f" of {size:,} tokens" * bool(args.fill)
     print(f"{out}: {counted(count, 'dialogue')}{of}{left}")
     if args.fill and size < FILLED * args.fill:
@@ -183,6 +185,11 @@ def _problem(endless: bool, text: str, script: str | None) -> str | None:
     if not text:
         return ENDLESS if endless else "are empty"
     return None if script_of(text) in (script, None) else "are in another script than the prompts"
+
+
+def _reasons(left_out: Counter[str | None]) -> str:
+    """Return how many answers were left out for which reason, in words."""
+    return ", ".join(f"{number} that {reason}" for reason, number in left_out.items() if reason)
 
 
 def _prompts(
