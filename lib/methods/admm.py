@@ -56,9 +56,7 @@ class Admm(LeastSquares):
     def prune_(self, weights: Sequence[Tensor], sparsities: Sequence[Sparsity]) -> None:
         """Prune float32 matrices (out_i, in) in place. UserError if A cannot be factored."""
         rows = [len(weight) for weight in weights]
-        start, error, hessian, norms, residual_variance = self.problem(weights, drops_dead=True)
-        target = (hessian @ start).add_(error)
-        del error
+        start, target, hessian, norms, residual_variance = self.problem(weights, drops_dead=True)
         weighting = error_weighting(self.output_costs, rows, start.device)  # (out,) or None
         if weighting is not None:
             start *= weighting
@@ -70,8 +68,7 @@ class Admm(LeastSquares):
         mask = torch.cat([each.mask(part.T, overall=True).T for part, each in layers], 1)
         solution = start.masked_fill_(mask, 0)
         steps = round(self.refinements * SETTLED_STEPS) if settled else self.refinements
-        residual = target.addmm_(hessian, solution, alpha=-1)
-        conjugate_gradients_(solution, residual, hessian, mask, steps)
+        conjugate_gradients_(solution, target, hessian, mask, steps)
         solution /= norms
         if weighting is not None:
             solution /= weighting
@@ -80,8 +77,7 @@ class Admm(LeastSquares):
 
     def remove_neurons_(self, weight: Tensor, gains: Tensor, count: int) -> Tensor:
         """Remove columns stage by stage (lib/methods/obs.py) from the minimum."""
-        start, error, hessian, scale, _ = self.problem([weight], drops_dead=True)
-        target = (hessian @ start).add_(error)
+        _, target, hessian, scale, _ = self.problem([weight], drops_dead=True)
         self.input_error_gram = None  # B contains it
         inverse = inverse_(cholesky(hessian))
         kept = choose_rows(inverse @ target, inverse, count)

@@ -13,8 +13,8 @@ minimize tr(Q A Q^T) - 2 tr(B Q^T) of lib/methods/least_squares.py. There are th
     fitted when it is reached, to its values at that time. An error in the weights of input j is
     weighted by diag(X^T X)_j.
  3. Column by column once more, every kept weight moves to the best grid point with all others
-    fixed (coordinate descent). The ideal move is r / A_jj, where r is its row of B - A Q, computed
-    when it is reached. This step respects the mask exactly, unlike step 2.
+    fixed (coordinate descent). The ideal move is r / A_jj, where r is its row of B - A Q. This step
+    respects the mask exactly, unlike step 2.
 
 Layers that share the input are solved side by side, transposed to (in, out).
 """
@@ -32,8 +32,6 @@ from ..formats.grids import Grid
 from .gram import cholesky
 from .least_squares import LeastSquares, conjugate_gradients_
 from .sparsegpt import unit_inverse
-
-BLOCK = 128  # inputs; products with fewer rows are slower
 
 
 class MasterWeights(NamedTuple):
@@ -60,15 +58,15 @@ class GPTQ(LeastSquares):
 
     def quantize_(self, weights: Sequence[Tensor], fmt: ScaledFormat) -> list[MasterWeights]:
         """Quantize float32 matrices (out_i, in) in place. UserError if A cannot be factored."""
-        solution, residual, hessian, norms, _ = self.problem(weights)
-        mask = (solution == 0) & fmt.has_zero
-        conjugate_gradients_(solution, residual, hessian, mask, self.refinements)
+        start, target, hessian, norms, _ = self.problem(weights)
+        mask = (start == 0) & fmt.has_zero
+        conjugate_gradients_(start, target, hessian, mask, self.refinements)
         grid = SolverGrid(fmt, norms, keep=(~mask).float())
-        rounded, unrounded = round_in_order(solution, hessian, grid)
-        descend_(rounded, solution, residual, hessian, grid, self.sweeps, unrounded)
+        solution, unrounded = round_in_order(start, hessian, grid)
+        descend_(solution, target, hessian, grid, self.sweeps, unrounded)
         unrounded.mul_(grid.keep).div_(norms)
         sizes = [len(weight) for weight in weights]
-        for weight, part in zip(weights, grid.matrix(rounded).split(sizes), strict=True):
+        for weight, part in zip(weights, grid.matrix(solution).split(sizes), strict=True):
             weight.copy_(part)
         both = unrounded.T.contiguous().split(sizes), grid.scales.split(sizes)
         return [MasterWeights(*each) for each in zip(*both, strict=True)]
@@ -86,9 +84,8 @@ class SolverGrid(Grid):
         super().__init__(form, True, scales)
         self.input_norms, self.keep = input_norms, keep
         self.units: Tensor | None = None
-        step = max(form.group, BLOCK // form.group * form.group)
-        starts = range(0, len(keep), step)
-        self.blocks = [slice(start, min(start + step, len(keep))) for start in starts]
+        starts = range(0, len(keep), form.group)
+        self.groups = [slice(start, min(start + form.group, len(keep))) for start in starts]
 
     def fit_units_(self, values: Tensor) -> None:
         """Fit the units of scales to all values (in, out)."""
@@ -107,7 +104,7 @@ class SolverGrid(Grid):
         weights = values.mul(self.keep[here]).div_(norms).T.contiguous()
         return weights, norms.flatten().square()
 
-    def round_block_(
+    def round_group_(
         self,
         here: slice,
         values: Tensor,
@@ -115,31 +112,22 @@ class SolverGrid(Grid):
         solution: Tensor,
         before: Tensor | None = None,
     ) -> Tensor:
-        """Round a block's values (inputs, out) to the nearest points, in order, into a solution.
+        """Round a group's values (inputs, out) to the nearest points, in order, into a solution.
 
-        Returns `before` minus the rounded values. Without `before` that is the values, and each
-        group's scales are fitted first. Each row is first lowered by the differences of the rows
-        above, weighted by its column of `coupling` (inputs, inputs).
+        Returns `before` minus the rounded values; `before` defaults to the values. Each row is
+        first lowered by the differences of the rows above, weighted by its column of `coupling`.
         """
+        steps = self.scales[:, here.start // self.form.group] * self.input_norms[here]
         differences = torch.empty_like(values)
-        old_values = values if before is None else before
-        for start in range(0, len(values), self.form.group):
-            own = slice(start, start + self.form.group)
-            place = slice(here.start + start, min(here.start + own.stop, here.stop))
-            if start:
-                values[own].addmm_(coupling[:start, own].T, differences[:start], alpha=-1)
-            if before is None:
-                self.fit_group_(values[own], place)
-            steps = self.scales[:, place.start // self.form.group] * self.input_norms[place]
-            rows = steps, self.keep[place], values[own], solution[place], old_values[own]
-            columns = zip(*(each.unbind() for each in (*rows, differences[own])), strict=True)
-            for j, (step, keep, value, rounded, old, difference) in enumerate(columns, start):
-                if j > start:
-                    above = slice(start, j)
-                    value.addmv_(differences[above].T, coupling[above, j], alpha=-1)
-                torch.div(value, step, out=rounded)
-                self.form.snap_(rounded).mul_(step).mul_(keep)
-                torch.sub(old, rounded, out=difference)
+        before = values if before is None else before
+        rows = steps, self.keep[here], values, solution[here], before, differences
+        columns = zip(*(each.unbind() for each in rows), strict=True)
+        for j, (step, keep, value, rounded, old, difference) in enumerate(columns):
+            if j:
+                value.addmv_(differences[:j].T, coupling[:j, j], alpha=-1)
+            torch.div(value, step, out=rounded)
+            self.form.snap_(rounded).mul_(step).mul_(keep)
+            torch.sub(old, rounded, out=difference)
         return differences
 
     def matrix(self, solution: Tensor) -> Tensor:
@@ -156,13 +144,14 @@ def round_in_order(ideal: Tensor, hessian: Tensor, grid: SolverGrid) -> tuple[Te
     factor = cholesky(hessian.flip(0, 1)).flip(0, 1)
     factor.div_(factor.diagonal().clone())  # C
     solution, change, unrounded = (torch.empty_like(ideal) for _ in range(3))  # Q, D
-    for here in grid.blocks:
+    for here in grid.groups:
         inverse = unit_inverse(factor[here, here])
         values = ideal[here].clone()
         if here.start:
             push = factor[: here.start, here] @ inverse
             values.addmm_(push.T, change[: here.start])
-        grid.round_block_(here, values, inverse, solution)
+        grid.fit_group_(values, here)
+        grid.round_group_(here, values, inverse, solution)
         torch.sub(ideal[here], solution[here], out=change[here])
         unrounded[here] = values
     return solution, unrounded
@@ -170,8 +159,7 @@ def round_in_order(ideal: Tensor, hessian: Tensor, grid: SolverGrid) -> tuple[Te
 
 def descend_(
     solution: Tensor,
-    ideal: Tensor,
-    residual: Tensor,
+    target: Tensor,
     hessian: Tensor,
     grid: SolverGrid,
     sweeps: int,
@@ -179,16 +167,15 @@ def descend_(
 ) -> None:
     """Step 3: lower tr(Q A Q^T) - 2 tr(B Q^T) from Q = `solution` (in, out) on its grid.
 
-    `residual` (in, out) is B - A Q at Q = `ideal`. `unrounded` (in, out) receives the ideal values
-    of the last sweep.
+    `unrounded` (in, out) receives the ideal values of the last sweep.
     """
+    residual = torch.addmm(target, hessian, solution, alpha=-1)  # B - A Q
     diagonal = hessian.diagonal()
-    change = ideal - solution
     for _ in range(sweeps):
-        for here in grid.blocks:
+        for here in grid.groups:
             coupling = -hessian[here, here] / diagonal[here]
             before = solution[here].clone()
-            best = torch.addmm(residual[here], hessian[here], change).div_(diagonal[here, None])
-            best += before
-            change[here] += grid.round_block_(here, best, coupling, solution, before)
+            best = (residual[here] / diagonal[here, None]).add_(before)
+            differences = grid.round_group_(here, best, coupling, solution, before)
+            residual.addmm_(hessian[:, here], differences)
             unrounded[here] = best

@@ -33,10 +33,9 @@ import torch
 from torch import Tensor
 
 from .base import PruningMethod
-from .gram import add_cross_, add_upper_gram_, damped_cholesky_, mirror_
+from .gram import add_cross_, add_upper_gram_, damped_cholesky_, inverse_, mirror_
 
 FLOOR = 0.01  # least damping, as a share of an input's variance
-COLUMNS = 512  # of an inverse at a time
 
 
 class LeastSquares(PruningMethod):
@@ -83,9 +82,9 @@ class LeastSquares(PruningMethod):
     ) -> tuple[Tensor, Tensor, Tensor, Tensor, float]:
         """Return (1) for matrices (out_i, in) that share the input, scaled.
 
-        Returns W S and B - A W (in, out), A (in, in), S (in, 1), and the unexplained share. An
-        input that was always 0 is dead and gives no information on its weights; `drops_dead` prunes
-        them. The floor of the damping rises if necessary; UserError if that does not help.
+        Returns W S and B (in, out), A (in, in), S (in, 1), and the unexplained share. An input that
+        was always 0 is dead and gives no information on its weights; `drops_dead` prunes them. The
+        floor of the damping rises if necessary; UserError if that does not help.
         """
         hessian = self.hessian.clone()
         mirror_(hessian)
@@ -94,7 +93,9 @@ class LeastSquares(PruningMethod):
         norms.clamp_min_(self._least_norm * norms.median())
         hessian /= norms.T
         hessian /= norms
-        residual_variance = unexplained_share(damped_cholesky_(hessian, FLOOR))
+        inverse = inverse_(damped_cholesky_(hessian, FLOOR))
+        residual_variance = (1 / inverse.diagonal()).mean().item()
+        del inverse
         share = self.damping * len(hessian) / self.tokens
         hessian.diagonal().add_(share * residual_variance)
         residual_variance *= 1 + share  # share in the damped matrix
@@ -103,45 +104,26 @@ class LeastSquares(PruningMethod):
             error = self.residual_error_gram.T / norms
         else:
             error = (self.input_error_gram.T @ start).div_(norms)
-        start.mul_(norms)
+        target = (hessian @ start.mul_(norms)).add_(error)
         if drops_dead:
-            start[dead] = error[dead] = 0
-        return start, error, hessian, norms, residual_variance
-
-
-def unexplained_share(factor: Tensor) -> float:
-    """Return the mean of 1 / (A^-1)_jj from `factor` L (in, in), lower triangular, A = L L^T.
-
-    (A^-1)_jj is the squared norm of row j of L^-T, whose columns are computed in panels.
-    """
-    squares = torch.zeros_like(factor[0])
-    for start in range(0, len(factor), COLUMNS):
-        corner = factor[: start + COLUMNS, : start + COLUMNS]
-        identity = torch.zeros_like(corner[:, start:])
-        identity[start:].fill_diagonal_(1)
-        columns = torch.linalg.solve_triangular(corner.T, identity, upper=True)
-        squares[: len(corner)] += columns.square().sum(1)
-    return (1 / squares).mean().item()
+            start[dead] = target[dead] = 0
+        return start, target, hessian, norms, residual_variance
 
 
 def conjugate_gradients_(
-    solution: Tensor, residual: Tensor, hessian: Tensor, mask: Tensor, steps: int
+    solution: Tensor, target: Tensor, hessian: Tensor, mask: Tensor, steps: int
 ) -> None:
-    """Lower (1) from Q = `solution` (in, out), each column on its own mask.
-
-    `residual` (in, out) is B - A Q, before and after.
-    """
+    """Lower (1) from Q = `solution` (in, out), each column on its own mask."""
     tiny = torch.finfo(solution.dtype).tiny
     keep = (~mask).float()  # multiplying is faster than filling by a mask
-    direction = residual * keep
-    norm = direction.square().sum(0)  # (out,)
-    for step in range(steps):
+    residual = torch.addmm(target, hessian, solution, alpha=-1).mul_(keep)
+    direction = residual.clone()
+    norm = residual.square().sum(0)  # (out,)
+    for _ in range(steps):
         image = hessian @ direction
         curvature = (direction * image).sum(0)
-        size = norm / curvature.clamp_min(tiny)  # 0 where a column is solved or wholly pruned
-        solution.addcmul_(direction, size)
-        residual.addcmul_(image, size, value=-1)
-        if step + 1 < steps:
-            free = torch.mul(residual, keep, out=image)
-            before, norm = norm, free.square().sum(0)
-            direction.mul_(norm / before.clamp_min(tiny)).add_(free)
+        step = norm / curvature.clamp_min(tiny)  # 0 where a column is solved or wholly pruned
+        solution.addcmul_(direction, step)
+        residual.addcmul_(image, step, value=-1).mul_(keep)
+        before, norm = norm, residual.square().sum(0)
+        direction.mul_(norm / before.clamp_min(tiny)).add_(residual)

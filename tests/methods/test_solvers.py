@@ -12,7 +12,7 @@ from torch import Tensor
 from lib.methods import admm
 from lib.methods.admm import Admm
 from lib.methods.gram import PANEL, add_upper_gram_, cholesky, damped_cholesky_, mirror_, split
-from lib.methods.least_squares import COLUMNS, FLOOR, unexplained_share
+from lib.methods.least_squares import FLOOR
 from lib.methods.sparsegpt import SparseGPT
 from lib.methods.sparsity import Sparsity
 from lib.methods.wanda import Wanda
@@ -78,14 +78,6 @@ def test_damping_rises_tenfold_with_a_warning_and_not_for_ever() -> None:
             hessian = torch.eye(5)
             hessian[place] = wrong if wrong or place == (3, 3) else 2.0
             refused(cholesky, hessian)
-
-
-@pytest.mark.parametrize("width", [40, COLUMNS + 8])
-def test_the_unexplained_share_is_that_of_the_whole_inverse(width: int) -> None:
-    x, _ = alike_inputs(width, 1, tokens=2 * width)
-    gram = x.T @ x / len(x) + FLOOR * torch.eye(width)
-    expected = (1 / gram.double().inverse().diagonal()).mean().item()
-    assert unexplained_share(cholesky(gram)) == pytest.approx(expected, rel=1e-4)
 
 
 # --- SparseGPT
