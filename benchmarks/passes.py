@@ -89,8 +89,6 @@ RUNS: dict[str, Callable] = {
     "SparseGPT": lambda *a: pruned(*a, "sparsegpt", "unstructured"),
     "ADMM": lambda *a: pruned(*a, "admm", "unstructured"),
 } | {f"Quantizing to {name}": partial(quantized, name=name) for name in GRIDS}
-
-
 PARTS = (
     (Group, "observe", "sums"),
     (Pruner, "solve", "solving"),
@@ -134,22 +132,17 @@ def floors(model, tokens: int, one: float, iterations: float) -> dict[str, dict[
     blocks = BlockRunner(model, torch.device("cpu"))
     [inputs] = expected_inputs(model, blocks.name)  # of one kind of block
     at_once = min(tokens, 2048)
-    rates = {
-        each: (
-            rate(each.width, at_once, each.width),
-            rate(each.width, each.width, each.outputs),
-        )
-        for each in inputs
-    }
-    found = {}
+    found, rates = {}, {}
+    for each in inputs:
+        of_sums = rate(each.width, at_once, each.width)
+        rates[each] = of_sums, rate(each.width, each.width, each.outputs)
     for name in RUNS:
         least = {"passes": 2 * one, "sums": 0.0, "solving": 0.0}
         for each in inputs:
-            operations = work(name, each, tokens, iterations)
-            for kind, count, speed in zip(
-                ("sums", "solving"), operations, rates[each], strict=True
-            ):
-                least[kind] += len(blocks.blocks) * count / speed
+            counts = work(name, each, tokens, iterations)
+            seconds = (count / speed for count, speed in zip(counts, rates[each], strict=True))
+            for kind, of_block in zip(("sums", "solving"), seconds, strict=True):
+                least[kind] += len(blocks.blocks) * of_block
         found[name] = least
     return found
 
@@ -177,6 +170,7 @@ def main() -> None:
     seconds: dict[str, list[float]] = {name: [] for name in names}
     one_pass(model, windows[:2])
     kinds: dict[str, dict[str, float]] = {}
+    iterations = 0.0  # of ADMM, if it runs
     spent: Counter[str] = Counter()
     for owner, name, kind in PARTS:
         timed(owner, name, kind, spent)
@@ -196,7 +190,6 @@ def main() -> None:
                 iterations = spent["masks, calls"] / layers
     best = {name: min(each) for name, each in seconds.items()}
     unit = 2 * best["one pass"]
-    iterations = iterations if "ADMM" in best else 0.0
     least = floors(model, windows.numel(), best["one pass"], iterations)
     print(
         f"{args.dtype}, {args.windows} windows of {args.seqlen}, {torch.get_num_threads()} threads"

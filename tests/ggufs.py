@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import random
+import subprocess
+import sys
 from collections import Counter
 from itertools import pairwise
 from pathlib import Path
@@ -187,3 +190,33 @@ def model(
         tensors["output.weight"] = ((WIDTH, rows), head, blocks(head, rows, WIDTH, 9))
     tensors = {name: entry for name, entry in (tensors | (more or {})).items() if entry}
     return write_gguf(path, fields, tensors)
+
+
+# gguf itself takes some packages, if they are there
+WITHOUT = """
+import sys
+heavy = {*sys.argv.pop(1).split(",")}
+
+class Blocked:
+    def find_spec(self, name, *rest):
+        if name.partition(".")[0] in heavy:
+            raise ModuleNotFoundError(name)
+
+sys.meta_path.insert(0, Blocked())
+from lib.commands.__main__ import main
+try:
+    main()
+finally:
+    print(*heavy & {*sys.modules})
+"""
+
+
+def run_without(heavy: str, *argv: object, cwd: Path) -> subprocess.CompletedProcess[str]:
+    """Run a command where some packages, with commas between, cannot be imported.
+
+    Its last line of output names those that were imported nevertheless.
+    """
+    root = str(Path(__file__).resolve().parents[1])
+    words = [sys.executable, "-c", WITHOUT, heavy, *map(str, argv)]
+    options = dict(env=os.environ | {"PYTHONPATH": root}, capture_output=True, text=True)
+    return subprocess.run(words, cwd=cwd, **options)

@@ -40,8 +40,7 @@ from ..util.progress import progress, quiet
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-TRIED = 8  # first answers, of which at least the share USED / TRIED must be of use
-USED = 1
+TRIED = 8  # first answers at least, of which one in as many must be of use
 MORE = 4  # maximum number of prompts per wanted dialogue
 PASSAGE = 600  # maximum characters of a passage of plain text
 IDENTIFYING = 64  # first prompts, whose digest identifies all
@@ -146,10 +145,9 @@ def answer(args: argparse.Namespace, began: float) -> None:
                 file.flush()
                 tried = left_out.total()
                 used = left_out[None]
-                if tried - len(batch) < TRIED <= tried and used * TRIED < USED * tried:
-                    problem = (
-                        f"only {used} of its {tried} answers are of use ({_reasons(left_out)})"
-                    )
+                if tried - len(batch) < TRIED <= tried and used * TRIED < tried:
+                    why = _reasons(left_out)
+                    problem = f"only {used} of its {tried} answers are of use ({why})"
                     fix = "Use a chat model of the language, --language, or more --tokens"
                     raise NoDialogues(f"MODEL {args.model}", problem, fix)
     reasons = _reasons(left_out)

@@ -364,8 +364,7 @@ def _compare_rows(exact: GgufFile, weights: Path) -> dict[str, int]:
     from gguf import MODEL_ARCH_NAMES, get_tensor_name_map
     from safetensors import safe_open
 
-    architecture = exact.value("general.architecture")
-    kind = next(kind for kind, name in MODEL_ARCH_NAMES.items() if name == architecture)
+    kind = next(kind for kind, name in MODEL_ARCH_NAMES.items() if name == exact.architecture)
     names = get_tensor_name_map(kind, 1)  # tables for each layer count as one block's
     tables = {tensor.name: tensor for tensor in exact.tensors if tensor.name in (*OUTER, PER_LAYER)}
     rows = {}

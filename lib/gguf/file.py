@@ -105,6 +105,11 @@ class GgufFile:
         return value.decode(errors="replace") if isinstance(value, bytes) else value
 
     @property
+    def architecture(self) -> str:
+        """llama.cpp's name of the model's architecture, "" if the file has none."""
+        return self.value("general.architecture", "")
+
+    @property
     def alignment(self) -> int:
         field = self.fields.get("general.alignment", Field(UINT32, 32))
         if field.kind != UINT32 or field.value.bit_count() != 1:

@@ -31,9 +31,8 @@ LIMIT, ODD_LIMIT, STEP = 1e-6, 1e-4, 8
 
 def embeds(file: GgufFile) -> bool:
     """Return whether a file's model gives vectors in place of predictions."""
-    name = file.value("general.architecture", "")
-    pooled = file.value(f"{name}.pooling_type", 0) > 0
-    return pooled or not file.value(f"{name}.attention.causal", True)
+    pooled = file.value(f"{file.architecture}.pooling_type", 0) > 0
+    return pooled or not file.value(f"{file.architecture}.attention.causal", True)
 
 
 class Predictions:
@@ -52,9 +51,10 @@ class Predictions:
     ) -> None:
         self.file, self.kept, self.texts = file, kept, texts
         self.expected, self.found = folder / "expected.npy", folder / "found.npy"
-        name, self.embeds = file.value("general.architecture", ""), embeds(file)
+        self.embeds = embeds(file)
         weights = sum(math.prod(tensor.shape) for tensor in file.tensors)
-        window = min(WINDOW, file.value(f"{name}.context_length", WINDOW + ROOM) - ROOM)
+        context = file.value(f"{file.architecture}.context_length", WINDOW + ROOM)
+        window = min(WINDOW, context - ROOM)
         pieces = pieces_of(texts, weights, window, *(each.encode_all for each in tokenizers))
         before, after = tokenizers
         self.pieces = pieces

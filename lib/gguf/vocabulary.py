@@ -126,16 +126,12 @@ class GgufVocabulary:
                 problem = f"{name} of the shape {'x'.join(map(str, shape))} is unknown, and may "
                 raise self._refused(f"{problem}have a row for each of {self.rows} tokens")
         self.check_count(self.rows)
-        if self.architecture in BY_POSITION:
-            raise self._refused(f"llama.cpp knows tokens of {self.architecture} by number")
-
-    @property
-    def architecture(self) -> str:
-        return self.file.value("general.architecture", "")
+        if self.file.architecture in BY_POSITION:
+            raise self._refused(f"llama.cpp knows tokens of {self.file.architecture} by number")
 
     def check_count(self, rows: int) -> None:
         """Raise UserError if llama.cpp tells models apart by this number of rows."""
-        value, name = self.file.value, self.architecture
+        value, name = self.file.value, self.file.architecture
         layers = value(f"{name}.block_count", 0)
         layers = {layers, layers - (value(f"{name}.nextn_predict_layers") or 0)}
         if name == "deepseek2" and rows in TELLING_ROWS and layers & set(TELLING_LAYERS):

@@ -5,9 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import math
-import os
 import re
-import subprocess
 import sys
 from contextlib import closing
 from importlib.util import find_spec
@@ -371,31 +369,10 @@ def test_what_is_doubtful_is_said(
     assert re.search(r"memory: two files take [\d.]+ MiB, and 1 KiB are free, so they may be", said)
 
 
-WITHOUT = """
-import sys
-heavy = {"torch", "transformers", "tokenizers", "pandas", "matplotlib"}
-
-class Blocked:
-    def find_spec(self, name, *rest):
-        if name.partition(".")[0] in heavy:
-            raise ModuleNotFoundError(name)  # gguf itself takes some, if they are there
-
-sys.meta_path.insert(0, Blocked())
-from lib.commands.__main__ import main
-sys.argv = ["langprune", "compare", *sys.argv[1:]]
-try:
-    main()
-finally:
-    print(*heavy & {*sys.modules})
-"""
-
-
-def test_it_runs_without_torch_and_measures_speed(place: Path, tmp_path: Path) -> None:
-    (tmp_path / "run.py").write_text(WITHOUT)
-    command = [sys.executable, str(tmp_path / "run.py")]
+def test_it_runs_without_torch_and_measures_speed(place: Path) -> None:
+    heavy = "torch,transformers,tokenizers,pandas,matplotlib"
     argv = [f"{REFERENCE}.gguf", f"{NEAR}.gguf", "--data", "uk", "--passages", "4"]
-    options = dict(env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True)
-    done = subprocess.run([*command, *argv], cwd=place, **options)
+    done = ggufs.run_without(heavy, "compare", *argv, cwd=place)
     assert done.returncode == 0, done.stderr
     speeds = re.findall(
         r"(?m)^\| (?:reference|near) +\| +1\.\d \| +([\d,.]+) \| +([\d,.]+) \|", done.stdout

@@ -6,7 +6,6 @@ import json
 import os
 import re
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -648,31 +647,10 @@ def test_without_test_text_there_is_no_cost(
     assert said.endswith("answers of the model and cost (no test text is given)\n")
 
 
-WITHOUT = """
-import sys
-heavy = {"torch", "transformers", "tokenizers", "datasets", "pandas", "huggingface_hub"}
-
-class Blocked:
-    def find_spec(self, name, *rest):
-        if name.partition(".")[0] in heavy:
-            raise ModuleNotFoundError(name)  # gguf itself takes some, if they are there
-
-sys.meta_path.insert(0, Blocked())
-from lib.commands.__main__ import main
-sys.argv = ["langprune", "trim", *sys.argv[1:]]
-main()
-"""
-
-
 def test_neither_torch_nor_transformers_nor_tokenizers(texts: Path, tmp_path: Path) -> None:
     source = ggufs.model(tmp_path / "in.gguf")
-    (tmp_path / "run.py").write_text(WITHOUT)
-    argv = [sys.executable, tmp_path / "run.py", source, tmp_path / "out.gguf", "--data", texts]
-    done = subprocess.run(
-        [*map(str, argv)],
-        env=os.environ | {"PYTHONPATH": str(ROOT)},
-        capture_output=True,
-        text=True,
-    )
+    heavy = "torch,transformers,tokenizers,datasets,pandas,huggingface_hub"
+    argv = ["trim", source, tmp_path / "out.gguf", "--data", texts]
+    done = ggufs.run_without(heavy, *argv, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     check(source, tmp_path / "out.gguf")

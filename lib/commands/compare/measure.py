@@ -65,8 +65,7 @@ class File:
     @property
     def context(self) -> int:
         """The most tokens of a window."""
-        architecture = self.file.value("general.architecture", "")
-        return self.file.value(f"{architecture}.context_length") or 2**31
+        return self.file.value(f"{self.file.architecture}.context_length") or 2**31
 
     def window(self, text: str) -> list[int]:
         return [self.tokenizer.first, *self.tokenizer.encode(text).tolist()]
