@@ -200,6 +200,6 @@ def _draw(figures: Figures) -> Any:
             axes.plot(*place, "o", markersize=5)
             axes.annotate(label, place, (4, 4), textcoords="offset points", fontsize=7)
         axes.set(title=text, xlabel="MB", ylabel="bits per byte")
-        axes.margins(x=0.25)
+        axes.margins(x=0.25, y=0.15)
         axes.grid(alpha=0.3)
     return figure
