@@ -5,10 +5,11 @@
         -- --seqlen 512 --nsamples 16 --eval_windows 16 --device cpu
 
 The library of llama.cpp in `--llama` quantizes MODEL's 32-bit file. Its importance matrix is of the
-windows with which main.py quantizes. `--ours` has what follows `--quantize`, also training, and
-`--files` finished files of MODEL's rows, such as those of compress. Each file is read back, and its
-weights replace MODEL's in transformers. `--out` keeps figures.json; its rows are not measured
-again, so another text, model or number of windows needs another folder.
+windows with which main.py quantizes. `--ours` has what follows `--quantize`, also training, or
+`no_feedback` for what an importance matrix alone gives (no_feedback.py). `--files` has finished
+files of MODEL's rows, such as those of compress. Each file is read back, and its weights replace
+MODEL's in transformers. `--out` keeps figures.json; its rows are not measured again, so another
+text, model or number of windows needs another folder.
 """
 
 from __future__ import annotations
@@ -197,9 +198,11 @@ def main(argv: list[str]) -> None:
             name = "".join(each if each.isalnum() else "-" for each in label)
             folder, file = args.out / name, args.out / f"{name}.gguf"
             if not (folder.is_dir() or file.is_file()):
-                made = ["--quantize", *words.split(), "--eval_windows", "1", "--completions", "0"]
+                own = [word for word in words.split() if word != "no_feedback"]
+                script = "main.py" if words.split() == own else "benchmarks/no_feedback.py"
+                made = ["--quantize", *own, "--eval_windows", "1", "--completions", "0"]
                 made += ["--save", f"{folder}-results", "--save_model", folder]
-                child(sys.executable, ROOT / "main.py", *common, *made)
+                child(sys.executable, ROOT / script, *common, *made)
             if not file.is_file():
                 kind = words.split()[0]
                 convert(folder, file, kind if kind in GRIDS else AUTO)

@@ -376,20 +376,6 @@ def types_trained() -> Iterator[Record]:
                 yield Record(pair, model=model, type=kind, tokens=f"{int(tokens):,}")
 
 
-def compress_made() -> Iterator[Record]:
-    """What compress made in its minutes, beside llama.cpp's files of about that size."""
-    by_model = defaultdict(list)
-    for record in raw("compress.json"):
-        by_model[record.types].append(record)
-    for name, records in by_model.items():
-        files = {each.label: each for each in raw(f"types/{name}.json")}
-        dense = files["llama.cpp q4_k_m"].tests[0].dense
-        yield Record(name=f"{records[0].label}, 16-bit", tests=[dense])
-        made_ = {f"compress --minutes {record.minutes}": record for record in records}
-        for label, record in (made_ | {"llama.cpp iq4_nl": {}, "llama.cpp q4_k_m": {}}).items():
-            yield Record(record, name=label, bytes=files[label].bytes, tests=files[label].tests)
-
-
 def cpu_time() -> Iterator[Record]:
     """Seconds of a step with 16 windows; those of larger models grow as the measured ones do.
 

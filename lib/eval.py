@@ -25,6 +25,7 @@ from .model.blocks import (
 )
 from .model.reference import DenseReference, compared_windows, local_windows
 from .util.errors import UserError
+from .util.statistics import quantiles
 
 REVISION = 2  # incremented when the same model and text give other figures
 FIGURES = "loss", "dense_loss", "kl", "agreement"  # per window, as named in the losses file
@@ -52,9 +53,10 @@ def perplexities(
     `model_nats`, both models' mean negative log-likelihood. `dense_sum_nats`: the dense model's
     sum. `loss_change`: the difference of the two. `kl`: the mean KL(dense || model) in nats.
     `top1_agreement`: the share of positions with the same most likely token. The last three have
-    standard errors. `only_compared`: all figures are for these windows. `by_window`: means of each
-    window, {one of FIGURES: float32 (windows,)}, nan for windows that were not compared, and their
-    counted `tokens`, int32 (windows,).
+    standard errors. `kl_of_tokens`: quantiles of the KL of single tokens (`quantiles`).
+    `only_compared`: all figures are for these windows. `by_window`: means of each window, {one of
+    FIGURES: float32 (windows,)}, nan for windows that were not compared, and their counted
+    `tokens`, int32 (windows,).
 
     The ranks of `runner.dist` share the windows, as they did for `reference`. `on_progress` is
     called with the number of this rank's finished windows. Raises UserError if a loss is not
@@ -71,24 +73,29 @@ def perplexities(
         torch.zeros(len(FIGURES), len(test), dtype=torch.float64, device=runner.device)
         for test in tests
     ]
+    apart = [torch.zeros(each[:, 1:].shape, device=runner.device) for each in counted]  # KL
     local = [test[shard] for test, shard in zip(tests, shards, strict=True)]
     for number, start, states in runner.iter_final_states(local, on_progress):
         for batch in states.batches:
             which = shards[number][start + batch.start : start + batch.stop]
             compare = reference and partial(reference.logits, number, which)
             weights = counted[number][which, :-1]
-            figures[number][:, which] = _figures(runner, states, batch, weights, compare).double()
-    dist.sum_(figures)
+            means, divergences = _figures(runner, states, batch, weights, compare)
+            figures[number][:, which], apart[number][which] = means.double(), divergences
+    dist.sum_([*figures, *apart])
     return [
-        _means(runner, test[of], by_window[:, of].cpu(), compared=reference is not None)
-        for test, by_window, of in zip(tests, figures, chosen, strict=True)
+        _means(runner, test[of], by_window[:, of].cpu(), kl[of].cpu() if reference else None)
+        for test, by_window, kl, of in zip(tests, figures, apart, chosen, strict=True)
     ]
 
 
 def _means(
-    runner: BlockRunner, windows: Windows, by_window: Tensor, compared: bool
+    runner: BlockRunner, windows: Windows, by_window: Tensor, apart: Tensor | None
 ) -> dict[str, Any]:
-    """Average FIGURES (figures, n), the means of each of n windows, over all counted tokens."""
+    """Average FIGURES (figures, n), the means of each of n windows, over all counted tokens.
+
+    `apart` (n, positions) is the KL of each, None if nothing was compared.
+    """
     losses, dense, *divergences = by_window
     counts, documents = windows.counted[:, :-1].sum(1), windows.documents
     mean, error = ratio_mean(losses, counts, documents)
@@ -102,8 +109,10 @@ def _means(
         "nats": (losses * counts).sum().item(),
         "by_window": {"tokens": counts.int(), "loss": losses.float()},
     }
-    if compared:
+    if apart is not None:
         chosen = compared_windows(len(counts))
+        values = apart[chosen][windows.counted[chosen, :-1]].numpy()
+        means["kl_of_tokens"] = quantiles(values)
         for name, values in zip(FIGURES[1:], by_window[1:], strict=True):
             kept = torch.full((len(counts),), math.nan)
             kept[chosen] = values[chosen].float()
@@ -157,8 +166,10 @@ def _figures(
     batch: slice,
     weights: Tensor,
     compare: Callable[[Tensor], tuple[list[int], Callable[[Tensor], Tensor]]] | None,
-) -> Tensor:
+) -> tuple[Tensor, Tensor]:
     """Return FIGURES of each window in the batch, (figures, n): means over predicted positions.
+
+    Also the KL at each, (n, positions).
 
     `weights` (n, positions) is False for positions that do not count. `compare` takes ids
     (n, tokens) and returns the rows to compare and a function for their dense logits. Figures of
@@ -169,6 +180,7 @@ def _figures(
     vocabulary = runner.model.config.get_text_config(decoder=True).vocab_size
     chunk = positions_at_once(runner.device, vocabulary, len(ids), HEAD_POSITIONS)
     losses, dense, kl, agreement = total = torch.zeros(len(FIGURES), len(ids), device=ids.device)
+    apart = torch.zeros(weights.shape, device=ids.device)
     rows, dense_logits = compare(ids) if compare else ([], None)
     chosen = torch.tensor(rows, device=ids.device)  # copied once, since the host waits for it
     logits_at = runner.logits(states, batch)
@@ -185,10 +197,11 @@ def _figures(
             loss = cross_entropy(expected, targets[chosen].flatten())
             for figure, values in ((dense, loss), (kl, divergence), (agreement, same)):
                 figure[chosen] += (values.view(len(rows), -1) * counts[chosen]).sum(1)
+            apart[chosen[:, None], positions] = divergence.view(len(rows), -1)
             del compared, expected
         else:
             del logits  # before the next chunk is computed
-    return total / weights.sum(1)
+    return total / weights.sum(1), apart
 
 
 def compare_logits(dense: Tensor, model: Tensor) -> tuple[Tensor, Tensor]:

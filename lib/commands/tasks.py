@@ -9,7 +9,9 @@ it (as LAMBADA, arXiv 1606.06031). `last_word` offers four words of the text tha
 and about as frequent. In `last_word_said` the model writes the word itself, which a pruned model
 often fails to do although it still ranks the right word first (arXiv 2606.17609). With `--model`,
 DATA has dialogues, rendered with that model's chat template; questions ask for words of the
-assistant, given the dialogue before them. `--pairs` writes a task `pairs` from rows with `good` and
+assistant, given the dialogue before them. Where the package babel is installed and `--language` is
+a tag that it knows, `currencies` asks what is known: the currency of a country, among four, after
+three other pairs, by the tables of CLDR. `--pairs` writes a task `pairs` from rows with `good` and
 `bad`, two texts of which the first is right (as BLiMP, arXiv 1912.00582). The same documents and
 seed give the same questions.
 
@@ -24,6 +26,8 @@ import random
 import re
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
+from datetime import date
+from importlib.util import find_spec
 from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -45,6 +49,9 @@ CONTEXT = 200  # maximum number of characters before the last word
 LEAST_CONTEXT = 60
 LEAST_LETTERS = 4  # shortest last word
 CHARACTERS = 4_000_000  # length of the documents that are read
+
+KNOWN, SHOWN, ALIKE = 100, 3, 6  # questions for currencies, pairs before each, of one currency
+FIXED = date(2024, 1, 1)  # of the currencies
 
 WORD = r"[^\W\d_]+(?:[-'’ʼ][^\W\d_]+)*"
 LAST_WORD = re.compile(rf"(?<=\s)({WORD})[.!?…]+(?=\s|$)")
@@ -123,6 +130,37 @@ def last_words(
     return questions
 
 
+def currencies(tag: str, seed: int) -> list[dict[str, Any]]:
+    """Return at most KNOWN questions for the currency of a territory, after SHOWN other pairs.
+
+    By the tables of CLDR in the language `tag`, which has to be known there, at FIXED. A currency
+    is one word, that which is no form of the territory's name. No word is asked for more than ALIKE
+    times, and wrong ones are drawn from all.
+    """
+    from babel import Locale
+    from babel.numbers import get_territory_currencies
+
+    locale, draw = Locale.parse(tag, sep="-"), random.Random(seed)
+    found, times = [], Counter()
+    places = sorted(code for code in locale.territories if re.fullmatch("[A-Z]{2}", code))
+    draw.shuffle(places)
+    for code in places:
+        name, used = locale.territories[code], get_territory_currencies(code, FIXED)
+        starts = {word[:3] for word in re.split(r"[\s-]", name.lower())}
+        words = re.split(r"[\s-]", locale.currencies.get(used[0], "").lower()) if used else []
+        words = [word for word in words if word[:3] not in starts]
+        if len(used) == len(words) == 1 and times[words[0]] < ALIKE:
+            times.update(words)
+            found.append((name, words[0]))
+    questions = []
+    for name, word in found[:KNOWN]:
+        others = draw.sample([pair for pair in found if pair[1] != word], SHOWN)
+        context = "; ".join(f"{place} — {its}" for place, its in others)
+        wrong = draw.sample([each for each in sorted(times) if each != word], CHOICES - 1)
+        questions.append({"context": f"{context}; {name} —"} | _options(word, wrong, draw))
+    return questions
+
+
 def read_pairs(path: str, seed: int) -> list[dict[str, Any]]:
     """Read the pairs of a file as questions. Raises UserError for rows that are not pairs.
 
@@ -167,7 +205,8 @@ def main(argv: list[str]) -> None:
     add = parser.add_argument
     add("data", metavar="DATA", help="folder with test*.jsonl, or another source of text")
     add("out", metavar="OUT", help="folder for the tasks")
-    add("--language", metavar="NAME", help="prefix of the task names (default: the name of DATA)")
+    text = "prefix of the tasks (default: the name of DATA); the tag of a language for currencies"
+    add("--language", metavar="TAG", help=text)
     add("--column", default="text", help="column of the texts in DATA (default: text)")
     add("--seed", type=int, default=0, help="seed of the questions (default: 0)")
     add("--pairs", metavar="FILE", help="file of rows with columns good and bad (default: none)")
@@ -191,6 +230,11 @@ def main(argv: list[str]) -> None:
         )
     name = args.language or re.sub(r"\W+", "_", source.name)
     tasks = {f"{name}_last_word": (questions, CHOOSE), f"{name}_last_word_said": (questions, SAY)}
+    if args.language and find_spec("babel"):
+        from babel.localedata import exists
+
+        if exists(args.language.replace("-", "_")):
+            tasks[f"{name}_currencies"] = (currencies(args.language, args.seed), CHOOSE)
     if args.pairs:
         tasks[f"{name}_pairs"] = (read_pairs(args.pairs, args.seed), PAIRS)
     folder = Path(args.out)

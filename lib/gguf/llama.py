@@ -298,21 +298,33 @@ def dialogues(model: str, chats: Sequence[Mapping[str, Any]], end: int) -> dict[
 
     Also whether it ends an answer at the token `end` (`stops`).
     """
-    server = start(model, 64)
-    # a server that is ended before its loop has begun would wait for ever
-    ask(server, "/completion", {"prompt": [end], "n_predict": 1})
-
-    def render(fields: Mapping[str, Any]) -> str:
-        fields = json.loads(json.dumps(fields))
-        for call in (call for m in fields["messages"] for call in m.get("tool_calls", [])):
-            call["function"]["arguments"] = json.dumps(call["function"]["arguments"])
-        fields = {key: value for key, value in fields.items() if value}
-        return ask(server, "/apply-template", fields)["prompt"]
-
-    texts = [render(fields) for fields in chats]
+    texts = rendered(model, chats, rejected=None)
     with closing(Llama(model)) as llama:
         ids = [llama.encode(text, whole=True).tolist() for text in texts]
         return {"chats": ids, "stops": llama.ends_answer(end)}
+
+
+def rendered(
+    model: str, chats: Sequence[Mapping[str, Any]], rejected: str | None = ""
+) -> list[str]:
+    """Return the texts of `chats`, messages with other fields of a request, as a server renders.
+
+    `rejected` is the text of those that the template rejects; None raises ValueError for them.
+    """
+    server, texts = start(model, 64), []
+    # a server that is ended before its loop has begun would wait for ever
+    ask(server, "/completion", {"prompt": [0], "n_predict": 1})
+    for fields in map(json.loads, map(json.dumps, chats)):
+        for call in (call for m in fields["messages"] for call in m.get("tool_calls", [])):
+            call["function"]["arguments"] = json.dumps(call["function"]["arguments"])
+        fields = {key: value for key, value in fields.items() if value is not None}
+        try:
+            texts.append(ask(server, "/apply-template", fields)["prompt"])
+        except ValueError:
+            if rejected is None:
+                raise
+            texts.append(rejected)
+    return texts
 
 
 def ask(server: Any, path: str, fields: dict[str, Any]) -> dict[str, Any]:

@@ -7,6 +7,8 @@ are matched by text, and predictions are compared among the tokens of both, each
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from itertools import groupby
+from operator import itemgetter
 from typing import NamedTuple
 
 import numpy as np
@@ -20,11 +22,11 @@ Window = Sequence[int]
 
 
 class Step(NamedTuple):
-    """How two files predict the tokens of a window, or of a part of it; each (tokens,).
+    """How two files predict the tokens of a window after its first; each (tokens - 1,).
 
-    `losses` (2, tokens) are in nats, of each file among all of its own tokens. `kl` is the
+    `losses` (2, tokens - 1) are in nats, of each file among all of its own tokens. `kl` is the
     divergence of the second from the first among the tokens of both, and `equal` whether their most
-    likely token is the same. `left_out` (2, tokens): the probability of tokens of one file alone.
+    likely token is the same. `left_out` (2, tokens - 1): the mass of tokens of one file alone.
     """
 
     losses: np.ndarray
@@ -78,35 +80,37 @@ def _texts(file: GgufFile) -> set[bytes]:
     return {text for text, kind in zip(texts, types, strict=False) if kind != UNUSED}
 
 
-def losses_of(model: Llama, windows: Sequence[Window]) -> Iterator[tuple[int, np.ndarray]]:
-    """Yield losses in nats (tokens,) of each window, a part of it at a time, after its number."""
-    for number, begin, logits in model.logits(windows) if windows else ():
-        yield number, losses(logits, windows[number][begin + 1 : begin + 1 + len(logits)])
+def losses_of(model: Llama, windows: Sequence[Window]) -> Iterator[np.ndarray]:
+    """Yield the losses of each window in nats, (tokens - 1,) in float64."""
+    for number, parts in groupby(model.logits(windows) if windows else (), itemgetter(0)):
+        its = windows[number]
+        found = [losses(each, its[begin + 1 : begin + 1 + len(each)]) for _, begin, each in parts]
+        yield np.concatenate(found)
 
 
 def lockstep(
     models: Sequence[Llama], windows: Sequence[Sequence[Window]], rows: np.ndarray | None = None
-) -> Iterator[tuple[int, Step]]:
-    """Yield how two models predict each window, a part of it at a time, after its number.
+) -> Iterator[Step]:
+    """Yield how two models predict each window.
 
     `windows` (windows, 2, tokens) are in tokens of each. `rows` are those of `Match`.
     """
     of_each = zip(*windows, strict=True)
     runs = [model.logits(its) for model, its in zip(models, of_each, strict=True)]
-    for (number, begin, one), (_, _, other) in zip(*runs, strict=True):
-        both, sums = (one, other), [normalizers(logits) for logits in (one, other)]
-        targets = [ids[begin + 1 : begin + 1 + len(one)] for ids in windows[number]]
-        places = np.arange(len(targets[0]))
-        nats = [
-            own[places] - logits[places, ids]
-            for own, logits, ids in zip(sums, both, targets, strict=True)
-        ]
-        found = []
-        for place in places:
-            values = [each[place].astype(np.float64) for each in both]
-            found.append(_apart(values, [own[place] for own in sums], rows))
+    pairs = zip(*runs, strict=True) if windows else ()
+    for number, parts in groupby(pairs, lambda pair: pair[0][0]):
+        nats, found = [], []
+        for (_, begin, one), (_, _, other) in parts:
+            targets = [ids[begin + 1 : begin + 1 + len(one)] for ids in windows[number]]
+            both, places = (one, other), np.arange(len(targets[0]))
+            sums = [normalizers(logits[places]) for logits in both]
+            each = zip(both, sums, targets, strict=True)
+            nats.append([own - logits[places, ids] for logits, own, ids in each])
+            for place in places:
+                values = [logits[place].astype(np.float64) for logits in both]
+                found.append(_apart(values, [own[place] for own in sums], rows))
         kl, equal, *left_out = np.array(found).reshape(-1, 4).T
-        yield number, Step(np.array(nats), kl, equal > 0, np.array(left_out))
+        yield Step(np.concatenate(nats, 1), kl, equal > 0, np.array(left_out))
 
 
 def _apart(

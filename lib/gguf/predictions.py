@@ -16,7 +16,7 @@ import numpy as np
 
 from ..util.errors import UserError
 from ..util.host import available, gib
-from ..vocabulary.cost import pieces_of, places_in, record_cost
+from ..vocabulary.cost import excluded_line, pieces_of, places_in, record_cost, record_excluded
 from .conversion import Aborted, run_child
 from .file import GgufFile
 from .llama import Llama, losses, normalizers
@@ -51,7 +51,7 @@ class Predictions:
     ) -> None:
         self.file, self.kept, self.texts = file, kept, texts
         self.expected, self.found = folder / "expected.npy", folder / "found.npy"
-        self.embeds = embeds(file)
+        self.embeds, self.mapped = embeds(file), np.empty(0)  # losses by OUT's tokens
         weights = sum(math.prod(tensor.shape) for tensor in file.tensors)
         context = file.value(f"{file.architecture}.context_length", WINDOW + ROOM)
         window = min(WINDOW, context - ROOM)
@@ -80,7 +80,8 @@ class Predictions:
             answer.setdefault("reason", "no test text is given")
         if "reason" in answer:
             return {"reason": answer["reason"]}
-        return record_cost(self.pieces, *(np.array(answer[name]) for name in ("own", "mapped")))
+        self.mapped = np.array(answer["mapped"])
+        return record_cost(self.pieces, np.array(answer["own"]), self.mapped)
 
     def verify(self, out: Path) -> dict[str, Any]:
         """Run OUT if IN could be run, print a line and return a record, {} if nothing was compared.
@@ -104,22 +105,23 @@ class Predictions:
             name = "vectors" if self.embeds else "log-probabilities"
             raise UserError(what, f"{name} differ by {distance:.2g} of their spread", fix)
         line = (
-            f"log-probabilities after {len(found)} beginnings, {found.size:,} values: at most "
-            f"{distance:.1g} of their spread apart, after one constant each"
+            f"proven, probabilities: log-probabilities after {len(found)} beginnings, "
+            f"{found.size:,} values: at most {distance:.1g} of their spread apart, after one constant each"
         )
         if self.embeds:
-            line = f"vectors of {len(self.new)} passages, by OUT's tokens: IN's bit for bit"
-        print(line)
-        return {"distance": distance, "beginnings": len(self.places or self.new)}
+            line = f"proven, vectors of {len(self.new)} passages, by OUT's tokens: IN's bit for bit"
+        record = {"distance": distance, "beginnings": len(self.places or self.new)}
+        if len(self.mapped):
+            record |= record_excluded(self.pieces, self.mapped, np.array(answer["mapped"]))
+        print(*filter(None, (line, excluded_line(record))), sep="\n")
+        return record
 
     def missing(self, record: Mapping[str, Any]) -> str:
-        """Return what a `record` of both methods has not verified."""
-        what, reason = "predictions", record.get("unproven") or record.get("reason")
-        if "distance" in record:
-            what = f"texts past {max(map(len, self.new))} tokens, answers of the model"
-        if self.embeds:
-            return f"vectors ({reason})" if "distance" not in record else what.partition(",")[0]
-        return f"{what}{' and cost' * ('reason' in record)}" + f" ({reason})" * bool(reason)
+        """Return what a `record` of both methods lacks, "" for nothing."""
+        reason = record.get("unproven") or record.get("reason")
+        what = ["vectors" if self.embeds else "predictions"] if "distance" not in record else []
+        what += ["cost"] if "reason" in record and not self.embeds else []
+        return " and ".join(what) + f" ({reason})" * bool(what and reason)
 
     def _run(
         self, path: Path, own: list[list[int]], windows: list[list[int]], rows: list[int], to: Path

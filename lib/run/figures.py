@@ -32,6 +32,7 @@ FIGURES = {
     "standard_error": Figure("", "s.e.", ",.2f"),  # of the perplexity
     "rise": Figure("", "rise", "+,.1%"),
     "kl": Figure("KL from dense (nats)", "KL", ".4f"),
+    "kl_99": Figure("", "KL 99%", ".3g"),  # of tokens, for a report
     "top1_agreement": Figure("top-1 agreement", "agreement", ".2%"),
     "loss_change": Figure("loss over dense (nats)", "", "+.4f"),  # paired by window
     "loss": Figure("loss (nats per token)", "", ".4f"),
@@ -76,6 +77,9 @@ def figures_table(results: Mapping[str, Any]) -> str:
             if key in test:
                 row = f"{name}, {FIGURES[key].row}"
                 add(row, *(with_error(each, key) for each in (dense, test, early)))
+        if of_tokens := test.get("kl_of_tokens"):
+            values = ", ".join(f"{value:.3g}" for value in of_tokens.values())
+            add(f"{name}, KL of tokens: {', '.join(of_tokens)}", "", values)
     for answers in results.get("answers", []):
         words = {"ended": "answers that end", "in_language": "answers in the language"}
         words |= {"tokens": f"tokens of an answer, at most {answers['limit']}"}

@@ -46,6 +46,7 @@ A run fills only the keys that it has figures for. Obsolete keys in files of ear
             "name": "uk", "source": "texts/uk", "windows": 64, "tokens": 32768, "digest": "...",
             "perplexity": 20.1, "standard_error": 0.4, "bits_per_byte": 0.91,
             "kl": 0.1, "kl_standard_error": 0.01,           # nats per token, from the dense model
+            "kl_of_tokens": {"median": 0.05, "99%": 1.2, "99.9%": 3.0, "largest": 6.5},
             "loss_change": 0.1, "loss_change_standard_error": 0.01,     # nats per token, by window
             "top1_agreement": 0.8, "top1_agreement_standard_error": 0.01, "compared_windows": 64,
             "of_windows": 271,                              # if --eval_windows left some out

@@ -10,6 +10,7 @@ import numpy as np
 from numpy import ndarray
 
 LEVEL = 0.95
+SHARES = {"median": 0.5, "99%": 0.99, "99.9%": 0.999, "largest": 1.0}  # of tokens, for KL
 LIMIT = 0.05  # of the corrected p; below it a difference is significant
 
 
@@ -90,3 +91,8 @@ def holm(p: Sequence[float]) -> ndarray:
     steps = p[order] * np.arange(len(order), 0, -1)
     adjusted[order] = np.maximum.accumulate(steps).clip(max=1)
     return adjusted
+
+
+def quantiles(values: ndarray) -> dict[str, float]:
+    """Return the quantiles of values (n,) by SHARES."""
+    return {name: float(np.quantile(values, share)) for name, share in SHARES.items()}

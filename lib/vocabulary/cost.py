@@ -1,9 +1,9 @@
-"""What a trimmed vocabulary costs: bits per byte that its tokens cost the original model.
+"""What a trimmed vocabulary costs, and what excluding tokens takes away from the loss.
 
-Both passes are of the original model with all its rows: on its own tokens, and on those of the
-trimmed tokenizer, mapped to its rows. Where fewer tokens share the probability, bits per byte fall
-by themselves; here they do not, so the cost is not flattered. It is an upper bound: the trimmed
-model does not lose the share that the original gives to the removed tokens.
+The cost: both passes are of the original model with all its rows, on its own tokens, and on those
+of the trimmed tokenizer, mapped to its rows. It is an upper bound: the trimmed model does not lose
+the share of the probability that the original gives to the removed tokens. How much that is, its
+own loss on the same tokens says. Bits per byte fall by it without being a gain.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from ..util.errors import counted
 from ..util.statistics import ratio_interval
 
 COSTS = "bits_per_byte_original", "bits_per_byte_trimmed", "cost_interval"  # in a record
+EXCLUDED = "excluded"  # in a record
 MOST_COST = 0.02  # rise of bits per byte for which a vocabulary is trimmed
 OPERATIONS = 1e12  # weights times tokens: two cores take about two minutes
 FEWEST, MOST = 512, 8192  # tokens that are measured
@@ -93,25 +94,57 @@ def record_cost(pieces: Sequence[Piece], original: np.ndarray, trimmed: np.ndarr
 
     The interval is paired over documents; None for few.
     """
-    _, of = np.unique([piece.document for piece in pieces], return_inverse=True)
-    original, trimmed = (np.bincount(of, weights=each) for each in (original, trimmed))
-    n_bytes = sum(len(piece.text.encode()) for piece in pieces)
-    found, bits = ratio_interval(trimmed, original), original.sum() / math.log(2) / n_bytes
-    interval = [found.low, found.high] if len(original) > 3 else None
-    tokens, documents = sum(len(piece.before) for piece in pieces), len(original)
-    counts = {"cost": found.mean, "bytes": n_bytes, "tokens": tokens, "documents": documents}
-    costs = zip(COSTS, (float(bits), float(bits * (1 + found.mean)), interval), strict=True)
+    n_bytes, documents = (sum(len(piece.text.encode()) for piece in pieces), _documents(pieces))
+    mean, interval = _over(documents, trimmed, original)
+    bits = float(np.sum(original)) / math.log(2) / n_bytes
+    tokens, n_documents = sum(len(piece.before) for piece in pieces), int(documents.max()) + 1
+    counts = {"cost": mean, "bytes": n_bytes, "tokens": tokens, "documents": n_documents}
+    costs = zip(COSTS, (bits, bits * (1 + mean), interval), strict=True)
     return dict(costs) | {"measured_on": counts}
+
+
+def record_excluded(pieces: Sequence[Piece], trimmed: np.ndarray, out: np.ndarray) -> dict:
+    """Return by how much the losses of OUT are below IN's on the same tokens, (n,) each."""
+    mean, interval = _over(_documents(pieces), out, trimmed)
+    return {EXCLUDED: mean, f"{EXCLUDED}_interval": interval}
+
+
+def _documents(pieces: Sequence[Piece]) -> np.ndarray:
+    """Return the number of the document of each piece, (n,), without gaps."""
+    return np.unique([piece.document for piece in pieces], return_inverse=True)[1]
+
+
+def _over(
+    documents: np.ndarray, losses: np.ndarray, base: np.ndarray
+) -> tuple[float, list[float] | None]:
+    """Return by how much losses exceed others, as a share, and an interval over documents."""
+    found = ratio_interval(*(np.bincount(documents, weights=each) for each in (losses, base)))
+    return found.mean, [found.low, found.high] if documents.max() > 2 else None
 
 
 def cost_line(record: Mapping[str, Any]) -> str:
     """Return a line on the cost in a record."""
     original, trimmed, interval = (record[name] for name in COSTS)
-    between = " (95% interval {:+.2%} to {:+.2%})".format(*interval) if interval else ""
     measured = record["measured_on"]
     on = "{tokens:,} tokens, {bytes:,} bytes of ".format(**measured)
     on += counted(measured["documents"], "test document")
+    cost = f"{trimmed / original - 1:+.2%} bits per byte{_between(interval)}"
     return (
-        f"longer tokens cost at most {trimmed / original - 1:+.2%} bits per byte{between} on {on}: "
-        f"IN with all its rows {original:.4f} on its own tokens, {trimmed:.4f} on those of OUT"
+        f"longer tokens cost at most {cost} on {on}: IN with all its rows {original:.4f} on its own "
+        f"tokens, {trimmed:.4f} on those of OUT"
     )
+
+
+def excluded_line(record: Mapping[str, Any]) -> str:
+    """Return a line on what excluding tokens takes away from the loss, if it is in a record."""
+    if EXCLUDED not in record:
+        return ""
+    share, interval = record[EXCLUDED], record[f"{EXCLUDED}_interval"]
+    return (
+        f"beside IN on the same tokens, OUT needs {share:+.2%} bits per byte{_between(interval)}, as "
+        "fewer tokens share the probability: by construction, so no gain"
+    )
+
+
+def _between(interval: Sequence[float] | None) -> str:
+    return " (95% interval {:+.2%} to {:+.2%})".format(*interval) if interval else ""

@@ -12,6 +12,7 @@ from dataclasses import replace
 from itertools import chain
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -28,7 +29,7 @@ from ..util.errors import UserError, first_line
 from ..util.files import temporary_folder
 from ..util.host import available, gib
 from ..util.progress import progress
-from .cost import pieces_of, places_in, record_cost
+from .cost import excluded_line, pieces_of, places_in, record_cost, record_excluded
 
 ROOM = 1.3  # times the weights is what a model takes
 GPU_TOKENS = 4  # times as many tokens measures a GPU
@@ -53,6 +54,7 @@ class Logits:
         set_current_device(self.device)
         self.new: list[list[int]] = []  # windows of OUT's tokens
         self.places: list[list[int]] = []
+        self.pieces, self.mapped = [], np.empty(0)  # with their losses by OUT's tokens
         self.expected, self.step = torch.empty(0), 0.0
 
     def measure(self, texts: list[str]) -> dict[str, Any]:
@@ -72,17 +74,15 @@ class Logits:
                 self.places = places_in(self.new)
                 mapped = [[rows[index] for index in ids] for ids in self.new]
                 if texts:
-                    with progress(2 * len(own), "predictions of IN", "window") as bar:
-                        figures = perplexities(runner, [_windows(own), _windows(mapped)], bar)
+                    self.pieces = pieces
+                    original, self.mapped = _losses(runner, [own, mapped], "predictions of IN")
                 self.expected = self._values(runner, mapped, self.rows)
                 self.step = torch.finfo(runner.model.dtype).eps
         except Exception as error:  # noqa: BLE001  code of models raises any
             return {"reason": first_line(error)}
         if not texts:
             return {"reason": "no test text is given"}
-        means = [each["by_window"] for each in figures]
-        losses = [(each["loss"].double() * each["tokens"]).numpy() for each in means]
-        return record_cost(pieces, *losses)
+        return record_cost(pieces, original, self.mapped)
 
     def verify(self, folder: str) -> dict[str, Any]:
         """Return the difference of OUT's logits, {} if IN was not run, or a `reason`.
@@ -95,6 +95,8 @@ class Logits:
         try:
             with opened(out, self.device) as runner:
                 values = self._values(runner, self.new, None)
+                if self.pieces:
+                    (losses,) = _losses(runner, [self.new], "predictions of OUT")
         except (MemoryIsShort, MemoryError, torch.OutOfMemoryError) as error:
             return {"reason": first_line(error)}
         limit = max(8 * self.step, LIMIT)
@@ -102,7 +104,8 @@ class Logits:
         if not ratio <= limit:
             problem = f"logits of kept tokens differ by {ratio:.2g} (rounding explains {limit:.2g})"
             raise UserError("OUT", problem, "Please report this")
-        return {"logits_differ": ratio, "beginnings": len(self.places)}
+        record = {"logits_differ": ratio, "beginnings": len(self.places)}
+        return record | (record_excluded(self.pieces, self.mapped, losses) if self.pieces else {})
 
     def lines(self, record: dict[str, Any]) -> list[str]:
         """Return lines on a record of both methods."""
@@ -110,8 +113,9 @@ class Logits:
             missing = "logits" if "measured_on" in record else "logits and cost"
             return [f"not verified: {missing} ({record['reason']})"]
         n, ratio = record["beginnings"], record["logits_differ"]
-        values = f"{self.expected.numel():,} values"
-        lines = [f"logits after {n} beginnings, {values}: equal to {ratio:.1g}"]
+        what = f"logits after {n} beginnings, {self.expected.numel():,} values"
+        lines = [f"proven, probabilities: {what}: equal to {ratio:.1g}"]
+        lines += filter(None, [excluded_line(record)])
         if "reason" in record:
             lines.append(f"not verified: cost ({record['reason']})")
         return lines
@@ -127,6 +131,14 @@ class Logits:
             logits = runner.logits(states, slice(at, at + 1))(position)[0, 0].float().cpu()
             values.append(logits if rows is None else logits[rows])
         return torch.stack(values)
+
+
+def _losses(runner: BlockRunner, sets: Sequence[Any], what: str) -> list[np.ndarray]:
+    """Return the losses in nats of the windows in each of the `sets`, (windows,) in float64."""
+    with progress(sum(map(len, sets)), what, "window") as bar:
+        figures = perplexities(runner, [*map(_windows, sets)], bar)
+    means = [each["by_window"] for each in figures]
+    return [(each["loss"].double() * each["tokens"]).numpy() for each in means]
 
 
 def _windows(rows: Sequence[Sequence[int]]) -> Windows:

@@ -47,10 +47,24 @@ def held_out(tests: dict[str, list[str]]) -> list[str]:
     return [text for text in texts if text.strip()]
 
 
+def compare_texts(
+    tests: dict[str, list[str]], before: Any, after: Any, kept: Sequence[int], lossy: bool
+) -> tuple[list[dict[str, Any]], str]:
+    """Compare the tokens of all texts, print a line on each set of test documents, and return the
+    counts and a line on the languages that were removed."""
+    records = []
+    for name, texts in tests.items():
+        record, line = compare_tokens(name, texts, before, after, kept, lossy)
+        records.append(record)
+        if name != LINES_NAME:
+            print(f"proven, tokens: {line}", flush=True)
+    return records, f"removed languages, by {line}"
+
+
 def compare_tokens(
     name: str, texts: list[str], before: Any, after: Any, kept: Sequence[int], lossy: bool
-) -> dict[str, Any]:
-    """Compare the tokens of texts with both vocabularies, print a line, and return the counts.
+) -> tuple[dict[str, Any], str]:
+    """Compare the tokens of texts with both vocabularies, and return the counts and a line.
 
     `before` and `after` are a `Llama` or have its methods. Raises UserError if a text has other
     tokens although all of its own are kept, and if it decodes to another text, except for letters
@@ -82,7 +96,8 @@ def compare_tokens(
             raise UserError(f"{name}, {text[:40]!r}", problem, "Please report this")
     rise = n_after / max(n_before, 1) - 1
     named = f", but {len(unknown)} letters or words became unknown: {first_of(sorted(unknown))}"
-    line = f"{name}: {n_alike:,} of {len(texts):,} texts have the same tokens, all decode to the "
-    print(f"{line}same text{named * bool(unknown)}; {rise:+.2%} tokens", flush=True)
+    line = f"{name}: {rise:+.2%} tokens, the same ones in {n_alike:,} of {len(texts):,} texts; all "
+    line += f"decode to the same text{named * bool(unknown)}"
     counts = {"documents": len(texts), "alike": n_alike, "tokens_before": n_before}
-    return {"name": name} | counts | {"tokens": n_after, "rise": rise, "unknown": len(unknown)}
+    counts |= {"tokens": n_after, "rise": rise, "unknown": len(unknown)}
+    return {"name": name} | counts, line

@@ -263,11 +263,44 @@ def test_passages_are_beginnings_that_fit_all_files(place: Path) -> None:
     long = [" ".join(ggufs.UK * 40), *ggufs.sentences(ggufs.UK, 9)]
     corpus = Corpus(parse_source("uk", "--data"), rows=long)
     for some, limit in ((opened[:1], 512), (opened, 40)):
-        texts = passages_of({"mine": corpus}, some, 10)["mine"]
+        passages = passages_of({"mine": corpus}, some, 10)["mine"]
+        texts = [passage.text for passage in passages]
         assert all(map(str.startswith, long, texts)) and texts[0] != long[0]
-        sizes = [len(opened[0].window(text)) for text in texts]
+        sizes = [len(opened[0].window(passage)) for passage in passages]
         assert max(sizes) == sizes[0] and limit - 4 < sizes[0] <= limit
-        assert len(opened[0].window(long[0][: len(texts[0]) + 9])) > limit
+        longer = measure.Passage("", long[0][: len(texts[0]) + 9])
+        assert len(opened[0].window(longer)) > limit
+
+
+def test_only_the_last_answers_of_dialogues_count(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    texts = ggufs.sentences(ggufs.UK, 40)
+    chats = [[{"role": "user", "content": text}] for text in texts]
+    for number, chat in enumerate(chats[::2]):
+        chat += [{"role": "assistant", "content": texts[number]}, chat[0]]  # no answer to the last
+    said, out = rows("said", *({"messages": chat} for chat in chats)), tmp_path / "out"
+    compare(*files(REFERENCE, NEAR), "--data", said, "--passages", 40, "--out", out)
+    tests = [*Corpus(parse_source(said, "--data"), True).documents("test")]
+    answered = [each.messages for each in tests if len(each.messages) > 1]
+    assert f"{len(tests) - len(answered)} of {len(tests)} dialogues are left out" in (
+        capsys.readouterr().out
+    )
+    render, record = "<|im_start|>user\n{content}<|im_end|>".format_map, kept(out)
+    prompts, answers = zip(*([*map(render, chat[:2])] for chat in answered), strict=True)
+    assert record["asked"]["texts"]["said"]["bytes"] == [len(each.encode()) for each in answers]
+    with closing(Llama(f"{REFERENCE}.gguf", tokenizer_alone=True)) as tokenizer:
+        starts = [tokenizer.encode(prompt).tolist() for prompt in prompts]
+        ends = [tokenizer.encode(answer).tolist() for answer in answers]
+    windows = [[*start, *end] for start, end in zip(starts, ends, strict=True)]
+    logs = [logs_of(f"{name}.gguf", windows) for name in (REFERENCE, NEAR)]
+    for number, (start, end) in enumerate(zip(starts, ends, strict=True)):
+        one, other = (each[number][len(start) - 1 :] for each in logs)
+        nats = -other[np.arange(len(end)), end].sum()
+        assert record["losses"][NEAR]["said"][number] == pytest.approx(nats, rel=1e-4)
+        kl = (np.exp(one) * (one - other)).sum(-1).mean()
+        found = record["compared"][NEAR]["said"]["kl_by_document"][number]
+        assert found == pytest.approx(kl, rel=1e-4)
 
 
 def bad(name: str) -> Path:
@@ -326,7 +359,7 @@ def rows(name: str, *documents: dict) -> str:
         ([], "FILE reference.gguf: no text to compare on is named. Give --language or --data."),
         (["--data", "uk", "--passages", "1"], "--data uk: it has 40 test documents for --passages"),
         (["--data", "one.jsonl"], "--data one.jsonl: it has 5 characters, too few to hold out"),
-        (["--data", "said.jsonl"], "--data said.jsonl: it holds dialogues, and texts are compared"),
+        (["--data", "asked.jsonl"], "--data asked.jsonl: it has 0 test documents for --passages"),
         (["--language", "xx-nonsense-zz-q"], "--language xx-nonsense-zz-q: it is not a language"),
     ],
 )
@@ -334,8 +367,7 @@ def test_bad_texts_and_flags_are_named_in_one_line(argv: list[str], line: str) -
     rows("one", {"text": "words"})
     Path("odd").mkdir(exist_ok=True)
     Path("odd/compare.json").write_text("{}")
-    turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
-    rows("said", *({"messages": [*turns, turns[0] | {"content": str(n)}]} for n in range(40)))
+    rows("asked", *({"messages": [{"role": "user", "content": str(n)}]} for n in range(40)))
     with pytest.raises(UserError, match=f"^{re.escape(line)}"):
         compare(*files(REFERENCE, NEAR), *argv)
 

@@ -40,7 +40,7 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
 
 def both(files: list[Path], windows: list[list[int]]) -> list[Step]:
     with closing(Llama(files[0])) as one, closing(Llama(files[1])) as other:
-        return [step for _, step in lockstep((one, other), [(w, w) for w in windows])]
+        return [*lockstep((one, other), [(w, w) for w in windows])]
 
 
 def windows_of(file: Path, texts: Texts) -> list[list[int]]:
@@ -86,7 +86,7 @@ def test_files_of_32_bits_agree_with_transformers(files: list[Path]) -> None:
         assert np.array_equal(step.equal, (logs[0].argmax(-1) == logs[1].argmax(-1)).numpy())
         assert not step.left_out.any()
     with closing(Llama(files[1])) as model:
-        alone = [nats for _, nats in losses_of(model, windows)]
+        alone = [*losses_of(model, windows)]
     assert np.allclose(alone[0], both(files, windows)[0].losses[1], atol=1e-6)
 
 

@@ -53,6 +53,29 @@ def test_last_words_are_among_words_of_their_kind() -> None:
     assert last_words(TEXTS, 0) == questions != last_words(TEXTS, 1)
 
 
+@pytest.mark.parametrize("tag", ["uk", "en", "hi"])
+def test_currencies_are_those_of_the_countries(tag: str) -> None:
+    babel = pytest.importorskip("babel")
+    from babel.numbers import get_territory_currencies
+
+    locale, questions = babel.Locale(tag), tasks.currencies(tag, 0)
+    codes = {name: code for code, name in locale.territories.items() if code.isalpha()}
+
+    def is_of(word: str, place: str) -> bool:
+        used = get_territory_currencies(codes[place], tasks.FIXED)
+        return word in locale.currencies[used[0]].lower()
+
+    for question in questions:
+        *shown, asked = question["context"].split("; ")
+        place, right = asked.removesuffix(" —"), question["options"][question["answer"]]
+        assert is_of(right, place) and not place.lower().startswith(right[:3])
+        assert len(shown) == 3 and all(is_of(*each.split(" — ")[::-1]) for each in shown)
+        assert len(set(question["options"])) == 4 and f"— {right};" not in question["context"]
+    answers = Counter(each["options"][each["answer"]] for each in questions)
+    assert len(questions) == 100 and max(answers.values()) <= tasks.ALIKE
+    assert tasks.currencies(tag, 0) == questions != tasks.currencies(tag, 1)
+
+
 def test_words_of_a_chat_model_are_asked_for_after_all_that_was_said(tmp_path: Path) -> None:
     tokenizer = chats.tokenizer_with(chats.GEMMA)
     tokenizer.save_pretrained(tmp_path / "model")

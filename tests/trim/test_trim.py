@@ -120,7 +120,10 @@ def test_kept_rows_tokens_and_ids(
     if kind in ("t5", "bert"):
         assert "not verified: predictions and cost (it predicts no next token)" in said
     else:
-        assert "log-probabilities after 24 beginnings" in said and "bits per byte" in said
+        assert "proven, probabilities: log-probabilities after 24 beginnings" in said
+        own = re.search(r"same tokens, OUT needs -([\d.]+)% bits per byte \(95% interval -", said)
+        assert "longer tokens cost at most" in said and float(own[1]) > 0
+        assert "not verified" not in said
 
 
 def test_every_table_with_a_row_for_each_token(texts: Path, tmp_path: Path) -> None:
@@ -644,7 +647,7 @@ def test_without_test_text_there_is_no_cost(
     said = capsys.readouterr().out
     assert "bits per byte" not in said and "little text" not in said
     assert "log-probabilities after 24 beginnings" in said
-    assert said.endswith("answers of the model and cost (no test text is given)\n")
+    assert said.endswith("not verified: cost (no test text is given)\n")
 
 
 def test_neither_torch_nor_transformers_nor_tokenizers(texts: Path, tmp_path: Path) -> None:

@@ -5,30 +5,32 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager, nullcontext
-from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from ...gguf.conversion import run_child
 from ...gguf.file import GgufFile
 from ...gguf.llama import Llama, speeds
-from ...gguf.lockstep import lockstep, losses_of, match
+from ...gguf.lockstep import Step, lockstep, losses_of, match
 from ...gguf.predictions import NOT_CAUSAL, embeds
 from ...gguf.vocabulary import TOKENIZER, TOKENS
 from ...util.errors import UserError
 from ...util.progress import progress
+from ...util.statistics import quantiles
 
 PROMPT, STEPS = 128, 48  # tokens by which speed is measured
-SUMMARY: dict[str, Callable[[np.ndarray], float]] = {
-    "mean": np.mean,
-    "median": np.median,
-    "99%": partial(np.quantile, q=0.99),
-    "99.9%": partial(np.quantile, q=0.999),
-    "largest": np.max,
-}
-Texts = Mapping[str, Sequence[str]]  # passages by name
+
+
+class Passage(NamedTuple):
+    """What a file predicts: the `text` after its `prompt`, which only dialogues have."""
+
+    prompt: str
+    text: str
+
+
+Texts = Mapping[str, Sequence[Passage]]  # by name
 
 
 class File:
@@ -67,8 +69,14 @@ class File:
         """The most tokens of a window."""
         return self.file.value(f"{self.file.architecture}.context_length") or 2**31
 
-    def window(self, text: str) -> list[int]:
-        return [self.tokenizer.first, *self.tokenizer.encode(text).tolist()]
+    def window(self, passage: Passage) -> list[int]:
+        """Return the tokens of a passage; a chat template writes those that begin a text."""
+        ids = self.tokenizer.encode("".join(passage)).tolist()
+        return ids if passage.prompt else [self.tokenizer.first, *ids]
+
+    def prompt(self, passage: Passage) -> list[int]:
+        """Return the tokens of the prompt, whose predictions do not count."""
+        return self.tokenizer.encode(passage.prompt).tolist()
 
 
 def open_files(names: Sequence[str]) -> list[File]:
@@ -123,7 +131,7 @@ def measure(
 def _run(
     files: Sequence[File],
     models: Sequence[Llama],
-    passages: Sequence[str],
+    passages: Sequence[Passage],
     advance: Callable[[int], None],
 ) -> tuple[list[list[float]], dict[str, Any] | None]:
     """Return the losses in nats of each file by document, and how far apart two predict.
@@ -131,34 +139,36 @@ def _run(
     A file whose own tokens are not those that are compared runs a second time.
     """
     own = [[file.window(passage) for passage in passages] for file in files]
+    begins = [[max(0, len(file.prompt(each)) - 1) for each in passages] for file in files]
     found = match(*(each.file for each in files)) if len(files) > 1 else None
     pairs = {n: found.pair(windows) for n, windows in enumerate(zip(*own, strict=True)) if found}
-    pairs = {n: pair for n, pair in pairs.items() if pair}
-    numbers, steps = [*pairs], {n: [] for n in pairs}
-    for at, step in lockstep(models, [*pairs.values()], found.rows) if pairs else ():
-        steps[numbers[at]].append(step)
+    pairs, steps = {n: pair for n, pair in pairs.items() if pair}, {}
+    rows, side = (found.rows, found.smaller or 0) if pairs else (None, 0)
+    for n, step in zip(pairs, lockstep(models, [*pairs.values()], rows), strict=True):
+        steps[n] = Step(*(values[..., begins[side][n] :] for values in step))
         advance(1)
     losses = []
     for side, (model, windows) in enumerate(zip(models, own, strict=True)):
-        same = {n for n in pairs if pairs[n][side] == windows[n]}
-        rest = [n for n in range(len(windows)) if n not in same]
-        sums = {n: sum(float(step.losses[side].sum()) for step in steps[n]) for n in same}
-        for at, nats in losses_of(model, [windows[n] for n in rest]):
-            sums[rest[at]] = sums.get(rest[at], 0.0) + float(nats.sum())
-            advance(int(model is models[-1] and rest[at] not in pairs))
+        rest = [n for n in range(len(windows)) if n not in pairs or pairs[n][side] != windows[n]]
+        sums = {n: float(step.losses[side].sum()) for n, step in steps.items() if n not in rest}
+        for n, nats in zip(rest, losses_of(model, [windows[n] for n in rest]), strict=True):
+            sums[n] = float(nats[begins[side][n] :].sum())
+            advance(int(model is models[-1] and n not in pairs))
         losses.append([sums[n] for n in range(len(windows))])
-    return losses, _summary(steps) | {"renormalized": found.rows is not None} if pairs else None
+    return losses, _summary(steps) | {"renormalized": rows is not None} if pairs else None
 
 
-def _summary(steps: Mapping[int, Sequence[Any]]) -> dict[str, Any]:
+def _summary(steps: Mapping[int, Step]) -> dict[str, Any]:
     """Return the figures of a comparison over all tokens, and KL by document."""
-    kl = {number: np.concatenate([step.kl for step in of]) for number, of in steps.items()}
-    flat, every = [step for of in steps.values() for step in of], np.concatenate([*kl.values()])
+    kl, equal, left_out = (
+        np.concatenate([getattr(step, name) for step in steps.values()], -1)
+        for name in ("kl", "equal", "left_out")
+    )
     return {
-        "documents": [*kl],
-        "tokens": [*map(len, kl.values())],
-        "kl_by_document": [float(values.mean()) for values in kl.values()],
-        "kl": {name: float(of(every)) for name, of in SUMMARY.items()},
-        "equal": float(np.concatenate([step.equal for step in flat]).mean()),
-        "left_out": np.concatenate([step.left_out for step in flat], 1).mean(1).tolist(),
+        "documents": [*steps],
+        "tokens": [len(step.kl) for step in steps.values()],
+        "kl_by_document": [float(step.kl.mean()) for step in steps.values()],
+        "kl": {"mean": float(kl.mean())} | quantiles(kl),
+        "equal": float(equal.mean()),
+        "left_out": left_out.mean(1).tolist(),
     }

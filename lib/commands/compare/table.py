@@ -16,13 +16,12 @@ import numpy as np
 
 from ...util.files import write_text
 from ...util.markdown import EMPTY, escape, padded_table
-from ...util.statistics import LIMIT, MeanInterval, holm, mean_interval, ratio_interval
-from .measure import SUMMARY
+from ...util.statistics import LIMIT, SHARES, MeanInterval, holm, mean_interval, ratio_interval
 
 LOSS, KL = "bits per byte", "KL"
 NAMES = ["Text", "File"]
 BITS, OVER, SAME = "Bits per byte, ↓", "Over the reference (%), ↓", "Same first token (%), ↑"
-OF_TEXT = [BITS, OVER, *(f"KL, {name}, ↓" for name in SUMMARY), SAME]
+OF_TEXT = [BITS, OVER, *(f"KL, {name}, ↓" for name in ("mean", *SHARES)), SAME]
 OF_FILE = ["MB", "Prompt (tokens/s), ↑", "Generation (tokens/s), ↑"]
 PAIR_HEAD = ["Text", "File", "Against", "Figure", "Difference", "p (Holm)"]
 NOTES = (
@@ -125,7 +124,7 @@ def _row(figures: Figures, text: str, label: str, pairs: Sequence[Pair]) -> Row:
 
 def _best(figures: Figures, text: str, label: str, pairs: Sequence[Pair]) -> list[str]:
     """Return the columns by which a file is significantly below all others but the reference."""
-    columns, needed = {LOSS: BITS, KL: f"KL, {[*SUMMARY][0]}, ↓"}, len(figures.others) - 1
+    columns, needed = {LOSS: BITS, KL: "KL, mean, ↓"}, len(figures.others) - 1
     below = [
         figure
         for of, one, other, figure, apart in pairs

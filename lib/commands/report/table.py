@@ -22,7 +22,7 @@ DENSE = "dense"  # the method and the type of a model that was not pruned
 SETTING = "setting "  # prefix of the columns of settings
 TASK = "task "  # prefix of the columns of tasks
 STRICTNESS = ("unstructured", "4:8", "2:4", *SMALLER)  # the order of sparsity types
-MEASURES = "perplexity standard_error bits_per_byte kl top1_agreement".split()
+MEASURES = "perplexity standard_error bits_per_byte kl kl_99 top1_agreement".split()
 SIZES = "windows", "tokens", "compared_windows"  # sizes of a test set
 
 
@@ -85,6 +85,7 @@ def tables(runs: Runs) -> list[DataFrame]:
         | {"measured_on": test["name"]}
         | {"digest": test.get("digest") or f"{test.get('source')} {test.get('tokens')}"}
         | {name: test.get(name) for name in (*MEASURES, *SIZES)}
+        | {"kl_99": test.get("kl_of_tokens", {}).get("99%")}
         for folder, results in runs.items()
         for test in results["evaluation"]
     ]

@@ -22,13 +22,14 @@ if TYPE_CHECKING:
 Columns = dict[tuple[str, str], list[str]]  # {(test set or "", title): a cell for each row}
 NOT_SIGNIFICANT = "(n.s.)"
 RUN_COLUMNS = "zeros", "saved_bytes"
-TEST_COLUMNS = "perplexity", "standard_error", "rise", "bits_per_byte", "kl", "top1_agreement"
+TEST_COLUMNS = "perplexity standard_error rise bits_per_byte kl kl_99 top1_agreement".split()
 NOTES = {
     "MB": "MB: bytes of the saved model's files, in millions.",
     "perplexity": "Perplexity: lower is better; ± is the standard deviation over seeds.",
     "s.e.": "s.e.: standard error of the perplexity over windows or dialogues, mean over seeds.",
     "rise": "rise: perplexity increase over the dense model.",
     "KL": "KL: divergence from the dense model's predictions, in nats per token.",
+    "KL 99%": "KL 99%: 99% of the tokens have a lower one.",
     "agreement": "agreement: share of positions with the dense model's most likely token.",
     "bits/byte": "Bits per byte compare models with different tokenizers; perplexities do not.",
 }
@@ -38,7 +39,7 @@ Differences: of the loss or of KL from the dense model, in nats per token, paire
 Brackets: 95% intervals, each by itself, over documents and seeds; with one seed for that draw only.
 p is corrected by Holm's rule over the table. {NOT_SIGNIFICANT}: not significant, as p is {LIMIT} or
 more, or the test has only one document.""".replace("\n", " ")
-LEFT_OUT = "documents bits/byte s.e. seeds seed MB zeros agreement KL rise p".split()
+LEFT_OUT = "KL 99%,documents,bits/byte,s.e.,seeds,seed,MB,zeros,agreement,KL,rise,p".split(",")
 ONCE = "type", "method", "figure", "measured on"  # left out after these if one value stands in all
 INTERVAL = "95% interval"  # left out where its words are too wide
 FITTED = "\\medskip\\resizebox{\\ifdim\\width>\\linewidth\\linewidth\\else\\width\\fi}{!}{%\n"

@@ -28,7 +28,7 @@ from ...util.errors import UserError
 from ...util.files import partial_of, sync, temporary_folder, write_text
 from ...util.progress import progress
 from ...vocabulary.counts import count_tokens
-from ...vocabulary.proof import compare_tokens, held_out, texts_to_compare
+from ...vocabulary.proof import compare_texts, held_out, texts_to_compare
 from .choosing import (
     check_cost,
     check_disk,
@@ -73,10 +73,9 @@ def trim_file(args: argparse.Namespace) -> None:
         after = tokenizer_of(folder / "after.gguf", vocabulary, kept)
         tests = texts_to_compare(corpora, text_of)
         lossy = vocabulary.kind in NOT_CAUSAL
-        record["tests"] = [
-            compare_tokens(name, texts, before, after, kept, lossy) for name, texts in tests.items()
-        ]
+        record["tests"], removed = compare_texts(tests, before, after, kept, lossy)
         if args.dry_run:
+            print(removed)
             print("nothing is written (--dry_run)")
             return
         if args.verify:
@@ -97,7 +96,9 @@ def trim_file(args: argparse.Namespace) -> None:
             _put_in_place(args.out, partial, out, json.dumps(content, ensure_ascii=False))
     for projector in Path(args.source).absolute().parent.glob("*mmproj*.gguf"):
         print(f"{projector.name} beside IN: unchanged, not run")
-    print(f"not verified: {proof.missing(record)}", flush=True)
+    print(removed)
+    if missing := proof.missing(record):
+        print(f"not verified: {missing}", flush=True)
 
 
 def list_of(out: Path) -> Path:
@@ -265,7 +266,7 @@ def _write(
         for step in write(partial, fields, tensors, alignment):
             on_progress(step)
     written = time.monotonic() - start
-    print(f"written in {written:.1f} s; {_same_bytes(partial, fields, tensors, alignment)}")
+    print(f"written in {written:.1f} s", _same_bytes(partial, fields, tensors, alignment), sep="\n")
     return written
 
 
@@ -285,6 +286,6 @@ def _same_bytes(
                 raise UserError(f"OUT {path.name}", f"{name} is not IN's", fix)
     tables = sum(tensor.kept is not None for tensor in tensors)
     return (
-        f"{tables} tensors have the kept rows of IN, and {len(tensors) - tables} are IN's, by "
-        f"bytes ({time.monotonic() - start:.1f} s)"
+        f"proven, rows: {tables} tensors have the kept rows of IN, and {len(tensors) - tables} are "
+        f"IN's, by bytes ({time.monotonic() - start:.1f} s)"
     )

@@ -36,7 +36,7 @@ from ...vocabulary.choice import round_up
 from ...vocabulary.cost import cost_line
 from ...vocabulary.counts import count_tokens
 from ...vocabulary.logits import Logits
-from ...vocabulary.proof import compare_tokens, held_out, texts_to_compare
+from ...vocabulary.proof import compare_texts, held_out, texts_to_compare
 from ...vocabulary.tables import write_rows
 from ...vocabulary.tokenizer_json import TrimmableTokenizer
 from ...vocabulary.vectors import MODULES, compare_vectors, lines_of, read_json
@@ -75,7 +75,7 @@ def trim_folder(args: argparse.Namespace) -> None:
     base = metadata_of(source.folder).get("base_model")
     names = Path(args.source).name, source.folder.name, f"{base}"
     prompts = prompts_of(args, names, source.prompts())
-    smaller, tests = [], {}  # tokenizers of OUT, and texts
+    smaller, removed, tests = [], [], {}  # tokenizers of OUT, lines on them, and texts
     for part in source.parts:
         text_of = _reader_of(part)
         choose_tokens(part, args, corpora, text_of, prompts)
@@ -84,8 +84,11 @@ def trim_folder(args: argparse.Namespace) -> None:
         of = f" of {part.folder.relative_to(source.folder)}" * (len(source.parts) > 1)
         print(f"vocabulary{of}: {rows_line(part.record)}", flush=True)
         tests = texts_to_compare(corpora, text_of)
-        smaller.append(compare_tokenizers(part, tests))
+        tokenizer, line = compare_tokenizers(part, tests)
+        smaller.append(tokenizer)
+        removed.append(line)
     if args.dry_run:
+        print(*removed, sep="\n")
         print("nothing is written (--dry_run)")
         return
     check_disk(args, Path(args.out).absolute().parent, source.table_bytes)
@@ -112,7 +115,7 @@ def trim_folder(args: argparse.Namespace) -> None:
             "{rows:,} of {rows_before:,} rows".format(**p.record) for p in source.parts
         )
         lines.insert(0, f"{rows}; {sizes[0] / 1e6:,.1f} MB become {sizes[1] / 1e6:,.1f}")
-        print(*lines, sep="\n", flush=True)
+        print(*lines, *removed, sep="\n", flush=True)
         lines[1:1] = [cost_line(found)] if "measured_on" in found else []
         (stage / "README.md").write_text(_card(args, source.folder, lines), "utf-8")
 
@@ -186,19 +189,22 @@ def _row_order(
     return [i if i < rows else next(dropped, rows - 1) for i in order]
 
 
-def compare_tokenizers(part: Part, tests: dict[str, list[str]]) -> PreTrainedTokenizerBase:
-    """Compare the tokens of texts by the tokenizers that users load, and return that of OUT."""
+def compare_tokenizers(
+    part: Part, tests: dict[str, list[str]]
+) -> tuple[PreTrainedTokenizerBase, str]:
+    """Compare the tokens of texts by the tokenizers that users load, and return that of OUT.
+
+    Also returns a line on the languages that were removed.
+    """
     with temporary_folder() as folder:
         tokenizer = part.write_tokenizer(folder)
     both, lossy = (Fast(part.tokenizer), Fast(tokenizer)), not part.tokens.has_bytes
-    part.record["tests"] = [
-        compare_tokens(name, texts, *both, part.ids, lossy) for name, texts in tests.items()
-    ]
+    part.record["tests"], removed = compare_texts(tests, *both, part.ids, lossy)
     around = [part.ids[index] for index in tokenizer("").input_ids]
     if around != part.tokenizer("").input_ids:
         problem = "with the trimmed vocabulary other tokens begin or end a text"
         raise UserError(part.what, problem, "Please report this")
-    return tokenizer
+    return tokenizer, removed
 
 
 def _write(source: ModelFiles, stage: Path, args: argparse.Namespace) -> tuple[int, int]:
