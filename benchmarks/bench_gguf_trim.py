@@ -13,7 +13,8 @@ memory with 32 tokens. Run it alone: seconds of a shared machine are worthless.
 FOLDER (ggml-vocab-*.gguf). The bytes follow from the configs in MODELS, which are those of MaxText
 (https://github.com/AI-Hypercomputer/maxtext, src/maxtext/configs/models), and from llama.cpp's
 types of Q4_K_M (src/llama-quant.cpp): q4_K, but q6_K for a head or a tied table with the per-layer
-table, and for values and down projections of about half the blocks. Norms and fields are left out.
+table, and for values and down projections of about half the blocks. Norms, routers and fields are
+left out. `card`: what a GPU saves; llama.cpp keeps input and per-layer tables on the host.
 """
 
 from __future__ import annotations
@@ -39,10 +40,12 @@ MODELS: dict[str, dict[str, Any]] = {
     for name, values in {
         "Gemma 3 4B": ("gemma-3", 262144, 34, 2560, 8, 4, 256, 10240, True),
         "Gemma 3 12B": ("gemma-3", 262144, 48, 3840, 16, 8, 256, 15360, True),
+        "Gemma 3 27B": ("gemma-3", 262144, 62, 5376, 32, 16, 128, 21504, True),
         "Gemma 4 E2B": ("gemma-4", 262144, 35, 1536, 8, 1, 256, 6144, True),
         "Gemma 4 E4B": ("gemma-4", 262144, 42, 2560, 8, 2, 256, 10240, True),
         "Qwen3 4B": ("qwen2", 151936, 36, 2560, 32, 8, 128, 9728, True),
         "Qwen3 8B": ("qwen2", 151936, 36, 4096, 32, 8, 128, 12288, False),
+        "Qwen3 30B-A3B": ("qwen2", 151936, 48, 2048, 32, 4, 128, 128 * 768, False),  # all experts
         "Llama 3.1 8B": ("llama-bpe", 128256, 32, 4096, 32, 8, 128, 14336, False),
         "Qwen2.5-Coder 1.5B": ("qwen2", 151936, 28, 1536, 12, 2, 128, 8960, False),  # as a check
     }.items()
@@ -150,7 +153,8 @@ def computed(args: argparse.Namespace) -> None:
         kept = rows[config["vocabulary"]]
         figures = {"model": name, "rows_before": config["rows"], "rows": kept}
         figures |= {"tables_before": round(tables), "tables": round(sizes(config, kept)[0])}
-        found.append(figures | {"blocks": round(blocks)})
+        head = round((config["rows"] - kept) * config["width"] * Q6_K)
+        found.append(figures | {"blocks": round(blocks), "card": head})
         print(json.dumps(found[-1]))
     args.out.write_text(json.dumps(found, indent=1) + "\n", "utf-8")
 

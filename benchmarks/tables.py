@@ -192,12 +192,15 @@ OURS = {  # {model: raw file, label of the file that README shows}
 
 def models() -> Iterator[Record]:
     """Files before and after trimming for Ukrainian."""
+    speed = {(r["model"], r["name"]): r["generations"][1] for r in speeds("gguf-trim/speed.json")}
     for file in trimmed("uk"):
         fields = {"made": "measured", "before": file.bytes_before, "after": file.bytes}
-        yield Record(fields, model=file.model, rises=file.rises)
+        both = [speed.get((f"{file.model}, uk", name)) for name in ("trimmed", "whole")]
+        faster = f"{both[0] / both[1]:.1f} times" if all(both) else ""
+        yield Record(fields, model=file.model, rises=file.rises, faster=faster, gpu="")
     for file in computed_sizes():
-        if file.model in ("Gemma 3 4B", "Qwen3 8B", "Llama 3.1 8B", "Gemma 4 E2B"):
-            yield Record(file, made="computed")
+        if file.model not in ("Gemma 3 4B", "Gemma 4 E4B", "Qwen3 4B"):
+            yield Record(file, made="computed", gpu=f"{file.card / 1e6:.0f}")
 
 
 def best_files() -> Iterator[Record]:

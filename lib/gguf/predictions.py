@@ -104,10 +104,9 @@ class Predictions:
         if not distance <= self.limit:
             name = "vectors" if self.embeds else "log-probabilities"
             raise UserError(what, f"{name} differ by {distance:.2g} of their spread", fix)
-        line = (
-            f"proven, probabilities: log-probabilities after {len(found)} beginnings, "
-            f"{found.size:,} values: at most {distance:.1g} of their spread apart, after one constant each"
-        )
+        what = f"log-probabilities after {len(found)} beginnings, {found.size:,} values"
+        apart = f"at most {distance:.1g} of their spread apart, after one constant each"
+        line = f"proven, probabilities: {what}: {apart}"
         if self.embeds:
             line = f"proven, vectors of {len(self.new)} passages, by OUT's tokens: IN's bit for bit"
         record = {"distance": distance, "beginnings": len(self.places or self.new)}

@@ -130,8 +130,8 @@ def cost_line(record: Mapping[str, Any]) -> str:
     on += counted(measured["documents"], "test document")
     cost = f"{trimmed / original - 1:+.2%} bits per byte{_between(interval)}"
     return (
-        f"longer tokens cost at most {cost} on {on}: IN with all its rows {original:.4f} on its own "
-        f"tokens, {trimmed:.4f} on those of OUT"
+        f"longer tokens cost at most {cost} on {on}: IN with all its rows {original:.4f} on its "
+        f"own tokens, {trimmed:.4f} on those of OUT"
     )
 
 
@@ -141,8 +141,8 @@ def excluded_line(record: Mapping[str, Any]) -> str:
         return ""
     share, interval = record[EXCLUDED], record[f"{EXCLUDED}_interval"]
     return (
-        f"beside IN on the same tokens, OUT needs {share:+.2%} bits per byte{_between(interval)}, as "
-        "fewer tokens share the probability: by construction, so no gain"
+        f"beside IN on the same tokens, OUT needs {share:+.2%} bits per byte{_between(interval)}, "
+        "as fewer tokens share the probability: by construction, so no gain"
     )
 
 

@@ -425,7 +425,7 @@ def test_what_is_read_and_why_rows_stay(
         said = capsys.readouterr().out
         (line,) = (line for line in said.splitlines() if line.startswith("--data"))
         assert line.startswith(f"--data {own}: 2 files, ") and line.endswith("left out: b.txt")
-        stay, why = re.search(r": ([\d,]+) of [\d,]+ rows stay: (.*?); ", said).groups()
+        stay, why = re.search(r": ([\d,]+) of [\d,]+ rows stay: (.*)\n", said).groups()
         counts = [each.replace(",", "").split()[0] for each in [stay, *why.split(", ")]]
         assert int(counts[0]) == sum(map(int, counts[1:])) > 0 and len(counts) == 4
     few = dict(rows=64, rows_before=99, used=80, kept_for=(20, 10, 33))

@@ -45,6 +45,7 @@ from .choosing import (
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
+HEADS = "output.weight", "token_embd.weight"  # where both are one, on a GPU and beside it
 # names of special tokens in a file, and in a chat template
 SPECIAL = dict(bos="bos", eos="eos", unknown="unk", seperator="sep", padding="pad", mask="mask")
 
@@ -67,6 +68,7 @@ def trim_file(args: argparse.Namespace) -> None:
         fields, tensors = vocabulary.trimmed(kept)
         record |= {"digest": vocabulary.digest(kept), "sources": [str(c.source) for c in corpora]}
         record |= {"bytes_before": file.size, "bytes": (size := _size(file, fields, tensors))}
+        record["saved_on_gpu"] = _head_size(file.tensors) - _head_size(tensors)
         _print_sizes(record)
         if dropped := [name for name in file.fields if name not in fields]:
             print(f"fields left out: {', '.join(dropped)}")
@@ -218,11 +220,18 @@ def _size(file: GgufFile, fields: dict[str, Field], tensors: Sequence[Tensor]) -
     return size + sum(tensor.size + -tensor.size % file.alignment for tensor in tensors)
 
 
+def _head_size(tensors: Sequence[Tensor]) -> int:
+    """Return the bytes of the output head. llama.cpp keeps the other tables off a GPU."""
+    sizes = {tensor.name: tensor.size for tensor in tensors}
+    return next((sizes[name] for name in HEADS if name in sizes), 0)
+
+
 def _print_sizes(record: dict[str, Any]) -> None:
-    megabytes = "{:,.1f} MB become {:,.1f}".format(
-        *(record[name] / 1e6 for name in ("bytes_before", "bytes"))
+    names = "bytes_before", "bytes", "saved_on_gpu"
+    megabytes = "{:,.1f} MB become {:,.1f}, {:,.1f} MB less on a GPU".format(
+        *(record[name] / 1e6 for name in names)
     )
-    print(f"vocabulary: {rows_line(record)}; {megabytes}", flush=True)
+    print(f"vocabulary: {rows_line(record)}", megabytes, sep="\n", flush=True)
 
 
 @contextmanager
