@@ -26,6 +26,10 @@ from ..util.quirks import LAYER_COUNT
 TIMEOUT = 10.0  # seconds for the Hub's answer
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 ADAPTER = "adapter_config.json"
+CONVERT = (
+    "Run 'python benchmarks/to_safetensors.py MODEL NEW' and name NEW, or name a model that has "
+)
+CONVERT += "them, such as huggyllama/llama-7b"
 log = logging.getLogger(__name__)
 
 
@@ -86,7 +90,7 @@ def check_folder(checkpoint: Checkpoint) -> None:
             raise UserError(
                 str(checkpoint),
                 f"its weights lack {file}, and only safetensors are read",
-                "Download or convert them",
+                CONVERT if [*folder.glob("*.bin")] else "Download it",
             )
         with as_user_error(checkpoint, file, "Download it again"):
             tensors += len(safe_open(folder / file, framework="pt").keys())
@@ -157,6 +161,8 @@ def as_user_error(checkpoint: Checkpoint, what: str, fix: str) -> Iterator[None]
         if "trust_remote_code" in str(error) and not checkpoint.trust_remote_code:
             what = f"{what}, which needs custom code,"
             fix = "Give --trust_remote_code to run that code, if you trust it"
+        if isinstance(error, OSError) and "file named" in str(error) and WEIGHTS in str(error):
+            fix = CONVERT
         problem = f"{what} cannot be loaded ({first_line(error)})"
         raise UserError(str(checkpoint), problem, fix) from error
 
