@@ -250,93 +250,10 @@ def named(forms: dict[str, tuple[Cell, list[Record]]]) -> list[Record]:
     return [Record(name=name, megabytes=mb, tests=tests) for name, (mb, tests) in forms.items()]
 
 
-def smollm2() -> list[Record]:
-    records, shapes = raw("frontier/smollm2-rounded.json"), raw("frontier/smollm2.json")
-    size = {record.stage: record["size"] / 1e6 for record in shapes}
-
-    def tests(label: str) -> list[Record]:
-        return [one(records, label=label, name=name) for name in ("en", "essays")]
-
-    trained = tests("rounded and trained by 32,768 tokens")
-    forms = {"original, 16-bit": (size["dense"], tests("untouched"))}
-    for name in ("q4_k_m", "q3_k_m", "q4_0"):
-        forms[f"llama.cpp {name}"] = size[name], tests(f"llama.cpp {name}")
-    forms["langprune q4_0"] = "90", [test.before for test in trained]
-    forms["langprune q4_0, trained"] = "90", trained
-    return named(forms)
-
-
-def qwen() -> list[Record]:
-    names = {
-        "trimmed, 16 bits": "trimmed, 16-bit",
-        "llama.cpp, q4_k_m, importance matrix": f"llama.cpp q4_k_m{SOURCE}",
-        "llama.cpp, q4_0, importance matrix": "llama.cpp q4_0",
-        "rounded to q4_0 here, 32 windows": "langprune q4_0",
-    }
-    records = {record.model: record for record in raw("frontier/qwen2.5-coder-rounded.json")}
-    found = {name: records[model] for model, name in names.items()}
-    return named({name: (each.megabytes, each.evaluation) for name, each in found.items()})
-
-
-def trained_first() -> Iterator[Record]:
-    """Trained in 16 bits, then quantized by llama.cpp, beside training of the quantized model."""
-    files = {"Gemma 3 270M": ("gemma3-270m", gemma()), "SmolLM2-135M": ("smollm2", smollm2())}
-    for model, (file, forms) in files.items():
-        for name in ("", " q8_0", " q4_k_m", " q3_k_m", " q4_0"):
-            record = one(raw(f"frontier/{file}-trained.json"), label=f"trained{name}")
-            half = 2 if not name and file == "smollm2" else 1  # it was saved in float32
-            order = f"trained, then llama.cpp{name}" if name else "trained, 16-bit"
-            megabytes = record.bytes / half / 1e6
-            yield Record(model=model, name=order, megabytes=megabytes, tests=[record])
-        yield Record(one(forms, name="langprune q4_0, trained"), model=model)
-
-
-def iq4_nl() -> list[Record]:
-    q4_0 = raw("frontier/gemma3-270m-rounded-128.json").evaluation[0]
-    ours = {"form": "langprune q4_0", "windows": 128}
-    trained = Record(ours, tokens=131072, tests=[q4_0])
-    return by_tokens([*raw("iq4_nl.json")["rows"], trained, Record(ours, tests=[q4_0.before])])
-
-
-def by_tokens(records: list[Record]) -> list[Record]:
-    """Models by windows and tokens, after the dense model."""
-    dense = next(each.tests[0] for each in records if each.tests[0].dense_perplexity)
-    test = Record(perplexity=dense.dense_perplexity)
-    order = "llama.cpp q4_k_m", "llama.cpp iq4_nl", "langprune q4_0", "langprune iq4_nl"
-    variants = "half the rate", "twice the rate", "cross-entropy 0.25"
-    order += (
-        *(f"langprune iq4_nl, {each}" for each in variants),
-        "25% of the neurons removed, iq4_nl",
-    )
-
-    def place(record: Record) -> tuple[bool, int, int, int]:
-        tokens = record.tokens or 0
-        return tokens > 0, order.index(record.form), record.windows or 0, tokens
-
-    return [Record(form="trimmed, 16-bit", tests=[test]), *sorted(records, key=place)]
-
-
-def iq4_nl_main() -> list[Record]:
-    records, llama = raw("iq4_nl.json")["rows"], raw("frontier/gemma3-270m-llama-cpp.json")
-    ours = {"form": "langprune iq4_nl", "windows": 128}
-    tests = {
-        "llama.cpp q4_0": one(llama, label="trimmed q4_0", name="uk"),
-        "llama.cpp iq4_nl": one(records, form="llama.cpp iq4_nl").tests[0],
-        "langprune q4_0": raw("frontier/gemma3-270m-rounded-128.json").evaluation[0].before,
-        "langprune iq4_nl": one(records, **ours, tokens=None).tests[0],
-        "langprune iq4_nl, trained": one(records, **ours, tokens=131072).tests[0],
-    }
-    return [Record(form=name, tests=[test]) for name, test in tests.items()]
-
-
 def dialogues() -> list[Record]:
     records = raw("dialogues.json")
     dense = [test.dense for test in records[0].evaluation]
     return [Record(form="original, 16-bit", text="", evaluation=dense), *records]
-
-
-def speed_of(kind: str, of: str, threads: int) -> Record:
-    return one(raw("iq4_nl.json").speed, type=kind, of=of, threads=threads)
 
 
 def no_grid() -> Iterator[Record]:
@@ -753,11 +670,7 @@ def language_confusion() -> Iterator[Record]:
 # columns that several tables share
 
 FORMS = "Model = {name} | Size (MB) = {megabytes:.0f}"
-PERPLEXITY = "Perplexity ↓ = {tests[0].compared_perplexity or tests[0].perplexity:.2f}"
 TOP1 = "Top-1 agreement ↑ = {tests[0].top1_agreement:.1%}"
-WINDOWS = """
-Model = {form.replace("q4_k_m", "q4_k_m" + SOURCE)} | Calibration windows = {windows}
-Training tokens = {tokens:,} | PERPLEXITY | KL (nats/token) ↓ = {tests[0].kl:.4f} | TOP1"""
 TYPES = """
 File = {file} | Size (MB) = {bytes / 1e6:.1f} | Bits per weight = {bits:.2f} | Tensors = {counts}
 measured(error=True, form=".4f") | TOP1"""
