@@ -604,10 +604,17 @@ def experts_recovered() -> Iterator[Record]:
 
 
 def bits_cost(file: Record) -> str:
-    """Change of a trimmed file's bits per byte in percent, with its 95% interval."""
+    """What longer tokens cost the original in percent, with its 95% interval; "" by old measures."""
+    if not file.excluded:
+        return ""
     between = " ({:+.1f} to {:+.1f})".format(*(100 * end for end in file.cost_interval or (0, 0)))
     cost = 100 * (file.bits_per_byte_trimmed / file.bits_per_byte_original - 1)
     return f"{cost:+.1f}" + between * bool(file.cost_interval)
+
+
+def gain(file: Record) -> str:
+    """By how much excluding tokens lowers bits per byte, in percent."""
+    return f"{100 * file.excluded:+.1f}" if file.excluded else ""
 
 
 def computed_sizes() -> Iterator[Record]:
