@@ -34,10 +34,12 @@ from scipy.optimize import nnls
 from scipy.stats import binomtest, spearmanr
 
 from lib.commands import overlap
+from lib.commands.compare.table import Figures
 from lib.commands.report.pictures import heat_map
 from lib.util.cli import make_parser, run
 from lib.util.errors import UserError
 from lib.util.markdown import padded_table
+from lib.util.statistics import MeanInterval
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks/results"
@@ -254,6 +256,26 @@ def dialogues() -> list[Record]:
     records = raw("dialogues.json")
     dense = [test.dense for test in records[0].evaluation]
     return [Record(form="original, 16-bit", text="", evaluation=dense), *records]
+
+
+def compared(name: str) -> Iterator[Record]:
+    """Files beside their reference, by text: loss over it, KL, equal first tokens."""
+    figures = Figures(raw(name))
+    for label in figures.others:
+        maker, kind, text = label.split("-")
+        by = "no text" if text == "none" else text
+        row = {"file": f"{'llama.cpp' if maker == 'llama' else 'langprune'} {kind}, {by}"}
+        overs = {t: figures.over(label, figures.reference, t) for t in figures.texts}
+        row["over"] = {
+            t: "{:+.1f} ({:+.1f} to {:+.1f})".format(*_percent(i)) for t, i in overs.items()
+        }
+        found = {t: figures.compared(label, t) for t in figures.texts}
+        row |= {"kl": {t: each["kl"]["mean"] for t, each in found.items()}, "found": found}
+        yield Record(row, megabytes=figures.megabytes[label])
+
+
+def _percent(interval: MeanInterval) -> tuple[float, ...]:
+    return tuple(100 * end for end in interval[:3])
 
 
 def no_grid() -> Iterator[Record]:
@@ -604,7 +626,7 @@ def experts_recovered() -> Iterator[Record]:
 
 
 def bits_cost(file: Record) -> str:
-    """What longer tokens cost the original in percent, with its 95% interval; "" by old measures."""
+    """What longer tokens cost the original in percent, with an interval; "" by old measures."""
     if not file.excluded:
         return ""
     between = " ({:+.1f} to {:+.1f})".format(*(100 * end for end in file.cost_interval or (0, 0)))
