@@ -37,6 +37,14 @@ def slow(dense: nn.Module, own: nn.Module, ids: Tensor) -> dict[str, float]:
     return dict(zip(FIGURES, values, strict=True)) | more | {"dense_nats": nats.mean().item()}
 
 
+@torch.no_grad()
+def slow_quantiles(dense: nn.Module, model: nn.Module, ids: Tensor) -> dict[str, float]:
+    log_q, log_p = (each(ids).logits[:, :-1].double().log_softmax(-1) for each in (dense, model))
+    kl = (log_q.exp() * (log_q - log_p)).sum(-1).flatten()
+    shares = {"median": 0.5, "99%": 0.99, "99.9%": 0.999, "largest": 1.0}
+    return {name: kl.quantile(share).item() for name, share in shares.items()}
+
+
 def assert_like(found: dict[str, float], expected: dict[str, float]) -> None:
     for name, value in expected.items():
         assert found[name] == pytest.approx(value, rel=1e-4, abs=1e-7), name
@@ -61,6 +69,7 @@ def test_as_by_whole_forward_passes(
     for one, ids in zip(found, tests, strict=True):
         assert_like(one, slow(dense, runner.model, ids))
         assert one["kl"] > 0.01 and one["top1_agreement"] < 1
+        assert one["kl_of_tokens"] == pytest.approx(slow_quantiles(dense, runner.model, ids), 1e-3)
     assert found[0]["perplexity"] == pytest.approx(perplexity(runner, tests[0]), rel=1e-9)
 
 

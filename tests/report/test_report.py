@@ -159,6 +159,7 @@ def test_further_figures_have_columns_where_they_were_measured(
     for seed, kl in enumerate((0.1, 0.3)):
         made = results("admm", {"uk": 25.0, "en": 45.0}, on="uk", seed=seed)
         made["evaluation"][0] |= {"kl": kl, "top1_agreement": 0.75 + kl}
+        made["evaluation"][0]["kl_of_tokens"] = {"99%": 10 * kl}
         made |= {"tasks": {"words": {"acc,none": kl, "alias": "words"}}, "saved_bytes": 3e6}
         (tmp_path / str(seed)).mkdir()
         write_results(tmp_path / str(seed), made)
@@ -166,6 +167,7 @@ def test_further_figures_have_columns_where_they_were_measured(
     words("report.txt", text(), "further figures")
     assert float(lines()[0]["top1_agreement"]) == pytest.approx(0.95)
     assert float(lines()[0]["words acc,none"]) == pytest.approx(0.2)
+    assert float(lines()[0]["kl_99"]) == pytest.approx(2.0)
 
 
 def test_files_of_earlier_versions_and_burst_models_are_read(tmp_path: Path, words: Words) -> None:
