@@ -700,6 +700,11 @@ def language_confusion() -> Iterator[Record]:
 
 FORMS = "Model = {name} | Size (MB) = {megabytes:.0f}"
 TOP1 = "Top-1 agreement ↑ = {tests[0].top1_agreement:.1%}"
+BARS = {
+    "wanda": "Gemma 3 270M pruned to 50% by Wanda; lower is better",
+    "admm": "Pruned to 50% by ADMM",
+    "q4_0": "In four bits (q4_0)",
+}
 TYPES = """
 File = {file} | Size (MB) = {bytes / 1e6:.1f} | Bits per weight = {bits:.2f} | Tensors = {counts}
 measured(error=True, form=".4f") | TOP1"""
@@ -870,23 +875,29 @@ def draw_abilities() -> Figure:
 
 
 def draw_bars() -> Figure:
-    """Loss by 4-bit quantization in each language, calibrated on English text and on its own."""
-    more, others = losses()["q4_0"], [name for name in NAMES if name != "en"]
-    axes = axes_of(8.4, 3.3)
+    """Loss by pruning and 4 bits in each language, calibrated on English and on its own text."""
+    others = [name for name in NAMES if name != "en"]
+    figure = Figure(figsize=(8.4, 7.2), layout="constrained")
+    panels = zip(figure.subplots(len(BARS), 1, sharex=True), BARS.items(), strict=True)
     looks = {"en": ("calibrated on English", "#b0b0b0", -0.2)}
     looks["own"] = "calibrated on the language itself", BLUE, 0.2
-    for text, (words, color, side) in looks.items():
-        heights = [more[text if text == "en" else name, name] for name in others]
-        axes.bar([place + side for place in range(len(others))], heights, 0.38, 0, color=color)
-        axes.bar(0, 0, color=color, label=words)
-    for place, name in enumerate(others):
-        high = more["en", name]
-        axes.text(place, high + 0.002, f"{high / more[name, name]:.1f}×", ha="center", fontsize=9)
-    axes.set_xticks(range(len(others)), [NAMES[name] for name in others], fontsize=9)
-    axes.legend(frameon=False, ncols=2, loc="upper right")
-    axes.tick_params(axis="x", length=0)
-    words = {"ylabel": "Increase in bits per byte", "ylim": (0, 0.175)}
-    return finish(axes, "Gemma 3 270M in 4 bits (q4_0); lower is better", grid=False, **words)
+    for axes, (method, title) in panels:
+        more = losses()[method]
+        for text, (words, color, side) in looks.items():
+            heights = [more[text if text == "en" else name, name] for name in others]
+            places = [place + side for place in range(len(others))]
+            axes.bar(places, heights, 0.38, 0, color=color, label=words)
+        for place, name in enumerate(others):
+            high = more["en", name]
+            words = f"{high / more[name, name]:.1f}×"
+            axes.annotate(words, (place - 0.2, high), (0, 2), "data", "offset points", ha="center")
+        axes.set_xticks(range(len(others)), [NAMES[name] for name in others], fontsize=9)
+        axes.tick_params(axis="x", length=0)
+        axes.margins(y=0.15)
+        finish(axes, title, grid=False, ylabel="More bits per byte")
+    handles = figure.axes[0].get_legend_handles_labels()
+    figure.legend(*handles, frameon=False, ncols=2, loc="outside lower center")
+    return figure
 
 
 def draw_parts() -> Figure:
