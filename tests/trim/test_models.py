@@ -64,6 +64,7 @@ def test_same_logits_of_every_architecture(name: str, tmp_path: Path) -> None:
     argv = [tmp_path / "model", tmp_path / "out", "--data", texts]
     said = succeed(*argv, program=main).out
     assert "logits after 24 beginnings" in said and "not verified" not in said
+    assert "on the same tokens, OUT needs -" in said
     listed = json.loads((tmp_path / "out/vocabulary.json").read_text("utf-8"))
     rows = torch.tensor(listed["rows"])
     assert {297, 298, 299} <= set(listed["ids"])
