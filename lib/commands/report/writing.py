@@ -31,8 +31,8 @@ NOTES = {
     "KL": "KL: divergence from the dense model's predictions, in nats per token.",
     "KL 99%": "KL 99%: 99% of the tokens have a lower one.",
     "agreement": "agreement: share of positions with the dense model's most likely token.",
-    "bits/byte": "Bits per byte do not depend on the tokens of a text, as perplexities do, but fall "
-    "by themselves where a vocabulary was trimmed.",
+    "bits/byte": "Bits per byte do not depend on the tokens of a text, as perplexities do, but "
+    "fall by themselves where a vocabulary was trimmed.",
 }
 BOLD = "Bold: significantly the best of the rows that differ only in the calibration text."
 DIFFERENCES = f"""\
