@@ -82,7 +82,7 @@ def perplexities(
             weights = counted[number][which, :-1]
             means, divergences = _figures(runner, states, batch, weights, compare)
             figures[number][:, which], apart[number][which] = means.double(), divergences
-    dist.sum_([*figures, *apart])
+    dist.sum_([*figures, *(apart if reference else ())])
     return [
         _means(runner, test[of], by_window[:, of].cpu(), kl[of].cpu() if reference else None)
         for test, by_window, kl, of in zip(tests, figures, apart, chosen, strict=True)

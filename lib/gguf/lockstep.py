@@ -103,7 +103,7 @@ def lockstep(
         for (_, begin, one), (_, _, other) in parts:
             targets = [ids[begin + 1 : begin + 1 + len(one)] for ids in windows[number]]
             both, places = (one, other), np.arange(len(targets[0]))
-            sums = [normalizers(logits[places]) for logits in both]
+            sums = [normalizers(logits[: len(places)]) for logits in both]
             each = zip(both, sums, targets, strict=True)
             nats.append([own - logits[places, ids] for logits, own, ids in each])
             for place in places:

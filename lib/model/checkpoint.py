@@ -28,8 +28,8 @@ WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 ADAPTER = "adapter_config.json"
 CONVERT = (
     "Run 'python benchmarks/to_safetensors.py MODEL NEW' and name NEW, or name a model that has "
+    "them, such as huggyllama/llama-7b"
 )
-CONVERT += "them, such as huggyllama/llama-7b"
 log = logging.getLogger(__name__)
 
 
