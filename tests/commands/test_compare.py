@@ -228,6 +228,17 @@ def test_without_a_reference_each_is_compared_with_each(
         assert record["losses"][name]["uk"] == pytest.approx(losses["uk"], rel=1e-6)
 
 
+def test_many_pairs_stand_in_the_file_alone(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("lib.commands.compare.table.MOST_PAIRS", 1)
+    argv = [*files(REFERENCE, NEAR, FAR), "--data", "uk", "--passages", 4]
+    compare(*argv, "--out", tmp_path / "out")
+    said, kept_table = capsys.readouterr().out, (tmp_path / "out/table.md").read_text("utf-8")
+    assert "the differences of pairs are 2 lines, which table.md in --out has" in said
+    assert "p (Holm)" in kept_table and "p (Holm)" not in said
+
+
 def test_an_interrupted_comparison_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     argv = [*files(REFERENCE, NEAR, FAR), "--data", "uk", "--passages", 4, "--out"]
     compare(*argv, tmp_path / "whole")

@@ -24,6 +24,7 @@ BITS, OVER, SAME = "Bits per byte, ↓", "Over the reference (%), ↓", "Same fi
 OF_TEXT = [BITS, OVER, *(f"KL, {name}, ↓" for name in ("mean", *SHARES)), SAME]
 OF_FILE = ["MB", "Prompt (tokens/s), ↑", "Generation (tokens/s), ↑"]
 PAIR_HEAD = ["Text", "File", "Against", "Figure", "Difference", "p (Holm)"]
+MOST_PAIRS = 40  # that are printed; a table in --out has all
 NOTES = (
     "Bits per byte: of each file on its own tokens. KL: nats per token from the reference. "
     "Brackets: 95% intervals, paired over documents. Bold: significantly lower than all other "
@@ -85,13 +86,14 @@ def print_table(record: Mapping[str, Any]) -> dict[str, str]:
     pairs = figures.pairs()
     rows = [_row(figures, text, of, pairs) for text in figures.texts for of in figures.labels]
     parts = [_table(rows, [*NAMES, *OF_TEXT]), NOTES]
-    if pairs:
-        body = [[*map(escape, line[:4]), _difference(line), f"{line[-1].p:.2g}"] for line in pairs]
-        parts.append(padded_table(PAIR_HEAD, body, left=4))
     parts.append(_table(rows[: len(figures.labels)], [NAMES[1], *OF_FILE]))
     parts += ["\n".join(f"- {line}" for line in lines)] if (lines := _lines(figures)) else []
-    markdown = "\n\n".join(parts)
-    print(f"\n{markdown}\n", flush=True)
+    body = [[*map(escape, line[:4]), _difference(line), f"{line[-1].p:.2g}"] for line in pairs]
+    of_pairs = [padded_table(PAIR_HEAD, body, left=4)] if pairs else []
+    short = f"the differences of pairs are {len(body)} lines, which table.md in --out has"
+    short = of_pairs if len(body) <= MOST_PAIRS else [short]
+    print("", *parts, *short, sep="\n\n", end="\n\n", flush=True)
+    markdown = "\n\n".join([*parts, *of_pairs])
     table, signs = io.StringIO(), re.compile(rf"\*\*|{EMPTY}|(?<=\d),(?=\d)")
     cells = [[signs.sub("", cell) for cell in row.values()] for row in rows]
     csv.writer(table, lineterminator="\n").writerows([rows[0], *cells])
@@ -191,14 +193,17 @@ def _draw(figures: Figures) -> Any:
     """Draw the loss of files over their sizes, a panel for each text."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(4.5 * len(figures.texts), 3.6), layout="constrained")
+    figure = Figure(figsize=(3.6 * len(figures.texts) + 2, 3.6), layout="constrained")
     panels = figure.subplots(1, len(figures.texts), squeeze=False)[0]
     for axes, text in zip(panels, figures.texts, strict=True):
-        for label in figures.labels:
-            place = figures.megabytes[label], figures.bits(label, text)
-            axes.plot(*place, "o", markersize=5)
-            axes.annotate(label, place, (4, 4), textcoords="offset points", fontsize=7)
+        for number, label in enumerate(figures.labels):
+            place, mark = (
+                (figures.megabytes[label], figures.bits(label, text)),
+                "os^Dv"[number // 10 % 5],
+            )
+            axes.plot(*place, mark, markersize=6, label=label)
         axes.set(title=text, xlabel="MB", ylabel="bits per byte")
-        axes.margins(x=0.25, y=0.15)
         axes.grid(alpha=0.3)
+    handles = panels[0].get_legend_handles_labels()
+    figure.legend(*handles, loc="outside right", frameon=False, fontsize=8)
     return figure
