@@ -370,7 +370,7 @@ def start(file: str, context: int, gpu_layers: int = 0) -> Any:
     settings.n_gpu_layers = gpu_layers
     settings.cache_type_k = settings.cache_type_v = F32
     settings.flash_attn_type = xllamacpp.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DISABLED
-    settings.fit_params = settings.warmup = False
+    settings.fit_params = settings.warmup = settings.prefill_assistant = False
     settings.cpuparams.n_threads = threads()
     settings.verbosity = -1
     return xllamacpp.Server(settings)

@@ -95,9 +95,11 @@ def lockstep(
 
     `windows` (windows, 2, tokens) are in tokens of each. `rows` are those of `Match`.
     """
+    if not windows:
+        return
     of_each = zip(*windows, strict=True)
     runs = [model.logits(its) for model, its in zip(models, of_each, strict=True)]
-    pairs = zip(*runs, strict=True) if windows else ()
+    pairs = zip(*runs, strict=True)
     for number, parts in groupby(pairs, lambda pair: pair[0][0]):
         nats, found = [], []
         for (_, begin, one), (_, _, other) in parts:

@@ -171,7 +171,8 @@ def test_a_trimmed_file_is_compared_on_its_own_tokens(
         assert f"on 8 of 8 documents; left out are {found['left_out'][0]:.2%} of the ref" in said
     # the whole file's loss is on its own tokens, which are others, so it runs a second time
     opened = measure.open_files(files(REFERENCE, "small"))
-    assert len({len(each.window(whole[0])) for each in opened}) == 2
+    passage = measure.Passage("", whole[0])
+    assert len({len(each.window(passage)) for each in opened}) == 2
     compare(*files(REFERENCE, NEAR), "--data", "uk", "--passages", 8, "--out", tmp_path / "plain")
     plain = kept(tmp_path / "plain")["losses"][REFERENCE]["uk"]
     assert record["losses"][REFERENCE]["uk"] == pytest.approx(plain, rel=1e-5)
@@ -368,9 +369,9 @@ def rows(name: str, *documents: dict) -> str:
             "--out odd: it holds a comparison of other files",
         ),
         ([], "FILE reference.gguf: no text to compare on is named. Give --language or --data."),
-        (["--data", "uk", "--passages", "1"], "--data uk: it has 40 test documents for --passages"),
+        (["--data", "uk", "--passages", "1"], "--data uk: --passages 1 gives 1 of its 40 test doc"),
         (["--data", "one.jsonl"], "--data one.jsonl: it has 5 characters, too few to hold out"),
-        (["--data", "asked.jsonl"], "--data asked.jsonl: it has 0 test documents for --passages"),
+        (["--data", "asked.jsonl"], "--data asked.jsonl: --passages 32 gives 0 of its 4 test doc"),
         (["--language", "xx-nonsense-zz-q"], "--language xx-nonsense-zz-q: it is not a language"),
     ],
 )

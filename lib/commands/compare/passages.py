@@ -51,7 +51,9 @@ def passages_of(
         chosen = [documents[n * len(documents) // n_passages] for n in range(n_passages)]
         found = _passages(chosen, files)
         if (n_passages := len(found)) < 2:
-            problem = f"it has {counted(n_passages, 'test document')} for --passages {count}"
+            problem = (
+                f"--passages {count} gives {n_passages} of its {len(documents)} test documents"
+            )
             raise corpus.source.error(problem, "Give at least 2, for an interval over documents")
         if left_out := len(chosen) - n_passages:
             which = "the template rejects them or ends prompts otherwise, or prompts are too long"
