@@ -133,14 +133,17 @@ def last_words(
 def currencies(tag: str, seed: int) -> list[dict[str, Any]]:
     """Return at most KNOWN questions for the currency of a territory, after SHOWN other pairs.
 
-    By the tables of CLDR in the language `tag`, which has to be known there, at FIXED. A currency
-    is one word, that which is no form of the territory's name. No word is asked for more than ALIKE
-    times, and wrong ones are drawn from all.
+    By the tables of CLDR in the language `tag` at FIXED; [] where they lack it, or its names. A
+    currency is one word, that which is no form of the territory's name. No word is asked for more
+    than ALIKE times, and wrong ones are drawn from all.
     """
-    from babel import Locale
+    from babel import Locale, localedata
     from babel.numbers import get_territory_currencies
 
-    locale, draw = Locale.parse(tag, sep="-"), random.Random(seed)
+    tag = tag.replace("-", "_")
+    if not localedata.exists(tag):
+        return []
+    locale, draw = Locale.parse(tag), random.Random(seed)
     found, times = [], Counter()
     places = sorted(code for code in locale.territories if re.fullmatch("[A-Z]{2}", code))
     draw.shuffle(places)
@@ -148,12 +151,12 @@ def currencies(tag: str, seed: int) -> list[dict[str, Any]]:
         name, used = locale.territories[code], get_territory_currencies(code, FIXED)
         starts = {word[:3] for word in re.split(r"[\s-]", name.lower())}
         words = re.split(r"[\s-]", locale.currencies.get(used[0], "").lower()) if used else []
-        words = [word for word in words if word[:3] not in starts]
+        words = [word for word in words if word and word[:3] not in starts]
         if len(used) == len(words) == 1 and times[words[0]] < ALIKE:
             times.update(words)
             found.append((name, words[0]))
-    questions = []
-    for name, word in found[:KNOWN]:
+    questions, enough = [], len(times) > max(SHOWN, CHOICES)  # words for any draw
+    for name, word in found[:KNOWN] if enough else ():
         others = draw.sample([pair for pair in found if pair[1] != word], SHOWN)
         context = "; ".join(f"{place} — {its}" for place, its in others)
         wrong = draw.sample([each for each in sorted(times) if each != word], CHOICES - 1)
@@ -230,11 +233,8 @@ def main(argv: list[str]) -> None:
         )
     name = args.language or re.sub(r"\W+", "_", source.name)
     tasks = {f"{name}_last_word": (questions, CHOOSE), f"{name}_last_word_said": (questions, SAY)}
-    if args.language and find_spec("babel"):
-        from babel.localedata import exists
-
-        if exists(args.language.replace("-", "_")):
-            tasks[f"{name}_currencies"] = (currencies(args.language, args.seed), CHOOSE)
+    known = args.language and find_spec("babel") and currencies(args.language, args.seed)
+    tasks |= {f"{name}_currencies": (known, CHOOSE)} if known else {}
     if args.pairs:
         tasks[f"{name}_pairs"] = (read_pairs(args.pairs, args.seed), PAIRS)
     folder = Path(args.out)

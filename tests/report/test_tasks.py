@@ -76,6 +76,17 @@ def test_currencies_are_those_of_the_countries(tag: str) -> None:
     assert tasks.currencies(tag, 0) == questions != tasks.currencies(tag, 1)
 
 
+def test_currencies_of_any_language_have_names_or_are_not_asked() -> None:
+    pytest.importorskip("babel")
+    from babel.localedata import locale_identifiers
+
+    for tag in ["nonsense", *(name for name in locale_identifiers() if "_" not in name)]:
+        for question in tasks.currencies(tag, 0):
+            assert all(question["options"]) and len({*question["options"]}) == 4, tag
+    assert tasks.currencies("nonsense", 0) == tasks.currencies("wal", 0) == []
+    assert tasks.currencies("pt_BR", 0) == tasks.currencies("pt-BR", 0) != []
+
+
 def test_words_of_a_chat_model_are_asked_for_after_all_that_was_said(tmp_path: Path) -> None:
     tokenizer = chats.tokenizer_with(chats.GEMMA)
     tokenizer.save_pretrained(tmp_path / "model")
