@@ -198,9 +198,9 @@ def main(argv: list[str]) -> None:
             name = "".join(each if each.isalnum() else "-" for each in label)
             folder, file = args.out / name, args.out / f"{name}.gguf"
             if not (folder.is_dir() or file.is_file()):
-                own = [word for word in words.split() if word != "no_feedback"]
-                script = "main.py" if words.split() == own else "benchmarks/no_feedback.py"
-                made = ["--quantize", *own, "--eval_windows", "1", "--completions", "0"]
+                its = [word for word in words.split() if word != "no_feedback"]
+                script = "main.py" if words.split() == its else "benchmarks/no_feedback.py"
+                made = ["--quantize", *its, "--eval_windows", "1", "--completions", "0"]
                 made += ["--save", f"{folder}-results", "--save_model", folder]
                 child(sys.executable, ROOT / script, *common, *made)
             if not file.is_file():

@@ -39,7 +39,6 @@ from lib.commands.report.pictures import heat_map
 from lib.util.cli import make_parser, run
 from lib.util.errors import UserError
 from lib.util.markdown import padded_table
-from lib.util.statistics import MeanInterval
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks/results"
@@ -266,16 +265,11 @@ def compared(name: str) -> Iterator[Record]:
         by = "no text" if text == "none" else text
         row = {"file": f"{'llama.cpp' if maker == 'llama' else 'langprune'} {kind}, {by}"}
         overs = {t: figures.over(label, figures.reference, t) for t in figures.texts}
-        row["over"] = {
-            t: "{:+.1f} ({:+.1f} to {:+.1f})".format(*_percent(i)) for t, i in overs.items()
-        }
+        form = "{:+.1f} ({:+.1f} to {:+.1f})"
+        row["over"] = {t: form.format(*(100 * end for end in i[:3])) for t, i in overs.items()}
         found = {t: figures.compared(label, t) for t in figures.texts}
         row |= {"kl": {t: each["kl"]["mean"] for t, each in found.items()}, "found": found}
         yield Record(row, megabytes=figures.megabytes[label])
-
-
-def _percent(interval: MeanInterval) -> tuple[float, ...]:
-    return tuple(100 * end for end in interval[:3])
 
 
 def no_grid() -> Iterator[Record]:

@@ -298,18 +298,16 @@ def dialogues(model: str, chats: Sequence[Mapping[str, Any]], end: int) -> dict[
 
     Also whether it ends an answer at the token `end` (`stops`).
     """
-    texts = rendered(model, chats, rejected=None)
+    texts = rendered(model, chats, strict=True)
     with closing(Llama(model)) as llama:
         ids = [llama.encode(text, whole=True).tolist() for text in texts]
         return {"chats": ids, "stops": llama.ends_answer(end)}
 
 
-def rendered(
-    model: str, chats: Sequence[Mapping[str, Any]], rejected: str | None = ""
-) -> list[str]:
+def rendered(model: str, chats: Sequence[Mapping[str, Any]], strict: bool = False) -> list[str]:
     """Return the texts of `chats`, messages with other fields of a request, as a server renders.
 
-    `rejected` is the text of those that the template rejects; None raises ValueError for them.
+    "" for those that the template rejects; ValueError if `strict`.
     """
     server, texts = start(model, 64), []
     # a server that is ended before its loop has begun would wait for ever
@@ -321,9 +319,9 @@ def rendered(
         try:
             texts.append(ask(server, "/apply-template", fields)["prompt"])
         except ValueError:
-            if rejected is None:
+            if strict:
                 raise
-            texts.append(rejected)
+            texts.append("")
     return texts
 
 

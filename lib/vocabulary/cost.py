@@ -94,7 +94,7 @@ def record_cost(pieces: Sequence[Piece], original: np.ndarray, trimmed: np.ndarr
 
     The interval is paired over documents; None for few.
     """
-    n_bytes, documents = (sum(len(piece.text.encode()) for piece in pieces), _documents(pieces))
+    n_bytes, documents = sum(len(piece.text.encode()) for piece in pieces), _documents(pieces)
     mean, interval = _over(documents, trimmed, original)
     bits = float(np.sum(original)) / math.log(2) / n_bytes
     tokens, n_documents = sum(len(piece.before) for piece in pieces), int(documents.max()) + 1

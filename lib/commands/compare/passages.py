@@ -93,10 +93,11 @@ def _answers(dialogues: Sequence[Dialogue], file: File) -> list[Passage]:
     chats, found = [], []
     for each in dialogues:
         more = {"tools": each.tools, "chat_template_kwargs": {"enable_thinking": False}}
-        roles = [message["role"] for message in each.messages]
-        end = len(roles) - roles[::-1].index("assistant") if "assistant" in roles else 0
-        chats.append({"messages": each.messages[: end - 1 if end else 0]} | more)
-        chats.append({"messages": each.messages[:end], "add_generation_prompt": False} | more)
+        messages = each.messages
+        while messages and messages[-1]["role"] != "assistant":
+            messages.pop()
+        chats.append({"messages": messages[:-1]} | more)
+        chats.append({"messages": messages, "add_generation_prompt": False} | more)
     options = dict(size=4 * file.file.size, model=str(file.path), chats=chats)
     texts = run_child(file.what, rendered, **options) if chats else ()
     for prompt, whole in zip(texts[::2], texts[1::2], strict=True):

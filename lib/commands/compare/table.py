@@ -24,6 +24,7 @@ BITS, OVER, SAME = "Bits per byte, ↓", "Over the reference (%), ↓", "Same fi
 OF_TEXT = [BITS, OVER, *(f"KL, {name}, ↓" for name in ("mean", *SHARES)), SAME]
 OF_FILE = ["MB", "Prompt (tokens/s), ↑", "Generation (tokens/s), ↑"]
 PAIR_HEAD = ["Text", "File", "Against", "Figure", "Difference", "p (Holm)"]
+MARKS, COLORS = "os^Dv", 10  # of files in the picture: another mark once colors repeat
 MOST_PAIRS = 40  # that are printed; a table in --out has all
 NOTES = (
     "Bits per byte: of each file on its own tokens. KL: nats per token from the reference. "
@@ -88,12 +89,14 @@ def print_table(record: Mapping[str, Any]) -> dict[str, str]:
     parts = [_table(rows, [*NAMES, *OF_TEXT]), NOTES]
     parts.append(_table(rows[: len(figures.labels)], [NAMES[1], *OF_FILE]))
     parts += ["\n".join(f"- {line}" for line in lines)] if (lines := _lines(figures)) else []
-    body = [[*map(escape, line[:4]), _difference(line), f"{line[-1].p:.2g}"] for line in pairs]
-    of_pairs = [padded_table(PAIR_HEAD, body, left=4)] if pairs else []
-    short = f"the differences of pairs are {len(body)} lines, which table.md in --out has"
-    short = of_pairs if len(body) <= MOST_PAIRS else [short]
-    print("", *parts, *short, sep="\n\n", end="\n\n", flush=True)
-    markdown = "\n\n".join([*parts, *of_pairs])
+    printed = [*parts]
+    if pairs:
+        body = [[*map(escape, line[:4]), _difference(line), f"{line[-1].p:.2g}"] for line in pairs]
+        parts.append(padded_table(PAIR_HEAD, body, left=4))
+        many = f"the differences of pairs are {len(pairs)} lines, which table.md in --out has"
+        printed.append(parts[-1] if len(pairs) <= MOST_PAIRS else many)
+    print("", "\n\n".join(printed), "", sep="\n", flush=True)
+    markdown = "\n\n".join(parts)
     table, signs = io.StringIO(), re.compile(rf"\*\*|{EMPTY}|(?<=\d),(?=\d)")
     cells = [[signs.sub("", cell) for cell in row.values()] for row in rows]
     csv.writer(table, lineterminator="\n").writerows([rows[0], *cells])
@@ -197,10 +200,8 @@ def _draw(figures: Figures) -> Any:
     panels = figure.subplots(1, len(figures.texts), squeeze=False)[0]
     for axes, text in zip(panels, figures.texts, strict=True):
         for number, label in enumerate(figures.labels):
-            place, mark = (
-                (figures.megabytes[label], figures.bits(label, text)),
-                "os^Dv"[number // 10 % 5],
-            )
+            place = figures.megabytes[label], figures.bits(label, text)
+            mark = MARKS[number // COLORS % len(MARKS)]
             axes.plot(*place, mark, markersize=6, label=label)
         axes.set(title=text, xlabel="MB", ylabel="bits per byte")
         axes.grid(alpha=0.3)
