@@ -1,15 +1,15 @@
-"""Size against KL: files of llama.cpp's types and of langprune's, measured alike.
+"""Size against KL: files of llama.cpp's types and of langprune's, by `compare`, in llama.cpp.
 
     python benchmarks/bench_types.py MODEL --data en --llama FOLDER --out FOLDER \\
         --types q4_0 iq4_nl q4_k_m --ours q5_0 "auto --megabytes 97" \\
-        -- --seqlen 512 --nsamples 16 --eval_windows 16 --device cpu
+        -- --seqlen 512 --nsamples 16 --device cpu
 
 The library of llama.cpp in `--llama` quantizes MODEL's 32-bit file. Its importance matrix is of the
 windows with which main.py quantizes. `--ours` has what follows `--quantize`, also training, or
 `no_feedback` for what an importance matrix alone gives (no_feedback.py). `--files` has finished
-files of MODEL's rows, such as those of compress. Each file is read back, and its weights replace
-MODEL's in transformers. `--out` keeps figures.json; its rows are not measured again, so another
-text, model or number of windows needs another folder.
+files of MODEL's rows, such as those of compress. All are compared with the 32-bit file on
+`--passages` of the test text, or of `--test`. `--out` keeps files, figures.json and the tables of
+`compare`; what is there is not made again.
 """
 
 from __future__ import annotations
@@ -27,11 +27,12 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+import numpy as np
 import torch
-from bench_frontier import ROOT, child, matrices_of, names_in
+from gguf_weights import ROOT, child, names_in
 from torch import Tensor, nn
 
-from lib.eval import perplexities
+from lib.commands.compare.table import Figures
 from lib.formats.registry import AUTO, GRIDS
 from lib.gguf import conversion
 from lib.gguf.source import make_view, open_source, pre_tokenizer_of
@@ -39,13 +40,12 @@ from lib.model.blocks import BlockRunner
 from lib.run.check import check
 from lib.run.flags import build_parser, check_flags
 from lib.run.load import load
-from lib.run.record import evaluation_record
-from lib.run.steps import dense_reference, resolve_bos
+from lib.run.steps import resolve_bos
 from lib.util.cli import add_debug_flag, run, split_argv
+from lib.util.files import write_text
 from lib.vocabulary.tokenizer_model import check_of
 
 TYPES = "q4_0 iq4_nl q4_k_m q5_0 q5_k_m q3_k_m iq4_xs q6_k q8_0 q2_k iq3_xxs".split()
-WHICH = "perplexity", "bits_per_byte", "kl", "kl_standard_error", "top1_agreement"
 
 
 class Settings(ctypes.Structure):
@@ -137,10 +137,35 @@ def types_of(file: Path) -> dict[str, list[int]]:
     return dict(counts)
 
 
+def rows_of(out: Path, labels: dict[str, Path]) -> list[dict[str, Any]]:
+    """Return the figures of each file in what `compare` left in `out`, and those of the dense."""
+    figures = Figures(json.loads((out / "compared/compare.json").read_text("utf-8")))
+    rows = []
+    for label, file in labels.items():
+        row = {"label": label, "bytes": file.stat().st_size, "types": types_of(file), "tests": []}
+        for text in figures.texts:
+            found = figures.compared(file.stem, text)
+            tokens = sum(found["tokens"])
+            shares = np.array(found["tokens"]) / tokens
+            apart = (np.array(found["kl_by_document"]) - found["kl"]["mean"]) * shares
+            test = {"name": text, "kl": found["kl"]["mean"], "top1_agreement": found["equal"]}
+            test |= {"kl_standard_error": float(np.sqrt(np.square(apart).sum()))}
+            test |= {"kl_of_tokens": found["kl"], "passages": len(shares), "dense": {}}
+            for which, place in ((file.stem, test), (figures.reference, test["dense"])):
+                place["bits_per_byte"] = float(figures.bits(which, text))
+                place["perplexity"] = float(np.exp(figures.losses(which, text).sum() / tokens))
+            low, high = figures.over(file.stem, figures.reference, text)[1:3]
+            row["tests"].append(test | {"over": [low, high]})
+        rows.append(row)
+    return rows
+
+
 def main(argv: list[str]) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("model", type=Path, metavar="MODEL", help="local folder")
     parser.add_argument("--data", required=True, metavar="TEXTS")
+    parser.add_argument("--test", nargs="+", metavar="TEXTS", help="default: those of --data")
+    parser.add_argument("--passages", default="32")
     parser.add_argument("--llama", type=Path, metavar="FOLDER", help="has libllama.so, libggml.so")
     parser.add_argument("--types", nargs="*", default=TYPES, metavar="TYPE", help="llama.cpp's")
     parser.add_argument("--ours", nargs="*", default=[], metavar="FLAGS", help="after --quantize")
@@ -151,67 +176,42 @@ def main(argv: list[str]) -> None:
     args, parser = parser.parse_args(own), build_parser()
     args.out.mkdir(parents=True, exist_ok=True)
     common = ["--model", str(args.model), "--calibration_data", args.data, *passed_on]
-    flags = parser.parse_args([*common, "--quantize", "iq4_nl"])
-    check_flags(parser, flags)
-    job, kept = check(flags), args.out / "figures.json"
-    rows = json.loads(kept.read_text("utf-8")) if kept.is_file() else []
-    with ExitStack() as cleanup:
-        runner = load(job, cleanup, None)
-        job.windows = resolve_bos(job, runner)
-        reference, squares = dense_reference(job, runner), {}
-        tests = job.windows.tests
-
-        def measure(label: str, file: Path) -> None:
-            """Measure the weights of a file, and keep its row."""
-            held = matrices_of(file, args.model)
-            for name, parameter in runner.model.named_parameters():
-                if name in held:
-                    parameter.data = held[name].to(parameter.dtype)  # the reference has its own
-            figures = perplexities(runner, [test.windows for test in tests], reference=reference)
-            row = {"label": label, "bytes": file.stat().st_size, "types": types_of(file)}
-            row |= {"tests": []}
-            for test, each in zip(tests, figures, strict=True):
-                record = evaluation_record(test, each)
-                row["tests"].append({name: record[name] for name in ("name", *WHICH)})
-                row["tests"][-1] |= {"dense": record["dense"], "windows": len(test.windows)}
-            rows.append(row)
-            kept.write_text(json.dumps(rows, indent=1) + "\n", "utf-8")
-            print(json.dumps(row), flush=True)
-
-        known = {row["label"] for row in rows}
-        wanted = [kind for kind in args.types if f"llama.cpp {kind}" not in known]
-        whole = args.out / "whole.gguf"
-        if wanted:
-            if not whole.is_file():
-                convert(args.model, whole, "f32")
-            name_of = names_in(whole, args.model)
-            of_linears = mean_squares(runner, job.windows.calibration.ids)
-            squares = {name_of(name): each for name, each in of_linears.items()}
-        for kind in wanted:
-            file = args.out / f"llama-{kind}.gguf"
+    whole, files = args.out / "whole.gguf", {}
+    if not whole.is_file():
+        convert(args.model, whole, "f32")
+    wanted = {kind: args.out / f"llama-{kind}.gguf" for kind in args.types}
+    files |= {f"llama.cpp {kind}": file for kind, file in wanted.items()}
+    if missing := {kind: file for kind, file in wanted.items() if not file.is_file()}:
+        flags = parser.parse_args([*common, "--quantize", "iq4_nl"])
+        check_flags(parser, flags)
+        job, name_of = check(flags), names_in(whole, args.model)
+        with ExitStack() as cleanup:
+            runner = load(job, cleanup, None)
+            means = mean_squares(runner, resolve_bos(job, runner).calibration.ids)
+        squares = {name_of(name): each for name, each in means.items()}
+        for kind, file in missing.items():
             quantize(args.llama, whole, file, kind, squares)
-            measure(f"llama.cpp {kind}", file)
-        for words in args.ours:
-            label = Path(words).stem if words.endswith(".json") else words
-            if label in known:
-                continue
-            name = "".join(each if each.isalnum() else "-" for each in label)
-            folder, file = args.out / name, args.out / f"{name}.gguf"
-            if not (folder.is_dir() or file.is_file()):
-                its = [word for word in words.split() if word != "no_feedback"]
-                script = "main.py" if words.split() == its else "benchmarks/no_feedback.py"
-                made = ["--quantize", *its, "--eval_windows", "1", "--completions", "0"]
-                made += ["--save", f"{folder}-results", "--save_model", folder]
-                child(sys.executable, ROOT / script, *common, *made)
-            if not file.is_file():
-                kind = words.split()[0]
-                convert(folder, file, kind if kind in GRIDS else AUTO)
-                shutil.rmtree(folder)
-            measure(label, file)
-        for named in args.files:
-            label, file = named.split("=", 1)
-            if label not in known:
-                measure(label, Path(file))
+    for words in args.ours:
+        label = Path(words).stem if words.endswith(".json") else words
+        name = "".join(each if each.isalnum() else "-" for each in label)
+        folder, files[label] = args.out / name, args.out / f"{name}.gguf"
+        if files[label].is_file():
+            continue
+        if not folder.is_dir():
+            its = [word for word in words.split() if word != "no_feedback"]
+            script = "main.py" if words.split() == its else "benchmarks/no_feedback.py"
+            made = ["--quantize", *its, "--eval_windows", "1", "--completions", "0"]
+            made += ["--save", f"{folder}-results", "--save_model", folder]
+            child(sys.executable, ROOT / script, *common, *made)
+        kind = words.split()[0]
+        convert(folder, files[label], kind if kind in GRIDS else AUTO)
+        shutil.rmtree(folder)
+    files |= {label: Path(file) for label, file in (each.split("=", 1) for each in args.files)}
+    compare = ["compare", whole, *files.values(), "--data", *(args.test or [args.data])]
+    compare += ["--passages", args.passages, "--out", args.out / "compared"]
+    print(child("bash", ROOT / "launch.sh", *compare))
+    rows = rows_of(args.out, files)
+    write_text(args.out / "figures.json", json.dumps(rows, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -21,7 +21,7 @@ from unittest import mock
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
-from bench_frontier import matrices_of
+from gguf_weights import matrices_of
 
 import main as command
 from lib.model.blocks import BlockRunner

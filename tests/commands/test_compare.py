@@ -268,6 +268,19 @@ def test_an_interrupted_comparison_goes_on(tmp_path: Path, monkeypatch: pytest.M
         compare(*files(REFERENCE, FAR), "--data", "uk", "--passages", 4, "--out", tmp_path / "out")
 
 
+def test_more_files_join_a_comparison(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    more = ["--data", "uk", "--passages", 4, "--out"]
+    compare(*files(REFERENCE, NEAR, FAR), *more, tmp_path / "whole")
+    compare(*files(REFERENCE, FAR), *more, tmp_path / "out")
+    losses = kept(tmp_path / "out")["losses"]
+    run, calls = measure._run, []
+    monkeypatch.setattr(measure, "_run", lambda *args: calls.append(args) or run(*args))
+    compare(*files(REFERENCE, NEAR, FAR), *more, tmp_path / "out")
+    assert len(calls) == 1 and kept(tmp_path / "out")["losses"][FAR] == losses[FAR]
+    for name in ("table.csv", "table.md"):
+        assert (tmp_path / "out" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+
+
 def test_passages_are_beginnings_that_fit_all_files(place: Path) -> None:
     short = {"llama.context_length": (ggufs.UINT32, 40)}
     with_noise(Path("short.gguf"), 0.0, changed=short)

@@ -5,7 +5,8 @@ For users who choose between files of a model: which is better in my language, a
 
 The first file is the reference, best a BF16 or Q8_0 one. Each other file advances beside it, one
 passage at a time, so that no logits are stored. Intervals are paired over documents. Texts of your
-own use tell more than web text. With --out, the same command goes on with what was interrupted.
+own use tell more than web text. With --out, the same command goes on with what was interrupted,
+and more files may join.
 """
 
 from __future__ import annotations
@@ -48,9 +49,12 @@ def main(arguments: list[str]) -> None:
     record = {"asked": asked, "speeds": {}, "losses": {}, "compared": {}}
     if args.out and path.is_file():
         record = json.loads(path.read_text("utf-8"))
-        if record.get("asked") != asked:
+        kept, files_now = record.get("asked", {"files": {}}), asked["files"]
+        more = {label: files_now[label] for label in files_now if label not in kept["files"]}
+        if kept | {"files": kept["files"] | more} != asked:
             problem = "it holds a comparison of other files, texts or versions"
             raise UserError(f"--out {args.out}", problem, "Name a new folder")
+        record["asked"] = asked
 
     def keep() -> None:
         if args.out:
