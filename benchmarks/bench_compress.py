@@ -17,7 +17,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from gguf_weights import child
+from measure import child
 
 from lib.util.cli import add_debug_flag, run, split_argv
 

@@ -1,4 +1,4 @@
-"""Speed, size and loading of packed weights beside dense ones, as Markdown tables.
+"""Speed, size and loading of packed weights beside dense ones, as JSON.
 
     python benchmarks/bench_sparse.py products # linears of 4096 and 11008, 1 to 512 tokens
     python benchmarks/bench_sparse.py model  # a random LLaMA of 1.2 billion parameters
@@ -6,8 +6,8 @@
     python benchmarks/bench_sparse.py split --model FOLDER  # where the time of a token goes
 
 Run it on a quiet machine. Dense and packed take turns in the same run, figures are medians; loading
-and resident memory are those of a process of its own for each. llama.cpp beside it, by its own
-program: `llama-bench -m FILE -t THREADS -p 512 -n 64`.
+and resident memory are those of a process of its own for each. `--files` are GGUF files, which
+llama.cpp runs after them.
 """
 
 from __future__ import annotations
@@ -19,7 +19,8 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -27,15 +28,16 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import psutil
 import torch
-from measure import medians, random_llama, table
+from measure import medians, random_llama
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lib.formats.registry import FORMATS
+from lib.gguf.llama import speeds
 from lib.model.blocks import BlockRunner
 from lib.model.skeleton import decoder_blocks
 from lib.packed import kernels
-from lib.packed.checkpoint import pack_embeddings_
+from lib.packed.checkpoint import mark_packed_, pack_embeddings_
 from lib.packed.linear import SparseLinear
 from lib.sparse import swap_linears_
 
@@ -113,21 +115,10 @@ def bench_product(
     return found
 
 
-def bench_products(args: argparse.Namespace) -> None:
-    for name in args.dtypes:
-        rows = []
-        for shape in SHAPES:
-            for share in args.shares:
-                found = bench_product(shape, share, DTYPES[name], args.rounds)
-                base = found.pop("dense")
-                size = f"{shape[0]} x {shape[1]}, {share:.0%}"
-                rows.append([size, "dense", *(f"{s * 1e3:.2f} ms" for s in base)])
-                rows += [
-                    ["", way, *(f"{b / s:.2f}x" for b, s in zip(base, spent, strict=True))]
-                    for way, spent in found.items()
-                ]
-        print(f"{name}: milliseconds of the dense product; the others, how many times as fast\n")
-        table(["out x in, zeros", "", *(f"{n} token{'s' * (n > 1)}" for n in TOKENS)], rows)
+def bench_products(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    for name, shape, share in product(args.dtypes, SHAPES, args.shares):
+        found = bench_product(shape, share, DTYPES[name], args.rounds)
+        yield {"dtype": name, "shape": shape, "zeros": share, "tokens": TOKENS, "seconds": found}
 
 
 @torch.inference_mode()
@@ -190,6 +181,7 @@ def packed_models(args: argparse.Namespace) -> dict[str, nn.Module]:
         models[f"packed, {bits} bits"] = model = copy.deepcopy(models["dense"])
         swap_linears_(BlockRunner(model, CPU), fmt)
     pack_embeddings_(model)  # at 4 bits, as --quantize int4 does
+    mark_packed_(model)
     return models
 
 
@@ -224,42 +216,34 @@ def split(model: nn.Module, rounds: int) -> dict[str, float]:
     return {part: 1e3 * s / (rounds * NEW) for part, s in ({"all": whole} | spent).items()}
 
 
-def bench_split(args: argparse.Namespace) -> None:
+def bench_split(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
     """Where the time of one token after another goes."""
-    rows = []
     for name, model in packed_models(args).items():
-        milliseconds = split(model, args.rounds)
-        rows.append([name, *(f"{value:.1f}" for value in milliseconds.values())])
-    table(["milliseconds a token", *milliseconds], rows)
+        yield {"weights": name, "milliseconds": split(model, args.rounds)}
 
 
-def bench_model(args: argparse.Namespace) -> None:
+def bench_model(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
     models = packed_models(args)
-    found: dict[str, list[str]] = {name: [] for name in models}
+    size = sum(one.numel() for one in models["dense"].parameters())
+    what = {"parameters": size, "dtype": args.dtypes[0], "zeros": args.shares[0]}
+    found = {name: {"weights": name, **what, "generation": []} for name in models}
     for batch in BATCHES:
         calls = {name: lambda m=m, b=batch: generate(m, b) for name, m in models.items()}
-        spent = medians(calls, CPU, args.rounds)
-        for name, one in spent.items():
-            cell = f"{batch * NEW / one:.1f} ({spent['dense'] / one:.2f}x)"
-            found.setdefault(name, []).append(cell)
+        for name, spent in medians(calls, CPU, args.rounds).items():
+            found[name]["generation"].append(batch * NEW / spent)
     calls = {name: lambda m=m: prefill(m) for name, m in models.items()}
-    spent = medians(calls, CPU, max(1, args.rounds // 2))
-    for name, one in spent.items():
-        found[name].append(f"{PREFILL / one:.0f} ({spent['dense'] / one:.2f}x)")
+    for name, spent in medians(calls, CPU, max(1, args.rounds // 2)).items():
+        found[name]["prompt"] = PREFILL / spent
     if args.scratch:
         Path(args.scratch).mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=args.scratch) as scratch:
         for index, (name, model) in enumerate(models.items()):
-            told = load_apart(model, Path(scratch) / str(index))
-            size, memory = told["bytes"] / 1e6, told["resident"] / 1e6
-            found[name] += [f"{size:.0f} MB", f"{told['seconds']:.1f} s", f"{memory:.0f} MB"]
-    size = sum(one.numel() for one in models["dense"].parameters())
-    what = Path(args.model).name if args.model else "a random LLaMA"
-    print(f"{what}, {size / 1e6:.0f} million parameters, {args.dtypes[0]}, {args.shares[0]:.0%}\n")
-    generated = [f"generate, batch {batch}" for batch in BATCHES]
-    header = ["weights", *generated, f"prefill of {PREFILL}", "files", "loading", "resident"]
-    empty = [""] * len(header)
-    table(header, [[name, *cells, *empty][: len(header)] for name, cells in found.items()])
+            yield found[name] | load_apart(model, Path(scratch) / str(index))
+    for file in args.files:
+        prompt, generation = speeds(file, [*range(1, PREFILL + 1)], 4 * NEW)
+        size = Path(file).stat().st_size
+        file = {"weights": f"llama.cpp, {Path(file).stem}", "bytes": size}
+        yield file | {"prompt": prompt, "generation": [generation]}
 
 
 def main() -> None:
@@ -269,6 +253,7 @@ def main() -> None:
     parser.add_argument("--dtypes", nargs="+", default=["bfloat16"], choices=DTYPES)
     parser.add_argument("--shares", nargs="+", type=float, default=[0.5, 0.7], help="of zeros")
     parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--files", nargs="*", default=[], help="GGUF files, for `model`")
     parser.add_argument("--scratch", help="folder for models that are loaded again")
     args = parser.parse_args()
     if args.what == "load":
@@ -276,8 +261,10 @@ def main() -> None:
         return
     if not kernels.ready():
         sys.exit("bench_sparse: nothing to measure without the kernels; install g++ and ninja")
-    print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, {processor()}\n")
-    {"products": bench_products, "model": bench_model, "split": bench_split}[args.what](args)
+    made_by = {"torch": torch.__version__, "threads": torch.get_num_threads()}
+    bench = {"products": bench_products, "model": bench_model, "split": bench_split}[args.what]
+    records = [made_by | {"processor": processor()} | record for record in bench(args)]
+    print(json.dumps(records, indent=1))
 
 
 if __name__ == "__main__":

@@ -29,7 +29,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import numpy as np
 import torch
-from gguf_weights import ROOT, child, names_in
+from gguf_weights import names_in
+from measure import ROOT, child
 from torch import Tensor, nn
 
 from lib.commands.compare.table import Figures

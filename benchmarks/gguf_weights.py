@@ -3,24 +3,12 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
 import torch
 from safetensors.torch import load_file
-
-ROOT = Path(__file__).resolve().parents[1]
-
-
-def child(*command: object) -> str:
-    """Run a command, which says itself why it failed; return what it prints."""
-    done = subprocess.run([str(part) for part in command], stdout=subprocess.PIPE, text=True)
-    if done.returncode:
-        sys.exit(done.returncode)
-    return done.stdout
 
 
 def names_in(file: Path, folder: Path) -> Callable[[str], str | None]:

@@ -1,4 +1,4 @@
-"""What benchmarks share: medians of calls that take turns, tables, LLaMAs of random weights.
+"""What benchmarks share: medians of calls that take turns, children, LLaMAs of random weights.
 
 Importing this file imports torch, and transformers only where a model is made.
 """
@@ -6,16 +6,19 @@ Importing this file imports torch, and transformers only where a model is made.
 from __future__ import annotations
 
 import statistics
+import subprocess
+import sys
 import time
-from collections.abc import Callable, Sequence
-from functools import partial
+from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 
 if TYPE_CHECKING:
     from transformers import LlamaForCausalLM
+
+ROOT = Path(__file__).resolve().parents[1]
 
 
 def wait_for(device: torch.device) -> None:
@@ -34,37 +37,23 @@ def seconds(call: Callable[[], object], device: torch.device, repeats: int = 1) 
     return (time.perf_counter() - start) / repeats
 
 
-def in_turn(measures: dict[Any, Callable[[], float]], rounds: int) -> dict[Any, float]:
-    """Return the median of each measure; they take turns, after one round that doesn't count."""
-    turns = [{name: measure() for name, measure in measures.items()} for _ in range(rounds + 1)]
-    return {name: statistics.median(turn[name] for turn in turns[1:]) for name in measures}
-
-
 def medians(
     calls: dict[str, Callable[[], object]], device: torch.device, rounds: int, repeats: int = 1
 ) -> dict[str, float]:
-    """Median seconds of each call, which take turns."""
-    timed = {name: partial(seconds, call, device, repeats) for name, call in calls.items()}
-    return in_turn(timed, rounds)
+    """Median seconds of each call; they take turns, after one round that doesn't count."""
+    turns = [
+        {name: seconds(call, device, repeats) for name, call in calls.items()}
+        for _ in range(rounds + 1)
+    ]
+    return {name: statistics.median(turn[name] for turn in turns[1:]) for name in calls}
 
 
-def decoding_speeds(folders: Sequence[Path], device: str, rounds: int) -> dict[Path, float]:
-    """Return the median tokens a second of saved models, each in its dtype, which take turns."""
-    from transformers import AutoModelForCausalLM
-
-    import lib.packed.checkpoint  # noqa: F401  the packed form is known to transformers
-    from lib.commands.compress.measure import decoding_speed
-
-    load = partial(AutoModelForCausalLM.from_pretrained, dtype="auto")
-    models = {folder: load(folder).to(device).eval() for folder in folders}
-    return in_turn({each: partial(decoding_speed, model) for each, model in models.items()}, rounds)
-
-
-def table(header: list[str], rows: list[list[str]]) -> None:
-    """Print a Markdown table."""
-    for cells in (header, ["---"] * len(header), *rows):
-        print("| " + " | ".join(cells) + " |", flush=True)
-    print(flush=True)
+def child(*command: object) -> str:
+    """Run a command, which says itself why it failed; return what it prints."""
+    done = subprocess.run([str(part) for part in command], stdout=subprocess.PIPE, text=True)
+    if done.returncode:
+        sys.exit(done.returncode)
+    return done.stdout
 
 
 def random_llama(

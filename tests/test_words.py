@@ -128,8 +128,8 @@ def test_a_run(name: str, words: Words, place: Path, tmp_path: Path) -> None:
 def test_a_terminal_gets_lines_of_its_width(words: Words, monkeypatch: pytest.MonkeyPatch) -> None:
     """Commands stay whole, so that they can be copied; a pipe gets whole lines, for grep."""
     monkeypatch.setenv("COLUMNS", "60")
-    readme = (ROOT / "README.md").read_text("utf-8")
-    printed = re.search(r"```\n(--data .*?)```", readme, re.DOTALL)[1]
+    page = (ROOT / "docs/vocabulary.md").read_text("utf-8")
+    printed = re.search(r"```\n(--data .*?)```", page, re.DOTALL)[1]
     words.terminal(printed, "trim")
     command = f"python main.py --model {'m' * 60} --recover 5\n"
     for is_terminal in (True, False):
