@@ -44,7 +44,8 @@ def main(argv: list[str]) -> None:
     common += ["--seqlen", args.seqlen, "--completions", "0", "--save", str(args.out / "run")]
     model = ["--model", args.model, "--nsamples", args.nsamples]
     windows, saved, records = args.out / "windows.safetensors", args.out / "saved", []
-    ids = check(build_parser().parse_args([*model, *common])).windows.calibration.ids
+    flags = [*model, *common, "--prune_method", args.methods[0]]
+    ids = check(build_parser().parse_args(flags)).windows.calibration.ids
     save_file({"windows": ids.contiguous()}, windows)
 
     def run_here(*flags: object) -> dict[str, Any]:

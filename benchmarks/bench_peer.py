@@ -38,7 +38,7 @@ def main(name: str, windows: str, method: str, kind: str, ratio: str, report: st
         model=model,
         processor=tokenizer,
         dataset=Dataset.from_dict(rows),
-        method_spec=[modifier],
+        recipe=[modifier],
         num_calibration_samples=len(ids),
         max_seq_length=ids.shape[1],
         pipeline="sequential",

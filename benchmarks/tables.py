@@ -20,7 +20,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import cache
 from itertools import product
 from pathlib import Path
-from statistics import mean, stdev
+from statistics import mean, median, stdev
 from typing import Any, NamedTuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -181,6 +181,33 @@ def kl(test: Record) -> Cell:
     return (test.kl, test.kl_standard_error) if "kl" in test else None
 
 
+def of_rounds(runs: list[list[float]]) -> tuple[float, float]:
+    """The median seconds and the highest peak of some runs."""
+    seconds, peaks = zip(*runs, strict=True)
+    return median(seconds), max(peaks)
+
+
+def packed_products() -> Iterator[Record]:
+    """One product by each kind of packed weights, beside the dense one."""
+    for each in raw("packed.json").products:
+        dense, *others = each.seconds.items()
+        for form, seconds in others:
+            yield Record(each, form=form, dense=dense[1], packed=seconds)
+
+
+def knowledge() -> Iterator[Record]:
+    """Questions that each model answers right, and those won and lost beside the dense one."""
+    models = raw("quality/knowledge.json")
+    for model in models:
+        changes = {}
+        for text, right in model.right.items():
+            pairs = [*zip(models[0].right[text], right, strict=True)]
+            lost, won = pairs.count(("1", "0")), pairs.count(("0", "1"))
+            p = binomtest(won, won + lost).pvalue if won + lost else 1.0
+            changes[text] = f"{won}, {lost} (p = {p:.2g})" if model is not models[0] else ""
+        yield Record(model, changes=changes)
+
+
 # rows of quantization and recovery
 
 OURS = {  # {model: raw file, label of the file that README shows}
@@ -192,13 +219,15 @@ OURS = {  # {model: raw file, label of the file that README shows}
 
 
 def models() -> Iterator[Record]:
-    """Files before and after trimming for Ukrainian."""
+    """Files before and after trimming for Ukrainian, alone and with English."""
+    english = {file.model: file.bytes for file in trimmed("uk+en")}
     speed = {(r["model"], r["name"]): r["generations"][1] for r in speeds("gguf-trim/speed.json")}
     for file in trimmed("uk"):
         fields = {"made": "measured", "before": file.bytes_before, "after": file.bytes}
         both = [speed.get((f"{file.model}, uk", name)) for name in ("trimmed", "whole")]
         faster = f"{both[0] / both[1]:.1f} times" if all(both) else ""
-        yield Record(fields, model=file.model, rises=file.rises, faster=faster, gpu="")
+        fields |= {"english": english.get(file.model), "gpu": ""}
+        yield Record(fields, model=file.model, rises=file.rises, faster=faster)
     for file in computed_sizes():
         if file.model not in ("Gemma 3 4B", "Gemma 4 E4B", "Qwen3 4B"):
             yield Record(file, made="computed", gpu=f"{file.card / 1e6:.0f}")
@@ -210,9 +239,15 @@ def best_files() -> Iterator[Record]:
         files = raw(f"types/{name}.json")
         ours = one(files, label=label)
         alike = [each for each in files if each.bytes < 1.01 * ours.bytes]
-        theirs = [each for each in alike if each.label.startswith("llama.cpp")]
-        best = min(theirs, key=lambda each: each.tests[0].kl)
-        yield Record(model=model, type=label.split()[0], theirs=best, ours=ours)
+        best = min(theirs(alike), key=lambda each: each.tests[0].kl)
+        same = [each for each in theirs(files) if each.tests[0].kl <= ours.tests[0].kl]
+        least = min(same, key=lambda each: each.bytes, default=Record(bytes=None))
+        yield Record(model=model, type=label.split()[0], theirs=best, ours=ours, same=least)
+
+
+def theirs(files: Iterable[Record]) -> list[Record]:
+    """Those of llama.cpp's types."""
+    return [each for each in files if each.label.startswith("llama.cpp")]
 
 
 def gemma() -> list[Record]:
@@ -297,6 +332,15 @@ def of_types(name: str) -> Iterator[Record]:
         label = file.label.replace("auto --megabytes", "auto, MB:")
         label = label if label.startswith("llama.cpp") else f"langprune {label}"
         yield Record(file, file=label, bits=8 * size / weights, counts=counts)
+
+
+def feedback() -> Iterator[Record]:
+    """Files of one type by llama.cpp, by our solver without feedback of errors, and with it."""
+    files = {each.label: each for each in raw("types/smollm2.json")}
+    for kind, its in (("q4_0", "q4_0"), ("iq4_nl",) * 2, ("q5_0",) * 2, ("q3_k", "q3_k_m")):
+        rows = {f"llama.cpp {its}": "llama.cpp", f"{kind} no_feedback": "none", kind: "langprune"}
+        for label, how in rows.items():
+            yield Record(files[label], type=kind, how=how, test=files[label].tests[0])
 
 
 def types_trained() -> Iterator[Record]:

@@ -1,3 +1,3 @@
 """Language-specific pruning of causal language models; `from langprune.prune import prune`."""
 
-__version__ = "0.4.0.dev0"
+__version__ = "0.4.0"
