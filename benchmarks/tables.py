@@ -336,7 +336,7 @@ def of_types(name: str) -> Iterator[Record]:
 
 def feedback() -> Iterator[Record]:
     """Files of one type by llama.cpp, by our solver without feedback of errors, and with it."""
-    files = {each.label: each for each in raw("types/smollm2.json")}
+    files = {each.label: each for each in raw("types/feedback.json")}
     for kind, its in (("q4_0", "q4_0"), ("iq4_nl",) * 2, ("q5_0",) * 2, ("q3_k", "q3_k_m")):
         rows = {f"llama.cpp {its}": "llama.cpp", f"{kind} no_feedback": "none", kind: "langprune"}
         for label, how in rows.items():
