@@ -343,6 +343,12 @@ def feedback() -> Iterator[Record]:
             yield Record(files[label], type=kind, how=how, test=files[label].tests[0])
 
 
+def points(interval: Sequence[float]) -> str:
+    """A difference of shares and its interval, in percentage points."""
+    mean_, low, high = (100 * end for end in interval)
+    return f"{mean_:+.1f} ({low:+.1f} to {high:+.1f})"
+
+
 def types_trained() -> Iterator[Record]:
     """Each file that was trained, beside the same before training."""
     names = {"smollm2": "SmolLM2-135M", "gemma3": "Gemma 3 270M", "bilingual": "bilingual model"}
