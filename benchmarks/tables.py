@@ -211,7 +211,7 @@ def knowledge() -> Iterator[Record]:
 # rows of quantization and recovery
 
 OURS = {  # {model: raw file, label of the file that README shows}
-    "SmolLM2-135M": ("smollm2", "q5_0"),
+    "SmolLM2-135M": ("compared-smollm2", "q5_0"),
     "Gemma 3 270M": ("gemma3", "q5_0"),
     "Qwen2.5-Coder 0.5B": ("qwen05", "auto --megabytes 322"),
     "Qwen2.5-Coder 1.5B": ("qwen15", "auto --megabytes 861.2"),
@@ -332,6 +332,15 @@ def of_types(name: str) -> Iterator[Record]:
         label = file.label.replace("auto --megabytes", "auto, MB:")
         label = label if label.startswith("llama.cpp") else f"langprune {label}"
         yield Record(file, file=label, bits=8 * size / weights, counts=counts)
+
+
+def compared_types() -> Iterator[Record]:
+    for each in sorted(raw("types/compared-smollm2.json"), key=lambda each: each.bytes):
+        (test,) = each.tests
+        more = 100 * (test.bits_per_byte / test.dense.bits_per_byte - 1)
+        over = f"{more:+.2f} ({100 * test.over[0]:+.2f} to {100 * test.over[1]:+.2f})"
+        file = each.label if each.label.startswith("llama.cpp") else f"langprune {each.label}"
+        yield Record(each, file=file, test=test, over=over, tail=test.kl_of_tokens)
 
 
 def feedback() -> Iterator[Record]:
