@@ -553,6 +553,22 @@ def of_smollm2(method: str, kind: str) -> Record:
     return raw("quality/smollm2.json")[key].evaluation
 
 
+def two_languages(name: str) -> Iterator[Record]:
+    """Runs by method and calibration text, measured on two languages."""
+    runs: dict[tuple, Record] = defaultdict(Record)
+    for each in raw(f"quality/{name}-seeds.csv"):
+        text = {"none": "", "uk=0.5+en=0.5": "half of each"}.get(
+            each.calibrated_on, each.calibrated_on
+        )
+        ratios = {"owl": ", OWL", "uniform": ""}[each.allocation]
+        method = f"{each.method}{ratios}".replace("MWanda, OWL", "M-Wanda, its ratios")
+        run = runs[text, method.replace("MWanda", "M-Wanda, its score")]
+        several = (each.perplexity, each.perplexity_deviation)
+        run[each.measured_on] = several if several[1] != "" else each.perplexity
+    for (text, method), run in runs.items():
+        yield Record(run, method=method, text=text)
+
+
 def beside_wanda(model: str, text: str, form: str) -> Iterator[Record]:
     """A row for each method and pattern, with the paired difference of its loss to Wanda's.
 
