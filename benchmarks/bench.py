@@ -34,6 +34,7 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--out", required=True, type=Path, help="new folder")
     parser.add_argument("--nsamples", default="32", help="windows (default: 32)")
     parser.add_argument("--seqlen", default="512", help="window in tokens (default: 512)")
+    parser.add_argument("--eval_windows", default="16", help="of the test text (default: 16)")
     parser.add_argument("--methods", nargs="+", default=["wanda", "sparsegpt"])
     parser.add_argument("--types", nargs="+", default=["unstructured", "2:4"])
     parser.add_argument("--rounds", type=int, default=3, help="runs of each (default: 3)")
@@ -69,14 +70,14 @@ def main(argv: list[str]) -> None:
     for method, kind in product(args.methods, args.types):
         record = {"method": method, "type": kind, "here": [], "peer": []}
         for number in range(args.rounds):
-            brief = ["--eval_windows", "1"] if number else []
+            brief = ["--eval_windows", "1" if number else args.eval_windows]
             flags = ["--prune_method", method, "--sparsity_type", kind, *brief]
             ours = run_here(*model, *flags)
             record["here"].append([ours["seconds"]["prune"], ours["peak_memory"]["host"]])
             theirs = run_peer(method, kind, *[] if number else [saved])
             record["peer"].append([theirs["seconds"], theirs["peak"]])
             if not number:
-                its = run_here("--model", saved, "--eval_only")
+                its = run_here("--model", saved, "--eval_only", *brief)
                 both = (each["evaluation"][0]["perplexity"] for each in (ours, its))
                 record |= dict(zip(("perplexity", "its_perplexity"), both, strict=True))
         records.append(record | {"processor": ours["processor"], "versions": ours["versions"]})

@@ -33,6 +33,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lib.formats.registry import FORMATS
+from lib.gguf.conversion import run_child
 from lib.gguf.llama import speeds
 from lib.model.blocks import BlockRunner
 from lib.model.skeleton import decoder_blocks
@@ -240,10 +241,11 @@ def bench_model(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
         for index, (name, model) in enumerate(models.items()):
             yield found[name] | load_apart(model, Path(scratch) / str(index))
     for file in args.files:
-        prompt, generation = speeds(file, [*range(1, PREFILL + 1)], 4 * NEW)
-        size = Path(file).stat().st_size
-        file = {"weights": f"llama.cpp, {Path(file).stem}", "bytes": size}
-        yield file | {"prompt": prompt, "generation": [generation]}
+        size, options = Path(file).stat().st_size, {"model": file, "steps": 4 * NEW}
+        options |= {"prompt": [*range(1, PREFILL + 1)], "size": 4 * size}
+        prompt, generation = run_child(file, speeds, **options)
+        name = f"llama.cpp, {Path(file).stem}"
+        yield {"weights": name, "bytes": size, "prompt": prompt, "generation": [generation]}
 
 
 def main() -> None:
