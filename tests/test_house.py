@@ -195,7 +195,7 @@ def test_the_core_is_read_in_an_afternoon() -> None:
 def test_what_is_imported_is_required() -> None:
     text = (ROOT / "requirements.txt").read_text("utf-8").lower().replace("_", "-")
     required = set(re.findall(r"(?m)^[\w.-]+", text))
-    known = {"lib", "main", "tests", *OPTIONAL, *sys.stdlib_module_names}
+    known = {"lib", "langprune", "main", "tests", *OPTIONAL, *sys.stdlib_module_names}
     own = [path for name in ("tests", "benchmarks") for path in (ROOT / name).rglob("*")]
     known |= {path.stem for path in own if path.is_dir() or path.suffix == ".py"}
     owners, missing = metadata.packages_distributions(), set()
