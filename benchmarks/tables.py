@@ -57,6 +57,7 @@ MIX = "+".join(f"{name}=0.1" for name in NAMES if name != "uk")
 BOTH = "uk=0.5+en=0.5"
 SOURCE = " (the source's type)"  # of a file that was trimmed
 TABLES_OF = "tables_before", "tables"  # of a computed file
+FILES_OF = {"llama": "llama.cpp", "ours": "langprune", "trimmed": "trimmed, llama.cpp"}
 
 
 class Record(dict):
@@ -298,7 +299,7 @@ def compared(name: str) -> Iterator[Record]:
     for label in figures.others:
         maker, kind, text = label.split("-")
         by = "no text" if text == "none" else text
-        row = {"file": f"{'llama.cpp' if maker == 'llama' else 'langprune'} {kind}, {by}"}
+        row = {"file": f"{FILES_OF[maker]} {kind}, {by}"}
         overs = {t: figures.over(label, figures.reference, t) for t in figures.texts}
         form = "{:+.1f} ({:+.1f} to {:+.1f})"
         row["over"] = {t: form.format(*(100 * end for end in i[:3])) for t, i in overs.items()}
