@@ -561,8 +561,9 @@ def two_languages(name: str) -> Iterator[Record]:
         text = {"none": "", "uk=0.5+en=0.5": "half of each"}.get(
             each.calibrated_on, each.calibrated_on
         )
-        ratios = {"owl": ", OWL", "uniform": ""}[each.allocation]
-        method = f"{each.method}{ratios}".replace("MWanda, OWL", "M-Wanda, its ratios")
+        ratios = {"owl": ", OWL", "reversed": ", reversed", "uniform": ""}[each.allocation]
+        method = f"{each.method}{ratios}".replace("MWanda, OWL", "M-Wanda, score and ratios")
+        method = method.replace("MWanda, reversed", "M-Wanda, score and reversed ratios")
         run = runs[text, method.replace("MWanda", "M-Wanda, its score")]
         several = (each.perplexity, each.perplexity_deviation)
         run[each.measured_on] = several if several[1] != "" else each.perplexity

@@ -100,9 +100,9 @@ def test_kept_rows_tokens_and_ids(
     source = ggufs.model(tmp_path / "in.gguf", kind, table, head)
     main([str(source), str(tmp_path / "out.gguf"), "--data", str(texts)])
     said = capsys.readouterr().out
-    if kind == "gpt2":  # as in README
-        readme = (ROOT / "README.md").read_text("utf-8")
-        shown = re.search(r"```\n(--data .*?)```", readme, re.DOTALL)[1]
+    if kind == "gpt2":  # as on the page
+        page = (ROOT / "docs/vocabulary.md").read_text("utf-8")
+        shown = re.search(r"```\n(--data .*?)```", page, re.DOTALL)[1]
         printed = said.replace(str(texts), "texts/uk")
         words = [re.sub(r"[+-]?\d[\d,.]*(e-\d+)?", "#", text) for text in (printed, shown)]
         left_out = "fields left out: tokenizer.huggingface.json\n"
