@@ -53,18 +53,9 @@ def main(argv: list[str]) -> None:
         child(sys.executable, ROOT / "main.py", *common, *flags)
         return json.loads((args.out / "run/results.json").read_text("utf-8"))
 
-    def run_peer(*given: object) -> dict[str, Any]:
-        report = args.out / "peer.json"
-        child(
-            args.peer,
-            ROOT / "benchmarks/bench_peer.py",
-            args.model,
-            windows,
-            *given[:2],
-            "0.5",
-            report,
-            *given[2:],
-        )
+    def run_peer(method: str, kind: str, *save: Path) -> dict[str, Any]:
+        report, script = args.out / "peer.json", ROOT / "benchmarks/bench_peer.py"
+        child(args.peer, script, args.model, windows, method, kind, "0.5", report, *save)
         return json.loads(report.read_text("utf-8"))
 
     for method, kind in product(args.methods, args.types):

@@ -36,6 +36,7 @@ from scipy.stats import binomtest, spearmanr
 from lib.commands import overlap
 from lib.commands.compare.table import Figures
 from lib.commands.report.pictures import heat_map
+from lib.run.lm_eval import mcnemar
 from lib.util.cli import make_parser, run
 from lib.util.errors import UserError
 from lib.util.markdown import padded_table
@@ -200,12 +201,8 @@ def knowledge() -> Iterator[Record]:
     """Questions that each model answers right, and those won and lost beside the dense one."""
     models = raw("quality/knowledge.json")
     for model in models:
-        changes = {}
-        for text, right in model.right.items():
-            pairs = [*zip(models[0].right[text], right, strict=True)]
-            lost, won = pairs.count(("1", "0")), pairs.count(("0", "1"))
-            p = binomtest(won, won + lost).pvalue if won + lost else 1.0
-            changes[text] = f"{won}, {lost} (p = {p:.2g})" if model is not models[0] else ""
+        pairs = {t: (models[0].right[t], right) for t, right in model.right.items()}
+        changes = {t: "" if model is models[0] else mcnemar(*pair) for t, pair in pairs.items()}
         yield Record(model, changes=changes)
 
 
@@ -301,8 +298,7 @@ def compared(name: str) -> Iterator[Record]:
         by = "no text" if text == "none" else text
         row = {"file": f"{FILES_OF[maker]} {kind}, {by}"}
         overs = {t: figures.over(label, figures.reference, t) for t in figures.texts}
-        form = "{:+.1f} ({:+.1f} to {:+.1f})"
-        row["over"] = {t: form.format(*(100 * end for end in i[:3])) for t, i in overs.items()}
+        row["over"] = {t: points(interval) for t, interval in overs.items()}
         found = {t: figures.compared(label, t) for t in figures.texts}
         row |= {"kl": {t: each["kl"]["mean"] for t, each in found.items()}, "found": found}
         yield Record(row, megabytes=figures.megabytes[label])
@@ -331,17 +327,15 @@ def of_types(name: str) -> Iterator[Record]:
         _, weights, size = map(sum, zip(*file.types.values(), strict=True))
         counts = ", ".join(f"{count} {kind}" for kind, (count, *_) in types)
         label = file.label.replace("auto --megabytes", "auto, MB:")
-        label = label if label.startswith("llama.cpp") else f"langprune {label}"
-        yield Record(file, file=label, bits=8 * size / weights, counts=counts)
+        yield Record(file, file=by_maker(label), bits=8 * size / weights, counts=counts)
 
 
 def compared_types() -> Iterator[Record]:
     for each in sorted(raw("types/compared-smollm2.json"), key=lambda each: each.bytes):
         (test,) = each.tests
-        more = 100 * (test.bits_per_byte / test.dense.bits_per_byte - 1)
-        over = f"{more:+.2f} ({100 * test.over[0]:+.2f} to {100 * test.over[1]:+.2f})"
-        file = each.label if each.label.startswith("llama.cpp") else f"langprune {each.label}"
-        yield Record(each, file=file, test=test, over=over, tail=test.kl_of_tokens)
+        more = test.bits_per_byte / test.dense.bits_per_byte - 1
+        over = points([more, *test.over], digits=2)
+        yield Record(each, file=by_maker(each.label), test=test, over=over, tail=test.kl_of_tokens)
 
 
 def feedback() -> Iterator[Record]:
@@ -353,10 +347,15 @@ def feedback() -> Iterator[Record]:
             yield Record(files[label], type=kind, how=how, test=files[label].tests[0])
 
 
-def points(interval: Sequence[float]) -> str:
-    """A difference of shares and its interval, in percentage points."""
-    mean_, low, high = (100 * end for end in interval)
-    return f"{mean_:+.1f} ({low:+.1f} to {high:+.1f})"
+def points(interval: Sequence[float], digits: int = 1) -> str:
+    """A difference and its interval, in percent or percentage points."""
+    mean_, low, high = (f"{100 * end:+.{digits}f}" for end in interval[:3])
+    return f"{mean_} ({low} to {high})"
+
+
+def by_maker(label: str) -> str:
+    """The label of a file with its maker."""
+    return label if label.startswith("llama.cpp") else f"langprune {label}"
 
 
 def types_trained() -> Iterator[Record]:
@@ -554,17 +553,20 @@ def of_smollm2(method: str, kind: str) -> Record:
     return raw("quality/smollm2.json")[key].evaluation
 
 
+RUNS = {  # (method, allocation): how a table names it, if not by its method
+    ("wanda", "owl"): "wanda, OWL",
+    ("MWanda", "uniform"): "M-Wanda, its score",
+    ("MWanda", "owl"): "M-Wanda, score and ratios",
+    ("MWanda", "reversed"): "M-Wanda, score and reversed ratios",
+}
+
+
 def two_languages(name: str) -> Iterator[Record]:
     """Runs by method and calibration text, measured on two languages."""
     runs: dict[tuple, Record] = defaultdict(Record)
     for each in raw(f"quality/{name}-seeds.csv"):
-        text = {"none": "", "uk=0.5+en=0.5": "half of each"}.get(
-            each.calibrated_on, each.calibrated_on
-        )
-        ratios = {"owl": ", OWL", "reversed": ", reversed", "uniform": ""}[each.allocation]
-        method = f"{each.method}{ratios}".replace("MWanda, OWL", "M-Wanda, score and ratios")
-        method = method.replace("MWanda, reversed", "M-Wanda, score and reversed ratios")
-        run = runs[text, method.replace("MWanda", "M-Wanda, its score")]
+        text = each.calibrated_on.replace("none", "").replace("uk=0.5+en=0.5", "half of each")
+        run = runs[text, RUNS.get((each.method, each.allocation), each.method)]
         several = (each.perplexity, each.perplexity_deviation)
         run[each.measured_on] = several if several[1] != "" else each.perplexity
     for (text, method), run in runs.items():

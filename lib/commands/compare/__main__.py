@@ -49,9 +49,8 @@ def main(arguments: list[str]) -> None:
     record = {"asked": asked, "speeds": {}, "losses": {}, "compared": {}}
     if args.out and path.is_file():
         record = json.loads(path.read_text("utf-8"))
-        kept, files_now = record.get("asked", {"files": {}}), asked["files"]
-        more = {label: files_now[label] for label in files_now if label not in kept["files"]}
-        if kept | {"files": kept["files"] | more} != asked:
+        kept = record.get("asked", {})
+        if kept | {"files": asked["files"] | kept.get("files", {})} != asked:
             problem = "it holds a comparison of other files, texts or versions"
             raise UserError(f"--out {args.out}", problem, "Name a new folder")
         record["asked"] = asked
