@@ -227,7 +227,7 @@ def models() -> Iterator[Record]:
         fields |= {"english": english.get(file.model), "gpu": ""}
         yield Record(fields, model=file.model, rises=file.rises, faster=faster)
     for file in computed_sizes():
-        if file.model not in ("Gemma 3 4B", "Gemma 4 E4B", "Qwen3 4B"):
+        if file.model not in ("Gemma 3 4B", "Gemma 4 E4B", "Qwen3 4B", "Qwen3 8B"):
             yield Record(file, made="computed", gpu=f"{file.card / 1e6:.0f}")
 
 
