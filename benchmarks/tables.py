@@ -19,6 +19,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import cache
 from itertools import product
+from math import log
 from pathlib import Path
 from statistics import mean, median, stdev
 from typing import Any, NamedTuple
@@ -31,7 +32,6 @@ from matplotlib.colors import LogNorm, Normalize
 from matplotlib.figure import Figure
 from pandas import DataFrame, read_csv
 from scipy.optimize import nnls
-from scipy.stats import binomtest, spearmanr
 
 from lib.commands import overlap
 from lib.commands.compare.table import Figures
@@ -56,9 +56,9 @@ NAMES = {
 }
 MIX = "+".join(f"{name}=0.1" for name in NAMES if name != "uk")
 BOTH = "uk=0.5+en=0.5"
-SOURCE = " (the source's type)"  # of a file that was trimmed
 TABLES_OF = "tables_before", "tables"  # of a computed file
 FILES_OF = {"llama": "llama.cpp", "ours": "langprune", "trimmed": "trimmed, llama.cpp"}
+FILES_OF["compress"] = "trimmed and quantized by compress,"
 
 
 class Record(dict):
@@ -248,40 +248,13 @@ def theirs(files: Iterable[Record]) -> list[Record]:
     return [each for each in files if each.label.startswith("llama.cpp")]
 
 
-def gemma() -> list[Record]:
-    """Every form of Gemma 3 270M for Ukrainian: MB, the records of the in-domain and other text."""
-    trained = raw("frontier/gemma3-270m-trained.json")
-    shapes = raw("frontier/gemma3-270m.json")
-    first = raw("frontier/gemma3-270m-rounded-first.json")
-    llama = raw("frontier/gemma3-270m-llama-cpp.json")
-    here = raw("frontier/gemma3-270m-rounded-128.json")
-    neurons = raw("frontier/gemma3-270m-neurons-rounded.json")
-    zeros = one(raw("frontier/gemma3-270m-zeros-rounded.json"), of_the_rule="whole")
-    size = {record.label: record.bytes / 1e6 for record in trained}
-    shape = {record.stage: record["size"] / 1e6 for record in shapes}
-    dense = [one(first, label="trimmed", text=text) for text in ("test", "prose")]
-    forms = {
-        "original, 16-bit": (size["untouched"], [one(trained, label="untouched")]),
-        "trimmed, 16-bit": (shape["dense"], dense),
-        "trained equally, 16-bit": (size["trained"], [one(trained, label="trained")]),
-    }
-    for name in ("q4_k_m", "q3_k_m", "q4_0"):
-        texts = [one(llama, label=f"trimmed {name}", name=text) for text in ("uk", "prose")]
-        forms[f"llama.cpp {name}{SOURCE * (name == 'q4_k_m')}"] = shape[name], texts
-    removed = "25% of the neurons removed, q4_0, trained"
-    packed = "50% of the weights pruned, packed int4, trained"
-    forms |= {
-        "langprune q4_0": (size["q4_0"], here.rounded),
-        "langprune q4_0, trained": (size["q4_0"], here.evaluation),
-        removed: (size["neurons 25%, q4_0"], neurons.evaluation),
-        packed: (size["50% zeros"], zeros.evaluation),
-    }
-    return named(forms)
-
-
-def named(forms: dict[str, tuple[Cell, list[Record]]]) -> list[Record]:
-    """Return a record of each name, megabytes, and tests."""
-    return [Record(name=name, megabytes=mb, tests=tests) for name, (mb, tests) in forms.items()]
+def forms() -> Iterator[Record]:
+    """Forms of SmolLM2 by size: llama.cpp's types, and what pruning and quantization give."""
+    llama = [one(raw("types/feedback.json"), label=f"llama.cpp {k}") for k in ("q4_0", "q3_k_m")]
+    files = [*llama, *raw("types/forms.json")]
+    yield Record(name="16-bit", bytes=None, tests=[files[0].tests[0].dense])
+    for each in sorted(files, key=lambda each: -each.bytes):
+        yield Record(each, name=each.label)
 
 
 def dialogues() -> list[Record]:
@@ -405,34 +378,6 @@ def cpu_pruned() -> Iterator[Record]:
             yield Record(step, model=model.model, method=name)
 
 
-def recovery_q4_0() -> list[Record]:
-    here = raw("frontier/gemma3-270m-rounded-128.json")
-    first = raw("frontier/gemma3-270m-rounded-first.json")
-
-    def tests(label: str) -> list[Record]:
-        return [one(first, label=label, text=text) for text in ("test", "prose")]
-
-    forms = {
-        "trimmed, 16-bit": tests("trimmed"),
-        "quantized, 128 windows": here.rounded,
-        "and trained": here.evaluation,
-        "quantized, 64 windows, damping 6": tests("rounded on 64 windows"),
-        "and trained, damping 6": tests("trained from there, 131,072 tokens"),
-    }
-    return named({name: (None, found) for name, found in forms.items()})
-
-
-def recovery_pruned() -> list[Record]:
-    quarter, whole = raw("frontier/gemma3-270m-zeros-rounded.json")
-    neurons = raw("frontier/gemma3-270m-neurons-rounded.json")
-    forms = {
-        "50% of the weights pruned, int4; 1/4 of the rate": quarter,
-        "the same; the whole rate (default)": whole,
-        "25% of the neurons removed, q4_0; the whole rate": neurons,
-    }
-    return named({name: (None, model.evaluation) for name, model in forms.items()})
-
-
 def recovered(run: str, kind: str) -> Record:
     """Return a run on the bilingual model, `METHOD` or `METHOD, recovered`."""
     method, comma, _ = run.partition(", ")
@@ -451,9 +396,11 @@ METHODS = {"wanda": "Wanda", "admm": "ADMM", "q4_0": "q4_0"}
 def losses() -> dict[str, dict[tuple[str, str], float]]:
     """Increase in bits per byte, by method, then by calibration text and test language."""
     more: dict[str, dict[tuple[str, str], float]] = defaultdict(dict)
-    for row in raw("languages/gemma3-270m-eleven.csv"):
-        if row.more_bits != "":
-            more[row.method][row.calibrated_on, row.measured_on] = row.more_bits
+    pruned = raw("languages/gemma3-270m-eleven.csv")
+    dense = {row.measured_on: row.bits_per_byte for row in pruned if row.method == "dense"}
+    for row in pruned:
+        change = row.bits_per_byte - dense[row.measured_on]
+        more[row.method][row.calibrated_on, row.measured_on] = change
     for row in raw("languages/gemma3-270m-q4_0.csv"):
         text = MIX if row.calibrated_on == "ten mixed" else row.calibrated_on
         more["q4_0"][text, row.measured_on] = row.bits_per_byte - row.dense_bits_per_byte
@@ -467,9 +414,8 @@ def beside_own(method: str, text: str, language: str) -> float:
 
 def languages_first() -> Iterator[Record]:
     """What English text costs Ukrainian, and ten languages, by method."""
-    for method, form in zip(
-        METHODS, ("Wanda, 50%", "ADMM, 50%", "four bits (`q4_0`)"), strict=True
-    ):
+    for method, name in METHODS.items():
+        form = "four bits (`q4_0`)" if method == "q4_0" else f"{name}, 50%"
         more = losses()[method]
         factors = [beside_own(method, "en", name) for name in NAMES if name != "en"]
         fields = {"own": more["uk", "uk"], "english": more["en", "uk"]}
@@ -481,58 +427,24 @@ def best_other(method: str, language: str) -> str:
     return min(others, key=lambda name: losses()[method][name, language])
 
 
-def languages_windows() -> Iterator[Record]:
-    for windows in (1, 4, 16, 32, 64):
-        yield Record(name=f"{windows}", windows=windows, text=None)
-    yield Record(name="32 of the mix of ten", windows=None, text=MIX)
-    yield Record(name="32 of English", windows=None, text="en")
+def windows() -> Iterator[Record]:
+    """Figures by the number of windows, from the least to the greatest of several draws."""
+    runs = [run_ for run_ in raw("languages/bilingual-windows.csv") if run_.method != "dense"]
+    for count in sorted({run_["flags.nsamples"] for run_ in runs}):
+        ends: dict[str, Record] = defaultdict(Record)
+        for method, (key, form) in product(
+            ("wanda", "admm"), {"perplexity": ".2f", "kl": ".4f"}.items()
+        ):
+            same = [r for r in runs if (r.method, r["flags.nsamples"]) == (method, count)]
+            found = [of_test(r, "uk")[key] for r in same]
+            ends[method][key] = " to ".join(
+                format(end, form) for end in sorted({min(found), max(found)})
+            )
+        yield Record(windows=count, ends=ends)
 
 
-def range_of(method: str, language: str, windows: int | None, text: str | None) -> str:
-    """The increase after so many windows of the language, over seeds, or after 32 of a text."""
-    fields = {"method": method, "calibrated_on": language, "windows": windows}
-    measured = raw("languages/gemma3-270m-windows.csv")
-    found = [record.more_bits for record in measured if fields.items() <= record.items()]
-    if text or windows == 32:
-        found = [losses()[method][text or language, language]]
-    ends = sorted({min(found), max(found)}) if found else ()
-    return " to ".join(f"{end:+.3f}" for end in ends)
-
-
-def languages_tasks() -> Iterator[Record]:
-    names = {
-        "untouched": "original",
-        "trimmed": "trimmed to eleven languages",
-        "rounded-uk": "q4_0, Ukrainian text",
-        "trained-uk": "q4_0, Ukrainian text, trained",
-        "rounded-en": "q4_0, English text",
-        "half-uk": "pruned to 50% by ADMM, Ukrainian text",
-    }
-    tasks = raw("languages/gemma3-270m-tasks.csv")
-    for model, name in names.items():
-        records = {r.task: r for r in tasks if r.model == model and r.task.endswith("_last_word")}
-        row = Record(name=name, tasks=records)
-        if model != "untouched":
-            row["lost"] = int(sum(r.lost_beside_untouched for r in records.values()))
-            row["won"] = int(sum(r.won for r in records.values()))
-            row["p"] = binomtest(row.lost, row.lost + row.won).pvalue  # McNemar's exact test
-        yield row
-
-
-def languages_two() -> Iterator[Record]:
-    runs = defaultdict(dict)
-    for r in raw("languages/gemma3-270m.csv"):
-        runs[r.method, r.calibrated_on][r.type, r.measured_on] = r.perplexity
-    (dense,) = (of.values() for (method, _), of in runs.items() if method == "dense")
-    kinds = product(("50%", "2:4", "70%"), ("uk", "en"))
-    yield Record(method="dense", text="", perplexity=dict(zip(kinds, [*dense] * 3, strict=True)))
-    for method in ("wanda", "sparsegpt", "admm"):
-        for text, name in (("uk", "uk"), ("en", "en"), (BOTH, "half of each")):
-            yield Record(method=method, text=name, perplexity=runs[method, text])
-
-
-def languages_overlap() -> Iterator[Record]:
-    lines = raw("languages/bilingual-overlap.csv")
+def overlaps(name: str) -> Iterator[Record]:
+    lines = raw(name)
     for pair in dict.fromkeys((line.a, line.b) for line in lines):
         found = [line for line in lines if (line.a, line.b) == pair]
         yield Record(name=" and ".join(pair), lines=found, counted="both")
@@ -546,11 +458,6 @@ def share(lines: Sequence[Record], counted: str, **part: Any) -> float:
 
 
 # rows of pruning
-
-
-def of_smollm2(method: str, kind: str) -> Record:
-    key = "dense" if method == "dense" else f"{method}-{kind}-en-seed0"
-    return raw("quality/smollm2.json")[key].evaluation
 
 
 RUNS = {  # (method, allocation): how a table names it, if not by its method
@@ -622,80 +529,31 @@ def loaded(method: str, bits: str | float) -> Record:
     return one(raw("quality/bilingual-loaded.csv"), method=method, **{"flags.load_bit": bits})
 
 
-def pruning_quality() -> Iterator[Record]:
-    models = raw("quality/gemma3-270m.json")
-    names = [f"{m}-50-{t}-seed0" for m in ("wanda", "sparsegpt", "admm") for t in ("uk", "en")]
-    for name in ("dense", *names, "admm-50-uk-recovered"):
-        method, _, text, *_ = [*name.split("-"), "", ""]
-        method += ", recovered" * name.endswith("recovered")
-        word, _, pairs = (ability.model for ability in models[name].abilities)
-        test = models[name].evaluation
-        yield Record(method=method, text=text, tests=[test], word=word, pairs=pairs)
-
-
-def pruning_ranks() -> Iterator[Record]:
-    """Spearman's rank correlation of perplexity with other measures."""
-    for file, name in (("gemma3-270m", "Gemma 3 270M"), ("smollm2", "SmolLM2-135M")):
-        models = [model for key, model in raw(f"quality/{file}.json").items() if key != "dense"]
-        figures = defaultdict(list)
-        for model in models:
-            figures["KL"].append(-model.evaluation.kl)
-            figures["Top-1 agreement"].append(model.evaluation.top1_agreement)
-            for ability in model.abilities:
-                figures[ability.name].append(ability.model.accuracy)
-                figures[f"{ability.name}, generated"].append(ability.model.said)
-        good = [-model.evaluation.perplexity for model in models]
-        ranks = {
-            key: spearmanr(good, of).statistic for key, of in figures.items() if None not in of
-        }
-        yield Record(name=f"{name}, {len(models)} models", ranks=ranks)
-
-
 # rows of neurons, experts, vocabularies, files
 
 
-def neurons_methods() -> Iterator[Record]:
-    models = raw("neurons/gemma3-270m.json")
-    runs = {"dense": "dense", "magnitude": "magnitude-{}-neurons"}
-    runs |= {name: f"{name}-{{}}-neurons-uk-seed0" for name in ("wanda", "sparsegpt", "admm")}
-    for name, run_ in (runs | {"admm, recovered": "neurons-{}"}).items():
-        found = {share: models.get(run_.format(share)) for share in ("12.5", "25", "37.5")}
-        yield Record(
-            name=name, tests={key: model.evaluation for key, model in found.items() if model}
-        )
+def by_text(name: str) -> Iterator[Record]:
+    """Runs of a report's CSV file, with the text they were calibrated on."""
+    for each in raw(name):
+        text = (each["calibration.name"] or "").replace(BOTH, "half of each")
+        tests = {t: of_test(each, t) for t in ("uk", "en")}
+        yield Record(each, text="" if each.method in ("dense", "magnitude") else text, **tests)
 
 
-def neurons_overlap() -> Iterator[Record]:
-    pairs = raw("neurons/languages.json").overlap.pairs
-    names = {
-        "uk (seed 0) and en (seed 0)": "uk and en",
-        f"uk (seed 0) and {BOTH} (seed 0)": "uk and half of each",
-        f"en (seed 0) and {BOTH} (seed 0)": "en and half of each",
-        "uk (seed 0) and uk (seed 1) (seeds)": "uk, two seeds",
-        "en (seed 0) and en (seed 1) (seeds)": "en, two seeds",
-    }
-    for key, name in names.items():
-        yield Record(name=name, shares=[*pairs[key].blocks.values()])
-    yield Record(name="chance", shares=[pairs["uk (seed 0) and en (seed 0)"].chance] * 6)
+def rise(test: Record) -> Cell:
+    """Increase in bits per byte over the whole model, with its standard error."""
+    bits = test.tokens / test.bytes / log(2)
+    return test.loss_change * bits, test.loss_change_standard_error * bits
 
 
 def experts_chosen() -> Iterator[Record]:
-    models = raw("experts.json")
-    chosen = [(m, text, 0) for m in ("reap", "frequency", "sum") for text in ("uk", "en", BOTH)]
-    for method, text, seed in chosen + [("random", "uk", seed) for seed in range(3)]:
-        runs = {share: models.get(f"{method}-{share}-{text}-seed{seed}") for share in (25, 50)}
-        name = f"seed {seed}" if method == "random" else text.replace(BOTH, "half of each")
-        if any(runs.values()):
-            yield Record(method=method.replace("sum", "contribution"), name=name, runs=runs)
-
-
-def experts_recovered() -> Iterator[Record]:
-    models = raw("experts.json")
-    models["whole"] = Record({test: Record(rise=0.0) for test in ("uk", "en")})
-    runs = {"nothing": "whole", "reap on uk": "reap-50-uk-seed0"}
-    runs |= {f"random, seed {seed}": f"random-50-uk-seed{seed}" for seed in range(3)}
-    for name, run_ in runs.items():
-        yield Record(name=name, removed=models[run_], recovered=models[f"recovered-{run_}"])
+    runs: dict[tuple, Record] = defaultdict(Record)
+    for each in by_text("experts.csv"):
+        name = f"seed {each.seed:.0f}" if each.method == "random" else each.text
+        runs[each.method, name][each.sparsity_ratio] = each
+    del runs["dense", ""]
+    for (method, name), shares in runs.items():
+        yield Record(method=method, name=name, runs=shares)
 
 
 def bits_cost(file: Record) -> str:
@@ -771,7 +629,6 @@ def language_confusion() -> Iterator[Record]:
 
 # columns that several tables share
 
-FORMS = "Model = {name} | Size (MB) = {megabytes:.0f}"
 TOP1 = "Top-1 agreement ↑ = {tests[0].top1_agreement:.1%}"
 BARS = {
     "wanda": "Gemma 3 270M pruned to 50% by Wanda; lower is better",
@@ -810,26 +667,6 @@ BLUE, ORANGE, GRAY = "#1b6ca8", "#c8551b", "#555555"
 KL_TITLE = "KL from the 16-bit model (nats/token)\nlower is better"
 MAKERS = {"langprune": (BLUE, "o"), "llama.cpp": (ORANGE, "s")}
 # text of a label, and its place beside the point, in points
-SIZE_LABELS = {
-    "llama.cpp q4_k_m (the source's type)": (
-        "q4_k_m (type of\nthe source file)",
-        (0, 11),
-        "center",
-    ),
-    "llama.cpp q3_k_m": ("q3_k_m", (9, -4), "left"),
-    "llama.cpp q4_0": ("q4_0", (9, -4), "left"),
-    "langprune q4_0": ("q4_0, quantized or\nquantized and trained", (-10, -9), "right"),
-    "25% of the neurons removed, q4_0, trained": (
-        "25% of neurons removed,\nq4_0, trained",
-        (-4, 11),
-        "center",
-    ),
-    "50% of the weights pruned, packed int4, trained": (
-        "50% of weights pruned,\npacked int4, trained",
-        (-10, -32),
-        "left",
-    ),
-}
 TYPE_LABELS = {
     "smollm2": {
         "llama.cpp iq3_xxs": ("iq3_xxs", (-9, 0), "right"),
@@ -876,22 +713,6 @@ def label(axes: Axes, point: tuple, text: str, place: tuple, side: str, **look: 
     axes.annotate(text, point, place, textcoords="offset points", ha=side, **look)
 
 
-def draw_sizes() -> Figure:
-    """Size against KL of every form of Gemma 3 270M, beside llama.cpp's own types."""
-    axes = axes_of(7.2, 4.2)
-    for form in gemma():
-        color, marker = MAKERS["llama.cpp" if form.name.startswith("llama.cpp") else "langprune"]
-        if form.tests[0].kl is not None and form.megabytes < 100:
-            point = form.megabytes, form.tests[0].kl
-            axes.plot(*point, marker, color=color, markersize=8, clip_on=False, zorder=3)
-            if form.name in SIZE_LABELS:
-                label(axes, point, *SIZE_LABELS[form.name], color=color)
-    for name, (color, marker) in MAKERS.items():
-        axes.plot([], [], marker, color=color, markersize=8, label=name)
-    ends = {"xlim": (48, 86), "ylim": (0, 0.4), "xlabel": "Size (MB)", "ylabel": KL_TITLE}
-    return finish(axes, "Gemma 3 270M for Ukrainian (16-bit: 224 MB)", "upper right", **ends)
-
-
 def draw_types() -> Figure:
     """Size against KL of models on no grid, on a logarithmic scale."""
     titles = {
@@ -915,36 +736,6 @@ def draw_types() -> Figure:
         words = {"xlabel": "Size of the GGUF file (MB)", "ylabel": KL_TITLE}
         finish(axes, title, "upper right", xlim=ends, **words)
     return figure
-
-
-def draw_abilities() -> Figure:
-    """Last words chosen against last words generated, of each pruned Gemma 3 270M."""
-    axes = axes_of(7.2, 4.6)
-    colors = {"uk": BLUE, "en": ORANGE}
-    markers = {"admm": "o", "sparsegpt": "s", "wanda": "^"}
-    crowded = {
-        "wanda-50-en-seed0": ((-8, 0), "right"),
-        "admm-2of4-en-seed0": ((0, -11), "center"),
-    }
-    for name, model in raw("quality/gemma3-270m.json").items():
-        word = model.abilities[0].model
-        point = 100 * word.accuracy, 100 * word.said
-        method, share, text, *_ = [*name.split("-"), "", ""]
-        if name == "dense":
-            axes.plot(*point, "*", color=GRAY, markersize=14)
-            label(axes, point, "dense", (-12, 0), "right")
-        elif share in ("50", "2of4") and name.endswith("seed0"):
-            color, words = colors[text], {"50": "50%", "2of4": "2:4"}[share]
-            axes.plot(*point, markers[method], color=color, markersize=8, clip_on=False)
-            place = crowded.get(name, ((8, 0), "left"))
-            label(axes, point, words, *place, va="center", fontsize=8, color=color)
-    for text, color in colors.items():
-        axes.plot([], [], "D", color=color, label=f"calibrated on {text}")
-    for method, marker in markers.items():
-        axes.plot([], [], marker, color=GRAY, label=method)
-    words = {"xlabel": "Last word chosen (%)", "ylabel": "Last word generated (%)"}
-    title = "Gemma 3 270M, 210 Ukrainian passages; higher is better"
-    return finish(axes, title, "upper left", ylim=(-1, 13), **words)
 
 
 def draw_bars() -> Figure:
@@ -1005,8 +796,7 @@ def draw_parts() -> Figure:
 
 def draw_experts() -> Figure:
     """Of the tokens that reach each expert, those in Ukrainian, if both languages have as many."""
-    models = raw("experts.json")
-    blocks = zip(*(models[f"reap-50-{text}-seed0"].routed for text in ("uk", "en")), strict=True)
+    blocks = zip(*(raw("experts.json")[text] for text in ("uk", "en")), strict=True)
     shares = [
         sorted((100 * uk / (uk + en) for uk, en in zip(*both, strict=True)), reverse=True)
         for both in blocks
@@ -1034,10 +824,8 @@ def draw_map(method: str, title: str) -> Figure:
 
 
 def pictures() -> Iterator[tuple[str, Figure]]:
-    yield "size-quality", draw_sizes()
     yield "size-types", draw_types()
     yield "gguf-parts", draw_parts()
-    yield "gemma-abilities", draw_abilities()
     yield "own-language", draw_bars()
     yield "experts", draw_experts()
     yield "overlap", overlap.draw(read_csv(RESULTS / "languages/bilingual-overlap.csv"))

@@ -119,7 +119,7 @@ def test_no_table_is_stale() -> None:
 def test_a_changed_table_is_stale(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tables, "ROOT", tmp_path)
     page = tmp_path / "README.md"
-    page.write_text(tables.filled("A\n\n<!-- table: gemma-forms () -->\n<!-- end -->\n"), "utf-8")
+    page.write_text(tables.filled("A\n\n<!-- table: types-smollm2 () -->\n<!-- end -->\n"), "utf-8")
     tables.main(["--check"])
     page.write_text(page.read_text("utf-8").replace("0.0", "1.0"), "utf-8")
     with pytest.raises(UserError, match=r"README\.md"):
