@@ -1,7 +1,7 @@
 """Run GGUF files window by window in llama.cpp: their losses, and how far apart two predict.
 
-Two files advance together, so that no logits are stored. Where their vocabularies differ, tokens
-are matched by text, and predictions are compared among the tokens of both, each renormalized.
+Files advance together, so that no logits are stored. Where two vocabularies differ, tokens are
+matched by text, and predictions are compared among the tokens of both, each renormalized.
 """
 
 from __future__ import annotations
@@ -90,29 +90,35 @@ def losses_of(model: Llama, windows: Sequence[Window]) -> Iterator[np.ndarray]:
 
 def lockstep(
     models: Sequence[Llama], windows: Sequence[Sequence[Window]], rows: np.ndarray | None = None
-) -> Iterator[Step]:
-    """Yield how two models predict each window.
+) -> Iterator[list[Step]]:
+    """Yield for each window how each model after the first predicts it, beside the first.
 
-    `windows` (windows, 2, tokens) are in tokens of each. `rows` are those of `Match`.
+    `windows` (windows, models, tokens) are in tokens of each. `rows` are those of `Match`.
     """
     if not windows:
         return
     of_each = zip(*windows, strict=True)
     runs = [model.logits(its) for model, its in zip(models, of_each, strict=True)]
-    pairs = zip(*runs, strict=True)
-    for number, parts in groupby(pairs, lambda pair: pair[0][0]):
-        nats, found = [], []
-        for (_, begin, one), (_, _, other) in parts:
-            targets = [ids[begin + 1 : begin + 1 + len(one)] for ids in windows[number]]
-            both, places = (one, other), np.arange(len(targets[0]))
-            sums = [normalizers(logits[: len(places)]) for logits in both]
-            each = zip(both, sums, targets, strict=True)
-            nats.append([own - logits[places, ids] for logits, own, ids in each])
+    for number, parts in groupby(zip(*runs, strict=True), lambda every: every[0][0]):
+        nats, found = [], [[] for _ in models[1:]]
+        for every in parts:
+            begin, logits = every[0][1], [each for *_, each in every]
+            targets = [ids[begin + 1 : begin + 1 + len(logits[0])] for ids in windows[number]]
+            places = np.arange(len(targets[0]))
+            sums = [normalizers(each[: len(places)]) for each in logits]
+            each = zip(logits, sums, targets, strict=True)
+            nats.append([own - values[places, ids] for values, own, ids in each])
             for place in places:
-                values = [logits[place].astype(np.float64) for logits in both]
-                found.append(_apart(values, [own[place] for own in sums], rows))
-        kl, equal, *left_out = np.array(found).reshape(-1, 4).T
-        yield Step(np.concatenate(nats, 1), kl, equal > 0, np.array(left_out))
+                first = logits[0][place].astype(np.float64)
+                for side, apart in enumerate(found, 1):
+                    values = [first, logits[side][place].astype(np.float64)]
+                    apart.append(_apart(values, [sums[0][place], sums[side][place]], rows))
+        of_each = np.concatenate(nats, 1)
+        steps = []
+        for side, apart in enumerate(found, 1):
+            kl, equal, *left_out = np.array(apart).reshape(-1, 4).T
+            steps.append(Step(of_each[[0, side]], kl, equal > 0, np.array(left_out)))
+        yield steps
 
 
 def _apart(

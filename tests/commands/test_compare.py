@@ -241,7 +241,7 @@ def test_many_pairs_stand_in_the_file_alone(
 
 
 def test_an_interrupted_comparison_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    argv = [*files(REFERENCE, NEAR, FAR), "--data", "uk", "--passages", 4, "--out"]
+    argv = [*files(REFERENCE, NEAR, FAR), "--data", "uk", "en", "--passages", 4, "--out"]
     compare(*argv, tmp_path / "whole")
     run, calls = measure._run, []
 
@@ -255,7 +255,8 @@ def test_an_interrupted_comparison_goes_on(tmp_path: Path, monkeypatch: pytest.M
         patch.setattr(measure, "_run", stopped)
         with pytest.raises(KeyboardInterrupt, match="the same command goes on"):
             compare(*argv, tmp_path / "out")
-    assert [*kept(tmp_path / "out")["compared"]] == [NEAR]
+    found = kept(tmp_path / "out")["compared"]
+    assert {name: [*its] for name, its in found.items()} == {NEAR: ["uk"], FAR: ["uk"]}
     calls.clear()
     calls.append(None)  # the third call would not stop
     calls.append(None)
@@ -266,6 +267,24 @@ def test_an_interrupted_comparison_goes_on(tmp_path: Path, monkeypatch: pytest.M
         assert (tmp_path / "out" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
     with pytest.raises(UserError, match="of other files, texts or versions. Name a new folder"):
         compare(*files(REFERENCE, FAR), "--data", "uk", "--passages", 4, "--out", tmp_path / "out")
+
+
+def test_files_that_run_together_have_the_figures_of_each_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = [json.loads(line)["text"] for line in Path("uk/train.jsonl").open(encoding="utf-8")]
+    trimmed(f"{REFERENCE}.gguf", "between.gguf", whole)
+    names, run, together = files(REFERENCE, NEAR, "between", FAR), measure._run, {}
+    argv = [*names, "--data", "uk", "en", "--passages", 4, "--out"]
+    for most in (8, 1):
+        its = together[most] = []
+        counted = lambda files, *rest, its=its: its.append(len(files)) or run(files, *rest)  # noqa: E731
+        monkeypatch.setattr(measure, "_run", counted)
+        monkeypatch.setattr(measure, "TOGETHER", most)
+        compare(*argv, tmp_path / str(most))
+    assert together == {8: [2, 2, 3, 3], 1: [2] * 6}
+    many, alone = (kept(tmp_path / str(most)) for most in (8, 1))
+    assert many == alone
 
 
 def test_more_files_join_a_comparison(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

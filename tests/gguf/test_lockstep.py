@@ -40,7 +40,7 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
 
 def both(files: list[Path], windows: list[list[int]]) -> list[Step]:
     with closing(Llama(files[0])) as one, closing(Llama(files[1])) as other:
-        return [*lockstep((one, other), [(w, w) for w in windows])]
+        return [step for [step] in lockstep((one, other), [(w, w) for w in windows])]
 
 
 def windows_of(file: Path, texts: Texts) -> list[list[int]]:

@@ -3,10 +3,10 @@ For users who choose between files of a model: which is better in my language, a
 
     bash launch.sh compare REFERENCE.gguf FILE.gguf [FILE.gguf ...] --language uk en
 
-The first file is the reference, best a BF16 or Q8_0 one. Each other file advances beside it, one
-passage at a time, so that no logits are stored. Intervals are paired over documents. Texts of your
-own use tell more than web text. With --out, the same command goes on with what was interrupted,
-and more files may join.
+The first file is the reference, best a BF16 or Q8_0 one. The others advance beside it, as many as
+fit into memory, one passage at a time, so that no logits are stored. Intervals are paired over
+documents. Texts of your own use tell more than web text. With --out, the same command goes on with
+what was interrupted, and more files may join.
 """
 
 from __future__ import annotations

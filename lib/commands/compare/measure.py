@@ -1,10 +1,10 @@
 """Run files in llama.cpp: the losses of each on its own tokens, and its predictions beside the
-reference's. What is finished is kept, file by file."""
+reference's, which runs once for several files. What is finished is kept, text by text."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import closing, contextmanager, nullcontext
+from contextlib import ExitStack, closing, contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -12,15 +12,17 @@ import numpy as np
 
 from ...gguf.conversion import run_child
 from ...gguf.file import GgufFile
-from ...gguf.llama import Llama, speeds
+from ...gguf.llama import PART, Llama, speeds
 from ...gguf.lockstep import Step, lockstep, losses_of, match
 from ...gguf.predictions import NOT_CAUSAL, embeds
 from ...gguf.vocabulary import TOKENIZER, TOKENS
 from ...util.errors import UserError
+from ...util.host import available
 from ...util.progress import progress
 from ...util.statistics import quantiles
 
 PROMPT, STEPS = 128, 48  # tokens by which speed is measured
+TOGETHER = 8  # files beside the reference, at most
 
 
 class Passage(NamedTuple):
@@ -58,11 +60,21 @@ class File:
             raise self.refused(getattr(error, "problem", str(error))) from error
 
     @contextmanager
-    def opened(self, gpu_layers: int) -> Iterator[Llama]:
+    def opened(self, gpu_layers: int) -> Iterator[None]:
         with self.running():
-            model = Llama(self.path, gpu_layers)
-        with closing(model):
-            yield model
+            self.model = Llama(self.path, gpu_layers)
+        with closing(self.model):
+            yield
+
+    def logits(self, windows: Sequence[Sequence[int]]) -> Iterator[tuple[int, int, np.ndarray]]:
+        """Those of `Llama`, while the file is opened."""
+        with self.running():
+            yield from self.model.logits(windows)
+
+    @property
+    def memory(self) -> int:
+        """Bytes that the file and its logits take; llama.cpp has these twice."""
+        return self.file.size + 8 * PART * len(self.file.fields[TOKENS].value)
 
     @property
     def context(self) -> int:
@@ -96,7 +108,7 @@ def measure(
     gpu_layers: int,
     keep: Callable[[], None],
 ) -> None:
-    """Measure what `record` lacks, with at most two files open; `keep` is called after each."""
+    """Measure what `record` lacks; `keep` is called after each text."""
     first = next(iter(texts.values()))[0]
     for file in files:  # in a child process, so that a file that aborts llama.cpp is named first
         if file.label not in record["speeds"]:
@@ -105,57 +117,80 @@ def measure(
             with file.running():
                 record["speeds"][file.label] = run_child(file.what, speeds, **options)
             keep()
-    reference = files[0] if record["asked"]["reference"] else None
-    losses, beside = record["losses"], nullcontext()
-    left = [each for each in files[bool(reference) :] if each.label not in losses]
-    if reference and left:
-        beside = reference.opened(gpu_layers)
-    total = len(left) * sum(map(len, texts.values()))
-    with beside as model, progress(total, "comparing", "passage", delay=1) as advance:
-        for file in left:
-            found, pair = {}, [reference, file] if reference else [file]
-            with file.opened(gpu_layers) as other, file.running():
-                models = [model, other] if reference else [other]
+    reference, losses = files[0] if record["asked"]["reference"] else None, record["losses"]
+    left = {
+        text: [each for each in files[bool(reference) :] if text not in losses.get(each.label, ())]
+        for text in texts
+    }
+    unfinished = [each for each in files if any(each in its for its in left.values())]
+    total = sum(len(texts[text]) * len(its) for text, its in left.items())
+    with ExitStack() as beside, progress(total, "comparing", "passage", delay=1) as advance:
+        if reference and unfinished:
+            beside.enter_context(reference.opened(gpu_layers))
+        for group in _groups(reference, unfinished):
+            with ExitStack() as opened:
+                for file in group:
+                    opened.enter_context(file.opened(gpu_layers))
                 for text, passages in texts.items():
-                    found[text] = _run(pair, models, passages, advance)
-            for text, (of_pair, compared) in found.items():
-                for each, values in zip(pair, of_pair, strict=True):
-                    if not np.isfinite(values).all():
-                        raise each.refused("llama.cpp computes no finite values for it")
-                    losses.setdefault(each.label, {})[text] = values
-                if compared:
-                    record["compared"].setdefault(file.label, {})[text] = compared
-            keep()
+                    if not (its := [file for file in group if file in left[text]]):
+                        continue
+                    every = [reference, *its] if reference else its
+                    of_each = [*zip(every, *_run(every, passages, advance), strict=True)]
+                    for file, nats, _ in of_each:
+                        if not np.isfinite(nats).all():
+                            raise file.refused("llama.cpp computes no finite values for it")
+                    for file, nats, summary in of_each:
+                        losses.setdefault(file.label, {})[text] = nats
+                        if summary:
+                            record["compared"].setdefault(file.label, {})[text] = summary
+                    keep()
+
+
+def _groups(reference: File | None, files: Sequence[File]) -> list[Sequence[File]]:
+    """Return files in the groups that run together: with the reference's tokens, what fits."""
+    if not reference:
+        return [[file] for file in files]
+    found = {file: match(reference.file, file.file) for file in files}
+    same = [file for file, its in found.items() if its and its.rows is None]
+    groups = [[file] for file in files if file not in same]
+    fitting = (available() - reference.memory) // max([file.memory for file in same], default=1)
+    size = max(1, min(TOGETHER, fitting))
+    return groups + [same[n : n + size] for n in range(0, len(same), size)]
 
 
 def _run(
-    files: Sequence[File],
-    models: Sequence[Llama],
-    passages: Sequence[Passage],
-    advance: Callable[[int], None],
-) -> tuple[list[list[float]], dict[str, Any] | None]:
-    """Return the losses in nats of each file by document, and how far apart two predict.
+    files: Sequence[File], passages: Sequence[Passage], advance: Callable[[int], None]
+) -> tuple[list[list[float]], list[dict[str, Any] | None]]:
+    """Return the losses in nats of each file by document, and how far it predicts from the first.
 
-    A file whose own tokens are not those that are compared runs a second time.
+    More than two files have the same tokens. One whose own tokens are not those that are compared
+    runs a second time.
     """
     own = [[file.window(passage) for passage in passages] for file in files]
     begins = [[max(0, len(file.prompt(each)) - 1) for each in passages] for file in files]
-    found = match(*(each.file for each in files)) if len(files) > 1 else None
-    pairs = {n: found.pair(windows) for n, windows in enumerate(zip(*own, strict=True)) if found}
-    pairs, steps = {n: pair for n, pair in pairs.items() if pair}, {}
-    rows, side = (found.rows, found.smaller or 0) if pairs else (None, 0)
-    for n, step in zip(pairs, lockstep(models, [*pairs.values()], rows), strict=True):
-        steps[n] = Step(*(values[..., begins[side][n] :] for values in step))
-        advance(1)
+    found = match(*(each.file for each in files[:2])) if len(files) > 1 else None
+    pairs = {n: found.pair(each) for n, each in enumerate(zip(*own[:2], strict=True)) if found}
+    runs = {n: [pair[0], *pair[1:] * len(files[1:])] for n, pair in pairs.items() if pair}
+    rows, side, steps = (found.rows, found.smaller or 0, {}) if runs else (None, 0, {})
+    for n, every in zip(runs, lockstep(files, [*runs.values()], rows), strict=True):
+        begin = begins[side][n]
+        steps[n] = [Step(*(values[..., begin:] for values in step)) for step in every]
+        advance(len(every))
     losses = []
-    for side, (model, windows) in enumerate(zip(models, own, strict=True)):
-        rest = [n for n in range(len(windows)) if n not in pairs or pairs[n][side] != windows[n]]
-        sums = {n: float(step.losses[side].sum()) for n, step in steps.items() if n not in rest}
-        for n, nats in zip(rest, losses_of(model, [windows[n] for n in rest]), strict=True):
-            sums[n] = float(nats[begins[side][n] :].sum())
-            advance(int(model is models[-1] and n not in pairs))
+    for number, (file, windows) in enumerate(zip(files, own, strict=True)):
+        rest = [n for n in range(len(windows)) if n not in runs or runs[n][number] != windows[n]]
+        sums = {
+            n: float(every[max(0, number - 1)].losses[min(1, number)].sum())
+            for n, every in steps.items()
+            if n not in rest
+        }
+        for n, nats in zip(rest, losses_of(file, [windows[n] for n in rest]), strict=True):
+            sums[n] = float(nats[begins[number][n] :].sum())
+            advance(int(file is files[-1] and n not in runs))
         losses.append([sums[n] for n in range(len(windows))])
-    return losses, _summary(steps) | {"renormalized": rows is not None} if pairs else None
+    beside = [dict(zip(steps, its, strict=True)) for its in zip(*steps.values(), strict=True)]
+    found = [_summary(its) | {"renormalized": rows is not None} for its in beside]
+    return losses, [None, *found] if found else [None] * len(files)
 
 
 def _summary(steps: Mapping[int, Step]) -> dict[str, Any]:

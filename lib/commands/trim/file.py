@@ -29,18 +29,7 @@ from ...util.files import partial_of, sync, temporary_folder, write_text
 from ...util.progress import progress
 from ...vocabulary.counts import count_tokens
 from ...vocabulary.proof import compare_texts, held_out, texts_to_compare
-from .choosing import (
-    check_cost,
-    check_disk,
-    check_saving,
-    choose_by_text,
-    corpora_of,
-    prompts_of,
-    read_kept,
-    require_prompts_,
-    rows_line,
-    text_reader,
-)
+from . import choosing
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -57,7 +46,7 @@ def trim_file(args: argparse.Namespace) -> None:
         args.keep = _check_made(args.out, out)
     else:
         _check_new(args.out, out)
-    corpora = corpora_of(args)
+    corpora = choosing.corpora_of(args)
     file = GgufFile(Path(args.source), f"IN {args.source}")
     vocabulary = GgufVocabulary(file, frozenset(args.drop))
     with temporary_folder() as folder:
@@ -83,10 +72,10 @@ def trim_file(args: argparse.Namespace) -> None:
         if args.verify:
             print(_same_bytes(out, fields, tensors, file.alignment))
         else:
-            check_disk(args, out.parent, size)
+            choosing.check_disk(args, out.parent, size)
         proof = Predictions(file, (before, after), kept, held_out(tests), folder)
         record |= (found := proof.measure())
-        check_cost(args, found)
+        choosing.check_cost(args, found)
         if args.verify:
             record |= proof.verify(out)
         else:
@@ -148,7 +137,7 @@ def reader_of(vocabulary: GgufVocabulary) -> Callable[[Document], str]:
         if index is not None
     }
     template = vocabulary.file.value("tokenizer.chat_template")
-    return text_reader(vocabulary.file.what, template, tokens)
+    return choosing.text_reader(vocabulary.file.what, template, tokens)
 
 
 def choose_tokens(
@@ -165,17 +154,17 @@ def choose_tokens(
     rules, what = vocabulary.vocabulary(template), vocabulary.file.what
     fields = (f"general.{name}" for name in ("name", "basename", "base_model.0.name"))
     names = [Path(args.source).name, *(vocabulary.file.value(field, "") for field in fields)]
-    prompts = prompts_of(args, names)
-    require_prompts_(rules, llama.encode_all, prompts)
+    prompts = choosing.prompts_of(args, names)
+    choosing.require_prompts_(rules, llama.encode_all, prompts)
     if args.keep:
-        kept = read_kept(args, rules, rules.tokens, vocabulary.named, what)["ids"]
+        kept = choosing.read_kept(args, rules, rules.tokens, vocabulary.named, what)["ids"]
         record = {}
     else:
         encode = _fastest(args, corpora, vocabulary, llama)
         counts = count_tokens(corpora, encode, text_of, vocabulary.rows, args.price)
-        choice, record = choose_by_text(args, rules, counts)
+        choice, record = choosing.choose_by_text(args, rules, counts)
         kept = choice.ids
-    check_saving(args, len(kept), vocabulary.rows, what)
+    choosing.check_saving(args, len(kept), vocabulary.rows, what)
     return kept, {"rows": len(kept), "rows_before": vocabulary.rows} | record
 
 
@@ -231,7 +220,7 @@ def _print_sizes(record: dict[str, Any]) -> None:
     megabytes = "{:,.1f} MB become {:,.1f}, {:,.1f} MB less on a GPU".format(
         *(record[name] / 1e6 for name in names)
     )
-    print(f"vocabulary: {rows_line(record)}", megabytes, sep="\n", flush=True)
+    print(f"vocabulary: {choosing.rows_line(record)}", megabytes, sep="\n", flush=True)
 
 
 @contextmanager

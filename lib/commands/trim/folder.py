@@ -40,18 +40,7 @@ from ...vocabulary.proof import compare_texts, held_out, texts_to_compare
 from ...vocabulary.tables import write_rows
 from ...vocabulary.tokenizer_json import TrimmableTokenizer
 from ...vocabulary.vectors import MODULES, compare_vectors, lines_of, read_json
-from .choosing import (
-    check_cost,
-    check_disk,
-    check_saving,
-    choose_by_text,
-    corpora_of,
-    prompts_of,
-    read_kept,
-    require_prompts_,
-    rows_line,
-    text_reader,
-)
+from . import choosing
 from .parts import LIST, Fast, ModelFiles, Part
 
 LOADED = {  # library and call that load a model, by the end of its architecture
@@ -69,12 +58,12 @@ def trim_folder(args: argparse.Namespace) -> None:
     check_new_folder("OUT", args.out, staged=True)
     if args.drop:
         raise UserError(f"--drop {args.drop[0]}", "it is for GGUF files", "Leave it out")
-    corpora = corpora_of(args, needed=())
+    corpora = choosing.corpora_of(args, needed=())
     quiet()
     source = ModelFiles(Checkpoint(args.source, "IN", args.cache_dir, args.trust_remote_code))
     base = metadata_of(source.folder).get("base_model")
     names = Path(args.source).name, source.folder.name, f"{base}"
-    prompts = prompts_of(args, names, source.prompts())
+    prompts = choosing.prompts_of(args, names, source.prompts())
     smaller, removed, tests = [], [], {}  # tokenizers of OUT, lines on them, and texts
     for part in source.parts:
         text_of = _reader_of(part)
@@ -82,7 +71,7 @@ def trim_folder(args: argparse.Namespace) -> None:
         is_local = Path(args.source).exists()
         part.record["model"] = source.folder.name if is_local else args.source
         of = f" of {part.folder.relative_to(source.folder)}" * (len(source.parts) > 1)
-        print(f"vocabulary{of}: {rows_line(part.record)}", flush=True)
+        print(f"vocabulary{of}: {choosing.rows_line(part.record)}", flush=True)
         tests = texts_to_compare(corpora, text_of)
         tokenizer, line = compare_tokenizers(part, tests)
         smaller.append(tokenizer)
@@ -91,14 +80,14 @@ def trim_folder(args: argparse.Namespace) -> None:
         print(*removed, sep="\n")
         print("nothing is written (--dry_run)")
         return
-    check_disk(args, Path(args.out).absolute().parent, source.table_bytes)
+    choosing.check_disk(args, Path(args.out).absolute().parent, source.table_bytes)
     texts, proof, found = held_out(tests), None, {"reason": "it predicts no next token"}
     if source.is_causal:
         (part,) = source.parts
         tokenizers = Fast(part.tokenizer), Fast(smaller[0])
         proof = Logits(part.checkpoint, tokenizers, part.rows, args.device)
         found = proof.measure(texts)
-    check_cost(args, found)
+    choosing.check_cost(args, found)
     with staged_folder(args.out, "OUT") as stage:
         sizes = _write(source, stage, args)
         if proof:
@@ -126,7 +115,7 @@ def _reader_of(part: Part) -> Callable[[Document], str]:
         template = part.tokenizer.get_chat_template()
     except ValueError:  # there is none
         template = None
-    return text_reader(part.what, template, part.tokenizer.special_tokens_map)
+    return choosing.text_reader(part.what, template, part.tokenizer.special_tokens_map)
 
 
 def choose_tokens(
@@ -140,10 +129,10 @@ def choose_tokens(
     rows, tokens, fast = part.tables.rows, part.tokens, Fast(part.tokenizer)
     named = part.named_ids()
     rules = tokens.vocabulary(named, rows)
-    require_prompts_(rules, fast.encode_all, prompts)
+    choosing.require_prompts_(rules, fast.encode_all, prompts)
     if args.keep:
         needed = rules.basic | rules.reasons["special"] | rules.reasons["config"]
-        kept = read_kept(args, rules, tokens.id_to_token, needed, part.what)
+        kept = choosing.read_kept(args, rules, tokens.id_to_token, needed, part.what)
         if (before := kept["record"].get("rows_before")) != rows:
             problem = f"its model has {before} rows, and {part.what} has {rows}"
             raise UserError(f"--keep {args.keep}", problem, "Name one of the same vocabulary")
@@ -157,9 +146,9 @@ def choose_tokens(
             problem += f", but its embedding has {rows} rows"
             fix = "Resize it to the tokenizer, or remove the added tokens"
             raise UserError(part.what, problem, fix)
-        choice, record = choose_by_text(args, rules, counts, len(unnamed))
+        choice, record = choosing.choose_by_text(args, rules, counts, len(unnamed))
         ids, order = choice.ids, _row_order(tokens, choice.ids, unnamed, rows)
-    check_saving(args, len(order), rows, part.what)
+    choosing.check_saving(args, len(order), rows, part.what)
     model_ids = {tokens.token_to_id[token] for token in tokens.model_tokens}
     places = sorted(range(len(ids)), key=lambda i: (ids[i] not in model_ids, ids[i]))  # added last
     part.ids = [ids[place] for place in places]
@@ -223,7 +212,7 @@ def _write(source: ModelFiles, stage: Path, args: argparse.Namespace) -> tuple[i
         elif not source.is_made(path) and not clone(path, target, is_cached):
             copied.append((path, target))
             size += path.stat().st_size
-    check_disk(args, stage, size)
+    choosing.check_disk(args, stage, size)
     for pair in copied:
         shutil.copyfile(*pair)
     kept = {id(part): part.tables.kept(part.rows, part.what) for part in source.parts}
