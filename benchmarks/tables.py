@@ -19,7 +19,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import cache
 from itertools import product
-from math import log
+from math import exp, log
 from pathlib import Path
 from statistics import mean, median, stdev
 from typing import Any, NamedTuple
@@ -54,6 +54,7 @@ NAMES = {
     **{"fr": "French", "el": "Greek", "tr": "Turkish", "ru": "Russian", "ja": "Japanese"},
     **{"zh-cn": "Chinese"},
 }
+TESTED = NAMES | {"hi": "Hindi"}
 MIX = "+".join(f"{name}=0.1" for name in NAMES if name != "uk")
 BOTH = "uk=0.5+en=0.5"
 TABLES_OF = "tables_before", "tables"  # of a computed file
@@ -208,12 +209,10 @@ def knowledge() -> Iterator[Record]:
 
 # rows of quantization and recovery
 
-OURS = {  # {model: raw file, label of the file that README shows}
-    "SmolLM2-135M": ("compared-smollm2", "q5_0"),
-    "Gemma 3 270M": ("gemma3", "q5_0"),
-    "Qwen2.5-Coder 0.5B": ("qwen05", "auto --megabytes 322"),
-    "Qwen2.5-Coder 1.5B": ("qwen15", "auto --megabytes 861.2"),
-}
+SHOWN = (  # by README: model, text, record of compare, type of langprune's
+    ("SmolLM2-135M", "en", "types/compared-smollm2.json", "q5_0"),
+    *(("Gemma 3 270M", text, "compare/gemma3.json", "q5_0") for text in ("uk", "pl", "hi", "en")),
+)
 
 
 def models() -> Iterator[Record]:
@@ -232,15 +231,27 @@ def models() -> Iterator[Record]:
 
 
 def best_files() -> Iterator[Record]:
-    """A file of ours of each model, and llama.cpp's best that is at most 1% larger."""
-    for model, (name, label) in OURS.items():
-        files = raw(f"types/{name}.json")
-        ours = one(files, label=label)
+    """A file of ours by model and text, and llama.cpp's best that is at most 1% larger."""
+    for model, text, name, kind in SHOWN:
+        files = raw(name) if isinstance(raw(name), list) else [*files_of(name, text)]
+        ours = one(files, label=kind)
         alike = [each for each in files if each.bytes < 1.01 * ours.bytes]
         best = min(theirs(alike), key=lambda each: each.tests[0].kl)
         same = [each for each in theirs(files) if each.tests[0].kl <= ours.tests[0].kl]
         least = min(same, key=lambda each: each.bytes, default=Record(bytes=None))
-        yield Record(model=model, type=label.split()[0], theirs=best, ours=ours, same=least)
+        yield Record(model=model, text=TESTED[text], type=kind, theirs=best, ours=ours, same=least)
+
+
+def files_of(name: str, text: str) -> Iterator[Record]:
+    """Files that `compare` measured on a text, calibrated on it or on none."""
+    figures = Figures(raw(name))
+    for label in figures.others:
+        maker, kind, its = label.split("-")
+        if its in (text, "none") and (maker, its) != ("ours", "none"):
+            found, nats = figures.compared(label, text), figures.losses(label, text).sum()
+            test = Record(kl=found["kl"]["mean"], perplexity=exp(nats / sum(found["tokens"])))
+            shown = kind if maker == "ours" else f"{FILES_OF[maker]} {kind}"
+            yield Record(label=shown, bytes=1e6 * figures.megabytes[label], tests=[test])
 
 
 def theirs(files: Iterable[Record]) -> list[Record]:
@@ -277,12 +288,37 @@ def compared(name: str) -> Iterator[Record]:
         yield Record(row, megabytes=figures.megabytes[label])
 
 
+def of_texts(name: str) -> Iterator[Record]:
+    """Files by type and test language, by the text on which they were calibrated."""
+    figures = Figures(raw(name))
+    kinds = dict.fromkeys(label.rpartition("-")[0] for label in figures.others)
+    for kind, test in product(kinds, figures.texts):
+        its = {by: f"{kind}-{by}" for by in ("none", "en", "mix")} | {"own": f"{kind}-{test}"}
+        if {*its.values()} <= {*figures.others}:
+            over = {by: figures.over(label, figures.reference, test) for by, label in its.items()}
+            apart = {
+                f"{one_} {other}": points(figures.over(its[one_], its[other], test))
+                for one_, other in (("own", "en"), ("own", "mix"), ("en", "none"))
+                if its[one_] != its[other]
+            }
+            maker, _, type_ = kind.partition("-")
+            yield Record(
+                file=f"{FILES_OF[maker]} {type_}",
+                megabytes=figures.megabytes[its["own"]],
+                test=TESTED[test],
+                over={by: points(interval) for by, interval in over.items()},
+                kl={by: figures.compared(label, test)["kl"]["mean"] for by, label in its.items()},
+                apart=Record(apart),
+            )
+
+
 def no_grid() -> Iterator[Record]:
     for made_ in raw("types/no_grid.json"):
-        held = made_.held_out
-        yield Record(made_, **held, text="held-out", kl=held.kl_trained)
-        dense = made_.dense.perplexity
-        yield Record(made_, text="test", file=dense, trained=made_.perplexity)
+        if held := made_.held_out:
+            yield Record(made_, **held, text="held-out", kl=held.kl_trained)
+        yield Record(
+            {"text": "test"} | made_, file=made_.dense.perplexity, trained=made_.perplexity
+        )
 
 
 def quantized(name: str) -> list[Record]:
