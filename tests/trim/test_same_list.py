@@ -26,7 +26,7 @@ import ggufs  # noqa: E402
 import kinds  # noqa: E402
 
 from lib.commands.gguf.__main__ import main as convert  # noqa: E402
-from lib.commands.trim import choosing, file, folder  # noqa: E402
+from lib.commands.trim import choosing  # noqa: E402
 from lib.commands.trim.__main__ import main  # noqa: E402
 from lib.gguf.file import GgufFile  # noqa: E402
 from lib.gguf.vocabulary import GgufVocabulary  # noqa: E402
@@ -123,15 +123,14 @@ def test_counts_and_ordinary_tokens_are_equal(
     monkeypatch.setattr("lib.vocabulary.choice.MULTIPLE", 1)
     monkeypatch.setattr("lib.commands.trim.choosing.MOST_ROWS", 1)
     monkeypatch.setattr("lib.vocabulary.counts.STEP", 4000)
-    lists, found = [], []
-    for module, name in ((file, "model.gguf"), (folder, "model")):
-        own = module.choose_by_text
+    lists, found, own = [], [], choosing.choose_by_text
 
-        def seen(args: Any, rules: Vocabulary, counts: np.ndarray, *rest: int, own=own) -> Any:
-            found.append((rules, counts))
-            return own(args, rules, counts, *rest)
+    def seen(args: Any, rules: Vocabulary, counts: np.ndarray, *rest: int) -> Any:
+        found.append((rules, counts))
+        return own(args, rules, counts, *rest)
 
-        monkeypatch.setattr(module, "choose_by_text", seen)
+    monkeypatch.setattr(choosing, "choose_by_text", seen)
+    for name in ("model.gguf", "model"):
         argv = [models / name, models / f"new-{name}", "--dry_run", "--price", "60"]
         said = succeed(*argv, "--data", *texts, program=main).out
         assert re.findall(r"(\w+): [\d,]+ of at most", said) == ["much"]
