@@ -288,6 +288,17 @@ def compared(name: str) -> Iterator[Record]:
         yield Record(row, megabytes=figures.megabytes[label])
 
 
+def own_text(name: str) -> Iterator[Record]:
+    """Files that were calibrated on text of the test language."""
+    figures = Figures(raw(name))
+    for test, label in product(figures.texts, figures.others):
+        maker, kind, text = label.split("-")
+        if text == test:
+            over = points(figures.over(label, figures.reference, test))
+            row = {"file": f"{FILES_OF[maker]} {kind}", "test": TESTED[test], "over": over}
+            yield Record(row, found=figures.compared(label, test))
+
+
 def of_texts(name: str) -> Iterator[Record]:
     """Files by type and test language, by the text on which they were calibrated."""
     figures = Figures(raw(name))
