@@ -274,14 +274,16 @@ def test_files_that_run_together_have_the_figures_of_each_alone(
 ) -> None:
     whole = [json.loads(line)["text"] for line in Path("uk/train.jsonl").open(encoding="utf-8")]
     trimmed(f"{REFERENCE}.gguf", "between.gguf", whole)
-    names, run, together = files(REFERENCE, NEAR, "between", FAR), measure._run, {}
-    argv = [*names, "--data", "uk", "en", "--passages", 4, "--out"]
-    for most in (8, 1):
-        its = together[most] = []
-        counted = lambda files, *rest, its=its: its.append(len(files)) or run(files, *rest)  # noqa: E731
-        monkeypatch.setattr(measure, "_run", counted)
+    names, run, together = files(REFERENCE, NEAR, "between", FAR), measure._run, {8: [], 1: []}
+
+    def counted(every: list[measure.File], *rest: object) -> object:
+        together[measure.TOGETHER].append(len(every))
+        return run(every, *rest)
+
+    monkeypatch.setattr(measure, "_run", counted)
+    for most in together:
         monkeypatch.setattr(measure, "TOGETHER", most)
-        compare(*argv, tmp_path / str(most))
+        compare(*names, "--data", "uk", "en", "--passages", 4, "--out", tmp_path / str(most))
     assert together == {8: [2, 2, 3, 3], 1: [2] * 6}
     many, alone = (kept(tmp_path / str(most)) for most in (8, 1))
     assert many == alone
