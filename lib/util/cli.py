@@ -112,6 +112,7 @@ def run(main: Callable[[list[str]], None], argv: list[str] | None = None) -> int
     argv = sys.argv[1:] if argv is None else argv
     if not WAITING & os.environ.keys():
         os.environ.update(SPINS)
+    os.environ["USE_HUB_KERNELS"] = "NO"  # transformers would run compiled code of the Hub on a GPU
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # a Ukrainian name on an ASCII terminal
             stream.reconfigure(errors="backslashreplace", line_buffering=True)  # `| tee log`

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from pathlib import Path
 from typing import Any
 
@@ -80,6 +81,7 @@ class Watched:
     def __init__(self, monkeypatch: pytest.MonkeyPatch, **changed: bool) -> None:
         self.seen: dict[str, int] = {}
         self.peaks: dict[str, int] = {}
+        gc.collect()  # what an earlier test left would be freed during this one
         self.before = torch.accelerator.memory_allocated(0)
         own = {"check": Memory.check, "save": saving.save, "solve": BlockWalker.solve_all_}
         read = pretrained.load_model
