@@ -6,8 +6,9 @@
 
 The library of llama.cpp in `--llama` quantizes MODEL's 32-bit file. Its importance matrix is of the
 windows with which main.py quantizes. `--ours` has what follows `--quantize`, also training, or
-`no_feedback` for what an importance matrix alone gives (no_feedback.py). `--files` has finished
-files of MODEL's rows, such as those of compress. All are compared with the 32-bit file on
+`no_feedback` for what an importance matrix alone gives (no_feedback.py). Several `--data` are
+NAME=TEXTS each, as "mix=pl=0.5,en=0.5"; `none` is no matrix, and weights alone. `--files` has
+finished files of MODEL's rows, such as those of compress. All are compared with the 32-bit file on
 `--passages` of the test text, or of `--test`. `--out` keeps files, figures.json and the tables of
 `compare`; what is there is not made again.
 """
@@ -46,6 +47,7 @@ from lib.util.cli import add_debug_flag, run, split_argv
 from lib.util.files import write_text
 from lib.vocabulary.tokenizer_model import check_of
 
+NONE = "none"  # of --data: no text
 TYPES = "q4_0 iq4_nl q4_k_m q5_0 q5_k_m q3_k_m iq4_xs q6_k q8_0 q2_k iq3_xxs".split()
 
 
@@ -109,6 +111,18 @@ def mean_squares(runner: BlockRunner, windows: Tensor) -> dict[str, Tensor]:
     return {f"{name}.weight": each.float() for name, each in sums.items()}
 
 
+def importance(model: Path, whole: Path, argv: list[str]) -> dict[str, Tensor]:
+    """Return the mean squares of the windows that main.py would quantize with, by tensor."""
+    parser = build_parser()
+    flags = parser.parse_args([*argv, "--quantize", "iq4_nl"])
+    check_flags(parser, flags)
+    job, name_of = check(flags), names_in(whole, model)
+    with ExitStack() as cleanup:
+        runner = load(job, cleanup, None)
+        means = mean_squares(runner, resolve_bos(job, runner).calibration.ids)
+    return {name_of(name): each for name, each in means.items()}
+
+
 def convert(folder: Path, file: Path, kind: str) -> None:
     """Convert a folder as the command gguf does, without its checks by llama.cpp."""
     source = open_source(str(folder))
@@ -164,7 +178,7 @@ def rows_of(out: Path, labels: dict[str, Path]) -> list[dict[str, Any]]:
 def main(argv: list[str]) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("model", type=Path, metavar="MODEL", help="local folder")
-    parser.add_argument("--data", required=True, metavar="TEXTS")
+    parser.add_argument("--data", required=True, nargs="+", metavar="[NAME=]TEXTS")
     parser.add_argument("--test", nargs="+", metavar="TEXTS", help="default: those of --data")
     parser.add_argument("--passages", default="32")
     parser.add_argument("--llama", type=Path, metavar="FOLDER", help="has libllama.so, libggml.so")
@@ -174,41 +188,41 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--out", required=True, type=Path, help="files and figures")
     add_debug_flag(parser)
     own, passed_on = split_argv(argv)
-    args, parser = parser.parse_args(own), build_parser()
+    args = parser.parse_args(own)
     args.out.mkdir(parents=True, exist_ok=True)
-    common = ["--model", str(args.model), "--calibration_data", args.data, *passed_on]
     whole, files = args.out / "whole.gguf", {}
     if not whole.is_file():
         convert(args.model, whole, "f32")
-    wanted = {kind: args.out / f"llama-{kind}.gguf" for kind in args.types}
-    files |= {f"llama.cpp {kind}": file for kind, file in wanted.items()}
-    if missing := {kind: file for kind, file in wanted.items() if not file.is_file()}:
-        flags = parser.parse_args([*common, "--quantize", "iq4_nl"])
-        check_flags(parser, flags)
-        job, name_of = check(flags), names_in(whole, args.model)
-        with ExitStack() as cleanup:
-            runner = load(job, cleanup, None)
-            means = mean_squares(runner, resolve_bos(job, runner).calibration.ids)
-        squares = {name_of(name): each for name, each in means.items()}
-        for kind, file in missing.items():
-            quantize(args.llama, whole, file, kind, squares)
-    for words in args.ours:
-        label = Path(words).stem if words.endswith(".json") else words
-        name = "".join(each if each.isalnum() else "-" for each in label)
-        folder, files[label] = args.out / name, args.out / f"{name}.gguf"
-        if files[label].is_file():
-            continue
-        if not folder.is_dir():
-            its = [word for word in words.split() if word != "no_feedback"]
-            script = "main.py" if words.split() == its else "benchmarks/no_feedback.py"
-            made = ["--quantize", *its, "--eval_windows", "1", "--completions", "0"]
-            made += ["--save", f"{folder}-results", "--save_model", folder]
-            child(sys.executable, ROOT / script, *common, *made)
-        kind = words.split()[0]
-        convert(folder, files[label], kind if kind in GRIDS else AUTO)
-        shutil.rmtree(folder)
+    for text in args.data:
+        name, texts = text.split("=", 1) if len(args.data) > 1 and text != NONE else (text, text)
+        end = f"-{name}" if len(args.data) > 1 else ""
+        # without text main.py reads some all the same, and uses none of it
+        sources = (args.test[0] if text == NONE else texts).split(",")
+        common = ["--model", str(args.model), "--calibration_data", *sources, *passed_on]
+        wanted = {kind: args.out / f"llama-{kind}{end}.gguf" for kind in args.types}
+        files |= {f"llama.cpp {kind}{end}": file for kind, file in wanted.items()}
+        if missing := {kind: file for kind, file in wanted.items() if not file.is_file()}:
+            squares = {} if text == NONE else importance(args.model, whole, common)
+            for kind, file in missing.items():
+                quantize(args.llama, whole, file, kind, squares)
+        for words in args.ours:
+            label = (Path(words).stem if words.endswith(".json") else words) + end
+            name = "ours-" + "".join(c if c.isalnum() or c == "_" else "-" for c in label)
+            folder, files[label] = args.out / name, args.out / f"{name}.gguf"
+            if files[label].is_file():
+                continue
+            if not folder.is_dir():
+                less = {"no_feedback", "no_text"} & {*words.split(), *["no_text"] * (text == NONE)}
+                its = [word for word in words.split() if word not in less]
+                script = "benchmarks/no_feedback.py" if less else "main.py"
+                made = ["--quantize", *its, "--eval_windows", "1", "--completions", "0"]
+                made += ["--save", f"{folder}-results", "--save_model", folder]
+                child(sys.executable, ROOT / script, *common, *made, *(less & {"no_text"}))
+            kind = words.split()[0]
+            convert(folder, files[label], kind if kind in GRIDS else AUTO)
+            shutil.rmtree(folder)
     files |= {label: Path(file) for label, file in (each.split("=", 1) for each in args.files)}
-    compare = ["compare", whole, *files.values(), "--data", *(args.test or [args.data])]
+    compare = ["compare", whole, *files.values(), "--data", *(args.test or args.data)]
     compare += ["--passages", args.passages, "--out", args.out / "compared"]
     print(child("bash", ROOT / "launch.sh", *compare))
     rows = rows_of(args.out, files)

@@ -1,10 +1,10 @@
 """main.py whose quantizer knows an importance matrix alone, to split its gain.
 
-    python benchmarks/no_feedback.py --model MODEL --quantize q4_0 ...
+    python benchmarks/no_feedback.py --model MODEL --quantize q4_0 ... [no_text]
 
 The off-diagonal sums of products of inputs are 0, and so is the error of the inputs that earlier
 rounding has caused. What is left are scales fitted to weights by the mean squares of their inputs,
-and rounding to the nearest.
+and rounding to the nearest. `no_text` as the last word: these means are 1, weights alone decide.
 """
 
 from __future__ import annotations
@@ -31,8 +31,16 @@ def without_feedback(self: GPTQ, weights: Any) -> tuple:
     return start, start * diagonal[:, None], torch.diag(diagonal), norms, share
 
 
+def without_text(self: GPTQ, weights: Any) -> tuple:
+    start, _, hessian, norms, share = problem(self, weights)
+    start = start / norms
+    return start, start.clone(), torch.eye(len(hessian)), torch.ones_like(norms), share
+
+
 def main(argv: list[str]) -> None:
-    with mock.patch.object(GPTQ, "problem", without_feedback):
+    less = without_text if argv[-1:] == ["no_text"] else without_feedback
+    argv = argv[: -1 if less is without_text else None]
+    with mock.patch.object(GPTQ, "problem", less):
         command.main(argv)
 
 
