@@ -60,6 +60,7 @@ BOTH = "uk=0.5+en=0.5"
 TABLES_OF = "tables_before", "tables"  # of a computed file
 FILES_OF = {"llama": "llama.cpp", "ours": "langprune", "trimmed": "trimmed, llama.cpp"}
 FILES_OF["compress"] = "trimmed and quantized by compress,"
+FILES_OF["autoround"] = "AutoRound"
 
 
 class Record(dict):
@@ -436,22 +437,36 @@ def recovered(run: str, kind: str) -> Record:
 
 # rows of languages
 
-METHODS = {"wanda": "Wanda", "admm": "ADMM", "q4_0": "q4_0"}
+METHODS = {"wanda": "Wanda", "sparsegpt": "SparseGPT", "admm": "ADMM", "q4_0": "q4_0"}
 
 
 @cache
-def losses() -> dict[str, dict[tuple[str, str], float]]:
-    """Increase in bits per byte, by method, then by calibration text and test language."""
-    more: dict[str, dict[tuple[str, str], float]] = defaultdict(dict)
+def draws() -> dict[str, dict[tuple[str, str], list[float]]]:
+    """Increase in bits per byte, by method, then by calibration text and test language: a value for
+    each seed."""
+    more: dict[str, dict[tuple[str, str], list[float]]] = defaultdict(lambda: defaultdict(list))
     pruned = raw("languages/gemma3-270m-eleven.csv")
     dense = {row.measured_on: row.bits_per_byte for row in pruned if row.method == "dense"}
     for row in pruned:
         change = row.bits_per_byte - dense[row.measured_on]
-        more[row.method][row.calibrated_on, row.measured_on] = change
+        more[row.method][row.calibrated_on, row.measured_on].append(change)
     for row in raw("languages/gemma3-270m-q4_0.csv"):
         text = MIX if row.calibrated_on == "ten mixed" else row.calibrated_on
-        more["q4_0"][text, row.measured_on] = row.bits_per_byte - row.dense_bits_per_byte
+        change = row.bits_per_byte - row.dense_bits_per_byte
+        more["q4_0"][text, row.measured_on].append(change)
     return more
+
+
+def losses() -> dict[str, dict[tuple[str, str], float]]:
+    """The first draw of each."""
+    return {method: {key: all_[0] for key, all_ in more.items()} for method, more in draws().items()}
+
+
+def spread(method: str, text: str, language: str) -> tuple[float, float]:
+    """The mean of several draws, and their standard deviation."""
+    values = draws()[method][text, language]
+    assert len(values) > 1, "one draw has no deviation"
+    return mean(values), stdev(values)
 
 
 def beside_own(method: str, text: str, language: str) -> float:
