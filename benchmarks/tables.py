@@ -462,11 +462,11 @@ def losses() -> dict[str, dict[tuple[str, str], float]]:
     return {method: {key: all_[0] for key, all_ in more.items()} for method, more in draws().items()}
 
 
-def spread(method: str, text: str, language: str) -> tuple[float, float]:
+def spread(method: str, text: str, language: str) -> str:
     """The mean of several draws, and their standard deviation."""
     values = draws()[method][text, language]
     assert len(values) > 1, "one draw has no deviation"
-    return mean(values), stdev(values)
+    return f"{mean(values):+.3f} ± {stdev(values):.3f}"
 
 
 def beside_own(method: str, text: str, language: str) -> float:
