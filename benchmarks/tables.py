@@ -459,7 +459,9 @@ def draws() -> dict[str, dict[tuple[str, str], list[float]]]:
 
 def losses() -> dict[str, dict[tuple[str, str], float]]:
     """The first draw of each."""
-    return {method: {key: all_[0] for key, all_ in more.items()} for method, more in draws().items()}
+    return {
+        method: {key: all_[0] for key, all_ in more.items()} for method, more in draws().items()
+    }
 
 
 def spread(method: str, text: str, language: str) -> str:
