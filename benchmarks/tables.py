@@ -441,26 +441,26 @@ METHODS = {"wanda": "Wanda", "sparsegpt": "SparseGPT", "admm": "ADMM", "q4_0": "
 
 
 @cache
-def draws() -> dict[str, dict[tuple[str, str], list[float]]]:
+def draws(name: str = "eleven") -> dict[str, dict[tuple[str, str], list[float]]]:
     """Increase in bits per byte, by method, then by calibration text and test language: a value for
-    each seed."""
+    each seed. `name`: that of the test texts."""
     more: dict[str, dict[tuple[str, str], list[float]]] = defaultdict(lambda: defaultdict(list))
-    pruned = raw("languages/gemma3-270m-eleven.csv")
+    pruned = raw(f"languages/gemma3-270m-{name}.csv")
     dense = {row.measured_on: row.bits_per_byte for row in pruned if row.method == "dense"}
     for row in pruned:
         change = row.bits_per_byte - dense[row.measured_on]
         more[row.method][row.calibrated_on, row.measured_on].append(change)
-    for row in raw("languages/gemma3-270m-q4_0.csv"):
+    for row in raw("languages/gemma3-270m-q4_0.csv") if name == "eleven" else ():
         text = MIX if row.calibrated_on == "ten mixed" else row.calibrated_on
         change = row.bits_per_byte - row.dense_bits_per_byte
         more["q4_0"][text, row.measured_on].append(change)
     return more
 
 
-def losses() -> dict[str, dict[tuple[str, str], float]]:
+def losses(name: str = "eleven") -> dict[str, dict[tuple[str, str], float]]:
     """The first draw of each."""
     return {
-        method: {key: all_[0] for key, all_ in more.items()} for method, more in draws().items()
+        method: {key: all_[0] for key, all_ in more.items()} for method, more in draws(name).items()
     }
 
 
@@ -643,9 +643,9 @@ def computed_sizes() -> Iterator[Record]:
             yield Record(file, before=before, after=after)
 
 
-def trimmed(text: str = "") -> list[Record]:
+def trimmed(text: str = "", name: str = "measured") -> list[Record]:
     """Files that were trimmed, for one text or for all, by size."""
-    files = [file for file in raw("gguf-trim/measured.json") if text in ("", file.text)]
+    files = [file for file in raw(f"gguf-trim/{name}.json") if text in ("", file.text)]
     for file in files:
         texts = [test for test in file.tests if test.name in file.text.split("+")]
         file["rises"] = ", ".join(f"{100 * test.rise:+.2f}" for test in texts)
