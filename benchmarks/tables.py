@@ -232,7 +232,7 @@ def models() -> Iterator[Record]:
 
 
 def best_files() -> Iterator[Record]:
-    """A file of ours by model and text, and llama.cpp's best that is at most 1% larger."""
+    """A file of ours by model and text, and llama.cpp's of the lowest KL, at most 1% larger."""
     for model, text, name, kind in SHOWN:
         files = raw(name) if isinstance(raw(name), list) else [*files_of(name, text)]
         ours = one(files, label=kind)
